@@ -1,0 +1,194 @@
+"""The plan of one packed forward: which rows go where, and which keys each row sees.
+
+A forward packs *segments* (runs of tokens of one kind, from any number of contexts) expert-major: rows [0, G) belong
+to the generation expert, rows [G, T) to the understanding expert, each part in segment order. Keys live in cache
+slots; a context occupies the slots from its ``key_start`` on. The official generalised causal mask (semantics:
+Deng et al. 2025, arXiv:2505.14683) then needs two spans per row: a *prefix* [key_start, key_start + limit) and an
+*own* span [own_start, own_end), with the limit given by the segment's mode. Segment of n rows, row i:
+
+    mode    limit            own span            for
+    causal  visible + i + 1  -                   text
+    full    visible + n      -                   ViT patches, clean VAE latents
+    noise   visible          [write, write + n)  latents being denoised, stored away from their context
+    noise   visible + n      -                   the same, stored right behind it (write == key_start + visible)
+
+Attention works on *query blocks*: at most ``block_q`` packed rows that share an expert, a prefix start and an own
+span. A plan is plain numpy arrays, made on the host. Two implementations give the same plan bit for bit:
+:func:`plan_reference` (numpy) and ``bagel_rt._C`` (C++, optional, about forty times faster); :func:`build_plan` takes
+the second when there is one. ``BAGEL_RT_EXTENSION=0`` in the environment forces the first.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from operator import index
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MODES = ("causal", "full", "noise")
+MAX_SLOTS = 2**31 - 1
+"""Slots and key counts are int32 on the device."""
+
+
+class Segment(NamedTuple):
+    """A run of n tokens of one kind, in one context.
+
+    ``gen`` says for each row whether the generation expert takes it. ``visible`` is the number of the context's keys
+    that precede the segment, ``write`` the slot of its first row's K/V; for causal and full segments ``write`` can
+    only be ``key_start + visible``.
+    """
+
+    mode: str  # one of MODES
+    gen: np.ndarray  # bool [n]
+    key_start: int
+    visible: int
+    write: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One packed forward of T rows, G of them the generation expert's. Made by :func:`build_plan`.
+
+    Columns of ``blocks``: row_start, row_end (packed rows); key_start (slot); full_end, part_end (keys counted from
+    key_start: those below full_end are visible to every row, those in [full_end, part_end) to the rows whose limit is
+    above them, the rest to none); own_start, own_end (slots every row sees too; both 0 if there are none). Blocks
+    cover [0, T) in order, each row once, and never straddle G.
+    """
+
+    G: int
+    order: np.ndarray  # int64 [T]: packed row -> row in segment order
+    limits: np.ndarray  # int32 [T]: keys of the prefix each packed row sees
+    slots: np.ndarray  # int64 [T]: cache slot each packed row's K/V goes to
+    blocks: np.ndarray  # int32 [n, 7]
+
+    def __eq__(self, other: object) -> bool:
+        """Same rows, same blocks."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return all(np.array_equal(value, getattr(other, name)) for name, value in vars(self).items())
+
+
+def _checked(segments: Sequence[Segment], block_q: int) -> list[Segment]:
+    """The segments with plain integers, unless no implementation can plan them. Errors as in :func:`build_plan`."""
+    if index(block_q) < 1:
+        raise ValueError(f"plan: block_q={block_q}, must be at least 1")
+    checked = []
+    for number, (mode, gen, *numbers) in enumerate(segments):
+        if mode not in MODES:
+            raise ValueError(f"plan: segment {number} has mode {mode!r}, must be one of {', '.join(MODES)}")
+        if not isinstance(gen, np.ndarray) or gen.dtype != bool or gen.ndim != 1:
+            raise ValueError(f"plan: segment {number} has gen={gen!r}, must be a one-dimensional numpy array of bool")
+        if not gen.size:
+            raise ValueError(f"plan: segment {number} has no rows; leave it out")
+        key_start, visible, write = map(index, numbers)
+        place = f"key_start={key_start}, visible={visible}, write={write}"
+        if min(key_start, visible, write) < 0:
+            raise ValueError(f"plan: segment {number} has {place}; none may be negative")
+        if max(key_start + visible, write) + gen.size > MAX_SLOTS:
+            raise ValueError(f"plan: segment {number} ({place}, {gen.size} rows) reaches past {MAX_SLOTS} slots")
+        if mode != "noise" and write != key_start + visible:
+            raise ValueError(
+                f"plan: segment {number} has {place}, but only noise may be stored away from its context; "
+                f"the rows of a {mode} segment see each other at key_start + visible = {key_start + visible}"
+            )
+        checked.append(Segment(mode, gen, key_start, visible, write))
+    ranges = sorted((segment.write, segment.write + segment.gen.size, i) for i, segment in enumerate(checked))
+    for (start, end, first), (next_start, next_end, second) in pairwise(ranges):
+        if next_start < end:
+            raise ValueError(
+                f"plan: segment {first} writes slots [{start}, {end}) and segment {second} writes "
+                f"[{next_start}, {next_end}); they overlap"
+            )
+    return checked
+
+
+def plan_reference(segments: Sequence[Segment], block_q: int = 128) -> Plan:
+    """:func:`build_plan` in numpy, whether or not the extension is there."""
+    segments = _checked(segments, block_q)
+    table = []
+    for mode, gen, key_start, visible, write in segments:
+        n, apart = gen.size, write != key_start + visible
+        own = (write, write + n) if apart else (0, 0)
+        table.append((n, mode == "causal", visible, visible if apart else visible + n, write, key_start, *own))
+    table = np.array(table, np.int64).reshape(-1, 8)
+    sizes = table[:, 0]
+    row = np.arange(sizes.sum())
+    i = row - np.repeat(np.cumsum(sizes) - sizes, sizes)  # row within its segment
+    _, causal, visible, last_limit, write, *spans = np.repeat(table, sizes, axis=0).T
+    gen = np.concatenate([segment.gen for segment in segments] or [np.zeros(0, bool)])
+
+    G = int(np.count_nonzero(gen))
+    order = np.argsort(~gen, kind="stable")
+    limits = np.where(causal, visible + i + 1, last_limit)[order].astype(np.int32)
+    spans = np.stack(spans, axis=1)[order]
+
+    begins_run = np.ones(len(row), bool)
+    begins_run[1:] = (spans[1:] != spans[:-1]).any(axis=1)
+    begins_run[G : G + 1] = True
+    run_start = np.maximum.accumulate(np.where(begins_run, row, 0))
+    starts = np.flatnonzero((row - run_start) % block_q == 0)
+    key_start, own_start, own_end = spans[starts].T
+    full_end, part_end = np.minimum.reduceat(limits, starts), np.maximum.reduceat(limits, starts)
+    ends = np.append(starts, len(row))[1:]
+    blocks = np.stack([starts, ends, key_start, full_end, part_end, own_start, own_end], axis=1).astype(np.int32)
+    return Plan(G, order, limits, (write + i)[order], blocks)
+
+
+def build_plan(segments: Sequence[Segment], block_q: int = 128) -> Plan:
+    """Plan one packed forward.
+
+    Consecutive packed rows of one expert with the same prefix start and own span form a run (segments of one context
+    that follow each other share it); a run is cut into blocks every ``block_q`` rows from its first row.
+
+    Args:
+        segments: in the order their rows are given; may be empty.
+        block_q: most rows of a query block, at least 1.
+
+    Raises:
+        ValueError: block_q below 1, an unknown mode, gen not bool [n], no rows, a negative number, a slot beyond
+            int32, a causal or full segment not written right behind what it sees, or overlapping writes; the message
+            names the segment by its position.
+    """
+    if EXTENSION is None:
+        return plan_reference(segments, block_q)
+    return Plan(*EXTENSION.build_plan(_checked(segments, block_q), block_q))
+
+
+def visibility(plan: Plan, slots_total: int | None = None) -> np.ndarray:
+    """The dense mask, bool [T, S]: packed row r sees cache slot s. Reads the blocks as an attention kernel does.
+
+    S is ``slots_total``, by default just enough for every slot the plan reads or writes.
+
+    Raises:
+        ValueError: ``slots_total`` is too small for the plan.
+    """
+    rows = np.repeat(plan.blocks, plan.blocks[:, 1] - plan.blocks[:, 0], axis=0).astype(np.int64)
+    _, _, key_start, full_end, part_end, own_start, own_end = rows.T[:, :, None]
+    needed = max(int(ends.max(initial=0)) for ends in (key_start + part_end, own_end, plan.slots + 1))
+    if slots_total is None:
+        slots_total = needed
+    elif slots_total < needed:
+        raise ValueError(f"visibility: slots_total={slots_total}, but the plan reaches {needed} slots")
+    slot = np.arange(slots_total)
+    key = slot - key_start
+    prefix = (key < full_end) | ((key < part_end) & (key < plan.limits[:, None]))
+    return ((key >= 0) & prefix) | ((slot >= own_start) & (slot < own_end))
+
+
+def _load_extension():
+    """(``bagel_rt._C``, "") or (None, why it is missing)."""
+    if os.environ.get("BAGEL_RT_EXTENSION") == "0":
+        return None, "disabled by BAGEL_RT_EXTENSION=0"
+    try:
+        return import_module("bagel_rt._C"), ""
+    except ImportError as error:
+        log = Path(__file__).with_name("_C.log")  # left by setup.py where the build failed
+        return None, log.read_text() if log.exists() else f"{error}; pip install builds it"
+
+
+EXTENSION, EXTENSION_ERROR = _load_extension()
+"""The compiled module, or None and the reason."""

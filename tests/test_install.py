@@ -1,0 +1,112 @@
+"""What pip builds from a clean tree, with a C++ compiler and without; and which Python the sources are written in."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from email import message_from_string
+from importlib.metadata import distributions
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+
+from bagel_rt import plan
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT_FROM = ("bagel_rt", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++")))
+
+
+def copy_sources(folder: Path) -> Path:
+    """A tree that holds what a build needs and nothing that an earlier build left."""
+    folder.mkdir()
+    for name in BUILT_FROM:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_C.log"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def pip(command: str, tree: Path, *options: str, **environment: str) -> str:
+    """Run pip on the tree with what is installed here, offline, and return what it printed."""
+    options = ("--no-index", "--no-deps", "--no-build-isolation", "--check-build-dependencies", "-v", *options)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", command, *options, str(tree)],
+        env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", copy_sources(folder / "tree"), "--wheel-dir", str(folder))
+    (path,) = folder.glob("bagel_rt-*.whl")
+    with ZipFile(path) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
+    want = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt").rglob("*.py")}
+    want |= {f"bagel_rt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt/assets").rglob("*") if path.is_file()}
+    assert {"bagel_rt/plan.py", "bagel_rt/kernels/__init__.py", "bagel_rt/models/bagel/__init__.py"} <= want
+    assert {Path(asset).suffix for asset in assets} >= {".json", ".safetensors"}
+    module = {f"bagel_rt/_C{sysconfig.get_config_var('EXT_SUFFIX')}" if HAS_COMPILER else "bagel_rt/_C.log"}
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == want | assets | module
+
+
+def test_the_wheel_says_what_it_needs_and_offers(wheel):
+    read = {Path(name).name: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = message_from_string(read["METADATA"])
+    assert (metadata["Name"], metadata["Version"]) == ("bagel_rt", "0.1.0")
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    needed = [requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement]
+    assert 'triton<3.8,>=3.6; platform_system == "Linux"' in needed
+    assert "torch<2.14,>=2.11" in needed
+    assert not any(requirement.startswith("pybind11") for requirement in needed), "only a build needs pybind11"
+    assert "bagel-rt = bagel_rt.cli:app" in read["entry_points.txt"]
+    assert "Apache License" in read["LICENSE"]
+
+
+def test_an_install_without_a_compiler_works_and_says_why_there_is_no_extension(tmp_path):
+    tree, site = copy_sources(tmp_path / "tree"), tmp_path / "site"
+    hidden = {"CXX": "/nonexistent/c++", "PATH": sysconfig.get_path("scripts")}
+    printed = pip("install", tree, "--target", str(site), **hidden)
+    assert "Installing without it: numpy makes the plans" in printed
+    assert not list(site.rglob("_C*.so"))
+
+    script = "import bagel_rt.plan as p; p.build_plan([]); print(p.__file__, p.EXTENSION, p.EXTENSION_ERROR)"
+    # -S: without site, so that an editable install of this tree cannot supply the module that is missing.
+    paths = os.pathsep.join([str(site), str(Path(np.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": paths, "BAGEL_RT_EXTENSION": ""},
+    )  # fmt: skip
+    assert done.stdout.startswith(f"{site / 'bagel_rt/plan.py'} None not built (it needs a C++17 compiler): ")
+    assert "/nonexistent/c++" in done.stdout
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+@pytest.mark.skipif(os.environ.get("BAGEL_RT_EXTENSION") == "0", reason="disabled by BAGEL_RT_EXTENSION=0")
+@pytest.mark.skipif(not list(distributions(name="bagel_rt")), reason="a checkout that was not installed")
+def test_this_installation_has_the_extension():
+    assert plan.EXTENSION is not None, plan.EXTENSION_ERROR
+
+
+def test_the_sources_are_python_3_10_and_import_the_kernels_by_their_full_name():
+    folders = ("bagel_rt", "kernels", "benchmarks", "tests")
+    for path in [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert "kernels" not in [name.split(".")[0] for name in names], f"{path} must import bagel_rt.kernels"
