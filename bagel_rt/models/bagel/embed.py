@@ -1,0 +1,79 @@
+"""Everything that turns positions, times and latents into rows of hidden states and back.
+
+Sources: the official BAGEL modeling code (position ids, TimestepEmbedder), Vaswani et al. 2017 (sinusoids).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from bagel_rt.models.bagel.weights import TIME_FREQUENCIES, Affine
+
+
+def position_ids(rows: int, columns: int, max_side: int, interpolate: bool = False) -> torch.Tensor:
+    """Flattened 2-D position of every patch of a grid, row-major, int64 [rows * columns].
+
+    Args:
+        rows, columns: the patch grid.
+        max_side: side of the table that the ids index; id = row * max_side + column.
+        interpolate: spread the grid over the whole table instead (config key ``interpolate_pos``; the published model
+            does not).
+
+    Raises:
+        ValueError: the grid is larger than the table. The official code wraps columns into the next row there and
+            then indexes out of range.
+    """
+    if interpolate:
+        edges = torch.arange(1 / max_side, 1.0, 1 / max_side)
+        row, column = (
+            torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / side), edges, right=True) for side in (rows, columns)
+        )
+    elif max(rows, columns) > max_side:
+        raise ValueError(
+            f"a grid of {rows} x {columns} patches exceeds the position table of {max_side} x {max_side}: use a smaller image"
+        )
+    else:
+        row, column = torch.arange(rows), torch.arange(columns)
+    return (row[:, None] * max_side + column).flatten()
+
+
+def sincos_table(dim: int, side: int) -> torch.Tensor:
+    """2-D sin-cos positions, float32 [side * side, dim]: first half of the channels the column, second half the row.
+
+    Each half is [sin | cos] over dim / 4 frequencies 10000 ** (-i / (dim / 4)).
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    by_column = axis.repeat(side, 1)
+    by_row = axis.repeat_interleave(side, dim=0)
+    return torch.cat([by_column, by_row], dim=1).float()
+
+
+def time_sinusoid(t: torch.Tensor) -> torch.Tensor:
+    """[cos | sin] features of timesteps t in [0, 1], float32 [n, 256]; t is *not* scaled by 1000."""
+    half = TIME_FREQUENCIES // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(10000) * exponents / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def time_embedding(layers: tuple[Affine, Affine], t: torch.Tensor) -> torch.Tensor:
+    """Timesteps [n] in [0, 1] -> [n, H]: sinusoid, linear, SiLU, linear."""
+    first, second = layers
+    return F.linear(F.silu(F.linear(time_sinusoid(t).to(first.weight.dtype), *first)), *second)
+
+
+def patchify(image: torch.Tensor, patch: int) -> torch.Tensor:
+    """[C, rows * p, columns * p] -> [rows * columns, p * p * C], features ordered (patch row, patch column, channel)."""
+    C, height, width = image.shape
+    tiles = image.reshape(C, height // patch, patch, width // patch, patch)
+    return tiles.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * C)
+
+
+def unpatchify(tokens: torch.Tensor, rows: int, columns: int, patch: int) -> torch.Tensor:
+    """Inverse of :func:`patchify`: [rows * columns, p * p * C] -> [C, rows * p, columns * p]."""
+    C = tokens.shape[1] // (patch * patch)
+    tiles = tokens.reshape(rows, columns, patch, patch, C)
+    return tiles.permute(4, 0, 2, 1, 3).reshape(C, rows * patch, columns * patch)

@@ -1,0 +1,211 @@
+"""BAGEL's parameters as plain tensors: experts paired, projections fused, every official name mapped to its place.
+
+A routed parameter is a :class:`Pair` of tensors (gen, und). The query, key and value projections of a layer are the row
+blocks of one matrix; gate and up projections are its even and odd rows, so that a SwiGLU epilogue finds both factors in
+neighbouring columns; the two QK-norm vectors are repeated to one row per head.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from bagel_rt.checkpoint import Destination
+from bagel_rt.config import BagelConfig, TransformerConfig, ViTConfig
+
+TIME_FREQUENCIES = 256  # width of the sinusoid that enters the time embedder (official TimestepEmbedder)
+
+
+class Pair(NamedTuple):
+    """One routed parameter: the generation expert's tensor, then the understanding expert's."""
+
+    gen: torch.Tensor
+    und: torch.Tensor
+
+
+class Affine(NamedTuple):
+    """Weight [N, K] (or [N] of a norm) and bias [N]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(slots=True)
+class DecoderLayerWeights:
+    """One Mixture-of-Transformers layer; shapes with H hidden, D head_dim, F MLP width."""
+
+    input_norm: Pair  # [H]
+    qkv: Pair  # [(Hq + 2 Hkv) D, H]: query heads, key heads, value heads
+    qkv_bias: Pair  # [(Hq + 2 Hkv) D]
+    qk_norm: Pair  # [Hq + Hkv, D]
+    o: Pair  # [H, Hq D]
+    post_norm: Pair  # [H]
+    gate_up: Pair  # [2 F, H]: row 2i is gate i, row 2i + 1 is up i
+    down: Pair  # [H, F]
+
+
+@dataclass(slots=True)
+class ViTLayerWeights:
+    """One pre-LayerNorm SigLIP block of width V."""
+
+    norm1: Affine  # [V]
+    qkv: Affine  # [3 V, V]
+    out: Affine  # [V, V]
+    norm2: Affine  # [V]
+    fc1: Affine  # [F, V]
+    fc2: Affine  # [V, F]
+
+
+@dataclass(slots=True)
+class ViTWeights:
+    """The SigLIP tower: patch embedding stored as a linear over (row, column, channel), learned positions."""
+
+    patch_embedding: Affine  # [V, patch * patch * channels]
+    position_embedding: torch.Tensor  # [max_side ** 2, V]
+    layers: list[ViTLayerWeights]
+    post_norm: Affine  # [V]
+
+
+@dataclass(slots=True)
+class BagelWeights:
+    """Everything in ``ema.safetensors``."""
+
+    embed_tokens: torch.Tensor  # [vocab, H]
+    layers: list[DecoderLayerWeights]
+    norm: Pair  # [H]
+    lm_head: torch.Tensor  # [vocab, H]
+    vit: ViTWeights
+    connector: tuple[Affine, Affine]  # [H, V], [H, H]
+    time_embedder: tuple[Affine, Affine]  # [H, 256], [H, H]
+    vae2llm: Affine  # [H, latent features]
+    llm2vae: Affine  # [latent features, H]
+    latent_positions: torch.Tensor  # [max_latent_size ** 2, H]
+    vit_positions: torch.Tensor  # [max_side ** 2, H]
+
+    @classmethod
+    def allocate(cls, config: BagelConfig, device, dtype) -> "BagelWeights":
+        """Uninitialised tensors of the configuration's shapes; ``device="meta"`` allocates nothing."""
+
+        def empty(*shape):
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        def affine(rows, *columns):
+            return Affine(empty(rows, *columns), empty(rows))
+
+        def pair(*shape):
+            return Pair(empty(*shape), empty(*shape))
+
+        llm, vit, features = config.llm, config.vit, config.latent_features
+        H, D, V = llm.hidden_size, llm.head_dim, vit.hidden_size
+        qkv_rows = (llm.num_heads + 2 * llm.num_kv_heads) * D
+        return cls(
+            embed_tokens=empty(llm.vocab_size, H),
+            layers=[
+                DecoderLayerWeights(
+                    input_norm=pair(H),
+                    qkv=pair(qkv_rows, H),
+                    qkv_bias=pair(qkv_rows),
+                    qk_norm=pair(llm.num_heads + llm.num_kv_heads, D),
+                    o=pair(H, llm.num_heads * D),
+                    post_norm=pair(H),
+                    gate_up=pair(2 * llm.intermediate_size, H),
+                    down=pair(H, llm.intermediate_size),
+                )
+                for _ in range(llm.num_layers)
+            ],
+            norm=pair(H),
+            lm_head=empty(llm.vocab_size, H),
+            vit=ViTWeights(
+                patch_embedding=affine(V, config.patch_features),
+                position_embedding=empty(vit.max_patches_per_side**2, V),
+                layers=[
+                    ViTLayerWeights(
+                        norm1=affine(V),
+                        qkv=affine(3 * V, V),
+                        out=affine(V, V),
+                        norm2=affine(V),
+                        fc1=affine(vit.intermediate_size, V),
+                        fc2=affine(V, vit.intermediate_size),
+                    )
+                    for _ in range(vit.num_layers)
+                ],
+                post_norm=affine(V),
+            ),
+            connector=(affine(H, V), affine(H, H)),
+            time_embedder=(affine(H, TIME_FREQUENCIES), affine(H, H)),
+            vae2llm=affine(H, features),
+            llm2vae=affine(features, H),
+            latent_positions=empty(config.max_latent_size**2, H),
+            vit_positions=empty(vit.max_patches_per_side**2, H),
+        )
+
+    def destinations(self, config: BagelConfig) -> dict[str, Destination]:
+        """Official tensor name -> where it is stored here: the whole key list of ``ema.safetensors``."""
+        places = {
+            "language_model.model.embed_tokens.weight": self.embed_tokens,
+            "language_model.model.norm_moe_gen.weight": self.norm.gen,
+            "language_model.model.norm.weight": self.norm.und,
+            "language_model.lm_head.weight": self.lm_head,
+            "latent_pos_embed.pos_embed": self.latent_positions,
+            "vit_pos_embed.pos_embed": self.vit_positions,
+        }
+        for module, affine in (
+            ("connector.fc1", self.connector[0]),
+            ("connector.fc2", self.connector[1]),
+            ("time_embedder.mlp.0", self.time_embedder[0]),
+            ("time_embedder.mlp.2", self.time_embedder[1]),
+            ("vae2llm", self.vae2llm),
+            ("llm2vae", self.llm2vae),
+        ):
+            places |= _affine_places(module, affine)
+        places |= dict(_vit_places(self.vit, config.vit))
+        for index, layer in enumerate(self.layers):
+            for expert, suffix in enumerate(("_moe_gen", "")):
+                places |= dict(_layer_places(f"language_model.model.layers.{index}.", layer, expert, suffix, config.llm))
+        return {
+            name: place if isinstance(place, Destination) else Destination(place, tuple(place.shape))
+            for name, place in places.items()
+        }
+
+
+def _affine_places(module: str, affine: Affine) -> dict[str, torch.Tensor]:
+    return {f"{module}.weight": affine.weight, f"{module}.bias": affine.bias}
+
+
+def _layer_places(prefix: str, layer: DecoderLayerWeights, expert: int, suffix: str, config: TransformerConfig) -> Iterator:
+    """One expert's share of a layer. The suffix belongs to the module's name, not to the parameter's."""
+    heads, D = config.num_heads, config.head_dim
+    qk_norm, gate_up = layer.qk_norm[expert], layer.gate_up[expert].view(config.intermediate_size, 2, -1)
+    rows = [config.num_heads * D, config.num_kv_heads * D, config.num_kv_heads * D]
+    for name, weight, bias in zip("qkv", layer.qkv[expert].split(rows), layer.qkv_bias[expert].split(rows), strict=True):
+        yield f"{prefix}self_attn.{name}_proj{suffix}.weight", weight
+        yield f"{prefix}self_attn.{name}_proj{suffix}.bias", bias
+    yield f"{prefix}self_attn.q_norm{suffix}.weight", Destination(qk_norm[:heads], (D,))
+    yield f"{prefix}self_attn.k_norm{suffix}.weight", Destination(qk_norm[heads:], (D,))
+    yield f"{prefix}self_attn.o_proj{suffix}.weight", layer.o[expert]
+    yield f"{prefix}mlp{suffix}.gate_proj.weight", gate_up[:, 0]
+    yield f"{prefix}mlp{suffix}.up_proj.weight", gate_up[:, 1]
+    yield f"{prefix}mlp{suffix}.down_proj.weight", layer.down[expert]
+    yield f"{prefix}input_layernorm{suffix}.weight", layer.input_norm[expert]
+    yield f"{prefix}post_attention_layernorm{suffix}.weight", layer.post_norm[expert]
+
+
+def _vit_places(vit: ViTWeights, config: ViTConfig) -> Iterator:
+    prefix = "vit_model.vision_model."
+    yield from _affine_places(f"{prefix}embeddings.patch_embedding", vit.patch_embedding).items()
+    yield f"{prefix}embeddings.position_embedding.weight", vit.position_embedding
+    yield from _affine_places(f"{prefix}post_layernorm", vit.post_norm).items()
+    for index, layer in enumerate(vit.layers):
+        module = f"{prefix}encoder.layers.{index}."
+        for name, affine in (
+            ("layer_norm1", layer.norm1),
+            ("layer_norm2", layer.norm2),
+            ("self_attn.out_proj", layer.out),
+            ("mlp.fc1", layer.fc1),
+            ("mlp.fc2", layer.fc2),
+        ):
+            yield from _affine_places(module + name, affine).items()
+        weights, biases = (tensor.split(config.hidden_size) for tensor in layer.qkv)
+        for name, weight, bias in zip("qkv", weights, biases, strict=True):
+            yield from _affine_places(f"{module}self_attn.{name}_proj", Affine(weight, bias)).items()
