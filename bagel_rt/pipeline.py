@@ -1,0 +1,381 @@
+"""Bagel: text-to-image, editing, understanding and interleaved output from one official checkpoint folder."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from bagel_rt.cache import KVCache
+from bagel_rt.config import BagelConfig, CheckpointError
+from bagel_rt.context import Prefill
+from bagel_rt.conversation import Conversation, Noise, frame_text
+from bagel_rt.decode import generate_tokens
+from bagel_rt.denoise import Denoiser, ImageTask
+from bagel_rt.images import open_image, tensor_to_image
+from bagel_rt.models.bagel.embed import unpatchify
+from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.prompts import IMAGE_REQUEST, THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
+from bagel_rt.request import (
+    MAX_BATCH,
+    MAX_INPUTS,
+    MAX_ROUNDS,
+    ImageResult,
+    ImageSource,
+    Progress,
+    ProgressCallback,
+    Request,
+    check_list,
+    check_text,
+    is_size,
+    open_images,
+    per_prompt,
+    seeds_for,
+)
+from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, ImageSettings, TextSettings, override
+from bagel_rt.tokenizer import TextStream, Tokenizer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "tiny"
+
+
+class Bagel:
+    """A loaded model and everything it can do. One request at a time; not thread-safe."""
+
+    def __init__(self, model: BagelModel, tokenizer: Tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache: KVCache = model.make_cache()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path | None = None, device=None, dtype: torch.dtype | None = None, progress: bool = False
+    ) -> "Bagel":
+        """Load an official checkpoint folder.
+
+        Args:
+            folder: with config.json, llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and the
+                tokenizer's files. Without one, the small model that the package carries.
+            device: default "cuda" where there is one, else "cpu".
+            dtype: default bfloat16 on CUDA, float32 on the CPU.
+            progress: show a bar while weights are read.
+
+        Raises:
+            FileNotFoundError, ValueError, CheckpointError: a file is missing or wrong; the message says which and what
+                to do.
+        """
+        folder = Path(folder) if folder is not None else DEFAULT_MODEL
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; give the path of a downloaded BAGEL checkpoint folder")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device}, but torch sees no GPU: use device='cpu', or a torch build with CUDA")
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}: allowed are {', '.join(map(str, DTYPES))}")
+        config = BagelConfig.from_folder(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        if len(tokenizer) > config.llm.vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens, but llm_config.json says vocab_size "
+                f"{config.llm.vocab_size}; take both from the same published folder"
+            )
+        markers = (tokenizer.start_of_image, tokenizer.end_of_image)
+        with torch.inference_mode():
+            return cls(BagelModel.from_folder(folder, config, markers, device, dtype, progress), tokenizer)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        negative_prompt: str | None = None,
+        think: bool = False,
+        noise=None,
+        progress: ProgressCallback | None = None,
+        **hyperparameters,
+    ) -> ImageResult | list[ImageResult]:
+        """Text to image.
+
+        Args:
+            prompt: what to draw; a list draws them all in one batch and returns a list.
+            size: (height, width), multiples of the latent stride [16]; a list gives each prompt its own. Default: the
+                largest square the model was made for [1024 x 1024].
+            seed: of the noise (and of sampled thoughts); a list gives each prompt its own. With one seed for a batch,
+                prompt i takes seed + i. Default: random, returned in the result.
+            negative_prompt: what the text guidance moves away from, in place of nothing.
+            think: let the model write a plan first.
+            noise: float32 [tokens, features] instead of the seed's noise (a list of them for a batch).
+            progress: called after every step; may raise :class:`Cancelled`.
+            **hyperparameters: fields of :class:`ImageSettings` and :class:`TextSettings`, official names and defaults.
+
+        Raises:
+            ValueError, TypeError: something is out of range; nothing was computed.
+        """
+        image, text = override(GENERATE, hyperparameters)
+        batch = [prompt] if isinstance(prompt, str) else check_list("prompt", prompt, str, MAX_BATCH)
+        count, single = len(batch), isinstance(prompt, str)
+        sizes = [size] * count if size is None or is_size(size) else per_prompt("size", size, count)
+        noises = [noise] * count if single or noise is None else per_prompt("noise", noise, count)
+        system = THINK_BEFORE_IMAGE if think else None
+        also = [negative_prompt] if negative_prompt is not None else []
+        requests = [
+            self._request([text_], self._check_size(size), seed_, noise, system, also, text.max_think_token_n)
+            for text_, size, seed_, noise in zip(batch, sizes, seeds_for(seed, count), noises, strict=True)
+        ]
+        results = self.run_images(requests, system, negative_prompt, image, text, progress)
+        return results[0] if single else results
+
+    def edit(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        prompt: str,
+        *,
+        seed: int | None = None,
+        negative_prompt: str | None = None,
+        think: bool = False,
+        noise=None,
+        progress: ProgressCallback | None = None,
+        **hyperparameters,
+    ) -> ImageResult:
+        """Redraw an image (or combine several) as the prompt says; the result has the last one's size.
+
+        Args:
+            images: a PIL image, a path or encoded bytes; or a list of them.
+            prompt: the instruction.
+            noise: tensors instead of the seed's draws, one [1, z, height / 8, width / 8] per input image, then one
+                [tokens, features].
+
+        The rest is as in :meth:`generate`, with the official defaults of editing.
+        """
+        image, text = override(EDIT, hyperparameters)
+        inputs = [*open_images(images, least=1), check_text("prompt", prompt)]
+        system = THINK_BEFORE_IMAGE if think else None
+        also = [negative_prompt] if negative_prompt is not None else []
+        request = self._request(inputs, None, seeds_for(seed, 1)[0], noise, system, also, text.max_think_token_n)
+        return self.run_images([request], system, negative_prompt, image, text, progress)[0]
+
+    def chat(self, prompt: str, images: ImageSource | Sequence[ImageSource] = (), **options) -> str:
+        """Answer a question about images, or about none. Options as in :meth:`stream`."""
+        return "".join(self.stream(prompt, images, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        images: ImageSource | Sequence[ImageSource] = (),
+        *,
+        think: bool = False,
+        seed: int | None = None,
+        progress: ProgressCallback | None = None,
+        **hyperparameters,
+    ) -> Iterator[str]:
+        """Answer piece by piece. Arguments are checked at the call, work begins with the first piece.
+
+        Args:
+            prompt: the question.
+            images: shown before it, in order.
+            think: let the model reason first; the reasoning is part of the answer.
+            seed: of the sampler, where ``do_sample`` is set.
+            progress: called after every token; may raise :class:`Cancelled`.
+            **hyperparameters: fields of :class:`TextSettings`.
+        """
+        _, text = override(CHAT, hyperparameters)
+        inputs = [*open_images(images), check_text("prompt", prompt)]
+        system = THINK_BEFORE_ANSWER if think else None
+        request = self._request(inputs, None, seeds_for(seed, 1)[0], None, system, (), text.max_think_token_n)
+        return self.run_answer(request, system, text, progress)
+
+    def interleave(
+        self,
+        inputs: Sequence[str | ImageSource],
+        *,
+        think: bool = True,
+        max_rounds: int = 3,
+        size: tuple[int, int] | None = None,
+        seed: int | None = None,
+        noise=None,
+        progress: ProgressCallback | None = None,
+        **hyperparameters,
+    ) -> list[str | ImageResult]:
+        """Texts and images in, texts and images out, for models trained to ask for images (ThinkMorph).
+
+        The model writes; when its text contains ``<image_start>`` it draws, sees its drawing and writes on, up to
+        ``max_rounds`` images.
+
+        Args:
+            inputs: texts as str; images as PIL images, :class:`~pathlib.Path` or bytes (a str is always a text).
+            think: put the interleaved-thinking system prompt first.
+            max_rounds: images at most, [1, 16].
+            size: (height, width) of the images if no input is one; else they take the last input image's.
+            noise: tensors instead of the seed's draws, in the order of encoding and drawing.
+        """
+        image, text = override(INTERLEAVE, hyperparameters)
+        if type(max_rounds) is not int or not 1 <= max_rounds <= MAX_ROUNDS:
+            raise ValueError(f"max_rounds is {max_rounds!r}: allowed are integers from 1 to {MAX_ROUNDS}")
+        inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)
+        inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
+        system = THINK_INTERLEAVED if think else None
+        written = max_rounds * (text.max_think_token_n + 2)
+        request = self._request(inputs, self._check_size(size), seeds_for(seed, 1)[0], noise, system, (), written)
+        return self.run_interleaved(request, system, max_rounds, image, text, progress)
+
+    @torch.inference_mode()
+    def run_images(
+        self, requests: Sequence[Request], system: str | None, negative_prompt: str | None, image: ImageSettings,
+        text: TextSettings, progress: ProgressCallback | None = None,
+    ) -> list[ImageResult]:
+        """One picture for each request: one prefill, thoughts one after another, one denoising loop.
+
+        Inputs may be texts and images in any order; guidance follows the official rules (see
+        :class:`~bagel_rt.conversation.Conversation`). With a ``system`` prompt each request's plan is written first.
+        """
+        prefill = Prefill(self.model, self.cache)
+        conversations = [self._open(request, system, prefill, guided=True) for request in requests]
+        if negative_prompt is not None:
+            for conversation in conversations:
+                conversation.add_negative(negative_prompt)
+        prefill.run()
+        thoughts = [None] * len(requests)
+        if system is not None:
+            for index, (request, conversation) in enumerate(zip(requests, conversations, strict=True)):
+                thoughts[index] = "".join(self._decode(conversation, text, request.seed, progress))
+                conversation.add_thought(thoughts[index])
+            prefill.run()
+        sizes = [c.image_size or request.size for c, request in zip(conversations, requests, strict=True)]
+        drawn = self._denoise(conversations, sizes, image, progress)
+        return [
+            ImageResult(
+                picture, request.seed, _parameters(image, size, text if system else None, negative_prompt), latents, thought
+            )
+            for (picture, latents), request, size, thought in zip(drawn, requests, sizes, thoughts, strict=True)
+        ]
+
+    def run_answer(
+        self, request: Request, system: str | None, text: TextSettings, progress: ProgressCallback | None = None
+    ) -> Iterator[str]:
+        """Text about the request's inputs, piece by piece."""
+        with torch.inference_mode():
+            prefill = Prefill(self.model, self.cache)
+            conversation = self._open(request, system, prefill, guided=False)
+            prefill.run()
+            pieces = self._decode(conversation, text, request.seed, progress)
+        while True:
+            with torch.inference_mode():  # entered per piece: the mode must not leak into the consumer's code
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    @torch.inference_mode()
+    def run_interleaved(
+        self, request: Request, system: str | None, max_rounds: int, image: ImageSettings, text: TextSettings,
+        progress: ProgressCallback | None = None,
+    ) -> list[str | ImageResult]:
+        """Text, and as long as it asks for an image, a picture and more text.
+
+        Guidance stays with the contexts of the inputs: neither the model's texts nor its pictures enter them.
+        """
+        prefill = Prefill(self.model, self.cache)
+        conversation = self._open(request, system, prefill, guided=True)
+        size = conversation.image_size or request.size
+        parts = []
+        for turn in range(max_rounds):
+            prefill.run()
+            written = "".join(self._decode(conversation, text, request.seed + turn, progress))
+            parts.append(written)
+            if IMAGE_REQUEST not in written:
+                break
+            conversation.add_thought(written)
+            prefill.run()
+            [(picture, latents)] = self._denoise([conversation], [size], image, progress)
+            parts.append(ImageResult(picture, request.seed, _parameters(image, size, text, None), latents))
+            if turn + 1 < max_rounds:
+                conversation.add_image(picture, updates_guidance=False)
+        return parts
+
+    def _open(self, request: "Request", system: str | None, prefill: Prefill, guided: bool) -> Conversation:
+        """A conversation holding the system prompt and the request's inputs."""
+        noise = Noise(request.seed, request.noise)
+        conversation = Conversation(self.model, self.tokenizer, self.cache, prefill, noise, guided)
+        if system is not None:
+            conversation.add_system(system)
+        for part in request.inputs:
+            if isinstance(part, str):
+                conversation.add_text(part)
+            else:
+                conversation.add_image(part, generates=guided)
+        return conversation
+
+    def _decode(self, conversation: Conversation, text: TextSettings, seed: int, progress) -> Iterator[str]:
+        stream = TextStream(self.tokenizer)
+        temperature = text.text_temperature if text.do_sample else 0.0
+        tokens = generate_tokens(
+            self.model, conversation.gen, self.tokenizer.bos, self.tokenizer.eos, text.max_think_token_n, temperature, seed
+        )
+        for count, token in enumerate(tokens, start=1):
+            if progress:
+                progress(Progress("text", count, text.max_think_token_n))
+            if piece := stream.feed(token):
+                yield piece
+        if piece := stream.finish():
+            yield piece
+
+    def _denoise(self, conversations, sizes, settings: ImageSettings, progress) -> list[tuple[Image.Image, torch.Tensor]]:
+        """(picture, latents) of each conversation's next image."""
+        config = self.model.config
+        tasks = []
+        for conversation, size in zip(conversations, sizes, strict=True):
+            rows, columns = (side // config.latent_stride for side in size)
+            noise = conversation.noise.draw(rows * columns, config.latent_features)
+            tasks.append(ImageTask(rows, columns, noise, conversation.gen, conversation.no_text, conversation.no_img))
+        denoiser = Denoiser(self.model, self.cache, tasks, settings)
+        for index in range(len(denoiser)):
+            denoiser.step(index)
+            if progress:
+                progress(Progress("image", index + 1, len(denoiser)))
+        return [
+            (self.picture(latents, task.rows, task.columns), latents.clone())
+            for latents, task in zip(denoiser.images(), tasks, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def picture(self, latents: torch.Tensor, rows: int, columns: int) -> Image.Image:
+        """Latent tokens [rows * columns, features] -> the picture they stand for."""
+        latent = unpatchify(latents, rows, columns, self.model.config.latent_patch_size)
+        return tensor_to_image(self.model.vae.decode(latent[None].to(self.model.dtype))[0])
+
+    def _request(self, inputs, size, seed: int, noise, system: str | None, also: Sequence[str], written: int) -> Request:
+        """A request that fits the model's positions: its own texts (``also``: the negative prompt), its images, and
+        ``written`` tokens of the model's."""
+        limit = self.model.config.llm.max_position_embeddings
+        texts = [check_text("a text", part) for part in (*inputs, *also, system or "") if not isinstance(part, Image.Image)]
+        positions = sum(len(frame_text(self.tokenizer, text).ids) for text in texts) + 2 * len(inputs) + written
+        if positions > limit:
+            raise ValueError(
+                f"the request takes up to {positions} positions, {written} of them for text to be written; the model has "
+                f"{limit}: shorten the prompt or lower max_think_token_n"
+            )
+        return Request(inputs, size, seed, noise)
+
+    def _check_size(self, size) -> tuple[int, int]:
+        config = self.model.config
+        stride, largest = config.latent_stride, config.max_latent_size * config.latent_stride
+        if size is None:
+            return (min(config.vae_transform.max_size // stride * stride, largest),) * 2
+        if not is_size(size) or any(side % stride or not stride <= side <= largest for side in size):
+            raise ValueError(
+                f"size is {size!r}: allowed are (height, width) in multiples of {stride} from {stride} to {largest}, "
+                "the grid that the model has position embeddings for"
+            )
+        return tuple(size)
+
+
+def _parameters(image: ImageSettings, size, text: TextSettings | None, negative_prompt: str | None) -> dict:
+    parameters = {**asdict(image), "height": size[0], "width": size[1]}
+    if text is not None:
+        parameters |= asdict(text)
+    if negative_prompt is not None:
+        parameters["negative_prompt"] = negative_prompt
+    return parameters

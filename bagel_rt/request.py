@@ -1,0 +1,130 @@
+"""What a caller gives and gets: requests, results, progress, and the checks that run before any work."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from bagel_rt.images import open_image
+from bagel_rt.settings import check_seed
+
+MAX_BATCH = 64  # prompts of one call
+MAX_INPUTS = 64  # texts and images of one request
+MAX_ROUNDS = 16  # images of one interleaved answer
+MAX_CHARACTERS = 1 << 20  # of one text
+
+ImageSource = Image.Image | str | Path | bytes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands; given to the ``progress`` callback after every step.
+
+    Attributes:
+        stage: "text" while tokens are decoded, "image" while an image is denoised.
+        step: steps done in this stage, from 1.
+        total: steps of this stage; of text, the most there can be.
+    """
+
+    stage: str
+    step: int
+    total: int
+
+
+class Cancelled(Exception):
+    """Raise it in a ``progress`` callback to stop a request; everything it held is free again."""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass
+class ImageResult:
+    """A generated image.
+
+    Attributes:
+        image: the picture.
+        seed: what its noise was drawn with; the same seed and parameters give the same picture.
+        parameters: every hyper-parameter in force.
+        latents: float32 [tokens, features], the picture before the autoencoder's decoder.
+        thought: the text the model wrote before drawing, or None.
+    """
+
+    image: Image.Image
+    seed: int
+    parameters: dict
+    latents: torch.Tensor
+    thought: str | None = None
+
+
+@dataclass
+class Request:
+    """What one user sends: texts and images in order, with the noise that its pictures are made of.
+
+    Attributes:
+        inputs: strings and RGB-convertible PIL images.
+        size: (height, width) of the pictures to draw; an input image overrides it.
+        seed: of noise and sampling.
+        noise: draws to use in place of the seed's; see :class:`~bagel_rt.conversation.Noise`.
+    """
+
+    inputs: list[str | Image.Image]
+    size: tuple[int, int] | None
+    seed: int
+    noise: Sequence[torch.Tensor] | torch.Tensor | None = None
+
+
+def is_size(size) -> bool:
+    """Whether it is a pair of integers."""
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(type(side) is int for side in size)
+
+
+def per_prompt(name: str, values, count: int) -> list:
+    """A list with one entry for each of ``count`` prompts; ValueError if it is not."""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise ValueError(f"{name} is {values!r}: give one for all, or a list of {count}, one per prompt")
+    return list(values)
+
+
+def seeds_for(seed, count: int) -> list[int]:
+    """A seed for each prompt: those given, or consecutive ones from the one given, or from a random one."""
+    if isinstance(seed, (list, tuple)):
+        seeds = per_prompt("seed", seed, count)
+    else:
+        check_seed(seed)
+        first = secrets.randbelow(2**32) if seed is None else seed
+        seeds = [first + index for index in range(count)]
+    for value in seeds:
+        check_seed(value)
+    return [secrets.randbelow(2**32) if value is None else value for value in seeds]
+
+
+def check_text(name: str, text) -> str:
+    """The text; ValueError if it is none, or too long to be worth counting its tokens."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is a {type(text).__name__}: give a str")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{name} has {len(text)} characters: allowed are {MAX_CHARACTERS}; shorten it")
+    return text
+
+
+def check_list(name: str, values, kinds, most: int) -> list:
+    """A list of 1 to ``most`` entries of these types; ValueError if it is not."""
+    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= most:
+        raise ValueError(f"{name}: give a list of 1 to {most} entries")
+    for value in values:
+        if not isinstance(value, kinds):
+            raise ValueError(f"{name}: an entry is a {type(value).__name__}, which is not allowed here")
+    return list(values)
+
+
+def open_images(images: ImageSource | Sequence[ImageSource], least: int = 0) -> list[Image.Image]:
+    """One image or a list of them, opened; ValueError or FileNotFoundError if one cannot be."""
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if not least <= len(images) <= MAX_INPUTS:
+        raise ValueError(f"images: {len(images)} given, allowed are at least {least} and at most {MAX_INPUTS}")
+    return [open_image(image) for image in images]

@@ -1,0 +1,307 @@
+"""What a user of ``Bagel`` relies on: packing, sharing and cancelling change nothing; seeds repeat; bad input is named."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bagel_rt import Bagel, Cancelled, ImageResult
+from bagel_rt.context import Context, Prefill, Text
+from bagel_rt.conversation import Conversation, Noise
+from bagel_rt.denoise import Denoiser, ImageTask
+from bagel_rt.settings import ImageSettings
+
+FAST = {"num_timesteps": 5}
+PROMPTS = ["a small red boat", "", "draw a green bicycle, morning light; 3 birds", "x"]
+SIZES = [(64, 96), (16, 16), (96, 48), (32, 128)]
+
+
+@pytest.fixture(scope="module")
+def bagel():
+    return Bagel.from_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+
+
+def close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
+
+
+def frozen(cache, context):
+    slots = slice(context.key_start, context.key_start + context.length)
+    return cache.k[:, slots].clone(), cache.v[:, slots].clone()
+
+
+# Packing
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "blurry"])
+@pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(bagel, renorm, negative_prompt):
+    options = FAST | {"cfg_renorm_type": renorm, "negative_prompt": negative_prompt, "cfg_interval": (0.7, 1.0)}
+    together = bagel.generate(PROMPTS, size=SIZES, seed=[5, 6, 7, 8], **options)
+    for index, result in enumerate(together):
+        alone = bagel.generate(PROMPTS[index], size=SIZES[index], seed=5 + index, **options)
+        close(result.latents, alone.latents)
+        assert result.image.size == alone.image.size == SIZES[index][::-1]
+
+
+def test_a_packed_prefill_equals_one_append_at_a_time(bagel, photo):
+    def contexts(run_each):
+        prefill = Prefill(bagel.model, bagel.cache)
+        conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(3), guided=True)
+        for add in (lambda: conversation.add_system("think"), lambda: conversation.add_image(photo),
+                    lambda: conversation.add_text("make it night"), lambda: conversation.add_negative("day")):
+            add()
+            if run_each:
+                prefill.run()
+        prefill.run()
+        return conversation.gen, conversation.no_text, conversation.no_img
+
+    with torch.inference_mode():
+        for packed, single in zip(contexts(False), contexts(True), strict=True):
+            assert (packed.length, packed.position) == (single.length, single.position)
+            for a, b in zip(frozen(bagel.cache, packed), frozen(bagel.cache, single), strict=True):
+                close(a, b)
+
+
+@pytest.mark.parametrize("image_scale", [1.0, 1.5])
+def test_branch_deduplication_changes_nothing(bagel, image_scale):
+    settings = ImageSettings(num_timesteps=5, cfg_img_scale=image_scale)
+    with torch.inference_mode():
+        results = []
+        for deduplicate in (True, False):
+            prefill = Prefill(bagel.model, bagel.cache)
+            conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(1), guided=True)
+            conversation.add_text("a small red boat")
+            prefill.run()
+            noise = conversation.noise.draw(24, bagel.model.config.latent_features)
+            task = ImageTask(4, 6, noise, conversation.gen, conversation.no_text, conversation.no_img)
+            denoiser = Denoiser(bagel.model, bagel.cache, [task], settings, deduplicate)
+            for step in range(len(denoiser)):
+                denoiser.step(step)
+            results.append((denoiser.latents, len(denoiser._guided.sizes)))
+    assert [branches for _, branches in results] == [2, 3 if image_scale > 1 else 2]
+    close(results[0][0], results[1][0])
+
+
+# Contexts
+
+
+def test_a_cloned_and_extended_context_leaves_its_source_untouched(bagel):
+    with torch.inference_mode():
+        source = Context(bagel.cache, capacity=64)
+        prefill = Prefill(bagel.model, bagel.cache)
+        prefill.append(source, Text((1, 2, 3, 4, 5)))
+        prefill.run()
+        before = frozen(bagel.cache, source)
+        clones = [source.clone() for _ in range(3)]
+        for number, clone in enumerate(clones):
+            prefill.append(clone, Text((7 + number, 8, 9)))
+        prefill.run()
+        assert all(torch.equal(a, b) for a, b in zip(before, frozen(bagel.cache, source), strict=True))
+        assert (source.length, source.position, len(source.history)) == (5, 5, 1)
+        for number, clone in enumerate(clones):
+            fresh = Context(bagel.cache)
+            prefill.append(fresh, Text((1, 2, 3, 4, 5)))
+            prefill.append(fresh, Text((7 + number, 8, 9)))
+            prefill.run()
+            assert fresh.same_as(clone) and not fresh.same_as(source)
+            for a, b in zip(frozen(bagel.cache, clone), frozen(bagel.cache, fresh), strict=True):
+                close(a, b)
+
+
+def test_equal_texts_make_equal_contexts_and_images_only_themselves(bagel, photo):
+    with torch.inference_mode():
+        prefill = Prefill(bagel.model, bagel.cache)
+        talks = [Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(0), guided=True) for _ in range(3)]
+        for talk, text in zip(talks, ("a", "a", "b"), strict=True):
+            talk.add_text(text)
+        assert talks[0].gen.same_as(talks[1].gen) and not talks[0].gen.same_as(talks[2].gen)
+        assert talks[0].gen.same_as(talks[0].no_img) and not talks[0].gen.same_as(talks[0].no_text)
+        talks[0].add_image(photo), talks[1].add_image(photo)
+        assert not talks[0].gen.same_as(talks[1].gen), "two encodings draw different noise"
+        prefill.run()
+
+
+# Requests
+
+
+def test_the_same_seed_repeats_and_another_does_not(bagel, photo):
+    for call in (
+        lambda seed: bagel.generate("a boat", size=(32, 32), seed=seed, **FAST),
+        lambda seed: bagel.edit(photo, "make it night", seed=seed, **FAST),
+    ):
+        first, again, other = call(3), call(3), call(4)
+        assert torch.equal(first.latents, again.latents) and first.image.tobytes() == again.image.tobytes()
+        assert not torch.equal(first.latents, other.latents)
+    drawn = bagel.generate("a boat", size=(32, 32), **FAST)
+    assert torch.equal(bagel.generate("a boat", size=(32, 32), seed=drawn.seed, **FAST).latents, drawn.latents)
+
+
+def test_injected_noise_replaces_the_seed(bagel):
+    noise = torch.randn(4, bagel.model.config.latent_features)
+    one, two = (bagel.generate("a", size=(32, 32), seed=seed, noise=noise, **FAST) for seed in (1, 2))
+    assert torch.equal(one.latents, two.latents)
+
+
+def test_a_streamed_answer_is_the_whole_answer(bagel, photo):
+    for images in ((), photo, [photo, photo]):
+        options = {"max_think_token_n": 24, "think": True}
+        assert "".join(bagel.stream("What is this?", images, **options)) == bagel.chat("What is this?", images, **options)
+
+
+def test_sampled_text_repeats_with_its_seed(bagel):
+    options = {"max_think_token_n": 24, "do_sample": True, "text_temperature": 1.0}
+    first, again, other = (bagel.chat("Why?", seed=seed, **options) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_thinking_puts_the_thought_into_the_result(bagel):
+    result = bagel.generate("a boat", size=(32, 32), seed=0, think=True, max_think_token_n=8, **FAST)
+    plain = bagel.generate("a boat", size=(32, 32), seed=0, **FAST)
+    assert isinstance(result.thought, str) and result.thought and plain.thought is None
+    assert not torch.equal(result.latents, plain.latents)
+
+
+def test_interleaving_returns_texts_and_stops_when_no_image_is_asked_for(bagel, photo):
+    parts = bagel.interleave([photo, "continue the story"], max_think_token_n=6, seed=0, **FAST)
+    assert [type(part) for part in parts] == [str]
+
+
+def test_interleaving_draws_at_most_max_rounds_images(bagel, photo, monkeypatch):
+    monkeypatch.setattr(Bagel, "_decode", lambda self, *_: iter(["look <image_start>"]))
+    parts = bagel.interleave([photo, "go on"], max_rounds=2, seed=0, **FAST)
+    assert [type(part) for part in parts] == [str, ImageResult, str, ImageResult]
+    assert parts[1].image.size == parts[3].image.size == (96, 64)
+    assert not torch.equal(parts[1].latents, parts[3].latents), "the second picture has seen the first"
+
+
+def test_parameters_say_what_was_done(bagel):
+    result = bagel.generate("a", size=(32, 48), seed=9, negative_prompt="b", cfg_text_scale=2.5, **FAST)
+    assert result.parameters["cfg_text_scale"] == 2.5 and result.parameters["num_timesteps"] == 5
+    assert (result.parameters["height"], result.parameters["width"], result.seed) == (32, 48, 9)
+    assert result.parameters["negative_prompt"] == "b" and "max_think_token_n" not in result.parameters
+
+
+@pytest.mark.parametrize("stage, call", [
+    ("image", lambda bagel, photo, **options: bagel.edit(photo, "night", seed=1, num_timesteps=6, **options)),
+    ("text", lambda bagel, photo, **options: bagel.chat("what?", photo, max_think_token_n=10, **options)),
+])
+def test_cancelling_frees_everything_and_the_next_request_is_unharmed(bagel, photo, stage, call):
+    seen = []
+
+    def stop(progress):
+        seen.append(progress)
+        if progress.step == 3:
+            raise Cancelled
+
+    gc.collect()
+    free = bagel.cache.slots - bagel.cache.free_slots
+    before = call(bagel, photo)
+    with pytest.raises(Cancelled):
+        call(bagel, photo, progress=stop)
+    assert bagel.cache.slots - bagel.cache.free_slots == free
+    assert [(p.stage, p.step) for p in seen] == [(stage, 1), (stage, 2), (stage, 3)]
+    after = call(bagel, photo)
+    assert before == after if stage == "text" else torch.equal(before.latents, after.latents)
+
+
+def test_an_abandoned_stream_frees_everything(bagel, photo):
+    gc.collect()
+    used = bagel.cache.slots - bagel.cache.free_slots
+    pieces = bagel.stream("what?", photo)
+    next(pieces)
+    assert bagel.cache.slots - bagel.cache.free_slots > used
+    pieces.close()
+    assert bagel.cache.slots - bagel.cache.free_slots == used
+
+
+def test_the_caller_is_not_left_in_inference_mode(bagel):
+    pieces = bagel.stream("what?", max_think_token_n=4)
+    next(pieces)
+    assert not torch.is_inference_mode_enabled()
+    bagel.generate("a", size=(16, 16), seed=0, num_timesteps=2)
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_the_default_size_is_the_largest_square_of_the_model(bagel):
+    result = bagel.generate("a", seed=0, num_timesteps=2)
+    assert result.image.size == (128, 128)
+
+
+# Bad input: refused before any work, naming the value and what is allowed
+
+REFUSED = {
+    "scale that is negative": (dict(cfg_text_scale=-1), "cfg_text_scale is -1: allowed are numbers from 0 to 100"),
+    "scale that is not finite": (dict(cfg_img_scale=float("nan")), "cfg_img_scale is nan"),
+    "scale that is text": (dict(cfg_text_scale="4"), "cfg_text_scale is '4'"),
+    "interval above one": (dict(cfg_interval=(0.4, 1.5)), "cfg_interval is 1.5: allowed are numbers from 0 to 1"),
+    "interval that is reversed": (dict(cfg_interval=(0.9, 0.1)), "low end lies above its high end"),
+    "interval of one number": (dict(cfg_interval=(0.4,)), "give two numbers"),
+    "interval that is a number": (dict(cfg_interval=0.4), "give two numbers"),
+    "renorm the official app lists and its model rejects": (dict(cfg_renorm_type="local"), "'local': allowed are global"),
+    "renorm minimum above one": (dict(cfg_renorm_min=2), "cfg_renorm_min is 2"),
+    "shift of zero": (dict(timestep_shift=0), "timestep_shift is 0"),
+    "one timestep": (dict(num_timesteps=1), "num_timesteps is 1: allowed are integers from 2 to 1000"),
+    "fractional timesteps": (dict(num_timesteps=10.0), "num_timesteps is 10.0"),
+    "too many timesteps": (dict(num_timesteps=10**9), "num_timesteps is 1000000000"),
+    "no thinking tokens": (dict(max_think_token_n=0), "max_think_token_n is 0"),
+    "sampling that is no flag": (dict(do_sample="yes"), "do_sample is 'yes'"),
+    "temperature of zero": (dict(text_temperature=0), "text_temperature is 0.*do_sample=False"),
+    "size that is no multiple": (dict(size=(100, 96)), r"size is \(100, 96\).*multiples of 16 from 16 to 256"),
+    "size beyond the position table": (dict(size=(64, 1024)), r"size is \(64, 1024\)"),
+    "size of zero": (dict(size=(0, 64)), r"size is \(0, 64\)"),
+    "size of three numbers": (dict(size=(64, 64, 3)), "size is"),
+    "size that is fractional": (dict(size=(64.0, 64)), "size is"),
+    "negative seed": (dict(seed=-1), "seed is -1: allowed are integers from 0"),
+    "seed too large": (dict(seed=2**63), "seed is 9223372036854775808"),
+    "fractional seed": (dict(seed=1.5), "seed is 1.5"),
+    "seeds for other prompts": (dict(seed=[1, 2]), "one per prompt"),
+    "noise of another shape": (dict(noise=torch.zeros(3, 64), size=(32, 32)), r"noise: a tensor of shape \(3, 64\)"),
+    "negative prompt that is no text": (dict(negative_prompt=3), "a text is a int"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
+def test_generate_refuses(bagel, options, message):
+    used = bagel.cache.slots - bagel.cache.free_slots
+    with pytest.raises(ValueError, match=message):
+        bagel.generate("a boat", **options)
+    assert bagel.cache.slots - bagel.cache.free_slots == used
+
+
+WRONG_CALLS = {
+    "an unknown hyper-parameter": (lambda b: b.generate("a", cfg_scale=3), TypeError, "unknown hyper-parameter cfg_scale"),
+    "an image hyper-parameter in a chat": (lambda b: b.chat("a", num_timesteps=3), TypeError, "num_timesteps"),
+    "a prompt that is no text": (lambda b: b.generate(3), ValueError, "prompt"),
+    "an empty batch": (lambda b: b.generate([]), ValueError, "1 to 64"),
+    "a batch that is too large": (lambda b: b.generate(["a"] * 65), ValueError, "1 to 64"),
+    "a batch with a number": (lambda b: b.generate(["a", 3]), ValueError, "an entry is a int"),
+    "sizes for other prompts": (lambda b: b.generate(["a", "b"], size=[(16, 16)]), ValueError, "one per prompt"),
+    "a prompt longer than the model's positions": (lambda b: b.generate("ab " * 20000), ValueError, "32768"),
+    "a prompt of many megabytes": (lambda b: b.chat("a" * 10**8), ValueError, "characters"),
+    "an image that does not exist": (lambda b: b.edit("no-such.png", "a"), FileNotFoundError, "no-such.png"),
+    "bytes that are no image": (lambda b: b.edit(b"hello", "a"), ValueError, "5 bytes: not a picture"),
+    "an image that is a number": (lambda b: b.edit(3, "a"), ValueError, "int"),
+    "an instruction that is no text": (lambda b: b.edit(Image.new("RGB", (8, 8)), None), ValueError, "prompt"),
+    "an edit without an image": (lambda b: b.edit([], "a"), ValueError, "image"),
+    "too many images": (lambda b: b.chat("a", [Image.new("RGB", (8, 8))] * 65), ValueError, "at most 64"),
+    "no rounds": (lambda b: b.interleave(["a"], max_rounds=0), ValueError, "max_rounds is 0"),
+    "no inputs": (lambda b: b.interleave([]), ValueError, "inputs"),
+    "an input that is a number": (lambda b: b.interleave(["a", 5]), ValueError, "int"),
+    "a folder that is not there": (lambda b: Bagel.from_pretrained("no-such-folder"), FileNotFoundError, "no-such-folder"),
+    "a dtype that is no float": (lambda b: Bagel.from_pretrained(dtype=torch.int8), ValueError, "int8"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_refuses(bagel, call, error, message):
+    with pytest.raises(error, match=message):
+        call(bagel)
