@@ -1,0 +1,77 @@
+"""Conformance of whole requests: inputs and hyper-parameters in, texts and pictures out, through the public pipeline."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bagel_rt.conformance.compare import Comparison, agree, compare
+from bagel_rt.pipeline import Bagel
+from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
+from bagel_rt.request import ImageResult, Request
+from bagel_rt.settings import ImageSettings, TextSettings
+
+FED_BACK = 3e-3  # a generated picture that is quantised and shown to the model again may differ by single levels
+
+
+class _Scripted(Bagel):
+    """A Bagel whose texts are given: random weights never ask for an image."""
+
+    def __init__(self, bagel: Bagel, script: list[str]):
+        super().__init__(bagel.model, bagel.tokenizer)
+        self._script = iter(script)
+
+    def _decode(self, *_):
+        yield next(self._script)
+
+
+def request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict) -> list[Comparison]:
+    """Run the recorded request with the recorded noise; compare every output and every final latent."""
+    inputs, hyper = meta["inputs"], meta["inputs"]["hyper"]
+    parts = [Image.open(pack / part) if (pack / part).is_file() else part for part in inputs["interleave_inputs"]]
+    image = ImageSettings(**{field.name: hyper[field.name] for field in fields(ImageSettings)})
+    text = TextSettings(**{field.name: hyper[field.name] for field in fields(TextSettings)})
+    request = Request(parts, tuple(hyper["image_shapes"]), 0, None if hyper["understanding_output"] else _draws(meta, golden))
+    think, tolerance = hyper["think"], {}
+    if "thinkmorph" in meta["case"]:
+        if "scripted_gen_text" in inputs:
+            bagel, tolerance = _Scripted(bagel, inputs["scripted_gen_text"]), {"tolerance": FED_BACK}
+        outputs = bagel.run_interleaved(request, THINK_INTERLEAVED if think else None, 3, image, text, None)
+    elif hyper["understanding_output"]:
+        outputs = ["".join(bagel.run_answer(request, THINK_BEFORE_ANSWER if think else None, text, None))]
+    else:
+        [result] = bagel.run_images([request], THINK_BEFORE_IMAGE if think else None, None, image, text, None)
+        outputs = [result] if result.thought is None else [result.thought, result]
+    results = [agree("request.outputs", [_kind(output) for output in outputs], [next(iter(o)) for o in meta["outputs"]])]
+    latents = iter(sorted(name for name in golden if name.endswith(".final_latent")))
+    for number, (output, want) in enumerate(zip(outputs, meta["outputs"], strict=False)):
+        if isinstance(output, str):
+            results.append(agree(f"request.text {number}", output, want.get("text")))
+            continue
+        results.append(compare(name := next(latents), output.latents, golden[name], **tolerance, note="request"))
+        recorded = np.array(Image.open(case / want["image"]).convert("RGB"), dtype=int)
+        picture = np.array(output.image, dtype=int)
+        same_size = picture.shape == recorded.shape
+        levels = int(np.abs(picture - recorded).max()) if same_size else 255
+        results.append(Comparison(want["image"], levels, 1, levels <= 1, "levels" if same_size else "another size"))
+    return results
+
+
+def _draws(meta: dict, golden: dict) -> list[torch.Tensor]:
+    """The recorded noise in the order of drawing: an encoding stands where its update begins, a picture where the
+    context it is drawn from ends."""
+    places = [
+        (update["kv_len_before"][0], 1, golden[f"u{update['index']:02d}_vae.eps"])
+        for update in meta["updates"]
+        if update["kind"] == "vae"
+    ] + [
+        (image["contexts"]["gen"]["kv_len"][0], 0, golden[f"i{image['index']:02d}.init_noise"])
+        for image in meta.get("image_generations", ())
+    ]
+    return [noise for _, _, noise in sorted(places, key=lambda place: place[:2])]
+
+
+def _kind(output) -> str:
+    return "image" if isinstance(output, ImageResult) else "text"
