@@ -1,0 +1,26 @@
+"""The ops of the runtime: one file each, holding contract, PyTorch reference and launcher.
+
+Rows of a packed batch are expert-major: [0, G) belong to the generation expert, [G, T) to the understanding expert.
+Every op is registered as ``torch.ops.bagel_rt.<name>`` with shapes for ``torch.compile``; the functions exported here
+check their arguments first. They know tensors only: no model, no checkpoint, no context.
+"""
+
+from bagel_rt.kernels.attention import attention, attention_dense_reference
+from bagel_rt.kernels.decode_attention import decode_attention
+from bagel_rt.kernels.guidance import guided_step, guided_velocity
+from bagel_rt.kernels.linear import linear
+from bagel_rt.kernels.norm import rms_norm
+from bagel_rt.kernels.qk_norm_rope import qk_norm_rope
+from bagel_rt.kernels.sample import sample
+
+__all__ = [
+    "attention",
+    "attention_dense_reference",
+    "decode_attention",
+    "guided_step",
+    "guided_velocity",
+    "linear",
+    "qk_norm_rope",
+    "rms_norm",
+    "sample",
+]

@@ -1,0 +1,142 @@
+import pytest
+import torch
+
+from bagel_rt.kernels import qk_norm_rope
+
+SHAPES = [
+    pytest.param(T, G, Hq, Hkv, D, id=f"{T}rows-{G}gen-heads{Hq}+{Hkv}-d{D}")
+    for T, G, Hq, Hkv, D in [
+        (0, 0, 4, 2, 16), (1, 0, 4, 2, 16), (1, 1, 4, 2, 16), (3, 2, 1, 1, 2), (5, 5, 7, 1, 72), (9, 0, 28, 4, 128),
+        (37, 20, 6, 3, 40),
+    ]
+]  # fmt: skip
+# One rounding: half a unit in the last place, relative; the absolute part is float32's own.
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-13, atol=1e-13),
+    torch.float32: dict(rtol=1e-6, atol=2e-6),
+    torch.float16: dict(rtol=2**-11, atol=2e-6),
+    torch.bfloat16: dict(rtol=2**-8, atol=2e-6),
+}
+EPS = 1e-6
+
+
+def values(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def arguments(T, Hq, Hkv, D, dtype, S=64):
+    """qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache; the caches hold sevens."""
+    angle = values(4, T, D // 2) * 3
+    wide = torch.promote_types(dtype, torch.float32)
+    slots = torch.randperm(S, generator=torch.Generator().manual_seed(5))[:T]
+    caches = (torch.full((S, Hkv, D), 7.0, dtype=dtype) for _ in range(2))
+    norms = (values(seed, Hq + Hkv, D).to(dtype) for seed in (2, 3))
+    qkv = values(1, T, (Hq + 2 * Hkv) * D).to(dtype)
+    return qkv, *norms, angle.cos().to(wide), angle.sin().to(wide), slots, *caches
+
+
+def by_the_book(qkv, norm_gen, norm_und, cos, sin, Hkv, G):
+    """(q, k, v) in float64; RoPE as multiplication by exp(i angle) of a + i b, (a, b) the halves of a head."""
+    D, heads = norm_gen.shape[1], norm_gen.shape[0]
+    x = qkv.double().unflatten(1, (heads + Hkv, D))
+    qk, v = x[:, :heads], x[:, heads:]
+    generation = (torch.arange(len(qkv)) < G)[:, None, None]
+    qk = qk / (qk.pow(2).sum(-1, keepdim=True) / D + EPS).sqrt()
+    qk = qk * torch.where(generation, norm_gen.double(), norm_und.double())
+    turned = torch.complex(qk[..., : D // 2], qk[..., D // 2 :]) * torch.complex(cos.double(), sin.double())[:, None]
+    qk = torch.cat([turned.real, turned.imag], -1)
+    return qk[:, : heads - Hkv], qk[:, heads - Hkv :], v
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, G, Hq, Hkv, D", SHAPES)
+def test_matches_the_formula_in_float64_and_rounds_once(T, G, Hq, Hkv, D, dtype):
+    args = arguments(T, Hq, Hkv, D, dtype)
+    *inputs, slots, k_cache, v_cache = args
+    before = [t.clone() for t in args[:6]]
+    q = qk_norm_rope(*args, G, EPS)
+    want_q, want_k, want_v = by_the_book(*inputs, Hkv, G)
+    assert q.dtype == dtype and q.shape == (T, Hq, D) and q.is_contiguous()
+    torch.testing.assert_close(q.double(), want_q, **TOLERANCE[dtype])
+    torch.testing.assert_close(k_cache[slots].double(), want_k, **TOLERANCE[dtype])
+    assert torch.equal(v_cache[slots].double(), want_v)
+    assert all(map(torch.equal, args[:6], before)), "an input was written to"
+
+
+def test_slots_of_other_tokens_stay_as_they_are():
+    args = arguments(5, 4, 2, 16, torch.float32)
+    *_, slots, k_cache, v_cache = args
+    qk_norm_rope(*args, 2, EPS)
+    untouched = torch.ones(64, dtype=torch.bool).index_fill(0, slots, False)
+    assert (k_cache[untouched] == 7).all() and (v_cache[untouched] == 7).all()
+
+
+def test_rows_near_zero_feel_eps():
+    args = arguments(4, 4, 2, 16, torch.float32)
+    args[0].mul_(1e-3)
+    args[0][1].zero_()
+    q = qk_norm_rope(*args, 2, EPS)
+    torch.testing.assert_close(q.double(), by_the_book(*args[:5], 2, 2)[0], **TOLERANCE[torch.float32])
+    assert (q[1] == 0).all()
+
+
+def test_scores_depend_on_relative_positions_only():
+    D, query, key = 32, values(1, 32), values(2, 32)
+    frequency = 100.0 ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2))
+    qkv, ones = torch.cat([query, key, key]).expand(2, -1), torch.ones(2, D, dtype=torch.float64)
+    slots, scores = torch.tensor([0, 1]), []
+    for positions in ([3, 1], [1003, 1001]):
+        angle = torch.tensor(positions)[:, None] * frequency
+        k_cache, v_cache = torch.zeros(2, 2, 1, D, dtype=torch.float64)
+        q = qk_norm_rope(qkv, ones, ones, angle.cos(), angle.sin(), slots, k_cache, v_cache, 0, EPS)
+        scores.append(q[0, 0] @ k_cache[1, 0])
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_and_caches_need_not_be_contiguous(dtype):
+    args = arguments(6, 4, 2, 16, dtype)
+    strided = [t.repeat_interleave(2, -1)[..., ::2] for t in args]
+    q, strided_q = qk_norm_rope(*args, 2, EPS), qk_norm_rope(*strided, 2, EPS)
+    assert torch.equal(q, strided_q) and strided_q.is_contiguous()
+    assert torch.equal(args[6], strided[6]) and torch.equal(args[7], strided[7])
+
+
+def test_float64_rows_may_come_with_float32_tables():
+    args = arguments(6, 4, 2, 16, torch.float64)
+    args = (*args[:3], args[3].float(), args[4].float(), *args[5:])
+    q = qk_norm_rope(*args, 2, EPS)
+    torch.testing.assert_close(q, by_the_book(*args[:5], 2, 2)[0], **TOLERANCE[torch.float64])
+
+
+def test_refuses_a_slot_past_the_cache():
+    args = arguments(3, 4, 2, 16, torch.float32, S=8)
+    args[5][1] = 8
+    with pytest.raises(IndexError):
+        qk_norm_rope(*args, 1, EPS)
+
+
+WRONG = {
+    "more-gen-than-rows": ({"G": 4}, "G=4 generation rows, but qkv has 3 rows"),
+    "odd-head-dim": (
+        {"k_cache": torch.zeros(8, 2, 15), "v_cache": torch.zeros(8, 2, 15)},
+        "head_dim D=15 is not a positive even number",
+    ),
+    "qkv-of-half-a-head": ({"qkv": torch.zeros(3, 120)}, r"qkv has 120 columns, expected \(Hq \+ 2\*2\) \* 16"),
+    "qkv-without-queries": ({"qkv": torch.zeros(3, 64)}, "qkv has 64 columns, .* with Hq >= 1"),
+    "one-norm-for-all-heads": ({"norm_gen": torch.zeros(16)}, r"norm_gen is \(16,\) torch.float32, expected \(6, 16\)"),
+    "float64-norm": ({"norm_und": torch.zeros(6, 16).double()}, "norm_und is .* torch.float64"),
+    "full-width-cos": ({"cos": torch.zeros(3, 16)}, r"cos is \(3, 16\) torch.float32, expected \(3, 8\)"),
+    "rounded-sin": ({"sin": torch.zeros(3, 8).bfloat16()}, "sin is .* torch.bfloat16, expected .* torch.float32"),
+    "int32-slots": ({"slots": torch.zeros(3, dtype=torch.int32)}, r"slots is \(3,\) torch.int32, expected .*int64"),
+    "v-cache-of-other-heads": ({"v_cache": torch.zeros(8, 4, 16)}, r"v_cache is \(8, 4, 16\)"),
+    "k-cache-of-other-dtype": ({"k_cache": torch.zeros(8, 2, 16).half()}, "k_cache is torch.float16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
+def test_names_the_argument_that_does_not_fit(change, message):
+    names = ("qkv", "norm_gen", "norm_und", "cos", "sin", "slots", "k_cache", "v_cache")
+    given = dict(zip(names, arguments(3, 4, 2, 16, torch.float32, S=8), strict=True), G=1, eps=EPS)
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope(**(given | change))
