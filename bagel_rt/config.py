@@ -200,6 +200,16 @@ class BagelConfig:
         return self.vae.downsample * self.latent_patch_size
 
     @property
+    def largest_side(self) -> int:
+        """Pixels per side of the largest picture that the position table holds."""
+        return self.max_latent_size * self.latent_stride
+
+    @property
+    def usual_side(self) -> int:
+        """Pixels per side of a picture whose size nobody gave: the official 1024."""
+        return min(self.vae_transform.max_size // self.latent_stride * self.latent_stride, self.largest_side)
+
+    @property
     def latent_features(self) -> int:
         """Numbers in one latent token."""
         return self.vae.z_channels * self.latent_patch_size**2

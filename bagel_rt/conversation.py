@@ -35,7 +35,9 @@ class Noise:
         if self._given is None:
             return torch.randn(shape, generator=self._generator)
         if not self._given:
-            raise ValueError(f"noise: no tensor left for a draw of shape {shape}; give one per encoded and generated image")
+            raise ValueError(
+                f"noise: no tensor left for a draw of shape {shape}; give one per encoded and generated image"
+            )
         noise = self._given.pop(0)
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise: a tensor of shape {tuple(noise.shape)} was given where {shape} is drawn")
@@ -50,7 +52,14 @@ class Conversation:
     """
 
     def __init__(
-        self, model: BagelModel, tokenizer: Tokenizer, cache: KVCache, prefill: Prefill, noise: Noise, guided: bool, capacity=0
+        self,
+        model: BagelModel,
+        tokenizer: Tokenizer,
+        cache: KVCache,
+        prefill: Prefill,
+        noise: Noise,
+        guided: bool,
+        capacity=0,
     ):
         """``guided``: whether images will be generated; without it only ``gen`` is kept.
 

@@ -144,13 +144,14 @@ def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
     Levels are truncated, not rounded, as in the official code.
 
     Raises:
-        ValueError: another shape, or NaN.
+        ValueError: another shape.
+        FloatingPointError: NaN.
     """
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"a picture is made of a tensor [3, H, W], not {list(tensor.shape)}")
     levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu() * 255
     if levels.isnan().any():
-        raise ValueError("the decoded picture contains NaN; the model's weights or the latents are damaged")
+        raise FloatingPointError("the decoded picture contains NaN; the model's weights or the latents are damaged")
     return Image.fromarray(levels.to(torch.uint8).numpy())
 
 

@@ -14,13 +14,11 @@ from bagel_rt.conversation import Conversation, Noise, frame_text
 from bagel_rt.decode import generate_tokens
 from bagel_rt.denoise import Denoiser, ImageTask
 from bagel_rt.images import open_image, tensor_to_image
+from bagel_rt.kernels.backend import choose_backend
 from bagel_rt.models.bagel.embed import unpatchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.prompts import IMAGE_REQUEST, THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.request import (
-    MAX_BATCH,
-    MAX_INPUTS,
-    MAX_ROUNDS,
     ImageResult,
     ImageSource,
     Progress,
@@ -33,7 +31,18 @@ from bagel_rt.request import (
     per_prompt,
     seeds_for,
 )
-from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, ImageSettings, TextSettings, override
+from bagel_rt.settings import (
+    CHAT,
+    EDIT,
+    GENERATE,
+    INTERLEAVE,
+    MAX_BATCH,
+    MAX_INPUTS,
+    MAX_ROUNDS,
+    ImageSettings,
+    TextSettings,
+    override,
+)
 from bagel_rt.tokenizer import TextStream, Tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +59,12 @@ class Bagel:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path | None = None, device=None, dtype: torch.dtype | None = None, progress: bool = False
+        cls,
+        folder: str | Path | None = None,
+        device=None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        progress: bool = False,
     ) -> "Bagel":
         """Load an official checkpoint folder.
 
@@ -59,6 +73,8 @@ class Bagel:
                 tokenizer's files. Without one, the small model that the package carries.
             device: default "cuda" where there is one, else "cpu".
             dtype: default bfloat16 on CUDA, float32 on the CPU.
+            backend: "reference" runs the ops' PyTorch formulas, "auto" the best the device offers; for the whole
+                process. Default: the environment variable BAGEL_RT_BACKEND, else "auto".
             progress: show a bar while weights are read.
 
         Raises:
@@ -69,11 +85,16 @@ class Bagel:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; give the path of a downloaded BAGEL checkpoint folder")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device}, but torch sees no GPU: use device='cpu', or a torch build with CUDA")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs: use device='cpu', or a torch build "
+                "with CUDA on a machine that has one"
+            )
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}: allowed are {', '.join(map(str, DTYPES))}")
+        if backend is not None:
+            choose_backend(backend)
         config = BagelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)
         if len(tokenizer) > config.llm.vocab_size:
@@ -223,8 +244,13 @@ class Bagel:
 
     @torch.inference_mode()
     def run_images(
-        self, requests: Sequence[Request], system: str | None, negative_prompt: str | None, image: ImageSettings,
-        text: TextSettings, progress: ProgressCallback | None = None,
+        self,
+        requests: Sequence[Request],
+        system: str | None,
+        negative_prompt: str | None,
+        image: ImageSettings,
+        text: TextSettings,
+        progress: ProgressCallback | None = None,
     ) -> list[ImageResult]:
         """One picture for each request: one prefill, thoughts one after another, one denoising loop.
 
@@ -247,7 +273,11 @@ class Bagel:
         drawn = self._denoise(conversations, sizes, image, progress)
         return [
             ImageResult(
-                picture, request.seed, _parameters(image, size, text if system else None, negative_prompt), latents, thought
+                picture,
+                request.seed,
+                _parameters(image, size, text if system else None, negative_prompt),
+                latents,
+                thought,
             )
             for (picture, latents), request, size, thought in zip(drawn, requests, sizes, thoughts, strict=True)
         ]
@@ -270,7 +300,12 @@ class Bagel:
 
     @torch.inference_mode()
     def run_interleaved(
-        self, request: Request, system: str | None, max_rounds: int, image: ImageSettings, text: TextSettings,
+        self,
+        request: Request,
+        system: str | None,
+        max_rounds: int,
+        image: ImageSettings,
+        text: TextSettings,
         progress: ProgressCallback | None = None,
     ) -> list[str | ImageResult]:
         """Text, and as long as it asks for an image, a picture and more text.
@@ -312,7 +347,13 @@ class Bagel:
         stream = TextStream(self.tokenizer)
         temperature = text.text_temperature if text.do_sample else 0.0
         tokens = generate_tokens(
-            self.model, conversation.gen, self.tokenizer.bos, self.tokenizer.eos, text.max_think_token_n, temperature, seed
+            self.model,
+            conversation.gen,
+            self.tokenizer.bos,
+            self.tokenizer.eos,
+            text.max_think_token_n,
+            temperature,
+            seed,
         )
         for count, token in enumerate(tokens, start=1):
             if progress:
@@ -322,7 +363,9 @@ class Bagel:
         if piece := stream.finish():
             yield piece
 
-    def _denoise(self, conversations, sizes, settings: ImageSettings, progress) -> list[tuple[Image.Image, torch.Tensor]]:
+    def _denoise(
+        self, conversations, sizes, settings: ImageSettings, progress
+    ) -> list[tuple[Image.Image, torch.Tensor]]:
         """(picture, latents) of each conversation's next image."""
         config = self.model.config
         tasks = []
@@ -346,24 +389,28 @@ class Bagel:
         latent = unpatchify(latents, rows, columns, self.model.config.latent_patch_size)
         return tensor_to_image(self.model.vae.decode(latent[None].to(self.model.dtype))[0])
 
-    def _request(self, inputs, size, seed: int, noise, system: str | None, also: Sequence[str], written: int) -> Request:
+    def _request(
+        self, inputs, size, seed: int, noise, system: str | None, also: Sequence[str], written: int
+    ) -> Request:
         """A request that fits the model's positions: its own texts (``also``: the negative prompt), its images, and
         ``written`` tokens of the model's."""
         limit = self.model.config.llm.max_position_embeddings
-        texts = [check_text("a text", part) for part in (*inputs, *also, system or "") if not isinstance(part, Image.Image)]
+        texts = [
+            check_text("a text", part) for part in (*inputs, *also, system or "") if not isinstance(part, Image.Image)
+        ]
         positions = sum(len(frame_text(self.tokenizer, text).ids) for text in texts) + 2 * len(inputs) + written
         if positions > limit:
             raise ValueError(
-                f"the request takes up to {positions} positions, {written} of them for text to be written; the model has "
-                f"{limit}: shorten the prompt or lower max_think_token_n"
+                f"the request takes up to {positions} positions, {written} of them for text to be written; the model "
+                f"has {limit}: shorten the prompt or lower max_think_token_n"
             )
         return Request(inputs, size, seed, noise)
 
     def _check_size(self, size) -> tuple[int, int]:
         config = self.model.config
-        stride, largest = config.latent_stride, config.max_latent_size * config.latent_stride
+        stride, largest = config.latent_stride, config.largest_side
         if size is None:
-            return (min(config.vae_transform.max_size // stride * stride, largest),) * 2
+            return (config.usual_side, config.usual_side)
         if not is_size(size) or any(side % stride or not stride <= side <= largest for side in size):
             raise ValueError(
                 f"size is {size!r}: allowed are (height, width) in multiples of {stride} from {stride} to {largest}, "

@@ -9,12 +9,7 @@ import torch
 from PIL import Image
 
 from bagel_rt.images import open_image
-from bagel_rt.settings import check_seed
-
-MAX_BATCH = 64  # prompts of one call
-MAX_INPUTS = 64  # texts and images of one request
-MAX_ROUNDS = 16  # images of one interleaved answer
-MAX_CHARACTERS = 1 << 20  # of one text
+from bagel_rt.settings import MAX_CHARACTERS, MAX_INPUTS, check_seed
 
 ImageSource = Image.Image | str | Path | bytes
 

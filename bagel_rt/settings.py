@@ -9,6 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 RENORM_TYPES = ("global", "channel", "text_channel")
 MAX_TEXT_LENGTH = 32768  # tokens a single answer or thought may take
+MAX_BATCH = 64  # prompts of one call
+MAX_INPUTS = 64  # texts and images of one request
+MAX_ROUNDS = 16  # images of one interleaved answer
+MAX_CHARACTERS = 1 << 20  # of one text
 
 
 def check_seed(seed) -> None:
@@ -18,7 +22,12 @@ def check_seed(seed) -> None:
 
 
 def _check_number(name, value, low, high, reason):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
         raise ValueError(f"{name} is {value!r}: allowed are numbers from {low:g} to {high:g} ({reason})")
 
 
@@ -64,7 +73,9 @@ class ImageSettings:
         for value in interval:
             _check_number("cfg_interval", value, 0, 1, "timesteps run from 1 (noise) to 0 (image)")
         if interval[0] > interval[1]:
-            raise ValueError(f"cfg_interval is {interval!r}: its low end lies above its high end, no step would be guided")
+            raise ValueError(
+                f"cfg_interval is {interval!r}: its low end lies above its high end, no step would be guided"
+            )
         object.__setattr__(self, "cfg_interval", tuple(float(value) for value in interval))
         if self.cfg_renorm_type not in RENORM_TYPES:
             raise ValueError(
@@ -88,10 +99,14 @@ class TextSettings:
     text_temperature: float = 0.3
 
     def __post_init__(self):
-        _check_integer("max_think_token_n", self.max_think_token_n, 1, MAX_TEXT_LENGTH, "a longer text would exceed the model")
+        _check_integer(
+            "max_think_token_n", self.max_think_token_n, 1, MAX_TEXT_LENGTH, "a longer text would exceed the model"
+        )
         if not isinstance(self.do_sample, bool):
             raise ValueError(f"do_sample is {self.do_sample!r}: give True or False")
-        _check_number("text_temperature", self.text_temperature, 1e-3, 100, "for the most likely token use do_sample=False")
+        _check_number(
+            "text_temperature", self.text_temperature, 1e-3, 100, "for the most likely token use do_sample=False"
+        )
 
 
 GENERATE = (ImageSettings(), TextSettings())
@@ -110,7 +125,9 @@ def override(defaults, given: dict):
     known = [{field.name for field in fields(part)} if part else set() for part in defaults]
     unknown = sorted(set(given) - set().union(*known))
     if unknown:
-        raise TypeError(f"unknown hyper-parameter {', '.join(unknown)}; this task has {', '.join(sorted(set().union(*known)))}")
+        raise TypeError(
+            f"unknown hyper-parameter {', '.join(unknown)}; this task has {', '.join(sorted(set().union(*known)))}"
+        )
     return tuple(
         replace(part, **{name: value for name, value in given.items() if name in names}) if part else None
         for part, names in zip(defaults, known, strict=True)

@@ -1,4 +1,4 @@
-"""What a user of ``Bagel`` relies on: packing, sharing and cancelling change nothing; seeds repeat; bad input is named."""
+"""What a user of ``Bagel`` relies on: packing, sharing, cancelling change nothing; bad input is named."""
 
 import gc
 
@@ -56,8 +56,12 @@ def test_a_packed_prefill_equals_one_append_at_a_time(bagel, photo):
     def contexts(run_each):
         prefill = Prefill(bagel.model, bagel.cache)
         conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(3), guided=True)
-        for add in (lambda: conversation.add_system("think"), lambda: conversation.add_image(photo),
-                    lambda: conversation.add_text("make it night"), lambda: conversation.add_negative("day")):
+        for add in (
+            lambda: conversation.add_system("think"),
+            lambda: conversation.add_image(photo),
+            lambda: conversation.add_text("make it night"),
+            lambda: conversation.add_negative("day"),
+        ):
             add()
             if run_each:
                 prefill.run()
@@ -120,7 +124,9 @@ def test_a_cloned_and_extended_context_leaves_its_source_untouched(bagel):
 def test_equal_texts_make_equal_contexts_and_images_only_themselves(bagel, photo):
     with torch.inference_mode():
         prefill = Prefill(bagel.model, bagel.cache)
-        talks = [Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(0), guided=True) for _ in range(3)]
+        talks = [
+            Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(0), guided=True) for _ in range(3)
+        ]
         for talk, text in zip(talks, ("a", "a", "b"), strict=True):
             talk.add_text(text)
         assert talks[0].gen.same_as(talks[1].gen) and not talks[0].gen.same_as(talks[2].gen)
@@ -154,7 +160,9 @@ def test_injected_noise_replaces_the_seed(bagel):
 def test_a_streamed_answer_is_the_whole_answer(bagel, photo):
     for images in ((), photo, [photo, photo]):
         options = {"max_think_token_n": 24, "think": True}
-        assert "".join(bagel.stream("What is this?", images, **options)) == bagel.chat("What is this?", images, **options)
+        assert "".join(bagel.stream("What is this?", images, **options)) == bagel.chat(
+            "What is this?", images, **options
+        )
 
 
 def test_sampled_text_repeats_with_its_seed(bagel):
@@ -190,10 +198,13 @@ def test_parameters_say_what_was_done(bagel):
     assert result.parameters["negative_prompt"] == "b" and "max_think_token_n" not in result.parameters
 
 
-@pytest.mark.parametrize("stage, call", [
-    ("image", lambda bagel, photo, **options: bagel.edit(photo, "night", seed=1, num_timesteps=6, **options)),
-    ("text", lambda bagel, photo, **options: bagel.chat("what?", photo, max_think_token_n=10, **options)),
-])
+@pytest.mark.parametrize(
+    "stage, call",
+    [
+        ("image", lambda bagel, photo, **options: bagel.edit(photo, "night", seed=1, num_timesteps=6, **options)),
+        ("text", lambda bagel, photo, **options: bagel.chat("what?", photo, max_think_token_n=10, **options)),
+    ],
+)
 def test_cancelling_frees_everything_and_the_next_request_is_unharmed(bagel, photo, stage, call):
     seen = []
 
@@ -246,7 +257,10 @@ REFUSED = {
     "interval that is reversed": (dict(cfg_interval=(0.9, 0.1)), "low end lies above its high end"),
     "interval of one number": (dict(cfg_interval=(0.4,)), "give two numbers"),
     "interval that is a number": (dict(cfg_interval=0.4), "give two numbers"),
-    "renorm the official app lists and its model rejects": (dict(cfg_renorm_type="local"), "'local': allowed are global"),
+    "renorm the official app lists and its model rejects": (
+        dict(cfg_renorm_type="local"),
+        "'local': allowed are global",
+    ),
     "renorm minimum above one": (dict(cfg_renorm_min=2), "cfg_renorm_min is 2"),
     "shift of zero": (dict(timestep_shift=0), "timestep_shift is 0"),
     "one timestep": (dict(num_timesteps=1), "num_timesteps is 1: allowed are integers from 2 to 1000"),
@@ -278,7 +292,11 @@ def test_generate_refuses(bagel, options, message):
 
 
 WRONG_CALLS = {
-    "an unknown hyper-parameter": (lambda b: b.generate("a", cfg_scale=3), TypeError, "unknown hyper-parameter cfg_scale"),
+    "an unknown hyper-parameter": (
+        lambda b: b.generate("a", cfg_scale=3),
+        TypeError,
+        "unknown hyper-parameter cfg_scale",
+    ),
     "an image hyper-parameter in a chat": (lambda b: b.chat("a", num_timesteps=3), TypeError, "num_timesteps"),
     "a prompt that is no text": (lambda b: b.generate(3), ValueError, "prompt"),
     "an empty batch": (lambda b: b.generate([]), ValueError, "1 to 64"),
@@ -296,7 +314,17 @@ WRONG_CALLS = {
     "no rounds": (lambda b: b.interleave(["a"], max_rounds=0), ValueError, "max_rounds is 0"),
     "no inputs": (lambda b: b.interleave([]), ValueError, "inputs"),
     "an input that is a number": (lambda b: b.interleave(["a", 5]), ValueError, "int"),
-    "a folder that is not there": (lambda b: Bagel.from_pretrained("no-such-folder"), FileNotFoundError, "no-such-folder"),
+    "a folder that is not there": (
+        lambda b: Bagel.from_pretrained("no-such-folder"),
+        FileNotFoundError,
+        "no-such-folder",
+    ),
+    "a backend that does not exist": (lambda b: Bagel.from_pretrained(backend="fast"), ValueError, "backend='fast'"),
+    "a GPU that is not here": (
+        lambda b: Bagel.from_pretrained(device="cuda:99"),
+        ValueError,
+        "device is cuda:99, but torch sees",
+    ),
     "a dtype that is no float": (lambda b: Bagel.from_pretrained(dtype=torch.int8), ValueError, "int8"),
 }
 

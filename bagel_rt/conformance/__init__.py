@@ -5,6 +5,7 @@ tensor worth checking, recorded from the official code in float32.
 """
 
 import json
+import math
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,15 @@ class CaseReport:
 
     @property
     def worst(self) -> Comparison | None:
-        """The comparison closest to, or farthest past, its tolerance."""
-        return max(self.comparisons, key=lambda c: (not c.passed, c.error / c.tolerance if c.tolerance else c.error), default=None)
+        """A failed comparison if there is one; else the one closest to its tolerance, tensors before pictures."""
+
+        def rank(comparison):
+            relative = comparison.tolerance < 1
+            closeness = comparison.error / comparison.tolerance if comparison.tolerance else comparison.error
+            return (not comparison.passed, relative, closeness)
+
+        compared = [comparison for comparison in self.comparisons if not math.isnan(comparison.error)]
+        return max(compared, key=rank, default=None)
 
 
 def find_cases(pack: Path) -> list[Path]:
@@ -56,7 +64,9 @@ def find_cases(pack: Path) -> list[Path]:
     """
     cases = sorted(path.parent for path in (pack / "cases").glob("*/meta.json"))
     if not cases or not (pack / "checkpoint").is_dir():
-        raise CheckpointError(f"{pack}: no conformance pack; it has a folder 'checkpoint' and folders 'cases/<name>/meta.json'")
+        raise CheckpointError(
+            f"{pack}: no conformance pack; it has a folder 'checkpoint' and folders 'cases/<name>/meta.json'"
+        )
     return cases
 
 

@@ -26,7 +26,9 @@ class Comparison:
     note: str = ""
 
 
-def compare(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE, note: str = "") -> Comparison:
+def compare(
+    name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE, note: str = ""
+) -> Comparison:
     """Compare tensors: floating ones within ``tolerance`` of the largest magnitude, others for equality."""
     got = got.detach().cpu()
     if got.shape != want.shape:
@@ -43,7 +45,9 @@ def compare(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float =
 def agree(name: str, got, want, note: str = "") -> Comparison:
     """Compare values for equality."""
     same = got == want
-    return Comparison(name, 0.0 if same else 1.0, 0.0, same, note if same else f"{_short(got)}, recorded {_short(want)}")
+    return Comparison(
+        name, 0.0 if same else 1.0, 0.0, same, note if same else f"{_short(got)}, recorded {_short(want)}"
+    )
 
 
 def _short(value) -> str:

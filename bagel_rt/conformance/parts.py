@@ -1,4 +1,4 @@
-"""Conformance of the parts around the transformer: tokenizer, image transforms, positions, vision tower, autoencoder."""
+"""Conformance of what is around the transformer: tokenizer, pixels, positions, vision tower, autoencoder."""
 
 from pathlib import Path
 
@@ -26,7 +26,9 @@ def tokenizer_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparis
     for number, row in enumerate(meta["encode"]):
         results.append(agree(f"encode {number}", tokenizer.encode(row["text"]), row["ids"]))
         results.append(agree(f"roundtrip {number}", tokenizer.decode(row["ids"]), row["roundtrip"]))
-    return results + [agree(f"decode {n}", tokenizer.decode(row["ids"]), row["text"]) for n, row in enumerate(meta["decode"])]
+    return results + [
+        agree(f"decode {n}", tokenizer.decode(row["ids"]), row["text"]) for n, row in enumerate(meta["decode"])
+    ]
 
 
 def image_transforms_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:

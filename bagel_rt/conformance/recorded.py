@@ -102,9 +102,7 @@ class Replay:
         for index, (attended, out) in enumerate(recorder.layer_states):
             self._compare(f"{name}.layer{index:02d}.attn_out", in_sequence(attended), rows)
             self._compare(f"{name}.layer{index:02d}.out", in_sequence(out), rows)
-        slots = torch.cat(
-            [torch.arange(b[0], c.length) + c.key_start for c, b in zip(contexts, before, strict=True)]
-        )
+        slots = torch.cat([torch.arange(b[0], c.length) + c.key_start for c, b in zip(contexts, before, strict=True)])
         for letter, buffer in (("k", self.bagel.cache.k), ("v", self.bagel.cache.v)):
             appended = buffer[:, slots]
             self._compare(f"{name}.{letter}", appended)
@@ -198,7 +196,9 @@ class Replay:
             latent = unpatchify(denoiser.latents, rows, columns, config.latent_patch_size)[None]
             self._compare(f"{name}.decoder_input", latent)
             self._compare(f"{name}.image_float", self.model.vae.decode(latent))
-            self._compare(f"{name}.pos_ids", position_ids(rows, columns, config.max_latent_size, config.interpolate_pos))
+            self._compare(
+                f"{name}.pos_ids", position_ids(rows, columns, config.max_latent_size, config.interpolate_pos)
+            )
 
     def _guidance_contexts(self, image: dict, name: str) -> list[list[Context]]:
         """(cond, no_text, no_img) contexts of an image generation, one of each per sample."""

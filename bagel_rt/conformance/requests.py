@@ -1,4 +1,4 @@
-"""Conformance of whole requests: inputs and hyper-parameters in, texts and pictures out, through the public pipeline."""
+"""Conformance of whole requests: inputs and hyper-parameters in, texts and pictures out, through the pipeline."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -33,7 +33,9 @@ def request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict)
     parts = [Image.open(pack / part) if (pack / part).is_file() else part for part in inputs["interleave_inputs"]]
     image = ImageSettings(**{field.name: hyper[field.name] for field in fields(ImageSettings)})
     text = TextSettings(**{field.name: hyper[field.name] for field in fields(TextSettings)})
-    request = Request(parts, tuple(hyper["image_shapes"]), 0, None if hyper["understanding_output"] else _draws(meta, golden))
+    request = Request(
+        parts, tuple(hyper["image_shapes"]), 0, None if hyper["understanding_output"] else _draws(meta, golden)
+    )
     think, tolerance = hyper["think"], {}
     if "thinkmorph" in meta["case"]:
         if "scripted_gen_text" in inputs:
@@ -44,7 +46,9 @@ def request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict)
     else:
         [result] = bagel.run_images([request], THINK_BEFORE_IMAGE if think else None, None, image, text, None)
         outputs = [result] if result.thought is None else [result.thought, result]
-    results = [agree("request.outputs", [_kind(output) for output in outputs], [next(iter(o)) for o in meta["outputs"]])]
+    results = [
+        agree("request.outputs", [_kind(output) for output in outputs], [next(iter(o)) for o in meta["outputs"]])
+    ]
     latents = iter(sorted(name for name in golden if name.endswith(".final_latent")))
     for number, (output, want) in enumerate(zip(outputs, meta["outputs"], strict=False)):
         if isinstance(output, str):

@@ -31,7 +31,8 @@ def position_ids(rows: int, columns: int, max_side: int, interpolate: bool = Fal
         )
     elif max(rows, columns) > max_side:
         raise ValueError(
-            f"a grid of {rows} x {columns} patches exceeds the position table of {max_side} x {max_side}: use a smaller image"
+            f"a grid of {rows} x {columns} patches exceeds the position table of {max_side} x {max_side}: "
+            "use a smaller image"
         )
     else:
         row, column = torch.arange(rows), torch.arange(columns)
@@ -66,7 +67,7 @@ def time_embedding(layers: tuple[Affine, Affine], t: torch.Tensor) -> torch.Tens
 
 
 def patchify(image: torch.Tensor, patch: int) -> torch.Tensor:
-    """[C, rows * p, columns * p] -> [rows * columns, p * p * C], features ordered (patch row, patch column, channel)."""
+    """[C, rows * p, columns * p] -> [rows * columns, p * p * C], features ordered (patch row, column, channel)."""
     C, height, width = image.shape
     tiles = image.reshape(C, height // patch, patch, width // patch, patch)
     return tiles.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * C)

@@ -103,7 +103,7 @@ class BagelModel:
         return time_embedding(self.weights.time_embedder, t)
 
     def embed_latents(self, latents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Latent tokens [n, features] -> [n, H]; ``positions`` [n, H] is :meth:`latent_positions` plus time embedding."""
+        """Latent tokens [n, features] -> [n, H]; ``positions`` [n, H] are :meth:`latent_positions` plus the time's."""
         return torch.addmm(positions, latents.to(self.dtype), self.weights.vae2llm.weight.t())
 
     def rows(self, plan: Plan, positions: np.ndarray) -> Rows:

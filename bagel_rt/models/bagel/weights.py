@@ -162,7 +162,9 @@ class BagelWeights:
         places |= dict(_vit_places(self.vit, config.vit))
         for index, layer in enumerate(self.layers):
             for expert, suffix in enumerate(("_moe_gen", "")):
-                places |= dict(_layer_places(f"language_model.model.layers.{index}.", layer, expert, suffix, config.llm))
+                places |= dict(
+                    _layer_places(f"language_model.model.layers.{index}.", layer, expert, suffix, config.llm)
+                )
         return {
             name: place if isinstance(place, Destination) else Destination(place, tuple(place.shape))
             for name, place in places.items()
@@ -173,12 +175,16 @@ def _affine_places(module: str, affine: Affine) -> dict[str, torch.Tensor]:
     return {f"{module}.weight": affine.weight, f"{module}.bias": affine.bias}
 
 
-def _layer_places(prefix: str, layer: DecoderLayerWeights, expert: int, suffix: str, config: TransformerConfig) -> Iterator:
+def _layer_places(
+    prefix: str, layer: DecoderLayerWeights, expert: int, suffix: str, config: TransformerConfig
+) -> Iterator:
     """One expert's share of a layer. The suffix belongs to the module's name, not to the parameter's."""
     heads, D = config.num_heads, config.head_dim
     qk_norm, gate_up = layer.qk_norm[expert], layer.gate_up[expert].view(config.intermediate_size, 2, -1)
     rows = [config.num_heads * D, config.num_kv_heads * D, config.num_kv_heads * D]
-    for name, weight, bias in zip("qkv", layer.qkv[expert].split(rows), layer.qkv_bias[expert].split(rows), strict=True):
+    for name, weight, bias in zip(
+        "qkv", layer.qkv[expert].split(rows), layer.qkv_bias[expert].split(rows), strict=True
+    ):
         yield f"{prefix}self_attn.{name}_proj{suffix}.weight", weight
         yield f"{prefix}self_attn.{name}_proj{suffix}.bias", bias
     yield f"{prefix}self_attn.q_norm{suffix}.weight", Destination(qk_norm[:heads], (D,))

@@ -1,0 +1,144 @@
+"""The host's share: operator calls and milliseconds per denoising step and per decoded token, on the embedded model.
+
+    python -m benchmarks.host [--json FILE]
+
+On a model this small arithmetic costs next to nothing, so what is timed is everything around it: Python, dispatch,
+allocation. The official code's figures (same shapes, same counting: tensor-producing calls, views excluded) were
+recorded once on a two-core machine; the times are comparable only on one like it, the counts anywhere.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from datetime import datetime, timezone
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bagel_rt import Bagel
+from bagel_rt.context import Prefill
+from bagel_rt.conversation import Conversation, Noise
+from bagel_rt.decode import generate_tokens
+from bagel_rt.denoise import Denoiser, ImageTask
+from bagel_rt.images import tensor_to_image
+from bagel_rt.settings import ImageSettings
+
+OFFICIAL = {  # calls, milliseconds
+    "guided step, 3 branches": (1337, 11.2),
+    "unguided step": (473, 2.8),
+    "decoded token": (277, 2.4),
+    "image 96x64, 50 timesteps": (None, 760.0),
+}
+SIZE = (64, 96)  # height, width
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Counts operator calls that make or write a tensor; views are free. Looks inside the project's own operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "bagel_rt":
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        returns = func._schema.returns
+        makes = any(isinstance(value.type, torch.TensorType) for value in returns)
+        is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+        self.count += makes and not is_view
+        return func(*args, **(kwargs or {}))
+
+
+def calls(work) -> int:
+    """Operator calls of one run of ``work``."""
+    with OperatorCalls() as mode:
+        work()
+    return mode.count
+
+
+def milliseconds(work, repeats: int) -> float:
+    """Median wall time of one run of ``work``."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def edit_denoiser(bagel: Bagel, settings: ImageSettings) -> Denoiser:
+    """The denoising of an edit: three branches that all differ."""
+    prefill, noise = Prefill(bagel.model, bagel.cache), Noise(0)
+    conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, noise, guided=True)
+    height, width = SIZE
+    ramp = torch.linspace(-1, 1, 3 * height * width).reshape(3, height, width)
+    conversation.add_image(tensor_to_image(ramp))
+    conversation.add_text("make the sky darker and add two birds")
+    prefill.run()
+    rows, columns = (side // bagel.model.config.latent_stride for side in SIZE)
+    latents = noise.draw(rows * columns, bagel.model.config.latent_features)
+    task = ImageTask(rows, columns, latents, conversation.gen, conversation.no_text, conversation.no_img)
+    return Denoiser(bagel.model, bagel.cache, [task], settings)
+
+
+@torch.inference_mode()
+def measure(bagel: Bagel, repeats: int = 200) -> dict[str, tuple[int | None, float]]:
+    """name -> (operator calls, milliseconds), in the order of ``OFFICIAL``."""
+    interval = (0.0, 1.0)
+    guided = edit_denoiser(
+        bagel, ImageSettings(cfg_img_scale=2.0, cfg_interval=interval, cfg_renorm_type="text_channel")
+    )
+    plain = edit_denoiser(bagel, ImageSettings(cfg_text_scale=1.0))
+    prefill = Prefill(bagel.model, bagel.cache)
+    chat = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(0), guided=False)
+    chat.add_text("what colour is the roof of the house?")
+    prefill.run()
+
+    def decoding(length):
+        never = -1  # no token has this id: the text runs to its length
+        return generate_tokens(bagel.model, chat.gen, bagel.tokenizer.bos, never, length, 0.0, 0)
+
+    tokens = decoding(repeats + 2)
+    next(tokens)
+    results = {
+        "guided step, 3 branches": (calls(lambda: guided.step(1)), milliseconds(lambda: guided.step(1), repeats)),
+        "unguided step": (calls(lambda: plain.step(1)), milliseconds(lambda: plain.step(1), repeats)),
+        "decoded token": (calls(lambda: next(tokens)), milliseconds(lambda: next(tokens), repeats - 2)),
+    }
+    image = milliseconds(lambda: bagel.generate("a small red boat", size=SIZE, seed=0), 5)
+    return results | {"image 96x64, 50 timesteps": (None, image)}
+
+
+def main() -> None:
+    """Measure, print the table, and write it as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(min(2, os.cpu_count()))
+    results = measure(Bagel.from_pretrained(device="cpu"))
+    print(f"{'':28}{'calls':>8}{'official':>10}{'ratio':>8}{'ms':>10}{'official':>10}{'ratio':>8}")
+    for name, (count, time_ms) in results.items():
+        official_count, official_ms = OFFICIAL[name]
+        counts = f"{count:>8}{official_count:>10}{count / official_count:>8.2f}" if count else f"{'':26}"
+        print(f"{name:28}{counts}{time_ms:>10.3f}{official_ms:>10.1f}{time_ms / official_ms:>8.2f}")
+    if arguments.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        report = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit,
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "results": {name: {"calls": count, "ms": time_ms} for name, (count, time_ms) in results.items()},
+            "official": {name: {"calls": count, "ms": time_ms} for name, (count, time_ms) in OFFICIAL.items()},
+        }
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
