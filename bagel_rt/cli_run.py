@@ -30,7 +30,7 @@ class Run:
 
         folder, shown = model or DEFAULT_MODEL, shows_progress(progress)
         start = time.perf_counter()
-        self.bagel = Bagel.from_pretrained(folder, read_device(device), read_dtype(dtype), shown)
+        self.bagel = Bagel.from_pretrained(folder, read_device(device), read_dtype(dtype), progress=shown)
         self.bars, self._as_json, self._loaded = Bars(shown), as_json, time.perf_counter()
         self._source = {
             "task": task,

@@ -63,7 +63,7 @@ class Context:
 
     def clone(self) -> "Context":
         """An independent context that shares the slots."""
-        twin = Context(self.cache, self.capacity)
+        twin = Context(self.cache)
         twin.length, twin.position, twin.history = self.length, self.position, self.history
         if self.storage:
             twin._live_in(self.storage)

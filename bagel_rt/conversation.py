@@ -59,14 +59,19 @@ class Conversation:
         prefill: Prefill,
         noise: Noise,
         guided: bool,
-        capacity=0,
+        room: tuple[int, int] = (0, 0),
     ):
-        """``guided``: whether images will be generated; without it only ``gen`` is kept.
+        """Start with nothing said.
 
-        ``capacity``: tokens that ``gen`` is expected to reach, so that it need not move while it grows.
+        Args:
+            prefill: what the contents are appended to.
+            noise: for the images that are encoded.
+            guided: whether images will be generated; without it only ``gen`` is kept.
+            room: slots that gen and no_img will need in all, taken at once so that they need not move (see
+                :func:`count_tokens`).
         """
         self.model, self.tokenizer, self.prefill, self.noise, self.guided = model, tokenizer, prefill, noise, guided
-        self.gen, self.no_text, self.no_img = Context(cache, capacity), Context(cache), Context(cache)
+        self.gen, self.no_text, self.no_img = Context(cache, room[0]), Context(cache), Context(cache, room[1])
         self.image_size: tuple[int, int] | None = None  # (height, width) of the last image, after the resize rule
 
     def add_system(self, text: str) -> None:
@@ -132,3 +137,17 @@ def encode_patches(config: BagelConfig, image: Image.Image) -> ViTImage:
     """A resized RGB picture as ViT patches."""
     patch = config.vit.patch_size
     return ViTImage(patchify(image_to_tensor(image), patch), image.height // patch, image.width // patch)
+
+
+def count_tokens(config: BagelConfig, tokenizer: Tokenizer, parts: Sequence[str | Image.Image], guided: bool):
+    """(tokens of the texts, tokens of the images, (height, width) of the last image or None) before any is encoded."""
+    texts = sum(len(frame_text(tokenizer, part).ids) for part in parts if isinstance(part, str))
+    images, size = 0, None
+    for part in parts:
+        if not isinstance(part, str):
+            width, height = config.vae_transform.output_size(*part.size)
+            vit_width, vit_height = config.vit_transform.output_size(width, height)
+            images += vit_width * vit_height // config.vit.patch_size**2 + 2
+            images += guided * (width * height // config.latent_stride**2 + 2)
+            size = (height, width)
+    return texts, images, size

@@ -1,27 +1,21 @@
 """Bagel: text-to-image, editing, understanding and interleaved output from one official checkpoint folder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from bagel_rt.cache import KVCache
 from bagel_rt.config import BagelConfig, CheckpointError
-from bagel_rt.context import Prefill
-from bagel_rt.conversation import Conversation, Noise, frame_text
-from bagel_rt.decode import generate_tokens
-from bagel_rt.denoise import Denoiser, ImageTask
-from bagel_rt.images import open_image, tensor_to_image
+from bagel_rt.conversation import count_tokens
+from bagel_rt.engine import Engine
+from bagel_rt.images import open_image
 from bagel_rt.kernels.backend import choose_backend
-from bagel_rt.models.bagel.embed import unpatchify
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.prompts import IMAGE_REQUEST, THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
+from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.request import (
     ImageResult,
     ImageSource,
-    Progress,
     ProgressCallback,
     Request,
     check_list,
@@ -39,23 +33,25 @@ from bagel_rt.settings import (
     MAX_BATCH,
     MAX_INPUTS,
     MAX_ROUNDS,
-    ImageSettings,
-    TextSettings,
     override,
 )
-from bagel_rt.tokenizer import TextStream, Tokenizer
+from bagel_rt.tokenizer import Tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "tiny"
 
 
 class Bagel:
-    """A loaded model and everything it can do. One request at a time; not thread-safe."""
+    """A loaded model and everything it can do. One request at a time; not thread-safe.
+
+    Attributes:
+        engine: runs requests that are already checked.
+        model, tokenizer, cache: the engine's.
+    """
 
     def __init__(self, model: BagelModel, tokenizer: Tokenizer):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.cache: KVCache = model.make_cache()
+        self.engine = Engine(model, tokenizer)
+        self.model, self.tokenizer, self.cache = model, tokenizer, self.engine.cache
 
     @classmethod
     def from_pretrained(
@@ -87,8 +83,8 @@ class Bagel:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs: use device='cpu', or a torch build "
-                "with CUDA on a machine that has one"
+                f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs: use device='cpu', or a torch "
+                "build with CUDA on a machine that has one"
             )
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype not in DTYPES:
@@ -146,7 +142,7 @@ class Bagel:
             self._request([text_], self._check_size(size), seed_, noise, system, also, text.max_think_token_n)
             for text_, size, seed_, noise in zip(batch, sizes, seeds_for(seed, count), noises, strict=True)
         ]
-        results = self.run_images(requests, system, negative_prompt, image, text, progress)
+        results = self.engine.run_images(requests, system, negative_prompt, image, text, progress)
         return results[0] if single else results
 
     def edit(
@@ -176,7 +172,7 @@ class Bagel:
         system = THINK_BEFORE_IMAGE if think else None
         also = [negative_prompt] if negative_prompt is not None else []
         request = self._request(inputs, None, seeds_for(seed, 1)[0], noise, system, also, text.max_think_token_n)
-        return self.run_images([request], system, negative_prompt, image, text, progress)[0]
+        return self.engine.run_images([request], system, negative_prompt, image, text, progress)[0]
 
     def chat(self, prompt: str, images: ImageSource | Sequence[ImageSource] = (), **options) -> str:
         """Answer a question about images, or about none. Options as in :meth:`stream`."""
@@ -206,7 +202,7 @@ class Bagel:
         inputs = [*open_images(images), check_text("prompt", prompt)]
         system = THINK_BEFORE_ANSWER if think else None
         request = self._request(inputs, None, seeds_for(seed, 1)[0], None, system, (), text.max_think_token_n)
-        return self.run_answer(request, system, text, progress)
+        return self.engine.run_answer(request, system, text, progress)
 
     def interleave(
         self,
@@ -240,154 +236,7 @@ class Bagel:
         system = THINK_INTERLEAVED if think else None
         written = max_rounds * (text.max_think_token_n + 2)
         request = self._request(inputs, self._check_size(size), seeds_for(seed, 1)[0], noise, system, (), written)
-        return self.run_interleaved(request, system, max_rounds, image, text, progress)
-
-    @torch.inference_mode()
-    def run_images(
-        self,
-        requests: Sequence[Request],
-        system: str | None,
-        negative_prompt: str | None,
-        image: ImageSettings,
-        text: TextSettings,
-        progress: ProgressCallback | None = None,
-    ) -> list[ImageResult]:
-        """One picture for each request: one prefill, thoughts one after another, one denoising loop.
-
-        Inputs may be texts and images in any order; guidance follows the official rules (see
-        :class:`~bagel_rt.conversation.Conversation`). With a ``system`` prompt each request's plan is written first.
-        """
-        prefill = Prefill(self.model, self.cache)
-        conversations = [self._open(request, system, prefill, guided=True) for request in requests]
-        if negative_prompt is not None:
-            for conversation in conversations:
-                conversation.add_negative(negative_prompt)
-        prefill.run()
-        thoughts = [None] * len(requests)
-        if system is not None:
-            for index, (request, conversation) in enumerate(zip(requests, conversations, strict=True)):
-                thoughts[index] = "".join(self._decode(conversation, text, request.seed, progress))
-                conversation.add_thought(thoughts[index])
-            prefill.run()
-        sizes = [c.image_size or request.size for c, request in zip(conversations, requests, strict=True)]
-        drawn = self._denoise(conversations, sizes, image, progress)
-        return [
-            ImageResult(
-                picture,
-                request.seed,
-                _parameters(image, size, text if system else None, negative_prompt),
-                latents,
-                thought,
-            )
-            for (picture, latents), request, size, thought in zip(drawn, requests, sizes, thoughts, strict=True)
-        ]
-
-    def run_answer(
-        self, request: Request, system: str | None, text: TextSettings, progress: ProgressCallback | None = None
-    ) -> Iterator[str]:
-        """Text about the request's inputs, piece by piece."""
-        with torch.inference_mode():
-            prefill = Prefill(self.model, self.cache)
-            conversation = self._open(request, system, prefill, guided=False)
-            prefill.run()
-            pieces = self._decode(conversation, text, request.seed, progress)
-        while True:
-            with torch.inference_mode():  # entered per piece: the mode must not leak into the consumer's code
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
-
-    @torch.inference_mode()
-    def run_interleaved(
-        self,
-        request: Request,
-        system: str | None,
-        max_rounds: int,
-        image: ImageSettings,
-        text: TextSettings,
-        progress: ProgressCallback | None = None,
-    ) -> list[str | ImageResult]:
-        """Text, and as long as it asks for an image, a picture and more text.
-
-        Guidance stays with the contexts of the inputs: neither the model's texts nor its pictures enter them.
-        """
-        prefill = Prefill(self.model, self.cache)
-        conversation = self._open(request, system, prefill, guided=True)
-        size = conversation.image_size or request.size
-        parts = []
-        for turn in range(max_rounds):
-            prefill.run()
-            written = "".join(self._decode(conversation, text, request.seed + turn, progress))
-            parts.append(written)
-            if IMAGE_REQUEST not in written:
-                break
-            conversation.add_thought(written)
-            prefill.run()
-            [(picture, latents)] = self._denoise([conversation], [size], image, progress)
-            parts.append(ImageResult(picture, request.seed, _parameters(image, size, text, None), latents))
-            if turn + 1 < max_rounds:
-                conversation.add_image(picture, updates_guidance=False)
-        return parts
-
-    def _open(self, request: "Request", system: str | None, prefill: Prefill, guided: bool) -> Conversation:
-        """A conversation holding the system prompt and the request's inputs."""
-        noise = Noise(request.seed, request.noise)
-        conversation = Conversation(self.model, self.tokenizer, self.cache, prefill, noise, guided)
-        if system is not None:
-            conversation.add_system(system)
-        for part in request.inputs:
-            if isinstance(part, str):
-                conversation.add_text(part)
-            else:
-                conversation.add_image(part, generates=guided)
-        return conversation
-
-    def _decode(self, conversation: Conversation, text: TextSettings, seed: int, progress) -> Iterator[str]:
-        stream = TextStream(self.tokenizer)
-        temperature = text.text_temperature if text.do_sample else 0.0
-        tokens = generate_tokens(
-            self.model,
-            conversation.gen,
-            self.tokenizer.bos,
-            self.tokenizer.eos,
-            text.max_think_token_n,
-            temperature,
-            seed,
-        )
-        for count, token in enumerate(tokens, start=1):
-            if progress:
-                progress(Progress("text", count, text.max_think_token_n))
-            if piece := stream.feed(token):
-                yield piece
-        if piece := stream.finish():
-            yield piece
-
-    def _denoise(
-        self, conversations, sizes, settings: ImageSettings, progress
-    ) -> list[tuple[Image.Image, torch.Tensor]]:
-        """(picture, latents) of each conversation's next image."""
-        config = self.model.config
-        tasks = []
-        for conversation, size in zip(conversations, sizes, strict=True):
-            rows, columns = (side // config.latent_stride for side in size)
-            noise = conversation.noise.draw(rows * columns, config.latent_features)
-            tasks.append(ImageTask(rows, columns, noise, conversation.gen, conversation.no_text, conversation.no_img))
-        denoiser = Denoiser(self.model, self.cache, tasks, settings)
-        for index in range(len(denoiser)):
-            denoiser.step(index)
-            if progress:
-                progress(Progress("image", index + 1, len(denoiser)))
-        return [
-            (self.picture(latents, task.rows, task.columns), latents.clone())
-            for latents, task in zip(denoiser.images(), tasks, strict=True)
-        ]
-
-    @torch.inference_mode()
-    def picture(self, latents: torch.Tensor, rows: int, columns: int) -> Image.Image:
-        """Latent tokens [rows * columns, features] -> the picture they stand for."""
-        latent = unpatchify(latents, rows, columns, self.model.config.latent_patch_size)
-        return tensor_to_image(self.model.vae.decode(latent[None].to(self.model.dtype))[0])
+        return self.engine.run_interleaved(request, system, max_rounds, image, text, progress)
 
     def _request(
         self, inputs, size, seed: int, noise, system: str | None, also: Sequence[str], written: int
@@ -398,7 +247,7 @@ class Bagel:
         texts = [
             check_text("a text", part) for part in (*inputs, *also, system or "") if not isinstance(part, Image.Image)
         ]
-        positions = sum(len(frame_text(self.tokenizer, text).ids) for text in texts) + 2 * len(inputs) + written
+        positions = count_tokens(self.model.config, self.tokenizer, texts, False)[0] + 2 * len(inputs) + written
         if positions > limit:
             raise ValueError(
                 f"the request takes up to {positions} positions, {written} of them for text to be written; the model "
@@ -417,12 +266,3 @@ class Bagel:
                 "the grid that the model has position embeddings for"
             )
         return tuple(size)
-
-
-def _parameters(image: ImageSettings, size, text: TextSettings | None, negative_prompt: str | None) -> dict:
-    parameters = {**asdict(image), "height": size[0], "width": size[1]}
-    if text is not None:
-        parameters |= asdict(text)
-    if negative_prompt is not None:
-        parameters["negative_prompt"] = negative_prompt
-    return parameters

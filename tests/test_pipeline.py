@@ -11,6 +11,7 @@ from bagel_rt import Bagel, Cancelled, ImageResult
 from bagel_rt.context import Context, Prefill, Text
 from bagel_rt.conversation import Conversation, Noise
 from bagel_rt.denoise import Denoiser, ImageTask
+from bagel_rt.engine import Engine
 from bagel_rt.settings import ImageSettings
 
 FAST = {"num_timesteps": 5}
@@ -73,6 +74,25 @@ def test_a_packed_prefill_equals_one_append_at_a_time(bagel, photo):
             assert (packed.length, packed.position) == (single.length, single.position)
             for a, b in zip(frozen(bagel.cache, packed), frozen(bagel.cache, single), strict=True):
                 close(a, b)
+
+
+@pytest.mark.parametrize(
+    "call, forwards",
+    [
+        (lambda b, p: b.generate(["a", "b c"], size=(32, 32), seed=1, num_timesteps=2), 1),
+        (lambda b, p: b.edit([p, p], "make it night", seed=1, num_timesteps=2), 1),
+        (lambda b, p: b.chat("what?", [p, p], max_think_token_n=1), 1),
+        (lambda b, p: b.generate("a", size=(32, 32), seed=1, num_timesteps=2, think=True, max_think_token_n=1), 2),
+    ],
+    ids=["a batch of prompts", "an edit of two images", "a question about two images", "a thought comes after"],
+)
+def test_a_request_is_prefilled_in_one_forward_and_no_context_moves(bagel, photo, monkeypatch, call, forwards):
+    counted, moved = [], []
+    run, copy = Prefill.run, type(bagel.cache).copy
+    monkeypatch.setattr(Prefill, "run", lambda self: counted.append(bool(self._segments)) or run(self))
+    monkeypatch.setattr(type(bagel.cache), "copy", lambda self, *a: moved.append(a) or copy(self, *a))
+    call(bagel, photo)
+    assert sum(counted) == forwards and not moved
 
 
 @pytest.mark.parametrize("image_scale", [1.0, 1.5])
@@ -184,7 +204,7 @@ def test_interleaving_returns_texts_and_stops_when_no_image_is_asked_for(bagel, 
 
 
 def test_interleaving_draws_at_most_max_rounds_images(bagel, photo, monkeypatch):
-    monkeypatch.setattr(Bagel, "_decode", lambda self, *_: iter(["look <image_start>"]))
+    monkeypatch.setattr(Engine, "_decode", lambda self, *_: iter(["look <image_start>"]))
     parts = bagel.interleave([photo, "go on"], max_rounds=2, seed=0, **FAST)
     assert [type(part) for part in parts] == [str, ImageResult, str, ImageResult]
     assert parts[1].image.size == parts[3].image.size == (96, 64)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from bagel_rt.conformance.compare import Comparison, agree, compare
+from bagel_rt.engine import Engine
 from bagel_rt.pipeline import Bagel
 from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.request import ImageResult, Request
@@ -16,11 +17,11 @@ from bagel_rt.settings import ImageSettings, TextSettings
 FED_BACK = 3e-3  # a generated picture that is quantised and shown to the model again may differ by single levels
 
 
-class _Scripted(Bagel):
-    """A Bagel whose texts are given: random weights never ask for an image."""
+class _Scripted(Engine):
+    """An engine whose texts are given: random weights never ask for an image."""
 
-    def __init__(self, bagel: Bagel, script: list[str]):
-        super().__init__(bagel.model, bagel.tokenizer)
+    def __init__(self, engine: Engine, script: list[str]):
+        super().__init__(engine.model, engine.tokenizer)
         self._script = iter(script)
 
     def _decode(self, *_):
@@ -36,15 +37,15 @@ def request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict)
     request = Request(
         parts, tuple(hyper["image_shapes"]), 0, None if hyper["understanding_output"] else _draws(meta, golden)
     )
-    think, tolerance = hyper["think"], {}
+    engine, think, tolerance = bagel.engine, hyper["think"], {}
     if "thinkmorph" in meta["case"]:
         if "scripted_gen_text" in inputs:
-            bagel, tolerance = _Scripted(bagel, inputs["scripted_gen_text"]), {"tolerance": FED_BACK}
-        outputs = bagel.run_interleaved(request, THINK_INTERLEAVED if think else None, 3, image, text, None)
+            engine, tolerance = _Scripted(engine, inputs["scripted_gen_text"]), {"tolerance": FED_BACK}
+        outputs = engine.run_interleaved(request, THINK_INTERLEAVED if think else None, 3, image, text, None)
     elif hyper["understanding_output"]:
-        outputs = ["".join(bagel.run_answer(request, THINK_BEFORE_ANSWER if think else None, text, None))]
+        outputs = ["".join(engine.run_answer(request, THINK_BEFORE_ANSWER if think else None, text, None))]
     else:
-        [result] = bagel.run_images([request], THINK_BEFORE_IMAGE if think else None, None, image, text, None)
+        [result] = engine.run_images([request], THINK_BEFORE_IMAGE if think else None, None, image, text, None)
         outputs = [result] if result.thought is None else [result.thought, result]
     results = [
         agree("request.outputs", [_kind(output) for output in outputs], [next(iter(o)) for o in meta["outputs"]])
