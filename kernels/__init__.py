@@ -2,7 +2,8 @@
 
 Rows of a packed batch are expert-major: [0, G) belong to the generation expert, [G, T) to the understanding expert.
 Every op is registered as ``torch.ops.bagel_rt.<name>`` with shapes for ``torch.compile``; the functions exported here
-check their arguments first. They know tensors only: no model, no checkpoint, no context.
+check their arguments first, and call the launcher itself unless they are being compiled: the dispatcher takes longer
+than everything else they do. They know tensors only: no model, no checkpoint, no context.
 """
 
 from bagel_rt.kernels.attention import attention, attention_dense_reference

@@ -16,6 +16,7 @@ Work: 4 Hq D flops per visible pair; K and V of a context are read once per bloc
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 
 def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
@@ -101,9 +102,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("bagel_rt::attention", "default")
 def _launch(q, k_cache, v_cache, limits, blocks, scale):
     return attention_reference(q, k_cache, v_cache, limits, blocks, scale)
+
+
+torch.library.impl("bagel_rt::attention", "default", _launch)
 
 
 @torch.library.register_fake("bagel_rt::attention")
@@ -136,7 +139,8 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None):
         raise ValueError(f"attention: limits is {tuple(limits.shape)} {limits.dtype}, expected {(T,)} torch.int32")
     if blocks.dim() != 2 or blocks.shape[1] != 7 or blocks.dtype != torch.int32:
         raise ValueError(f"attention: blocks is {tuple(blocks.shape)} {blocks.dtype}, expected (n, 7) torch.int32")
-    return _attention(q, k_cache, v_cache, limits, blocks, D**-0.5 if scale is None else scale)
+    run = _attention if is_compiling() else _launch
+    return run(q, k_cache, v_cache, limits, blocks, D**-0.5 if scale is None else scale)
 
 
 def check_heads(op, q, k_cache, v_cache):

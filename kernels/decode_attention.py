@@ -10,6 +10,7 @@ Traffic: K and V of every sequence once; memory-bound.
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from bagel_rt.kernels.attention import check_heads
 
@@ -40,9 +41,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("bagel_rt::decode_attention", "default")
 def _launch(q, k_cache, v_cache, starts, lengths, scale):
     return decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale)
+
+
+torch.library.impl("bagel_rt::decode_attention", "default", _launch)
 
 
 @torch.library.register_fake("bagel_rt::decode_attention")
@@ -75,4 +78,5 @@ def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
             raise ValueError(
                 f"decode_attention: {name} is {tuple(bound.shape)} {bound.dtype}, expected {(B,)} int32 or int64"
             )
-    return _decode_attention(q, k_cache, v_cache, starts, lengths, D**-0.5 if scale is None else scale)
+    run = _decode_attention if is_compiling() else _launch
+    return run(q, k_cache, v_cache, starts, lengths, D**-0.5 if scale is None else scale)

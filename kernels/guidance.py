@@ -15,6 +15,7 @@ Traffic: reads x and the velocities, writes x', each [N, C]; memory-bound.
 """
 
 import torch
+from torch.compiler import is_compiling
 
 
 def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -61,9 +62,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("bagel_rt::guided_step", "default")
 def _launch(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt):
     return guided_step_reference(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt)
+
+
+torch.library.impl("bagel_rt::guided_step", "default", _launch)
 
 
 @torch.library.register_fake("bagel_rt::guided_step")
@@ -111,7 +114,8 @@ def guided_step(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm,
         ValueError: as :func:`guided_velocity`.
     """
     _check("guided_step", x.shape, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm)
-    return _guided_step(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt)
+    run = _guided_step if is_compiling() else _launch
+    return run(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt)
 
 
 def _check(op, shape, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm):

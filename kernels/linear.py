@@ -15,6 +15,7 @@ Work: 2 T K N flops; traffic: both experts' weights once, x and y once.
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 
 def linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
@@ -48,9 +49,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("bagel_rt::linear", "default")
 def _launch(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
     return linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
+
+
+torch.library.impl("bagel_rt::linear", "default", _launch)
 
 
 @torch.library.register_fake("bagel_rt::linear")
@@ -100,4 +103,5 @@ def linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, s
             raise ValueError(f"linear: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, N)} {dtype}")
     if swiglu and N % 2:
         raise ValueError(f"linear: swiglu pairs weight rows (gate, up), but there are {N} rows")
-    return _linear(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
+    run = _linear if is_compiling() else _launch
+    return run(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)

@@ -10,6 +10,7 @@ Traffic: reads x and r, writes y and x + r, each [T, H]; memory-bound.
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 
 def rms_norm_reference(x, residual, w_gen, w_und, G, eps):
@@ -42,14 +43,18 @@ torch.library.define(
 )
 
 
-@torch.library.impl("bagel_rt::rms_norm", "default")
 def _launch_rms_norm(x, w_gen, w_und, G, eps):
     return rms_norm_reference(x, None, w_gen, w_und, G, eps)[0]
 
 
-@torch.library.impl("bagel_rt::add_rms_norm", "default")
+torch.library.impl("bagel_rt::rms_norm", "default", _launch_rms_norm)
+
+
 def _launch_add_rms_norm(x, residual, w_gen, w_und, G, eps):
     return rms_norm_reference(x, residual, w_gen, w_und, G, eps)
+
+
+torch.library.impl("bagel_rt::add_rms_norm", "default", _launch_add_rms_norm)
 
 
 @torch.library.register_fake("bagel_rt::rms_norm")
@@ -89,7 +94,9 @@ def rms_norm(x, residual, w_gen, w_und, G, eps):
         if w.shape != (H,) or w.dtype != x.dtype:
             raise ValueError(f"rms_norm: {name} is {tuple(w.shape)} {w.dtype}, expected {(H,)} {x.dtype}")
     if residual is None:
-        return _rms_norm(x, w_gen, w_und, G, eps), x
+        run = _rms_norm if is_compiling() else _launch_rms_norm
+        return run(x, w_gen, w_und, G, eps), x
     if residual.shape != shape or residual.dtype != x.dtype:
         raise ValueError(f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, H)} {x.dtype}")
-    return _add_rms_norm(x, residual, w_gen, w_und, G, eps)
+    run = _add_rms_norm if is_compiling() else _launch_add_rms_norm
+    return run(x, residual, w_gen, w_und, G, eps)

@@ -15,6 +15,7 @@ Traffic: reads qkv once, writes q, k and v once; memory-bound.
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from bagel_rt.kernels.norm import scale_rows_
 
@@ -53,9 +54,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("bagel_rt::qk_norm_rope", "default")
 def _launch(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
     return qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+
+
+torch.library.impl("bagel_rt::qk_norm_rope", "default", _launch)
 
 
 @torch.library.register_fake("bagel_rt::qk_norm_rope")
@@ -115,4 +118,5 @@ def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, 
             )
     if slots.shape != (T,) or slots.dtype != torch.int64:
         raise ValueError(f"qk_norm_rope: slots is {tuple(slots.shape)} {slots.dtype}, expected {(T,)} torch.int64")
-    return _qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+    run = _qk_norm_rope if is_compiling() else _launch
+    return run(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)

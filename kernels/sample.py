@@ -16,6 +16,7 @@ Traffic: reads the logits once; memory-bound.
 import math
 
 import torch
+from torch.compiler import is_compiling
 
 
 def sample_reference(logits, temperature, seed, step):
@@ -54,9 +55,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("bagel_rt::sample", "default")
 def _launch(logits, temperature, seed, step):
     return sample_reference(logits, temperature, seed, step)
+
+
+torch.library.impl("bagel_rt::sample", "default", _launch)
 
 
 @torch.library.register_fake("bagel_rt::sample")
@@ -92,4 +95,5 @@ def sample(logits, temperature, seed=None, step=None):
             if tensor is None or tensor.shape != (B,) or tensor.dtype != torch.int64:
                 given = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"sample: {name} is {given}, expected {(B,)} torch.int64")
-    return _sample(logits, temperature, seed, step)
+    run = _sample if is_compiling() else _launch
+    return run(logits, temperature, seed, step)

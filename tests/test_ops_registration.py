@@ -72,8 +72,10 @@ class Record(TorchDispatchMode):
 
 
 def run(name, T, G, dtype=torch.float32):
+    """Call as a compiled caller does: through the registered op."""
     function, args, kwargs = calls(T, G, dtype)[name]
-    with torch.inference_mode(), Record() as record:
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), Record() as record:
+        patch.setitem(function.__globals__, "is_compiling", lambda: True)
         function(*args, **kwargs)
     return record
 
@@ -81,6 +83,18 @@ def run(name, T, G, dtype=torch.float32):
 def test_every_op_is_listed_and_every_listed_op_is_registered():
     names = torch._C._dispatch_get_all_op_names()
     assert sorted(OPS) == sorted(name.removeprefix("bagel_rt::") for name in names if name.startswith("bagel_rt::"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_eager_call_skips_the_dispatcher_and_computes_the_same(name):
+    function, args, kwargs = calls(5, 2)[name]
+    _, same_args, same_kwargs = calls(5, 2)[name]
+    with torch.inference_mode(), Record() as record:
+        eager = function(*args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setitem(function.__globals__, "is_compiling", lambda: True)
+        torch.testing.assert_close(eager, function(*same_args, **same_kwargs), rtol=0, atol=0)
+    assert not record.ours
 
 
 def test_these_calls_use_every_op():
