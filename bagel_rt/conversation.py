@@ -125,10 +125,10 @@ def frame_text(tokenizer: Tokenizer, text: str) -> Text:
 def encode_latents(model: BagelModel, image: Image.Image, noise: Noise) -> VAEImage:
     """A resized RGB picture as clean latent tokens; the official model samples the posterior, never takes its mode."""
     config = model.config
-    pixels = image_to_tensor(image)[None].to(model.device, model.dtype)
+    pixels = image_to_tensor(image)[None].to(model.device)
     height, width = pixels.shape[2:]
     eps = noise.draw(1, config.vae.z_channels, height // config.vae.downsample, width // config.vae.downsample)
-    latent = model.vae.encode(pixels, eps.to(model.device, model.dtype))
+    latent = model.vae.encode(pixels, eps.to(model.device))
     tokens = patchify(latent[0], config.latent_patch_size)
     return VAEImage(tokens, height // config.latent_stride, width // config.latent_stride)
 

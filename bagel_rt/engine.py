@@ -180,7 +180,7 @@ class Engine:
     def picture(self, latents: torch.Tensor, rows: int, columns: int) -> Image.Image:
         """Latent tokens [rows * columns, features] -> the picture they stand for."""
         latent = unpatchify(latents, rows, columns, self.model.config.latent_patch_size)
-        return tensor_to_image(self.model.vae.decode(latent[None].to(self.model.dtype))[0])
+        return tensor_to_image(self.model.vae.decode(latent[None])[0])
 
 
 def _parameters(image: ImageSettings, size, text: TextSettings | None, negative_prompt: str | None) -> dict:

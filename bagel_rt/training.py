@@ -274,7 +274,7 @@ def encode_padded(model: BagelModel, pictures: Sequence[torch.Tensor], noise: to
         noise: [n, z, canvas height / stride, canvas width / stride], for the sample of the posterior.
 
     Returns:
-        Latents [n, z, canvas height / stride, canvas width / stride] after shift and scale, in the model's dtype.
+        Latents [n, z, canvas height / stride, canvas width / stride] after shift and scale, float32.
 
     Raises:
         ValueError: no pictures, or noise of another shape.
@@ -287,7 +287,7 @@ def encode_padded(model: BagelModel, pictures: Sequence[torch.Tensor], noise: to
     if noise.shape != shape:
         raise ValueError(f"noise is {tuple(noise.shape)}, must be {shape} for a canvas of {height} x {width} pixels")
     canvas = torch.stack([F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])
-    return model.vae.encode(canvas.to(model.device, model.dtype), noise.to(model.device, model.dtype))
+    return model.vae.encode(canvas.to(model.device), noise.to(model.device))
 
 
 def latent_tokens(latents: torch.Tensor, grids: Sequence[tuple[int, int]], patch: int) -> torch.Tensor:

@@ -27,11 +27,14 @@ def linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
         y = _product(x, w_gen, bias_gen if residual is None else residual)
     else:
         y = x.new_empty(T, w_gen.shape[0])
-        _product(x[:G], w_gen, bias_gen if residual is None else residual[:G], out=y[:G])
-        _product(x[G:], w_und, bias_und if residual is None else residual[G:], out=y[G:])
+        experts = (G, T - G)
+        addends = (bias_gen, bias_und) if residual is None else residual.split_with_sizes(experts)
+        parts = zip(x.split_with_sizes(experts), (w_gen, w_und), addends, y.split_with_sizes(experts), strict=True)
+        for rows, w, addend, out in parts:
+            _product(rows, w, addend, out)
     if swiglu:
         gate, up = y.view(T, y.shape[1] // 2, 2).unbind(-1)
-        y = F.silu(gate).mul_(up)
+        y = F.silu(gate.contiguous(), inplace=True).mul_(up)  # exp of every second number would take twice the time
     return y
 
 

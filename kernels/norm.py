@@ -26,8 +26,9 @@ def scale_rows_(x, w_gen, w_und, G):
         return x.mul_(w_und)
     if G == x.shape[0]:
         return x.mul_(w_gen)
-    x[:G].mul_(w_gen)
-    x[G:].mul_(w_und)
+    gen, und = x.split_with_sizes((G, x.shape[0] - G))
+    gen.mul_(w_gen)
+    und.mul_(w_und)
     return x
 
 

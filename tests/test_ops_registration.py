@@ -152,7 +152,7 @@ BUDGET = {
     "linear": (1, 3, 1),
     "linear-bias": (1, 3, 1),
     "linear-residual": (1, 3, 1),
-    "linear-swiglu": (3, 5, 3),
+    "linear-swiglu": (4, 6, 4),
     "qk_norm_rope": (7, 9, 10),
     "attention-full": (1, 1, 1),
     "attention-causal": (1, 3, 3),

@@ -68,9 +68,10 @@ def positions_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparis
         found[f"interpolate_{row['index']}"] = position_ids(*grid, interpolate=True)
     cos, sin = rope_tables(golden["rope_pos"], config.llm.head_dim, config.llm.rope_theta)
     found |= {"rope_cos": torch.cat([cos, cos], 1), "rope_sin": torch.cat([sin, sin], 1)}
-    found["t_sinusoid256"] = time_sinusoid(golden["t"])
-    found["t_embed"] = time_embedding(weights.time_embedder, golden["t"])
-    found["t_embed_int_zero"] = time_embedding(weights.time_embedder, torch.zeros(1))
+    t = golden["t"].to(bagel.model.device)
+    found["t_sinusoid256"] = time_sinusoid(t)
+    found["t_embed"] = time_embedding(weights.time_embedder, t)
+    found["t_embed_int_zero"] = time_embedding(weights.time_embedder, torch.zeros_like(t[:1]))
     for name in golden:
         if name.startswith("sincos"):
             dim, grid = (int(part.removeprefix("dim").removeprefix("grid")) for part in name.split("_")[1:])
@@ -91,7 +92,8 @@ def vit_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
     lengths = [image.rows * image.columns for image in images]
     side = config.vit.max_patches_per_side
     ids = torch.cat([position_ids(image.rows, image.columns, side, config.interpolate_pos) for image in images])
-    patches = torch.cat([image.patches for image in images])
+    ids = ids.to(model.device)
+    patches = torch.cat([image.patches for image in images]).to(model.device, model.dtype)
     layers = [embed_patches(weights.vit, patches, ids)]
     limits, blocks = within_images(lengths, patches.device)
     for layer in weights.vit.layers:
@@ -117,9 +119,12 @@ def vae_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
     def pixels_of(path):
         return image_to_tensor(model.config.vae_transform.resize(to_rgb(Image.open(pack / path))))
 
-    pixels = pixels_of(inputs["image"])[None]
+    def on_device(tensor):
+        return tensor.to(model.device)
+
+    pixels = on_device(pixels_of(inputs["image"])[None])
     mean, logvar = vae.moments(pixels)
-    latent = vae.encode(pixels, golden["eps"])
+    latent = vae.encode(pixels, on_device(golden["eps"]))
     canvas = torch.zeros(len(inputs["padded_images"]), 3, *inputs["padded_canvas_hw"])
     for index, path in enumerate(inputs["padded_images"]):
         picture = pixels_of(path)
@@ -130,8 +135,8 @@ def vae_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
         "logvar": logvar,
         "latent": latent,
         "recon": vae.decode(latent),
-        "random_latent_decoded": vae.decode(golden["random_latent"]),
-        "padded_latent": vae.encode(canvas, golden["padded_eps"]),
+        "random_latent_decoded": vae.decode(on_device(golden["random_latent"])),
+        "padded_latent": vae.encode(on_device(canvas), on_device(golden["padded_eps"])),
     }
     return _all_of(golden, found, inputs=("eps", "random_latent", "padded_eps"))
 

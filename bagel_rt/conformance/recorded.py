@@ -92,7 +92,7 @@ class Replay:
         self.snapshots[update["context"]].append([context.clone() for context in contexts])
 
         rows = update.get("rows_stored")
-        order = torch.from_numpy(plan.order)
+        order = torch.from_numpy(plan.order).to(self.model.device)
 
         def in_sequence(packed):
             return torch.empty_like(packed).index_copy_(0, order, packed)
@@ -133,7 +133,7 @@ class Replay:
         """The clean latents of the current picture, with the recorded sampling noise."""
         config, pixels = self.model.config, image_to_tensor(self._resized)[None]
         content = encode_latents(self.model, self._resized, Noise(0, [self.golden[f"{name}.eps"]]))
-        mean, logvar = self.model.vae.moments(pixels)
+        mean, logvar = self.model.vae.moments(pixels.to(self.model.device))
         latent = unpatchify(content.latents, content.rows, content.columns, config.latent_patch_size)[None]
         ids = position_ids(content.rows, content.columns, config.max_latent_size, config.interpolate_pos)
         found = {"pixels": pixels, "mean": mean, "logvar": logvar, "latent": latent, "pos_ids": ids}
@@ -146,7 +146,8 @@ class Replay:
         config = self.model.config
         content = encode_patches(config, config.vit_transform.resize(self._resized))
         ids = position_ids(content.rows, content.columns, config.vit.max_patches_per_side, config.interpolate_pos)
-        out = vision_tower(self.model.weights.vit, config.vit, content.patches, ids, [len(ids)])
+        patches = content.patches.to(self.model.device, self.model.dtype)
+        out = vision_tower(self.model.weights.vit, config.vit, patches, ids.to(self.model.device), [len(ids)])
         for part, tensor in {"patches": content.patches, "pos_ids": ids, "vit_out": out}.items():
             self._compare(f"{name}.{part}", tensor)
         return content

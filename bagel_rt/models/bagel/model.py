@@ -28,7 +28,7 @@ class BagelModel:
         config: the checkpoint's configuration.
         weights: every tensor of ``ema.safetensors``, fused and paired.
         transformer: the decoder stack over packed rows.
-        vae: the FLUX autoencoder.
+        vae: the FLUX autoencoder, in float32 as published.
         markers: token ids of the start and end of an image.
     """
 
@@ -46,7 +46,7 @@ class BagelModel:
         """A model of uninitialised weights."""
         with torch.device("meta"):
             vae = AutoEncoder(config.vae)
-        vae = vae.to(dtype).to_empty(device=device).requires_grad_(False)
+        vae = vae.to_empty(device=device).requires_grad_(False)  # float32 whatever the model's dtype, as officially
         return cls(config, BagelWeights.allocate(config, device, dtype), vae, markers)
 
     @classmethod
