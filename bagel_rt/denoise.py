@@ -56,6 +56,7 @@ class PackedBranches:
 
     def __init__(self, model: BagelModel, cache: KVCache, grids: Sequence[tuple[int, int]], branches):
         self.model, self.cache = model, cache
+        self.branches = branches  # their holders keep the slots taken
         tokens = [rows * columns for rows, columns in grids]
         starts = np.cumsum([0, *tokens])
         segments, positions, source = [], [], []

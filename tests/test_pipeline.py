@@ -115,6 +115,34 @@ def test_branch_deduplication_changes_nothing(bagel, image_scale):
     close(results[0][0], results[1][0])
 
 
+def test_two_denoisings_at_once_do_not_share_slots(bagel, photo):
+    def start(seed):
+        prefill = Prefill(bagel.model, bagel.cache)
+        conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(seed), guided=True)
+        conversation.add_image(photo)
+        conversation.add_text("make it night")
+        prefill.run()
+        noise = conversation.noise.draw(24, bagel.model.config.latent_features)
+        task = ImageTask(4, 6, noise, conversation.gen, conversation.no_text, conversation.no_img)
+        settings = ImageSettings(num_timesteps=5, cfg_img_scale=2.0, cfg_interval=(0.5, 1.0))
+        return Denoiser(bagel.model, bagel.cache, [task], settings)
+
+    def rows_of(denoiser):
+        packed = {denoiser._guided, denoiser._plain}
+        return {slot for branches in packed for slot in branches.rows.slots.tolist()}
+
+    with torch.inference_mode():
+        first, second = start(1), start(2)
+        assert not rows_of(first) & rows_of(second)
+        for step in range(len(first)):
+            first.step(step), second.step(step)
+        for seed, result in ((1, first), (2, second)):
+            alone = start(seed)
+            for step in range(len(alone)):
+                alone.step(step)
+            assert torch.equal(alone.latents, result.latents)
+
+
 # Contexts
 
 
