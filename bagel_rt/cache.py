@@ -1,8 +1,8 @@
 """The KV cache: one buffer per layer for all contexts, handed out in contiguous slot ranges.
 
 A context owns no memory of its own: it is a prefix of a :class:`Storage`, an append-only slot range. Clones share the
-storage; the longest one may append in place, because the others never look past their own length. Only a shorter clone
-that appends gets a copy of its prefix, so snapshots for guidance cost nothing.
+storage; the longest one may append in place, because the others never look past their own length. A context is copied
+only where it outgrows its storage, or where a shorter clone appends; snapshots for guidance cost nothing.
 """
 
 import weakref
@@ -19,6 +19,7 @@ class KVCache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device, slots: int = 0):
         self._shape = (kv_heads, head_dim)
         self._free: list[tuple[int, int]] = []  # disjoint (start, length), sorted, never adjacent
+        self._returned: list[tuple[int, int]] = []  # released since; a finalizer may append at any moment
         self.slots = 0
         self.k = torch.empty(layers, 0, *self._shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
@@ -27,10 +28,12 @@ class KVCache:
     @property
     def free_slots(self) -> int:
         """Slots that no storage holds."""
+        self._merge_returned()
         return sum(length for _, length in self._free)
 
     def allocate(self, length: int) -> int:
-        """First slot of a range of ``length`` free slots; the cache grows when there is none."""
+        """First slot of a range of ``length`` free slots; the cache grows, by a half at least, when there is none."""
+        self._merge_returned()
         for index, (start, room) in enumerate(self._free):
             if room >= length:
                 if room == length:
@@ -39,19 +42,12 @@ class KVCache:
                     self._free[index] = (start + length, room - length)
                 return start
         at_end = self._free[-1][1] if self._free and sum(self._free[-1]) == self.slots else 0
-        self._grow(length - at_end)
+        self._grow(max(length - at_end, self.slots // 2))
         return self.allocate(length)
 
     def release(self, start: int, length: int) -> None:
-        """Give a range back."""
-        self._free.append((start, length))
-        merged = []
-        for begin, room in sorted(self._free):
-            if merged and sum(merged[-1]) == begin:
-                merged[-1] = (merged[-1][0], merged[-1][1] + room)
-            elif room:
-                merged.append((begin, room))
-        self._free = merged
+        """Give a range back. Safe to call from a finalizer: the range is merged by the next allocation."""
+        self._returned.append((start, length))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy ``length`` slots of every layer."""
@@ -62,15 +58,30 @@ class KVCache:
         """(k, v) of one layer, [slots, kv_heads, head_dim] each."""
         return self._layers[index]
 
+    def _merge_returned(self) -> None:
+        if not self._returned:
+            return
+        ranges = self._free
+        while self._returned:
+            ranges.append(self._returned.pop())
+        self._free = []
+        for start, length in sorted(ranges):
+            if self._free and sum(self._free[-1]) == start:
+                self._free[-1] = (self._free[-1][0], self._free[-1][1] + length)
+            else:
+                self._free.append((start, length))
+
     def _grow(self, length: int) -> None:
         if length > 0:
-            for name in ("k", "v"):
-                old = getattr(self, name)
-                new = old.new_empty(old.shape[0], self.slots + length, *self._shape)
-                new[:, : self.slots] = old
-                setattr(self, name, new)
+            old = (self.k, self.v)
+            shape = (self.k.shape[0], self.slots + length, *self._shape)
+            grown = [buffer.new_empty(shape) for buffer in old]  # may run out of memory: nothing has changed yet
+            for new, buffer in zip(grown, old, strict=True):
+                new[:, : self.slots] = buffer
+            self.k, self.v = grown
             self.slots += length
-            self.release(self.slots - length, length)
+            self._returned.append((self.slots - length, length))
+            self._merge_returned()
         self._layers = list(zip(self.k.unbind(0), self.v.unbind(0), strict=True))
 
 

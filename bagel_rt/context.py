@@ -9,6 +9,8 @@ from bagel_rt.cache import KVCache, Storage
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.plan import Plan, Segment, build_plan
 
+MAX_ROWS = 1 << 15  # of one packed forward, where there is a choice: more brings no speed and takes memory
+
 
 @dataclass(frozen=True)
 class Text:
@@ -108,7 +110,7 @@ class Prefill:
     """Collects appends to any contexts and runs them as one packed forward.
 
     Contexts advance at once, so that they can be cloned between appends; their keys and values are there after
-    :meth:`run`.
+    :meth:`run`. Use it under ``torch.inference_mode()``.
     """
 
     def __init__(self, model: BagelModel, cache: KVCache):
@@ -117,10 +119,13 @@ class Prefill:
         self._contents: list[Content] = []
         self._segments: list[Segment] = []
         self._positions: list[np.ndarray] = []
+        self._storages: list[Storage | None] = []  # pending segments keep their slots taken
 
     def append(self, context: Context, content: Content) -> None:
-        """Add a content behind a context."""
+        """Add a content behind a context. ValueError if it has no tokens."""
         if isinstance(content, Text):
+            if not content.ids:
+                raise ValueError("a text of no tokens: frame it with the start and end token at least")
             gen = np.zeros(len(content.ids), dtype=bool)
             mode, steps = "causal", len(content.ids)
             positions = context.position + np.arange(steps)
@@ -129,13 +134,15 @@ class Prefill:
             gen[[0, -1]] = False  # the two markers go through the understanding expert
             mode, steps = "full", 1
             positions = np.full(len(gen), context.position)
-        if context.length and not context.fits(len(gen)):
-            self.run()  # the context is about to move: its pending keys must exist before they are copied
+        pending = sum(len(segment.gen) for segment in self._segments)
+        if (context.length and not context.fits(len(gen))) or pending + len(gen) > MAX_ROWS:
+            self.run()  # a context that moves takes its keys along, so they must exist; and memory is bounded
         visible = context.length
         write = context.extend(len(gen))
         self._segments.append(Segment(mode, gen, context.key_start, visible, write))
         self._positions.append(positions)
         self._contents.append(content)
+        self._storages.append(context.storage)
         context.position += steps
         context.history += (content,)
 
@@ -151,7 +158,9 @@ class Prefill:
         plan, contents, positions = build_plan(self._segments), self._contents, np.concatenate(self._positions)
         self._contents, self._segments, self._positions = [], [], []
         hidden = self._embed(contents)[torch.from_numpy(plan.order).to(self.model.device)]
-        return self.model.transformer.forward(hidden, self.model.rows(plan, positions), self.cache), plan
+        hidden = self.model.transformer.forward(hidden, self.model.rows(plan, positions), self.cache)
+        self._storages = []
+        return hidden, plan
 
     def _embed(self, contents: list[Content]) -> torch.Tensor:
         """Hidden states of all rows in segment order, [T, H]. All ViT images go through the tower in one pack."""

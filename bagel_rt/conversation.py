@@ -60,6 +60,7 @@ class Conversation:
         noise: Noise,
         guided: bool,
         room: tuple[int, int] = (0, 0),
+        expects_images: bool = False,
     ):
         """Start with nothing said.
 
@@ -69,7 +70,9 @@ class Conversation:
             guided: whether images will be generated; without it only ``gen`` is kept.
             room: slots that gen and no_img will need in all, taken at once so that they need not move (see
                 :func:`count_tokens`).
+            expects_images: without images no_img is what gen is, and shares its slots.
         """
+        self.expects_images = expects_images
         self.model, self.tokenizer, self.prefill, self.noise, self.guided = model, tokenizer, prefill, noise, guided
         self.gen, self.no_text, self.no_img = Context(cache, room[0]), Context(cache), Context(cache, room[1])
         self.image_size: tuple[int, int] | None = None  # (height, width) of the last image, after the resize rule
@@ -109,7 +112,7 @@ class Conversation:
 
     def _append_text(self, text: str) -> None:
         content = frame_text(self.tokenizer, text)
-        shared = self.gen.same_as(self.no_img)
+        shared = not self.expects_images and self.gen.same_as(self.no_img)
         self.prefill.append(self.gen, content)
         if self.guided and shared:
             self.no_img = self.gen.clone()
@@ -139,7 +142,9 @@ def encode_patches(config: BagelConfig, image: Image.Image) -> ViTImage:
     return ViTImage(patchify(image_to_tensor(image), patch), image.height // patch, image.width // patch)
 
 
-def count_tokens(config: BagelConfig, tokenizer: Tokenizer, parts: Sequence[str | Image.Image], guided: bool):
+def count_tokens(
+    config: BagelConfig, tokenizer: Tokenizer, parts: Sequence[str | Image.Image], guided: bool
+) -> tuple[int, int, tuple[int, int] | None]:
     """(tokens of the texts, tokens of the images, (height, width) of the last image or None) before any is encoded."""
     texts = sum(len(frame_text(tokenizer, part).ids) for part in parts if isinstance(part, str))
     images, size = 0, None
@@ -151,3 +156,15 @@ def count_tokens(config: BagelConfig, tokenizer: Tokenizer, parts: Sequence[str 
             images += guided * (width * height // config.latent_stride**2 + 2)
             size = (height, width)
     return texts, images, size
+
+
+def noise_shapes(config: BagelConfig, parts: Sequence[str | Image.Image], size: tuple[int, int] | None) -> list[tuple]:
+    """The shapes that drawing one picture from these parts takes from :class:`Noise`, in order."""
+    shapes = []
+    for part in parts:
+        if not isinstance(part, str):
+            width, height = config.vae_transform.output_size(*part.size)
+            size = (height, width)
+            shapes.append((1, config.vae.z_channels, height // config.vae.downsample, width // config.vae.downsample))
+    rows, columns = (side // config.latent_stride for side in size)
+    return [*shapes, (rows * columns, config.latent_features)]

@@ -13,7 +13,7 @@ from bagel_rt.models.bagel.transformer import Rows
 def generate_tokens(
     model: BagelModel, context: Context, start: int, stop: int, max_length: int, temperature: float, seed: int
 ) -> Iterator[int]:
-    """Continue a context with text; the context itself is left as it is.
+    """Continue a context with text; the context itself is left as it is. Use it under ``torch.inference_mode()``.
 
     Args:
         model: the network.
@@ -31,17 +31,17 @@ def generate_tokens(
     device = model.device
     session = context.clone()
     write = session.extend(max_length)
-    first = torch.arange(max_length, device=device)
-    cos, sin = model.rope(context.position + torch.arange(max_length))
+    steps = torch.arange(max_length, device=device)
+    cos, sin = model.rope(context.position + steps)
+    slots, lengths = write + steps, context.length + 1 + steps
     starts = torch.tensor([session.key_start], device=device)
-    lengths = context.length + 1 + first
     seeds = torch.tensor([seed], device=device)
     token = torch.tensor([start], device=device)
-    columns = zip(*(table.split(1) for table in (cos, sin, first + write, lengths, first)), strict=True)
-    for index, (c, s, slot, length, step) in enumerate(columns):
-        rows = Rows(0, c, s, slot, starts=starts, lengths=length)
+    for index in range(max_length):
+        now = slice(index, index + 1)
+        rows = Rows(0, cos[now], sin[now], slots[now], starts=starts, lengths=lengths[now])
         hidden = model.transformer.forward(model.embed_tokens(token), rows, context.cache)
-        token = sample(model.logits(hidden), temperature, seeds, step)
+        token = sample(model.logits(hidden), temperature, seeds, steps[now])
         value = int(token)
         if value == stop or index == max_length - 1:
             return

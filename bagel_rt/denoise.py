@@ -51,7 +51,8 @@ class PackedBranches:
 
     Args:
         grids: (rows, columns) of every image of the batch.
-        branches: (index of the image, context, holder of the slots for its tokens), in the order of the outputs.
+        branches: (index of the image, context, holder of the slots for its rows * columns + 2 tokens, as
+            :meth:`Context.borrow` gives it), in the order of the outputs.
     """
 
     def __init__(self, model: BagelModel, cache: KVCache, grids: Sequence[tuple[int, int]], branches):
@@ -91,10 +92,12 @@ class PackedBranches:
 class Denoiser:
     """The denoising of a batch of images under one schedule; call :meth:`step` with 0, 1, ... ``len(denoiser) - 1``.
 
+    Use it under ``torch.inference_mode()``.
+
     Attributes:
-        timesteps: float32 [steps], t at which each step evaluates the model.
+        timesteps: float32 [steps] on the host, t at which each step evaluates the model.
         guided: whether each step runs the guidance branches.
-        latents: float32 [sum n, features], the state, overwritten by every step.
+        latents: float32 [sum n, features] on the device, the state, overwritten by every step.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Denoiser:
         low, high = torch.tensor(settings.cfg_interval)
         guides = settings.cfg_text_scale > 1  # without text guidance the official code drops image guidance too
         self.guided = ((self.timesteps > low) & (self.timesteps <= high) & guides).tolist()
-        self.latents = torch.cat([task.noise.float() for task in tasks]).to(model.device)
+        self.latents = torch.cat([task.noise.to(model.device, torch.float32) for task in tasks])
 
         grids = [(task.rows, task.columns) for task in tasks]
         self._time = model.time_embedding(self.timesteps.to(model.device))
@@ -114,7 +117,8 @@ class Denoiser:
         branches, self._branch_of = self._distinct_branches(any(self.guided), deduplicate)
         self._guided = PackedBranches(model, cache, grids, branches)
         plain = branches[: len(tasks)]
-        self._plain = PackedBranches(model, cache, grids, plain) if len(branches) > len(plain) else self._guided
+        same = len(branches) == len(plain) or all(self.guided)  # then no step runs the conditional branches alone
+        self._plain = self._guided if same else PackedBranches(model, cache, grids, plain)
 
     def __len__(self) -> int:
         return len(self.dts)

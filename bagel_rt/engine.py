@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from bagel_rt.cache import KVCache
-from bagel_rt.context import Prefill
+from bagel_rt.context import MAX_ROWS, Prefill
 from bagel_rt.conversation import Conversation, Noise, count_tokens
 from bagel_rt.decode import generate_tokens
 from bagel_rt.denoise import Denoiser, ImageTask
@@ -21,7 +21,7 @@ from bagel_rt.tokenizer import TextStream, Tokenizer
 
 
 class Engine:
-    """A model, its tokenizer and its KV cache. One request at a time; whatever ends one frees all it held."""
+    """A model, its tokenizer and its KV cache. One request at a time; whatever ends one frees the slots it held."""
 
     def __init__(self, model: BagelModel, tokenizer: Tokenizer):
         self.model = model
@@ -38,7 +38,7 @@ class Engine:
         text: TextSettings,
         progress: ProgressCallback | None = None,
     ) -> list[ImageResult]:
-        """One picture for each request: one prefill, thoughts one after another, one denoising loop.
+        """One picture for each request: packed prefill, thoughts one after another, packed denoising.
 
         Inputs may be texts and images in any order; guidance follows the official rules (see
         :class:`~bagel_rt.conversation.Conversation`). With a ``system`` prompt each request's plan is written first.
@@ -62,7 +62,7 @@ class Engine:
             ImageResult(
                 picture,
                 request.seed,
-                _parameters(image, size, text if system else None, negative_prompt),
+                _parameters(image, size, text if system is not None else None, negative_prompt),
                 latents,
                 thought,
             )
@@ -105,7 +105,7 @@ class Engine:
         parts = []
         for turn in range(max_rounds):
             prefill.run()
-            written = "".join(self._decode(conversation, text, request.seed + turn, progress))
+            written = "".join(self._decode(conversation, text, (request.seed + turn) % 2**63, progress))
             parts.append(written)
             if IMAGE_REQUEST not in written:
                 break
@@ -123,10 +123,11 @@ class Engine:
         parts = [*request.inputs, *([system] if system is not None else [])]
         texts, images, size = count_tokens(config, self.tokenizer, parts, guided)
         height, width = size or request.size or (0, 0)
-        drawn = height * width // config.latent_stride**2 + 2
+        drawn = height * width // config.latent_stride**2 + 2 if guided else 0
         room = (texts + images + written + drawn, texts + drawn)
         noise = Noise(request.seed, request.noise)
-        conversation = Conversation(self.model, self.tokenizer, self.cache, prefill, noise, guided, room)
+        shown = (self.model, self.tokenizer, self.cache, prefill, noise, guided, room)
+        conversation = Conversation(*shown, expects_images=images > 0)
         if system is not None:
             conversation.add_system(system)
         for part in request.inputs:
@@ -149,8 +150,7 @@ class Engine:
             seed,
         )
         for count, token in enumerate(tokens, start=1):
-            if progress:
-                progress(Progress("text", count, text.max_think_token_n))
+            _report(progress, Progress("text", count, text.max_think_token_n - 1))
             if piece := stream.feed(token):
                 yield piece
         if piece := stream.finish():
@@ -160,27 +160,40 @@ class Engine:
         self, conversations, sizes, settings: ImageSettings, progress
     ) -> list[tuple[Image.Image, torch.Tensor]]:
         """(picture, latents) of each conversation's next image."""
-        config = self.model.config
-        tasks = []
+        config, groups = self.model.config, [[]]
         for conversation, size in zip(conversations, sizes, strict=True):
             rows, columns = (side // config.latent_stride for side in size)
             noise = conversation.noise.draw(rows * columns, config.latent_features)
-            tasks.append(ImageTask(rows, columns, noise, conversation.gen, conversation.no_text, conversation.no_img))
+            task = ImageTask(rows, columns, noise, conversation.gen, conversation.no_text, conversation.no_img)
+            branches = 1 + (settings.cfg_text_scale > 1) + (settings.cfg_text_scale > 1 and settings.cfg_img_scale > 1)
+            if groups[-1] and branches * sum(t.rows * t.columns + 2 for t in (*groups[-1], task)) > MAX_ROWS:
+                groups.append([])
+            groups[-1].append(task)
+        drawn = [self._draw(group, settings, progress, number, len(groups)) for number, group in enumerate(groups)]
+        return [result for results in drawn for result in results]
+
+    def _draw(self, tasks: list[ImageTask], settings: ImageSettings, progress, group: int, groups: int):
+        """(picture, latents) of each task, one packed forward a step for all."""
         denoiser = Denoiser(self.model, self.cache, tasks, settings)
-        for index in range(len(denoiser)):
+        steps = len(denoiser)
+        for index in range(steps):
             denoiser.step(index)
-            if progress:
-                progress(Progress("image", index + 1, len(denoiser)))
-        return [
-            (self.picture(latents, task.rows, task.columns), latents.clone())
-            for latents, task in zip(denoiser.images(), tasks, strict=True)
-        ]
+            _report(progress, Progress("image", group * steps + index + 1, groups * steps))
+        with torch.inference_mode(False):  # the caller's tensors are ordinary ones
+            drawn = [latents.clone() for latents in denoiser.images()]
+        return [(self.picture(x, task.rows, task.columns), x) for x, task in zip(drawn, tasks, strict=True)]
 
     @torch.inference_mode()
     def picture(self, latents: torch.Tensor, rows: int, columns: int) -> Image.Image:
         """Latent tokens [rows * columns, features] -> the picture they stand for."""
         latent = unpatchify(latents, rows, columns, self.model.config.latent_patch_size)
         return tensor_to_image(self.model.vae.decode(latent[None])[0])
+
+
+def _report(progress: ProgressCallback | None, where: Progress) -> None:
+    if progress:
+        with torch.inference_mode(False):  # the caller's code runs as outside
+            progress(where)
 
 
 def _parameters(image: ImageSettings, size, text: TextSettings | None, negative_prompt: str | None) -> dict:

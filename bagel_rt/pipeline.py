@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from bagel_rt.config import BagelConfig, CheckpointError
-from bagel_rt.conversation import count_tokens
+from bagel_rt.conversation import count_tokens, noise_shapes
 from bagel_rt.engine import Engine
 from bagel_rt.images import open_image
+from bagel_rt.kernels.backend import backend as check_backend
 from bagel_rt.kernels.backend import choose_backend
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
@@ -80,7 +81,10 @@ class Bagel:
         folder = Path(folder) if folder is not None else DEFAULT_MODEL
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; give the path of a downloaded BAGEL checkpoint folder")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ValueError(f"device is {device!r}: allowed are 'cpu', 'cuda' and 'cuda:N' ({error})") from None
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs: use device='cpu', or a torch "
@@ -89,8 +93,8 @@ class Bagel:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}: allowed are {', '.join(map(str, DTYPES))}")
-        if backend is not None:
-            choose_backend(backend)
+        choose_backend(backend)
+        check_backend()
         config = BagelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)
         if len(tokenizer) > config.llm.vocab_size:
@@ -138,8 +142,9 @@ class Bagel:
         noises = [noise] * count if single or noise is None else per_prompt("noise", noise, count)
         system = THINK_BEFORE_IMAGE if think else None
         also = [negative_prompt] if negative_prompt is not None else []
+        written = text.max_think_token_n if think else 0
         requests = [
-            self._request([text_], self._check_size(size), seed_, noise, system, also, text.max_think_token_n)
+            self._request([text_], self._check_size(size), seed_, noise, system, also, written)
             for text_, size, seed_, noise in zip(batch, sizes, seeds_for(seed, count), noises, strict=True)
         ]
         results = self.engine.run_images(requests, system, negative_prompt, image, text, progress)
@@ -171,7 +176,8 @@ class Bagel:
         inputs = [*open_images(images, least=1), check_text("prompt", prompt)]
         system = THINK_BEFORE_IMAGE if think else None
         also = [negative_prompt] if negative_prompt is not None else []
-        request = self._request(inputs, None, seeds_for(seed, 1)[0], noise, system, also, text.max_think_token_n)
+        written = text.max_think_token_n if think else 0
+        request = self._request(inputs, None, seeds_for(seed, 1)[0], noise, system, also, written)
         return self.engine.run_images([request], system, negative_prompt, image, text, progress)[0]
 
     def chat(self, prompt: str, images: ImageSource | Sequence[ImageSource] = (), **options) -> str:
@@ -235,11 +241,13 @@ class Bagel:
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
         system = THINK_INTERLEAVED if think else None
         written = max_rounds * (text.max_think_token_n + 2)
-        request = self._request(inputs, self._check_size(size), seeds_for(seed, 1)[0], noise, system, (), written)
+        request = self._request(
+            inputs, self._check_size(size), seeds_for(seed, 1)[0], noise, system, (), written, False
+        )
         return self.engine.run_interleaved(request, system, max_rounds, image, text, progress)
 
     def _request(
-        self, inputs, size, seed: int, noise, system: str | None, also: Sequence[str], written: int
+        self, inputs, size, seed: int, noise, system: str | None, also: Sequence[str], written: int, exact=True
     ) -> Request:
         """A request that fits the model's positions: its own texts (``also``: the negative prompt), its images, and
         ``written`` tokens of the model's."""
@@ -253,6 +261,8 @@ class Bagel:
                 f"the request takes up to {positions} positions, {written} of them for text to be written; the model "
                 f"has {limit}: shorten the prompt or lower max_think_token_n"
             )
+        if noise is not None:
+            _check_noise(noise, noise_shapes(self.model.config, inputs, size), exact)
         return Request(inputs, size, seed, noise)
 
     def _check_size(self, size) -> tuple[int, int]:
@@ -266,3 +276,13 @@ class Bagel:
                 "the grid that the model has position embeddings for"
             )
         return tuple(size)
+
+
+def _check_noise(noise, shapes: list[tuple], exact: bool) -> None:
+    """Refuse noise that the first picture cannot be made of; unless ``exact``, there may be more for later ones."""
+    given = [noise] if isinstance(noise, torch.Tensor) else noise
+    if not isinstance(given, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in given):
+        raise ValueError("noise: give a torch tensor, or a list of them in the order of drawing")
+    found = [tuple(tensor.shape) for tensor in given]
+    if (found if exact else found[: len(shapes)]) != shapes:
+        raise ValueError(f"noise: tensors of shape {found} were given where {shapes} are drawn")

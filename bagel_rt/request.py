@@ -30,7 +30,7 @@ class Progress:
 
 
 class Cancelled(Exception):
-    """Raise it in a ``progress`` callback to stop a request; everything it held is free again."""
+    """Raise it in a ``progress`` callback to stop a request; what it held is free once the exception is handled."""
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -44,7 +44,7 @@ class ImageResult:
         image: the picture.
         seed: what its noise was drawn with; the same seed and parameters give the same picture.
         parameters: every hyper-parameter in force.
-        latents: float32 [tokens, features], the picture before the autoencoder's decoder.
+        latents: float32 [tokens, features] on the model's device, the picture before the autoencoder's decoder.
         thought: the text the model wrote before drawing, or None.
     """
 

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,7 +125,9 @@ def main() -> None:
         counts = f"{count:>8}{official_count:>10}{count / official_count:>8.2f}" if count else f"{'':26}"
         print(f"{name:28}{counts}{time_ms:>10.3f}{official_ms:>10.1f}{time_ms / official_ms:>8.2f}")
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        describe = ["git", "describe", "--always", "--dirty"]
+        here = Path(__file__).parent
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
         report = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit,

@@ -87,7 +87,7 @@ def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, 
 
     Raises:
         ValueError: shapes, dtypes or G disagree; the message names the offender.
-        IndexError: a slot outside [0, S).
+        IndexError: a slot outside [0, S), on the CPU; CUDA stops with a device-side assertion instead.
     """
     T, width = qkv.shape
     _, Hkv, D = k_cache.shape

@@ -102,3 +102,37 @@ def test_dropping_every_context_frees_every_slot(capacity):
     del context, twin, holder
     gc.collect()
     assert cache.free_slots == cache.slots
+
+
+def test_a_failed_growth_changes_nothing(monkeypatch):
+    cache = make_cache(4)
+    fill(cache, cache.allocate(4), 4, 5.0)
+    real, made = torch.Tensor.new_empty, []
+
+    def fails_second(self, *shape, **options):
+        made.append(shape)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", fails_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.allocate(3)
+    monkeypatch.undo()
+    assert (cache.slots, cache.free_slots, cache.k.shape[1], cache.v.shape[1]) == (4, 0, 4, 4)
+    cache.allocate(3)
+    assert (cache.k[:, :4] == 5).all() and (cache.v[:, :4] == -5).all()
+
+
+def test_a_release_in_the_middle_of_an_allocation_is_not_lost():
+    cache = make_cache(10)
+    first = cache.allocate(4)
+
+    class Releases(int):  # compares as a number and, as a finalizer may, returns a range meanwhile
+        def __le__(self, other):
+            cache.release(first, 4)
+            return int(self) <= other
+
+    second = cache.allocate(Releases(6))
+    assert second == 4 and cache.free_slots == 4
+    assert cache.allocate(4) == first

@@ -345,7 +345,7 @@ def test_bars_are_shown_on_demand_and_never_by_default_off_a_terminal(tmp_path):
     assert result.exit_code == 0 and json.loads(result.stdout)
     for bar in ("ema.safetensors:", "ae.safetensors:", "text:", "image:"):
         assert bar in result.stderr
-    assert "0/4 " in result.stderr and "0/2 " in result.stderr  # three timesteps make two steps
+    assert "0/3 " in result.stderr and "0/2 " in result.stderr  # three timesteps make two steps
     good(*arguments)  # nothing on stderr
 
 

@@ -83,8 +83,9 @@ def test_a_packed_prefill_equals_one_append_at_a_time(bagel, photo):
         (lambda b, p: b.edit([p, p], "make it night", seed=1, num_timesteps=2), 1),
         (lambda b, p: b.chat("what?", [p, p], max_think_token_n=1), 1),
         (lambda b, p: b.generate("a", size=(32, 32), seed=1, num_timesteps=2, think=True, max_think_token_n=1), 2),
+        (lambda b, p: b.edit(p, "night", seed=1, num_timesteps=2, think=True, max_think_token_n=1), 2),
     ],
-    ids=["a batch of prompts", "an edit of two images", "a question about two images", "a thought comes after"],
+    ids=["prompts", "an edit of two images", "a question about two images", "a thought after", "a thought on an edit"],
 )
 def test_a_request_is_prefilled_in_one_forward_and_no_context_moves(bagel, photo, monkeypatch, call, forwards):
     counted, moved = [], []
@@ -286,8 +287,29 @@ def test_the_caller_is_not_left_in_inference_mode(bagel):
     pieces = bagel.stream("what?", max_think_token_n=4)
     next(pieces)
     assert not torch.is_inference_mode_enabled()
-    bagel.generate("a", size=(16, 16), seed=0, num_timesteps=2)
-    assert not torch.is_inference_mode_enabled()
+    seen = []
+    report = lambda progress: seen.append(torch.is_inference_mode_enabled())  # noqa: E731
+    result = bagel.generate("a", size=(16, 16), seed=0, num_timesteps=3, progress=report)
+    assert seen == [False, False] and not torch.is_inference_mode_enabled()
+    result.latents.add_(1)  # an ordinary tensor
+
+
+def test_a_large_batch_is_drawn_in_parts_with_the_same_result(bagel, monkeypatch):
+    prompts, steps = ["a", "b c", "d", "e"], []
+    whole = bagel.generate(prompts, size=(32, 32), seed=1, **FAST)
+    monkeypatch.setattr("bagel_rt.engine.MAX_ROWS", 40)
+    monkeypatch.setattr("bagel_rt.context.MAX_ROWS", 4)
+    parts = bagel.generate(prompts, size=(32, 32), seed=1, progress=lambda p: steps.append((p.step, p.total)), **FAST)
+    for a, b in zip(whole, parts, strict=True):
+        close(a.latents, b.latents)
+    assert steps == [(n, 8) for n in range(1, 9)]
+
+
+def test_thinking_tokens_take_no_positions_of_a_request_that_does_not_think(bagel):
+    limit = bagel.model.config.llm.max_position_embeddings
+    bagel.generate("a", size=(16, 16), seed=0, num_timesteps=2, max_think_token_n=limit)
+    with pytest.raises(ValueError, match="for text to be written"):
+        bagel.generate("a", size=(16, 16), seed=0, num_timesteps=2, max_think_token_n=limit, think=True)
 
 
 def test_the_default_size_is_the_largest_square_of_the_model(bagel):
@@ -326,7 +348,12 @@ REFUSED = {
     "seed too large": (dict(seed=2**63), "seed is 9223372036854775808"),
     "fractional seed": (dict(seed=1.5), "seed is 1.5"),
     "seeds for other prompts": (dict(seed=[1, 2]), "one per prompt"),
-    "noise of another shape": (dict(noise=torch.zeros(3, 64), size=(32, 32)), r"noise: a tensor of shape \(3, 64\)"),
+    "noise of another shape": (
+        dict(noise=torch.zeros(3, 64), size=(32, 32)),
+        r"noise: tensors of shape \[\(3, 64\)\] were given",
+    ),
+    "noise that is not a tensor": (dict(noise=np.zeros((4, 64)), size=(32, 32)), "noise: give a torch tensor"),
+    "more noise than is drawn": (dict(noise=[torch.zeros(4, 64)] * 2, size=(32, 32)), "noise: tensors of shape"),
     "negative prompt that is no text": (dict(negative_prompt=3), "a text is a int"),
 }
 
@@ -373,6 +400,7 @@ WRONG_CALLS = {
         ValueError,
         "device is cuda:99, but torch sees",
     ),
+    "a device that does not exist": (lambda b: Bagel.from_pretrained(device="gpu"), ValueError, "device is 'gpu'"),
     "a dtype that is no float": (lambda b: Bagel.from_pretrained(dtype=torch.int8), ValueError, "int8"),
 }
 

@@ -49,10 +49,11 @@ class CaseReport:
 
         def rank(comparison):
             relative = comparison.tolerance < 1
-            closeness = comparison.error / comparison.tolerance if comparison.tolerance else comparison.error
+            error = math.inf if math.isnan(comparison.error) else comparison.error
+            closeness = error / comparison.tolerance if comparison.tolerance else error
             return (not comparison.passed, relative, closeness)
 
-        compared = [comparison for comparison in self.comparisons if not math.isnan(comparison.error)]
+        compared = [item for item in self.comparisons if not (item.passed and math.isnan(item.error))]
         return max(compared, key=rank, default=None)
 
 

@@ -120,8 +120,7 @@ class BagelModel:
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary tables cos, sin float32 [T, head_dim / 2] of positions [T]."""
-        cos, sin = rope_tables(positions, self.config.llm.head_dim, self.config.llm.rope_theta)
-        return cos.to(self.device), sin.to(self.device)
+        return rope_tables(positions.to(self.device), self.config.llm.head_dim, self.config.llm.rope_theta)
 
     def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states of generation rows [n, H] (before the final norm) -> velocity [n, features]."""

@@ -141,7 +141,10 @@ class Decoder(Chain):
 
 
 class AutoEncoder(nn.Module):
-    """The variational autoencoder; its parameters' names are the checkpoint's."""
+    """The variational autoencoder; its parameters' names are the checkpoint's.
+
+    On CUDA, convolutions in float32 use TF32 unless ``torch.backends.cudnn.allow_tf32`` is set to False.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
