@@ -20,6 +20,7 @@ class KVCache:
         self._shape = (kv_heads, head_dim)
         self._free: list[tuple[int, int]] = []  # disjoint (start, length), sorted, never adjacent
         self._returned: list[tuple[int, int]] = []  # released since; a finalizer may append at any moment
+        self.storages: weakref.WeakSet[Storage] = weakref.WeakSet()  # all that hold slots
         self.slots = 0
         self.k = torch.empty(layers, 0, *self._shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
@@ -86,13 +87,17 @@ class KVCache:
 
 
 class Storage:
-    """An append-only slot range that contexts share as prefixes. Its slots return to the cache when it is collected."""
+    """An append-only slot range that contexts share as prefixes.
+
+    Its slots return to the cache when it is collected, or when ``release()`` is called; it is of no use afterwards.
+    """
 
     def __init__(self, cache: KVCache, capacity: int):
         self.start = cache.allocate(capacity)
         self.capacity = capacity
         self.holders: weakref.WeakSet = weakref.WeakSet()  # contexts (anything with a ``length``) living here
-        weakref.finalize(self, cache.release, self.start, capacity)
+        self.release = weakref.finalize(self, cache.release, self.start, capacity)  # runs once, now or at the end
+        cache.storages.add(self)
 
     def can_extend(self, length: int, extra: int) -> bool:
         """Whether a holder of that length may write ``extra`` more slots in place: room, and nobody lives there."""

@@ -28,7 +28,7 @@ from bagel_rt.config import REMEDY, CheckpointError, json_object, opened, read_j
 _HEADER_LIMIT = 16 << 20  # bytes; the 7B model's header has 200 kilobytes
 _STAGING = 64 << 20  # bytes read at once
 _MAX_DIMENSIONS = 8
-_LISTED = 20  # mismatches spelled out in one error
+_LISTED = 5000  # mismatches spelled out in one error
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FALLBACK_STEMS = {"ema": ("model",)}

@@ -10,7 +10,9 @@ import fnmatch
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +32,9 @@ class _Commands(TyperGroup):
     """All commands; whatever goes wrong in one becomes a line on stderr and an exit code."""
 
     def main(self, *args, standalone_mode=True, **kwargs):
-        for stream in (sys.stdout, sys.stderr):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are taken away
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character of an answer
         try:
             code = super().main(*args, standalone_mode=False, **kwargs) or 0

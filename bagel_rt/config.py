@@ -294,6 +294,7 @@ def _read_llm(values: dict, source: Path) -> TransformerConfig:
         if hidden % heads:
             raise CheckpointError(f"{source}: {_uneven_heads(hidden, heads)}. {REMEDY}.")
         head_dim = hidden // heads
+        _only(values, "head_dim", head_dim, source)
     return _build(TransformerConfig, values, source, head_dim=head_dim)
 
 

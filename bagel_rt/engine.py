@@ -1,5 +1,6 @@
 """Requests end to end: contexts filled, text decoded, latents denoised, pictures decoded. Arguments come checked."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -20,6 +21,22 @@ from bagel_rt.settings import ImageSettings, TextSettings
 from bagel_rt.tokenizer import TextStream, Tokenizer
 
 
+def _frees_on_failure(run):
+    """Give back at once what a failed request took: the frames of its exception would hold it as long as they live."""
+
+    @functools.wraps(run)
+    def wrapped(self, *args, **kwargs):
+        others = set(self.cache.storages)
+        try:
+            return run(self, *args, **kwargs)
+        except BaseException:
+            for storage in set(self.cache.storages) - others:
+                storage.release()
+            raise
+
+    return wrapped
+
+
 class Engine:
     """A model, its tokenizer and its KV cache. One request at a time; whatever ends one frees the slots it held."""
 
@@ -28,6 +45,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.cache: KVCache = model.make_cache()
 
+    @_frees_on_failure
     @torch.inference_mode()
     def run_images(
         self,
@@ -73,18 +91,26 @@ class Engine:
         self, request: Request, system: str | None, text: TextSettings, progress: ProgressCallback | None = None
     ) -> Iterator[str]:
         """Text about the request's inputs, piece by piece."""
-        with torch.inference_mode():
-            prefill = Prefill(self.model, self.cache)
-            conversation = self._open(request, system, prefill, False, text.max_think_token_n)
-            prefill.run()
-            pieces = self._decode(conversation, text, request.seed, progress)
-        while True:
-            with torch.inference_mode():  # entered per piece: the mode must not leak into the consumer's code
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        others, taken = set(self.cache.storages), set()
+        try:
+            with torch.inference_mode():
+                prefill = Prefill(self.model, self.cache)
+                conversation = self._open(request, system, prefill, False, text.max_think_token_n)
+                prefill.run()
+                pieces = self._decode(conversation, text, request.seed, progress)
+                taken = set(self.cache.storages) - others
+            while True:
+                with torch.inference_mode():  # entered per piece: the mode must not leak into the consumer's code
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield piece
+        except BaseException:
+            for storage in taken:
+                storage.release()
+            raise
 
+    @_frees_on_failure
     @torch.inference_mode()
     def run_interleaved(
         self,

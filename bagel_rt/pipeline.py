@@ -85,6 +85,8 @@ class Bagel:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
             raise ValueError(f"device is {device!r}: allowed are 'cpu', 'cuda' and 'cuda:N' ({error})") from None
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {device}: allowed are 'cpu', 'cuda' and 'cuda:N'")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs: use device='cpu', or a torch "
@@ -240,7 +242,7 @@ class Bagel:
         inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
         system = THINK_INTERLEAVED if think else None
-        written = max_rounds * (text.max_think_token_n + 2)
+        written = max_rounds * (text.max_think_token_n + 4)  # a text in its frame, a picture in two blocks
         request = self._request(
             inputs, self._check_size(size), seeds_for(seed, 1)[0], noise, system, (), written, False
         )
@@ -261,9 +263,23 @@ class Bagel:
                 f"the request takes up to {positions} positions, {written} of them for text to be written; the model "
                 f"has {limit}: shorten the prompt or lower max_think_token_n"
             )
+        self._check_grids(inputs)
         if noise is not None:
             _check_noise(noise, noise_shapes(self.model.config, inputs, size), exact)
         return Request(inputs, size, seed, noise)
+
+    def _check_grids(self, inputs) -> None:
+        """Refuse images that the resize rules make larger than the position tables."""
+        config = self.model.config
+        for image in (part for part in inputs if isinstance(part, Image.Image)):
+            for_vae = config.vae_transform.output_size(*image.size)
+            for_vit = config.vit_transform.output_size(*for_vae)
+            patches = config.vit.patch_size * config.vit.max_patches_per_side
+            if not config.interpolate_pos and (max(for_vae) > config.largest_side or max(for_vit) > patches):
+                raise ValueError(
+                    f"an image of {image.width} x {image.height} pixels becomes {for_vae} and {for_vit}, more than the "
+                    f"position tables hold ({config.largest_side} and {patches} pixels): use one of another shape"
+                )
 
     def _check_size(self, size) -> tuple[int, int]:
         config = self.model.config
@@ -283,6 +299,8 @@ def _check_noise(noise, shapes: list[tuple], exact: bool) -> None:
     given = [noise] if isinstance(noise, torch.Tensor) else noise
     if not isinstance(given, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in given):
         raise ValueError("noise: give a torch tensor, or a list of them in the order of drawing")
+    if not all(tensor.isfinite().all() for tensor in given):
+        raise ValueError("noise: a tensor holds NaN or infinity; give standard normal numbers")
     found = [tuple(tensor.shape) for tensor in given]
     if (found if exact else found[: len(shapes)]) != shapes:
         raise ValueError(f"noise: tensors of shape {found} were given where {shapes} are drawn")

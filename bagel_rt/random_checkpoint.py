@@ -101,6 +101,8 @@ def make_random_checkpoint(
     Raises:
         ValueError: the folder is taken, the disk too small, or the configuration not expressible in the official files.
     """
+    if config.llm.hidden_size % 4:
+        raise ValueError(f"hidden_size is {config.llm.hidden_size}; allowed: a multiple of 4, for the sin-cos tables")
     folder = Path(folder)
     places = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).destinations()
     shapes = {stem: {name: place.shape for name, place in named.items()} for stem, named in places.items()}

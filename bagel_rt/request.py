@@ -1,5 +1,6 @@
 """What a caller gives and gets: requests, results, progress, and the checks that run before any work."""
 
+import reprlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Progress:
 
 
 class Cancelled(Exception):
-    """Raise it in a ``progress`` callback to stop a request; what it held is free once the exception is handled."""
+    """Raise it in a ``progress`` callback to stop a request; the KV slots it held are free again."""
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -80,7 +81,7 @@ def is_size(size) -> bool:
 def per_prompt(name: str, values, count: int) -> list:
     """A list with one entry for each of ``count`` prompts; ValueError if it is not."""
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        raise ValueError(f"{name} is {values!r}: give one for all, or a list of {count}, one per prompt")
+        raise ValueError(f"{name} is {reprlib.repr(values)}: give one for all, or a list of {count}, one per prompt")
     return list(values)
 
 

@@ -174,8 +174,13 @@ def test_all_misfits_are_listed_in_one_error(tmp_path):
     assert "a has shape [7]" in message and "lacks b" in message and "c [5] has no place" in message
 
 
-def test_hundreds_of_misfits_are_counted_not_listed(tmp_path):
-    save_file({f"w{i}": torch.ones(1) for i in range(300)}, tmp_path / "ema.safetensors")
+def test_hundreds_of_misfits_are_all_listed_and_an_endless_list_is_cut(tmp_path, monkeypatch):
+    names = [f"w{i}" for i in range(300)]
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "ema.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load_weights(tmp_path / "ema.safetensors", destinations(FILE), progress=False)
+    assert all(f": {name} [1] has no place" in str(error.value) for name in names)
+    monkeypatch.setattr("bagel_rt.checkpoint._LISTED", 20)
     message = refused(tmp_path / "ema.safetensors", destinations(FILE), "and 282 more")
     assert message.count("\n") == 22  # 20 misfits, the rest's number, the remedy
 

@@ -69,3 +69,36 @@ def test_comparisons_notice_what_they_should():
     assert not compare("x", torch.tensor([float("nan"), -2.0]), want).passed
     assert not compare("i", torch.tensor([1]), torch.tensor([2])).passed
     assert agree("a", [1, 2], [1, 2]).passed and not agree("a", [1, 2], [1, 3]).passed
+
+
+@pytest.fixture
+def copied(tmp_path):
+    import shutil
+
+    case = tmp_path / "cases" / "32_und_text_only"
+    shutil.copytree(PACK / "cases" / case.name, case)
+    return tmp_path, case
+
+
+def test_a_case_without_its_tensors_fails(bagel, copied):
+    pack, case = copied
+    (case / "tensors.safetensors").unlink()
+    report = run_case(bagel, pack, case)
+    assert not report.passed and "tensors.safetensors" in report.comparisons[0].name
+
+
+def test_a_case_whose_meta_is_broken_fails_and_does_not_stop_the_run(bagel, copied):
+    pack, case = copied
+    (case / "meta.json").write_text("{")
+    assert not run_case(bagel, pack, case).passed
+
+
+def test_a_failure_by_nan_is_the_worst(bagel, copied):
+    from safetensors.torch import load_file, save_file
+
+    pack, case = copied
+    golden = load_file(case / "tensors.safetensors")
+    golden["u00_text.hidden"][0, 0] = float("nan")
+    save_file(golden, case / "tensors.safetensors")
+    report = run_case(bagel, pack, case)
+    assert not report.passed and report.worst.name == "u00_text.hidden"

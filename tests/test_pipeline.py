@@ -1,11 +1,13 @@
 """What a user of ``Bagel`` relies on: packing, sharing, cancelling change nothing; bad input is named."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bagel_rt import Bagel, Cancelled, ImageResult
 from bagel_rt.context import Context, Prefill, Text
@@ -265,8 +267,9 @@ def test_cancelling_frees_everything_and_the_next_request_is_unharmed(bagel, pho
     gc.collect()
     free = bagel.cache.slots - bagel.cache.free_slots
     before = call(bagel, photo)
-    with pytest.raises(Cancelled):
+    with pytest.raises(Cancelled) as caught:
         call(bagel, photo, progress=stop)
+    assert caught.tb is not None, "the frames of the exception are still there"
     assert bagel.cache.slots - bagel.cache.free_slots == free
     assert [(p.stage, p.step) for p in seen] == [(stage, 1), (stage, 2), (stage, 3)]
     after = call(bagel, photo)
@@ -352,6 +355,10 @@ REFUSED = {
         dict(noise=torch.zeros(3, 64), size=(32, 32)),
         r"noise: tensors of shape \[\(3, 64\)\] were given",
     ),
+    "noise that is not finite": (
+        dict(noise=torch.full((4, 64), torch.nan), size=(32, 32)),
+        "holds NaN",
+    ),
     "noise that is not a tensor": (dict(noise=np.zeros((4, 64)), size=(32, 32)), "noise: give a torch tensor"),
     "more noise than is drawn": (dict(noise=[torch.zeros(4, 64)] * 2, size=(32, 32)), "noise: tensors of shape"),
     "negative prompt that is no text": (dict(negative_prompt=3), "a text is a int"),
@@ -409,3 +416,27 @@ WRONG_CALLS = {
 def test_refuses(bagel, call, error, message):
     with pytest.raises(error, match=message):
         call(bagel)
+
+
+def test_an_image_beyond_the_position_tables_is_refused_before_any_work(bagel, photo, monkeypatch):
+    small = replace(bagel.model.config, max_latent_size=5)
+    monkeypatch.setattr(bagel.model, "config", small)
+    monkeypatch.setattr(Prefill, "run", lambda self: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="90 x 70 pixels becomes .* more than the position tables hold"):
+        bagel.edit(photo, "night")
+
+
+def test_one_error_lists_what_is_wrong_with_both_files(bagel, tmp_path):
+    import shutil
+
+    from bagel_rt import CheckpointError
+    from bagel_rt.pipeline import DEFAULT_MODEL
+
+    folder = tmp_path / "model"
+    shutil.copytree(DEFAULT_MODEL, folder)
+    weights = load_file(folder / "ema.safetensors")
+    del weights["llm2vae.bias"]
+    save_file(weights, folder / "ema.safetensors")
+    (folder / "ae.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)lacks llm2vae\.bias.*holds none of ae\.safetensors"):
+        Bagel.from_pretrained(folder)

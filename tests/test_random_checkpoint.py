@@ -187,7 +187,9 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error, existe
     "config, message",
     [
         pytest.param(replace(TINY, llm=replace(TINY.llm, vocab_size=365)), "needs 366 or more", id="small vocabulary"),
-        pytest.param(replace(TINY, llm=replace(TINY.llm, head_dim=32)), "cannot express", id="free head size"),
+        pytest.param(
+            replace(TINY, llm=replace(TINY.llm, head_dim=32)), "head_dim is 32; allowed: 16", id="free head size"
+        ),
     ],
 )
 def test_a_configuration_that_no_folder_can_hold_is_refused(config, message, tmp_path):

@@ -1,5 +1,6 @@
 """Conformance of the runtime: recorded requests replayed through the contexts, the decoder and the denoiser."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Replay:
         """The pictures in the order in which they enter a context: the inputs, then the generated ones fed back."""
         inputs = self.meta["inputs"]
         named = inputs.get("interleave_inputs", [inputs["image"]] if "image" in inputs else [])
-        yield from (self.pack / name for name in named if (self.pack / name).is_file())
+        yield from (self.pack / name for name in named if os.path.isfile(self.pack / name))
         yield from (self.case / output["image"] for output in self.meta["outputs"] if "image" in output)
 
     def _compare(self, name: str, got: torch.Tensor, rows=None) -> None:
@@ -91,7 +92,9 @@ class Replay:
         self._agree(f"{name}.after", after, list(zip(update["kv_len_after"], update["rope_after"], strict=True)))
         self.snapshots[update["context"]].append([context.clone() for context in contexts])
 
-        rows = update.get("rows_stored")
+        # The tensors of an update that equals an earlier one are recorded under that one's name.
+        name = update.get("bitwise_same_as", name)
+        rows = self.meta["updates"][int(name[1:3])].get("rows_stored")
         order = torch.from_numpy(plan.order).to(self.model.device)
 
         def in_sequence(packed):
@@ -153,9 +156,9 @@ class Replay:
         return content
 
     def _snapshot(self, name: str, lengths: list[int]) -> list[Context]:
-        """The contexts as they were when they had these lengths; empty ones for zeros."""
+        """The contexts as they were when they had these lengths; one empty one per sample for zeros."""
         if not any(lengths):
-            return [Context(self.bagel.cache) for _ in lengths]
+            return [Context(self.bagel.cache) for _ in self.snapshots["gen"][-1]]
         return next(s for s in reversed(self.snapshots[name]) if [context.length for context in s] == lengths)
 
     def _text(self, text: dict) -> None:

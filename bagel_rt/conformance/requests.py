@@ -1,5 +1,6 @@
 """Conformance of whole requests: inputs and hyper-parameters in, texts and pictures out, through the pipeline."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class _Scripted(Engine):
 def request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict) -> list[Comparison]:
     """Run the recorded request with the recorded noise; compare every output and every final latent."""
     inputs, hyper = meta["inputs"], meta["inputs"]["hyper"]
-    parts = [Image.open(pack / part) if (pack / part).is_file() else part for part in inputs["interleave_inputs"]]
+    parts = [Image.open(pack / part) if os.path.isfile(pack / part) else part for part in inputs["interleave_inputs"]]
     image = ImageSettings(**{field.name: hyper[field.name] for field in fields(ImageSettings)})
     text = TextSettings(**{field.name: hyper[field.name] for field in fields(TextSettings)})
     request = Request(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from bagel_rt.cache import KVCache
 from bagel_rt.checkpoint import Destination, check_weights, find_weights, load_weights
-from bagel_rt.config import BagelConfig
+from bagel_rt.config import BagelConfig, CheckpointError
 from bagel_rt.models.bagel.embed import position_ids, time_embedding
 from bagel_rt.models.bagel.transformer import Rows, Transformer, rope_tables
 from bagel_rt.models.bagel.vae import AutoEncoder
@@ -58,9 +58,15 @@ class BagelModel:
         Raises:
             CheckpointError: a file or tensor is missing, left over, corrupt or of the wrong shape.
         """
-        files = {stem: find_weights(folder, stem) for stem in ("ema", "ae")}
+        files, problems = {}, []
         for stem, places in cls.allocate(config, markers, "meta", dtype).destinations().items():
-            check_weights(files[stem], places, IGNORED_TENSORS)  # before anything of the configuration's size exists
+            try:  # before anything of the configuration's size exists
+                files[stem] = find_weights(folder, stem)
+                check_weights(files[stem], places, IGNORED_TENSORS)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if problems:
+            raise CheckpointError("\n".join(problems))
         model = cls.allocate(config, markers, device, dtype)
         for stem, places in model.destinations().items():
             load_weights(files[stem], places, IGNORED_TENSORS, progress)
