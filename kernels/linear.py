@@ -28,10 +28,11 @@ def linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
     else:
         y = x.new_empty(T, w_gen.shape[0])
         experts = (G, T - G)
-        addends = (bias_gen, bias_und) if residual is None else residual.split_with_sizes(experts)
-        parts = zip(x.split_with_sizes(experts), (w_gen, w_und), addends, y.split_with_sizes(experts), strict=True)
-        for rows, w, addend, out in parts:
-            _product(rows, w, addend, out)
+        x_gen, x_und = x.split_with_sizes(experts)
+        y_gen, y_und = y.split_with_sizes(experts)
+        add_gen, add_und = (bias_gen, bias_und) if residual is None else residual.split_with_sizes(experts)
+        _product(x_gen, w_gen, add_gen, y_gen)
+        _product(x_und, w_und, add_und, y_und)
     if swiglu:
         gate, up = y.view(T, y.shape[1] // 2, 2).unbind(-1)
         y = F.silu(gate.contiguous(), inplace=True).mul_(up)  # exp of every second number would take twice the time

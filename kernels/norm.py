@@ -91,7 +91,7 @@ def rms_norm(x, residual, w_gen, w_und, G, eps):
     T, H = shape = x.shape
     if not 0 <= G <= T:
         raise ValueError(f"rms_norm: G={G} generation rows, but x has {T} rows")
-    for name, w in (("w_gen", w_gen), ("w_und", w_und)):
+    for name, w in ("w_gen", w_gen), ("w_und", w_und):
         if w.shape != (H,) or w.dtype != x.dtype:
             raise ValueError(f"rms_norm: {name} is {tuple(w.shape)} {w.dtype}, expected {(H,)} {x.dtype}")
     if residual is None:
