@@ -261,7 +261,7 @@ def _section(values: dict, key: str, source) -> dict:
 
 
 def _only(values: dict, key: str, allowed, source) -> None:
-    """Refuse a key that asks for a computation which is not implemented."""
+    """Refuse a value that asks for another computation than this model's."""
     if values.get(key, allowed) != allowed:
         raise CheckpointError(
             f"{source}: {key} is {reprlib.repr(values[key])}; allowed: {json.dumps(allowed)}. {REMEDY}."

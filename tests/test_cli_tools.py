@@ -5,30 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from typer.testing import CliRunner
+from test_cli import PACK, good, run
 
 from bagel_rt import __version__
-from bagel_rt.cli import app
 from bagel_rt.pipeline import DEFAULT_MODEL
-
-PACK = Path(__file__).parent / "conformance" / "bagel"
-
-
-def run(*args, **options):
-    return CliRunner().invoke(app, [str(arg) for arg in args], **options)
-
-
-def good(*args, **options):
-    result = run(*args, **options)
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
-    return result.stdout
-
 
 # info
 
