@@ -296,6 +296,24 @@ def test_a_large_batch_is_drawn_in_parts_with_the_same_result(bagel, monkeypatch
     assert steps == [(n, 8) for n in range(1, 9)]
 
 
+def test_a_long_prefill_is_cut_into_bounded_forwards(bagel, monkeypatch):
+    monkeypatch.setattr("bagel_rt.context.MAX_ROWS", 8)
+    rows, forward = [], type(bagel.model.transformer).forward
+
+    def counted(self, hidden, *rest):
+        rows.append(len(hidden))
+        return forward(self, hidden, *rest)
+
+    monkeypatch.setattr(type(bagel.model.transformer), "forward", counted)
+    with torch.inference_mode():
+        prefill = Prefill(bagel.model, bagel.cache)
+        contexts = [Context(bagel.cache) for _ in range(4)]
+        for context, length in zip(contexts, (3, 4, 5, 12), strict=True):
+            prefill.append(context, Text(tuple(range(length))))
+        prefill.run()
+    assert rows == [7, 5, 12], "full packs, and a content longer than the bound alone"
+
+
 def test_thinking_tokens_take_no_positions_of_a_request_that_does_not_think(bagel):
     limit = bagel.model.config.llm.max_position_embeddings
     bagel.generate("a", size=(16, 16), seed=0, num_timesteps=2, max_think_token_n=limit)
