@@ -77,11 +77,12 @@ def devices() -> list[dict]:
 
 
 def ops() -> dict[str, str]:
-    """Op -> the backend that runs it, or why none can."""
+    """Op -> what runs it on the device that is taken by default, "triton" or "reference"; or why nothing can."""
     try:
-        from bagel_rt.kernels.backend import OPS, backend  # here, because kernels may need what is not installed
+        from bagel_rt.kernels.backend import OPS, implementation  # here, because kernels may need what is not installed
 
-        return dict.fromkeys(OPS, backend())
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return {op: implementation(op, device) for op in OPS}
     except (ImportError, ValueError) as error:
         return {"none": str(error)}
 

@@ -10,8 +10,7 @@ from bagel_rt.config import BagelConfig, CheckpointError
 from bagel_rt.conversation import count_tokens, noise_shapes
 from bagel_rt.engine import Engine
 from bagel_rt.images import open_image
-from bagel_rt.kernels.backend import backend as check_backend
-from bagel_rt.kernels.backend import choose_backend
+from bagel_rt.kernels.backend import check_backend, choose_backend
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.request import (
@@ -68,10 +67,11 @@ class Bagel:
         Args:
             folder: with config.json, llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and the
                 tokenizer's files. Without one, the small model that the package carries.
-            device: default "cuda" where there is one, else "cpu".
+            device: default "cuda" where there is one, else "cpu". A GPU becomes torch's current one.
             dtype: default bfloat16 on CUDA, float32 on the CPU.
-            backend: "reference" runs the ops' PyTorch formulas, "auto" the best the device offers; for the whole
-                process. Default: the environment variable BAGEL_RT_BACKEND, else "auto".
+            backend: "auto" runs Triton kernels on CUDA and the ops' PyTorch formulas elsewhere, "reference" formulas
+                everywhere, "triton" kernels or nothing; for the whole process. Default: the environment variable
+                BAGEL_RT_BACKEND, else "auto".
             progress: show a bar while weights are read.
 
         Raises:
@@ -95,8 +95,10 @@ class Bagel:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}: allowed are {', '.join(map(str, DTYPES))}")
+        check_backend(device, backend)
         choose_backend(backend)
-        check_backend()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels are launched on the current one
         config = BagelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)
         if len(tokenizer) > config.llm.vocab_size:

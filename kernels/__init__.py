@@ -7,6 +7,7 @@ than everything else they do. They know tensors only: no model, no checkpoint, n
 """
 
 from bagel_rt.kernels.attention import attention, attention_dense_reference
+from bagel_rt.kernels.attention_backward import attention_backward
 from bagel_rt.kernels.decode_attention import decode_attention
 from bagel_rt.kernels.guidance import guided_step, guided_velocity
 from bagel_rt.kernels.linear import linear
@@ -16,6 +17,7 @@ from bagel_rt.kernels.sample import sample
 
 __all__ = [
     "attention",
+    "attention_backward",
     "attention_dense_reference",
     "decode_attention",
     "guided_step",

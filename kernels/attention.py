@@ -1,9 +1,10 @@
 """Attention of packed rows over KV-cache slots, under the generalised causal mask of a plan.
 
 Row r sees exactly the slots [key_start, key_start + limits[r]) and [own_start, own_end); the spans key_start and own
-come from the query block the row is in. Query head h reads KV head h // (Hq // Hkv).
+come from the query block the row is in, and do not overlap. Query head h reads KV head h // (Hq // Hkv).
 
     out[r, h] = softmax(scale * q[r, h] . K) V   over the visible slots, zero for a row that sees none
+    lse[h, r] = log sum exp(scale * q[r, h] . K), -inf for a row that sees none
 
 A block is a row of ``blocks``: row_start, row_end, key_start, full_end, part_end, own_start, own_end. Of its keys,
 counted from key_start, those below full_end are visible to every row of the block, those in [full_end, part_end) to
@@ -11,17 +12,45 @@ rows with ``key < limits[row]``, the rest to none; own keys are visible to all. 
 and one integer per row replaces every mask the model needs: causal text, full images, latents being denoised.
 Scores and softmax are float32 or wider; probabilities are rounded to the input dtype before they meet V.
 
-Work: 4 Hq D flops per visible pair; K and V of a context are read once per block of queries.
+The kernel: a program takes BLOCK_M (row, query head) pairs of one KV head, rows major, so that a tile of K and V serves
+all query heads of its group. Whole tiles of both spans run in one pipelined loop, through TMA descriptors where there
+are any; what is left of the spans, at most a tile and the partial keys each, runs in smaller tiles under the mask, with
+bounded loads: a slot outside the spans is never read. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867;
+tiled as in FlashAttention-2, Dao 2023, arXiv:2307.08691), in powers of two.
+
+Work: 4 Hq D flops per visible pair; K and V of a context are read once per block of queries and KV head, from L2 as a
+rule. The gradient is in :mod:`bagel_rt.kernels.attention_backward`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
+from bagel_rt.kernels import configs
+from bagel_rt.kernels.attention_tiles import (
+    MAX_BLOCK_ROWS,
+    block_of_channels,
+    describe_tiles,
+    load_spans,
+    load_tile,
+    query_tile,
+    shape_class,
+    tail_tile,
+    tail_tiles,
+    whole_tile,
+    whole_tiles,
+    wide_dtype,
+)
+from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.triton_language import INTERPRETED, dot, jit, tl, triton
+
+MAX_HEAD_DIM = 128
+"""Widest head the kernels take; the reference takes any."""
+
 
 def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`attention`."""
-    groups = _rows_by_spans(blocks.tolist())
+    groups = rows_by_spans(blocks.tolist())
     if len(groups) == 1:
         return _attend(q, k_cache, v_cache, limits, *groups, scale)
     out = q.new_empty(q.shape)
@@ -32,7 +61,7 @@ def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
     return out
 
 
-def _rows_by_spans(blocks):
+def rows_by_spans(blocks):
     """Spans (the last five columns) -> [start, end) ranges of the rows that have them, neighbours joined."""
     groups = {}
     for start, end, *spans in blocks:
@@ -78,6 +107,37 @@ def _gather(cache, spans):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale):
+    """(out, lse) by the formula, in PyTorch. Shapes as in :func:`attention`."""
+    T, Hq, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = q.new_empty(q.shape), q.new_empty(Hq, T, dtype=wide)
+    for spans, ranges in rows_by_spans(blocks.tolist()).items():
+        for start, end in ranges:
+            k, v = (visible_keys(cache, spans, Hq) for cache in (k_cache, v_cache))
+            scores = masked_scores(q[start:end], k, limits[start:end], spans, scale)
+            lse[:, start:end] = scores.logsumexp(-1)
+            weights = (scores - lse[:, start:end, None]).exp().nan_to_num(0)  # no key: -inf - -inf
+            out[start:end] = torch.einsum("hts,shd->thd", weights.to(q.dtype).to(wide), v.to(wide))
+    return out, lse
+
+
+def visible_keys(cache, spans, Hq):
+    """The slots of a cache that the rows with these spans may see, [n, Hq, D]; each head repeated for its group."""
+    key_start, _, part_end, own_start, own_end = spans
+    keys = torch.cat([cache[key_start : key_start + part_end], cache[own_start:own_end]])
+    return keys.repeat_interleave(Hq // cache.shape[1], 1)
+
+
+def masked_scores(q, k, limits, spans, scale):
+    """Scaled scores [Hq, rows, n] of rows with these spans over their :func:`visible_keys`, -inf where unseen."""
+    _, _, part_end, own_start, own_end = spans
+    wide = torch.promote_types(q.dtype, torch.float32)
+    seen = F.pad(torch.arange(part_end, device=q.device) < limits[:, None], (0, own_end - own_start), value=True)
+    scores = torch.einsum("thd,shd->hts", q.to(wide), k.to(wide)) * scale
+    return scores.masked_fill(~seen, -torch.inf)
+
+
 def attention_dense_reference(q, k, v, mask, scale=None):
     """Softmax attention under an explicit mask, written out: the judge of every other implementation.
 
@@ -95,18 +155,122 @@ def attention_dense_reference(q, k, v, mask, scale=None):
     return torch.einsum("hts,shd->thd", weights, v)
 
 
-torch.library.define(
-    "bagel_rt::attention",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor limits, Tensor blocks, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+@jit(do_not_specialize=["T", "slots"])
+def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_ptr, out_ptr, lse_ptr, T, slots,
+                      q_row, q_head, k_row, k_head, v_row, v_head, SCALE: tl.constexpr, Hq: tl.constexpr,
+                      Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, TILES: tl.constexpr,
+                      WITH_LSE: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_TAIL: tl.constexpr):  # fmt: skip
+    GROUP: tl.constexpr = Hq // Hkv
+    WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    SCALE_LOG2: tl.constexpr = SCALE * 1.4426950408889634  # exp(x) = exp2(x log2(e)), folded into the scale
+    DESCRIPTOR: tl.constexpr = LOADS != "pointers"
+    if LOADS == "device descriptors":
+        k_tiles = tl.make_tensor_descriptor(k_ptr, [slots, Hkv, D], [k_row, k_head, 1], [BLOCK_N, 1, D_BLOCK])
+        v_tiles = tl.make_tensor_descriptor(v_ptr, [slots, Hkv, D], [v_row, v_head, 1], [BLOCK_N, 1, D_BLOCK])
+
+    fields = blocks_ptr + tl.program_id(0) // TILES * 7
+    kv_head = tl.program_id(1)
+    if tl.program_id(0) % TILES * BLOCK_M >= (tl.load(fields + 1) - tl.load(fields)) * GROUP:
+        return  # a block of few rows leaves its last tiles without any
+    row, head, inside = query_tile(fields, kv_head, tl.program_id(0) % TILES, GROUP, BLOCK_M)
+    channel = tl.arange(0, D_BLOCK)
+    q_address = q_ptr + row.to(tl.int64)[:, None] * q_row + head[:, None] * q_head + channel[None, :]
+    q = tl.load(q_address, mask=inside[:, None] & (channel < D)[None, :], other=0.0)
+    limit = tl.load(limits_ptr + row, mask=inside, other=0)
+    spans = load_spans(fields)
+
+    largest = tl.full([BLOCK_M], float("-inf"), WIDE)  # of the scores so far, times log2(e)
+    total = tl.zeros([BLOCK_M], WIDE)
+    out = tl.zeros([BLOCK_M, D_BLOCK], WIDE)
+
+    for i in tl.range(0, whole_tiles(spans, BLOCK_N)):
+        start = whole_tile(i, spans, BLOCK_N)
+        k = load_tile(k_tiles, start, None, kv_head, k_row, k_head, D, D_BLOCK, BLOCK_N, DESCRIPTOR)
+        scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], WIDE))
+        larger = tl.maximum(largest, tl.max(scores, 1) * SCALE_LOG2)
+        p = tl.exp2(scores * SCALE_LOG2 - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_tile(v_tiles, start, None, kv_head, v_row, v_head, D, D_BLOCK, BLOCK_N, DESCRIPTOR)
+        out = dot(p.to(v.dtype), v, out * shrink[:, None])
+        largest = larger
+
+    for i in tl.range(0, tail_tiles(spans, BLOCK_N, BLOCK_TAIL)):
+        start, end, seen = tail_tile(i, limit, spans, BLOCK_N, BLOCK_TAIL)
+        k = load_tile(k_ptr, start, end, kv_head, k_row, k_head, D, D_BLOCK, BLOCK_TAIL, False)
+        scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_TAIL], WIDE))
+        scores = tl.where(tl.arange(0, BLOCK_TAIL)[None, :] < seen[:, None], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * SCALE_LOG2)
+        base = tl.where(larger == float("-inf"), 0.0, larger)  # no key yet: -inf - -inf is nan
+        p = tl.exp2(scores * SCALE_LOG2 - base[:, None])
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_tile(v_ptr, start, end, kv_head, v_row, v_head, D, D_BLOCK, BLOCK_TAIL, False)
+        out = dot(p.to(v.dtype), v, out * shrink[:, None])
+        largest = larger
+
+    # All that follows from the program's number is computed again: held through the loops it would cost registers.
+    row, head, inside = query_tile(fields, kv_head, tl.program_id(0) % TILES, GROUP, BLOCK_M)
+    total = tl.where(total == 0, 1.0, total)  # a row that sees nothing: out 0, lse -inf
+    out = out / total[:, None]
+    out_address = out_ptr + (row.to(tl.int64) * Hq + head)[:, None] * D + channel[None, :]
+    tl.store(out_address, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (channel < D)[None, :])
+    if WITH_LSE:
+        lse = (largest + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse_ptr + head.to(tl.int64) * T + row, lse, mask=inside)
+
+
+def launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=False, block_rows=MAX_BLOCK_ROWS):
+    """Launch the kernel: (out, lse), lse None unless asked for. ``block_rows`` is the most rows of a block."""
+    T, Hq, D = q.shape
+    S, Hkv, _ = k_cache.shape
+    q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(Hq, T, dtype=wide_dtype(q), device=q.device) if with_lse else None
+    if not T:
+        return out, lse
+    tiles = configs.tiles("attention", shape_class(q, block_rows), q.device)
+    D_BLOCK = block_of_channels(D)
+    k_tiles, v_tiles, tiles = describe_tiles(k_cache, v_cache, D_BLOCK, tiles)
+    tiles_of_block = triton.cdiv(block_rows * (Hq // Hkv), tiles["BLOCK_M"])
+    _attention_kernel[(blocks.shape[0] * tiles_of_block, Hkv)](
+        q, k_cache, v_cache, k_tiles, v_tiles, limits.contiguous(), blocks.contiguous(), out, lse, T, S,
+        *q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2],
+        SCALE=scale, Hq=Hq, Hkv=Hkv, D=D, D_BLOCK=D_BLOCK, TILES=tiles_of_block, WITH_LSE=with_lse, **tiles,
+    )  # fmt: skip
+    return out, lse
+
+
+for _name, _outputs in (("attention", "Tensor"), ("attention_lse", "(Tensor, Tensor)")):
+    torch.library.define(
+        f"bagel_rt::{_name}",
+        f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor limits, Tensor blocks, float scale) -> {_outputs}",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+
+
+def runs_attention_kernel(q):
+    """Whether attention launches kernels; in the interpreter also in float64, where gradients show exact."""
+    return q.shape[-1] <= MAX_HEAD_DIM and runs_kernel(q, float64=INTERPRETED)
 
 
 def _launch(q, k_cache, v_cache, limits, blocks, scale):
+    if runs_attention_kernel(q):
+        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale)[0]
     return attention_reference(q, k_cache, v_cache, limits, blocks, scale)
 
 
 torch.library.impl("bagel_rt::attention", "default", _launch)
+
+
+def _launch_lse(q, k_cache, v_cache, limits, blocks, scale):
+    if runs_attention_kernel(q):
+        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=True)
+    return attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale)
+
+
+torch.library.impl("bagel_rt::attention_lse", "default", _launch_lse)
 
 
 @torch.library.register_fake("bagel_rt::attention")
@@ -114,24 +278,33 @@ def _fake(q, k_cache, v_cache, limits, blocks, scale):
     return q.new_empty(q.shape)
 
 
+@torch.library.register_fake("bagel_rt::attention_lse")
+def _fake_lse(q, k_cache, v_cache, limits, blocks, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide_dtype(q))
+
+
 _attention = torch.ops.bagel_rt.attention.default
+_attention_lse = torch.ops.bagel_rt.attention_lse.default
 
 
-def attention(q, k_cache, v_cache, limits, blocks, scale=None):
+def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
     """Attend packed query rows to cache slots, each row to the slots the plan shows it.
+
+    Differentiable in q, k_cache and v_cache.
 
     Args:
         q: [T, Hq, D], floating point.
         k_cache, v_cache: [S, Hkv, D], dtype of ``q``, Hkv a divisor of Hq.
         limits: [T] int32, how many keys of its context each row sees.
-        blocks: [n, 7] int32, the plan's query blocks; they cover [0, T) once, in order.
-        scale: multiplies the scores; D ** -0.5 when None.
+        blocks: [n, 7] int32, the plan's query blocks of at most 128 rows each; they cover [0, T) once, in order.
+        scale: multiplies the scores, not negative; D ** -0.5 when None.
+        return_lse: also return the log of each softmax's denominator.
 
     Returns:
-        [T, Hq, D], contiguous.
+        [T, Hq, D], contiguous; with ``return_lse`` (that, [Hq, T] float32, or float64 for float64 queries).
 
     Raises:
-        ValueError: shapes or dtypes disagree; the message names the offender.
+        ValueError: shapes or dtypes disagree, or the scale is negative; the message names the offender.
     """
     T, Hq, D = q.shape
     check_heads("attention", q, k_cache, v_cache)
@@ -139,8 +312,17 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None):
         raise ValueError(f"attention: limits is {tuple(limits.shape)} {limits.dtype}, expected {(T,)} torch.int32")
     if blocks.dim() != 2 or blocks.shape[1] != 7 or blocks.dtype != torch.int32:
         raise ValueError(f"attention: blocks is {tuple(blocks.shape)} {blocks.dtype}, expected (n, 7) torch.int32")
-    run = _attention if is_compiling() else _launch
-    return run(q, k_cache, v_cache, limits, blocks, D**-0.5 if scale is None else scale)
+    scale = D**-0.5 if scale is None else scale
+    if not scale >= 0:
+        raise ValueError(f"attention: scale={scale} is negative; negate the queries instead")
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
+    through_dispatcher = is_compiling() or differentiated
+    if return_lse or differentiated:
+        run = _attention_lse if through_dispatcher else _launch_lse
+        out, lse = run(q, k_cache, v_cache, limits, blocks, scale)
+        return (out, lse) if return_lse else out
+    run = _attention if through_dispatcher else _launch
+    return run(q, k_cache, v_cache, limits, blocks, scale)
 
 
 def check_heads(op, q, k_cache, v_cache):

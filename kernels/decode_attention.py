@@ -5,6 +5,8 @@
 Query head h reads KV head h // (Hq // Hkv). The Hq // Hkv queries of a KV head are the rows of one small matrix, so
 each key and value is read once per sequence, not once per query head. Rounding as in :mod:`bagel_rt.kernels.attention`.
 
+Its kernel is that of :mod:`bagel_rt.kernels.attention`, on blocks of one row.
+
 Traffic: K and V of every sequence once; memory-bound.
 """
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from bagel_rt.kernels.attention import check_heads
+from bagel_rt.kernels.attention import check_heads, launch_kernel, runs_attention_kernel
 
 
 def decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale):
@@ -42,6 +44,10 @@ torch.library.define(
 
 
 def _launch(q, k_cache, v_cache, starts, lengths, scale):
+    if runs_attention_kernel(q):
+        rows, none = torch.arange(len(q), device=q.device), torch.zeros_like(starts)
+        blocks = torch.stack([rows, rows + 1, starts, lengths, lengths, none, none], 1).int()
+        return launch_kernel(q, k_cache, v_cache, lengths.int(), blocks, scale, block_rows=1)[0]
     return decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale)
 
 

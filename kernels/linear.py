@@ -11,11 +11,19 @@ output meet in one tile of the product. Products accumulate in float32 or wider;
 rounded once to the input dtype; the reference rounds ``z`` and ``silu`` as well, as unfused layers do.
 
 Work: 2 T K N flops; traffic: both experts' weights once, x and y once.
+
+The kernel is one persistent launch over both experts: a tile of the output belongs to one of them and takes its weight
+by a choice between two descriptors (or pointers), once per tile. Tiles of ``und`` are spread evenly among those of
+``gen``, so that an expert of two rows, all weight traffic, streams while the other one, all arithmetic, computes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
+
+from bagel_rt.kernels import configs
+from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.triton_language import TensorDescriptor, descriptor_memory, dot, jit, tl, triton
 
 
 def linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
@@ -45,6 +53,107 @@ def _product(x, w, addend, out=None):
     return torch.addmm(addend, x, w.t(), out=out)
 
 
+@jit
+def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
+    """Row and column of an expert's tile: column by column of ``GROUP_M`` rows, whose x and few w tiles stay in L2."""
+    group = tile // (GROUP_M * n_tiles) * GROUP_M
+    height = tl.minimum(m_tiles - group, GROUP_M)
+    within = tile % (GROUP_M * n_tiles)
+    return group + within % height, within // height
+
+
+@jit
+def _finish(z, bias, residual, y, first, row, rows, n, N, SWIGLU: tl.constexpr, DESCRIPTORS: tl.constexpr,
+            TMA_STORE: tl.constexpr):  # fmt: skip
+    """Make outputs of float32 products from an expert's row ``row`` and its weight's row ``n`` on, and store them."""
+    if bias is not None:
+        columns = n + tl.arange(0, z.shape[1])
+        z += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
+    if SWIGLU:
+        gate, up = tl.split(z.reshape(z.shape[0], z.shape[1] // 2, 2))
+        z = gate / (1 + tl.exp(-gate)) * up
+        n, N = n // 2, N // 2
+    m, columns = tl.arange(0, z.shape[0]), tl.arange(0, z.shape[1])
+    corner = (first + row).to(tl.int64) * N + n
+    places = m[:, None] * N + columns[None, :]
+    inside = (m < rows - row)[:, None] & (columns < N - n)[None, :]
+    if residual is not None:
+        if DESCRIPTORS == "host":
+            z += residual.load([first + row, n]).to(tl.float32)
+        else:
+            z += tl.load(residual + corner + places, inside, 0.0).to(tl.float32)
+    if TMA_STORE:
+        y.store([row, n], z.to(y.dtype))  # y ends where the expert's rows end
+    else:
+        tl.store(y + corner + places, z.to(y.dtype.element_ty), inside)
+
+
+@jit(do_not_specialize=["T", "G"])
+def _linear_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y_gen, y_und, x_stride, T, G, N, K,
+                   SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   GROUP_M: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+                   TMA_STORE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr):  # fmt: skip
+    """All tiles of both experts. N: rows of a weight; the output has N columns, with SWIGLU N // 2. Switches:
+
+    BLOCK_M, BLOCK_N, BLOCK_K  tile of the product, and its step along K
+    GROUP_M          rows of tiles that an expert's order visits column by column
+    HALVES           finish and store a tile as two halves of its columns: half the shared memory
+    FLATTEN          one pipeline through the tiles, so that loads of the next one start in this one's epilogue
+    DESCRIPTORS      "none": pointers. "host", "device": TMA descriptors of x, w, and with "host" of the residual, made
+                     by the launcher, or here from pointers, as WARP_SPECIALIZE wants
+    TMA_STORE        store through descriptors as well, else through pointers; not with "none"
+    WARP_SPECIALIZE  warps that load beside warps that multiply: "device", num_warps=4, not FLATTEN; with Triton 3.6
+                     neither HALVES nor SWIGLU, which split the tile: its compiler aborts
+    """
+    columns = N // 2 if SWIGLU else N
+    WIDTH: tl.constexpr = (BLOCK_N // 2 if SWIGLU else BLOCK_N) // (2 if HALVES else 1)
+    if DESCRIPTORS == "device":
+        x = tl.make_tensor_descriptor(x, [T, K], [x_stride, 1], [BLOCK_M, BLOCK_K])
+        w_gen = tl.make_tensor_descriptor(w_gen, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        w_und = tl.make_tensor_descriptor(w_und, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        if TMA_STORE:
+            y_gen = tl.make_tensor_descriptor(y_gen, [G, columns], [columns, 1], [BLOCK_M, WIDTH])
+            y_und = tl.make_tensor_descriptor(y_und, [T - G, columns], [columns, 1], [BLOCK_M, WIDTH])
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    und_tiles = tl.cdiv(T - G, BLOCK_M) * n_tiles
+    tiles = tl.cdiv(G, BLOCK_M) * n_tiles + und_tiles
+    k = tl.arange(0, BLOCK_K)
+    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
+        spread = t * und_tiles.to(tl.int64)  # tile t is of und where floor(spread / tiles) grows with t
+        und_before = (spread // tiles).to(tl.int32)
+        is_gen = spread % tiles + und_tiles < tiles
+        if is_gen:  # becomes a select; a branch with loads or stores in it would end the pipeline
+            w, y, bias = w_gen, y_gen, bias_gen
+        else:
+            w, y, bias = w_und, y_und, bias_und
+        first, rows = tl.where(is_gen, 0, G), tl.where(is_gen, G, T - G)
+        tile = tl.where(is_gen, t - und_before, und_before)
+        m_tile, n_tile = _place(tile, tl.cdiv(rows, BLOCK_M), n_tiles, GROUP_M)
+        row, n = m_tile * BLOCK_M, n_tile * BLOCK_N
+        if DESCRIPTORS == "none":  # rows past the end repeat the last one and are not stored
+            x_rows = first + tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
+            w_rows = tl.minimum(n + tl.arange(0, BLOCK_N), N - 1)
+            x_places = x + x_rows.to(tl.int64)[:, None] * x_stride + k[None, :]
+            w_places = w + w_rows.to(tl.int64)[:, None] * K + k[None, :]
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            if DESCRIPTORS == "none":
+                inside = (k < K - start)[None, :]
+                x_tile = tl.load(x_places + start, inside, 0.0)
+                w_tile = tl.load(w_places + start, inside, 0.0)
+            else:
+                x_tile = x.load([first + row, start])
+                w_tile = w.load([n, start])
+            product = dot(x_tile, w_tile.T, product)
+        if HALVES:
+            left, right = tl.split(product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+            _finish(left, bias, residual, y, first, row, rows, n, N, SWIGLU, DESCRIPTORS, TMA_STORE)
+            n += BLOCK_N // 2
+            _finish(right, bias, residual, y, first, row, rows, n, N, SWIGLU, DESCRIPTORS, TMA_STORE)
+        else:
+            _finish(product, bias, residual, y, first, row, rows, n, N, SWIGLU, DESCRIPTORS, TMA_STORE)
+
+
 torch.library.define(
     "bagel_rt::linear",
     "(Tensor x, Tensor w_gen, Tensor w_und, Tensor? bias_gen, Tensor? bias_und, Tensor? residual, SymInt G, "
@@ -53,8 +162,68 @@ torch.library.define(
 )
 
 
+_SIZES = {"few": 16, "some": 64, "hundreds": 512}
+
+
+def shape_class(x, G, residual, swiglu, aligned):
+    """Name the entry of the table for a call: rows of the larger expert and epilogue ("bias" is for none, too).
+
+    "unaligned", for what TMA cannot address, always takes the path of pointers.
+    """
+    if not aligned:
+        return "unaligned"
+    if x.dtype == torch.float32:
+        return "float32"
+    rows = max(G, x.shape[0] - G)
+    size = next((name for name, limit in _SIZES.items() if rows <= limit), "many")
+    return f"{size} {'swiglu' if swiglu else 'bias' if residual is None else 'residual'}"
+
+
 def _launch(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
+    if runs_kernel(x, w_gen, w_und, bias_gen, bias_und, residual) and x.numel() and w_gen.numel():
+        x = x if x.stride(1) == 1 else x.contiguous()
+        columns = w_gen.shape[0] // (2 if swiglu else 1)
+        matrices = [x] + [t.contiguous() for t in (w_gen, w_und, residual) if t is not None]
+        aligned = columns * x.itemsize % 16 == 0 and all(map(_suits_tma, matrices))
+        tiles = configs.tiles("linear", shape_class(x, G, residual, swiglu, aligned), x.device)
+        if tiles is not None:
+            y = x.new_empty(x.shape[0], columns)
+            biases = [bias if bias is None else bias.contiguous() for bias in (bias_gen, bias_und)]
+            _launch_kernel(*matrices[:3], *biases, *(matrices[3:] or [None]), y, G, swiglu, **tiles)
+            return y
     return linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
+
+
+def _suits_tma(matrix):
+    """Rows of their own, one after the other, 16-byte aligned."""
+    rows_apart, apart = matrix.stride()
+    aligned = matrix.data_ptr() % 16 == 0 and rows_apart * matrix.itemsize % 16 == 0
+    return aligned and apart == 1 and rows_apart >= matrix.shape[1]
+
+
+def _launch_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y, G, swiglu, *, PROGRAMS, **tiles):
+    """One launch with the tiles of the table; ``PROGRAMS`` programs share a multiprocessor."""
+    T, K = x.shape
+    N = w_gen.shape[0]
+    height, width, depth = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
+    x_stride = x.stride(0)
+    y_gen = y_und = y
+    if tiles["TMA_STORE"] and 0 < G < T:
+        y_gen, y_und = y.split_with_sizes((G, T - G))
+    if tiles["DESCRIPTORS"] == "host":
+        x = TensorDescriptor.from_tensor(x, [height, depth])
+        w_gen, w_und = (TensorDescriptor.from_tensor(w, [width, depth]) for w in (w_gen, w_und))
+        part = [height, width // (1 + swiglu) // (1 + tiles["HALVES"])]
+        if residual is not None:
+            residual = TensorDescriptor.from_tensor(residual, part)
+        if tiles["TMA_STORE"]:
+            y_gen, y_und = (TensorDescriptor.from_tensor(y, part) for y in (y_gen, y_und))
+    elif tiles["DESCRIPTORS"] == "device":
+        descriptor_memory(y.device)
+    count = (triton.cdiv(G, height) + triton.cdiv(T - G, height)) * triton.cdiv(N, width)
+    programs = min(count, PROGRAMS * configs.multiprocessors(y.device))
+    _linear_kernel[(programs,)](x, w_gen, w_und, bias_gen, bias_und, residual, y_gen, y_und, x_stride, T, G, N, K,
+                                SWIGLU=swiglu, **tiles)  # fmt: skip
 
 
 torch.library.impl("bagel_rt::linear", "default", _launch)

@@ -5,17 +5,22 @@ understanding expert and take ``w_und``. Statistics are float32 (float64 for flo
 rounded to the input dtype *before* the weight, as in Qwen2 (Zhang & Sennrich 2019, arXiv:1910.07467; order:
 transformers Qwen2RMSNorm).
 
-Traffic: reads x and r, writes y and x + r, each [T, H]; memory-bound.
+The kernel holds whole rows in registers: one row a program, a few if rows are narrow. Traffic: reads x and r, writes y
+and x + r, each [T, H]; memory-bound.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
+from bagel_rt.kernels import configs
+from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.triton_language import jit, tl, triton
+
 
 def rms_norm_reference(x, residual, w_gen, w_und, G, eps):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`rms_norm`."""
-    summed = x if residual is None else x + residual
+    summed = x if residual is None else (x + residual).contiguous()
     normed = F.rms_norm(summed, summed.shape[1:], None, eps)  # without a weight it rounds once, after the division
     return scale_rows_(normed, w_gen, w_und, G), summed
 
@@ -32,6 +37,53 @@ def scale_rows_(x, w_gen, w_und, G):
     return x
 
 
+@jit(do_not_specialize=["T", "G"])
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, w_gen_ptr, w_und_ptr, y_ptr, summed_ptr, x_stride, residual_stride, T, G, eps,
+    H: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of H <= BLOCK columns a program. All loads come before the sum, so that none waits for it."""
+    dtype = y_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < T) & (column < H)
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
+    w_ptr = tl.where(row < G, w_gen_ptr, w_und_ptr)
+    w = tl.load(w_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")  # every row reads it again
+    if HAS_RESIDUAL:
+        summed = (x + residual.to(tl.float32)).to(dtype)
+        tl.store(summed_ptr + row * H + column, summed, mask=inside)
+        x = summed.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
+    normed = (x * scale).to(dtype).to(tl.float32)
+    tl.store(y_ptr + row * H + column, (normed * w.to(tl.float32)).to(dtype), mask=inside)
+
+
+def _run_kernel(x, residual, w_gen, w_und, G, eps):
+    """(y, x + residual); the second is None without a residual."""
+    T, H = x.shape
+    x = rows_contiguous(x)
+    y = x.new_empty(T, H)
+    summed = None
+    if residual is not None:
+        residual, summed = rows_contiguous(residual), torch.empty_like(y)
+    if T and H:
+        tiles = configs.tiles("rms_norm", "narrow" if H <= 1024 else "wide" if H <= 8192 else "widest", x.device)
+        _rms_norm_kernel[(triton.cdiv(T, tiles["ROWS"]),)](
+            x, residual, w_gen.contiguous(), w_und.contiguous(), y, summed,
+            x.stride(0), 0 if residual is None else residual.stride(0), T, G, eps,
+            H=H, HAS_RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(H), **tiles,
+        )  # fmt: skip
+    return y, summed
+
+
+def rows_contiguous(x):
+    """``x`` [T, H], or a copy of it whose rows, though not the whole, are contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 torch.library.define(
     "bagel_rt::rms_norm",
     "(Tensor x, Tensor w_gen, Tensor w_und, SymInt G, float eps) -> Tensor",
@@ -45,14 +97,16 @@ torch.library.define(
 
 
 def _launch_rms_norm(x, w_gen, w_und, G, eps):
-    return rms_norm_reference(x, None, w_gen, w_und, G, eps)[0]
+    run = _run_kernel if runs_kernel(x, w_gen, w_und) else rms_norm_reference
+    return run(x, None, w_gen, w_und, G, eps)[0]
 
 
 torch.library.impl("bagel_rt::rms_norm", "default", _launch_rms_norm)
 
 
 def _launch_add_rms_norm(x, residual, w_gen, w_und, G, eps):
-    return rms_norm_reference(x, residual, w_gen, w_und, G, eps)
+    run = _run_kernel if runs_kernel(x, residual, w_gen, w_und) else rms_norm_reference
+    return run(x, residual, w_gen, w_und, G, eps)
 
 
 torch.library.impl("bagel_rt::add_rms_norm", "default", _launch_add_rms_norm)
@@ -65,7 +119,7 @@ def _fake_rms_norm(x, w_gen, w_und, G, eps):
 
 @torch.library.register_fake("bagel_rt::add_rms_norm")
 def _fake_add_rms_norm(x, residual, w_gen, w_und, G, eps):
-    return x.new_empty(x.shape), x + residual
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 _rms_norm = torch.ops.bagel_rt.rms_norm.default
@@ -83,7 +137,7 @@ def rms_norm(x, residual, w_gen, w_und, G, eps):
         eps: added to the mean square.
 
     Returns:
-        (y, x + residual), both [T, H]; without a residual the second is ``x`` itself.
+        (y, x + residual), both [T, H], contiguous; without a residual the second is ``x`` itself.
 
     Raises:
         ValueError: shapes, dtypes or G disagree; the message names the offender.

@@ -10,14 +10,18 @@ head ``h`` becomes
 as in GPT-NeoX and Qwen2). All of it in float32 (float64 for float64 rows), rounded once to the dtype of ``qkv``.
 Values pass untouched. Keys and values of row r go to slot ``slots[r]`` of the caches; other slots stay as they are.
 
-Traffic: reads qkv once, writes q, k and v once; memory-bound.
+One program of the kernel takes one row; every number is read once and written once. Traffic: reads qkv, writes q, k
+and v; memory-bound.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from bagel_rt.kernels.norm import scale_rows_
+from bagel_rt.kernels import configs
+from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.norm import rows_contiguous, scale_rows_
+from bagel_rt.kernels.triton_language import jit, tl, triton
 
 
 def qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
@@ -46,6 +50,70 @@ def qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_
     return q.contiguous()
 
 
+@jit(do_not_specialize=["G", "S"])
+def _qk_norm_rope_kernel(
+    qkv_ptr, norm_gen_ptr, norm_und_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, qkv_stride,
+    k_slot_stride, k_head_stride, k_column_stride, v_slot_stride, v_head_stride, v_column_stride, S, G, eps,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One row a program: query and key heads as two tiles of half heads [HEADS, HALF], value heads as one more tile.
+
+    Sizes are padded to powers of two. All loads come before the first sum, so that none waits for it.
+    """
+    dtype = q_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    qkv_ptr += row * qkv_stride
+    slot = tl.load(slots_ptr + row)
+    stored = (slot >= 0) & (slot < S)  # a wrong slot must not reach memory that is not the cache's
+
+    head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < HQ + HKV) & (i < D // 2)
+    norm_ptr = tl.where(row < G, norm_gen_ptr, norm_und_ptr) + head * D + i
+    a = tl.load(qkv_ptr + head * D + i, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(qkv_ptr + head * D + D // 2 + i, mask=inside, other=0.0).to(tl.float32)
+    norm_a = tl.load(norm_ptr, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    norm_b = tl.load(norm_ptr + D // 2, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    cos = tl.load(cos_ptr + row * (D // 2) + i, mask=i < D // 2, other=0.0)
+    sin = tl.load(sin_ptr + row * (D // 2) + i, mask=i < D // 2, other=0.0)
+    kv_head, channel = tl.arange(0, KV_HEADS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    kept = (kv_head < HKV) & (channel < D)
+    v = tl.load(qkv_ptr + (HQ + HKV + kv_head) * D + channel, mask=kept)
+
+    scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
+    a *= scale * norm_a
+    b *= scale * norm_b
+    rotated_a = (a * cos - b * sin).to(dtype)
+    rotated_b = (b * cos + a * sin).to(dtype)
+
+    q_ptr += row * (HQ * D) + head * D + i
+    tl.store(q_ptr, rotated_a, mask=inside & (head < HQ))
+    tl.store(q_ptr + D // 2, rotated_b, mask=inside & (head < HQ))
+    k_ptr += slot * k_slot_stride + (head - HQ) * k_head_stride + i * k_column_stride
+    tl.store(k_ptr, rotated_a, mask=inside & (head >= HQ) & stored)
+    tl.store(k_ptr + D // 2 * k_column_stride, rotated_b, mask=inside & (head >= HQ) & stored)
+    v_ptr += slot * v_slot_stride + kv_head * v_head_stride + channel * v_column_stride
+    tl.store(v_ptr, v, mask=kept & stored)
+
+
+def _run_kernel(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+    T, (S, Hkv, D) = qkv.shape[0], k_cache.shape
+    Hq = norm_gen.shape[0] - Hkv
+    q = qkv.new_empty(T, Hq, D)
+    if T == 0:
+        return q
+    heads, half = triton.next_power_of_2(Hq + Hkv), triton.next_power_of_2(D // 2)
+    tiles = configs.tiles("qk_norm_rope", "narrow" if heads * half <= 2048 else "wide", qkv.device)
+    qkv = rows_contiguous(qkv)
+    _qk_norm_rope_kernel[(T,)](
+        qkv, norm_gen.contiguous(), norm_und.contiguous(), cos.contiguous(), sin.contiguous(), slots.contiguous(),
+        q, k_cache, v_cache, qkv.stride(0), *k_cache.stride(), *v_cache.stride(), S, G, eps,
+        HQ=Hq, HKV=Hkv, D=D, HEADS=heads, HALF=half, KV_HEADS=triton.next_power_of_2(Hkv),
+        CHANNELS=triton.next_power_of_2(D), **tiles,
+    )  # fmt: skip
+    return q
+
+
 torch.library.define(
     "bagel_rt::qk_norm_rope",
     "(Tensor qkv, Tensor norm_gen, Tensor norm_und, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) k_cache, "
@@ -55,7 +123,8 @@ torch.library.define(
 
 
 def _launch(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
-    return qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+    run = _run_kernel if runs_kernel(qkv, norm_gen, norm_und) else qk_norm_rope_reference
+    return run(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
 
 
 torch.library.impl("bagel_rt::qk_norm_rope", "default", _launch)
@@ -87,7 +156,8 @@ def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, 
 
     Raises:
         ValueError: shapes, dtypes or G disagree; the message names the offender.
-        IndexError: a slot outside [0, S), on the CPU; CUDA stops with a device-side assertion instead.
+        IndexError: a slot outside [0, S), from the reference on the CPU; on CUDA the reference stops with a device-side
+            assertion. The kernel cannot tell: it stores neither the key nor the value of such a row.
     """
     T, width = qkv.shape
     _, Hkv, D = k_cache.shape

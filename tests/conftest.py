@@ -1,15 +1,25 @@
 """What every test relies on: one thread per operator (the shapes are tiny), and the same examples on every machine."""
 
 import os
+from importlib.metadata import version
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
-settings.register_profile("bagel_rt", deadline=None, derandomize=True)
+import torch  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything defines a kernel
+
+# A fixture may serve all examples of a test: none here is used up.
+settings.register_profile(
+    "bagel_rt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("bagel_rt")
 
 
@@ -19,6 +29,60 @@ def bagel():
     from bagel_rt import Bagel  # imports torch, which reads the environment set above
 
     return Bagel.from_pretrained(device="cpu")
+
+
+@pytest.fixture
+def kernels():
+    """The device on which the test's ops launch Triton kernels: a GPU, or the CPU by way of Triton's interpreter."""
+    from bagel_rt.kernels.backend import choose_backend
+
+    choose_backend("triton")
+    yield DEVICE
+    choose_backend(None)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def device(request):
+    """The device of a test that runs twice, with the ops' references and with their kernels."""
+    from bagel_rt.kernels.backend import choose_backend
+
+    choose_backend(request.param)
+    yield DEVICE if request.param == "triton" else torch.device("cpu")
+    choose_backend(None)
+
+
+def _interpret_dynamic_ranges():
+    """Triton 3.6's interpreter takes a one-element array for the end of a range, which NumPy 2.4 no longer does."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def _interpret_bfloat16_rounding():
+    """Triton's interpreter cuts float32 off to bfloat16; round to nearest even instead, as GPUs do."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values, source, target, rounding_mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding_mode)
+        return torch.from_numpy(np.array(values)).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._convert_float = rounded
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _interpret_bfloat16_rounding()
+    if version("triton").startswith("3.6."):
+        _interpret_dynamic_ranges()
 
 
 @pytest.fixture

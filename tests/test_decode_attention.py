@@ -21,7 +21,7 @@ def values(seed, *shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def check(starts, lengths, Hq=4, Hkv=2, D=16, dtype=torch.float32, index=torch.int64, scale=None):
+def check(device, starts, lengths, Hq=4, Hkv=2, D=16, dtype=torch.float32, index=torch.int64, scale=None):
     """Equals dense attention in float64. Slots nobody sees hold NaN: reading one shows."""
     mask = torch.zeros(len(starts), 100, dtype=torch.bool)
     for row, start, length in zip(mask, starts, lengths, strict=True):
@@ -30,7 +30,8 @@ def check(starts, lengths, Hq=4, Hkv=2, D=16, dtype=torch.float32, index=torch.i
     k, v = (values(seed, 100, Hkv, D, dtype=dtype) for seed in (2, 3))
     want = attention_dense_reference(q.double(), k.double(), v.double(), mask, scale)
     k[~mask.any(0)] = v[~mask.any(0)] = torch.nan
-    out = decode_attention(q, k, v, torch.tensor(starts, dtype=index), torch.tensor(lengths, dtype=index), scale)
+    bounds = (torch.tensor(numbers, dtype=index) for numbers in (starts, lengths))
+    out = decode_attention(*(tensor.to(device) for tensor in (q, k, v, *bounds)), scale).cpu()
     assert out.dtype == dtype and out.is_contiguous()
     torch.testing.assert_close(out.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert (out[~mask.any(1)] == 0).all()
@@ -38,34 +39,35 @@ def check(starts, lengths, Hq=4, Hkv=2, D=16, dtype=torch.float32, index=torch.i
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize("starts, lengths", RANGES.values(), ids=RANGES)
-def test_matches_dense_softmax_on(starts, lengths, index):
-    check(starts, lengths, index=index)
+def test_matches_dense_softmax_on(device, starts, lengths, index):
+    check(device, starts, lengths, index=index)
+
+
+HEADS = [(7, 1, 16), (4, 2, 32), (4, 1, 64), (3, 3, 72), (28, 4, 128)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("D", [16, 32, 64, 72, 128], ids=lambda D: f"d{D}")
-@pytest.mark.parametrize("Hq, Hkv", [(1, 1), (4, 2), (7, 1), (28, 4)], ids=lambda n: str(n))
-def test_matches_dense_softmax_for_heads(Hq, Hkv, D, dtype):
-    check([5, 20], [60, 33], Hq, Hkv, D, dtype)
-    check([5], [60], Hq, Hkv, D, dtype)
+@pytest.mark.parametrize("Hq, Hkv, D", HEADS, ids=[f"{Hq}-heads-on-{Hkv}-d{D}" for Hq, Hkv, D in HEADS])
+def test_matches_dense_softmax_for_heads(device, Hq, Hkv, D, dtype):
+    check(device, [5, 20], [60, 33], Hq, Hkv, D, dtype)
 
 
 @pytest.mark.parametrize("starts, lengths", RANGES.values(), ids=RANGES)
 def test_does_not_need_a_fused_backend_of_torch(starts, lengths):
     with sdpa_kernel(SDPBackend.MATH):
-        check(starts, lengths)
+        check("cpu", starts, lengths)
 
 
-def test_scale_replaces_the_default():
+def test_scale_replaces_the_default(device):
     for scale in (1.0, 0.03, 1e4):
-        check([5, 20], [60, 33], scale=scale)
+        check(device, [5, 20], [60, 33], scale=scale)
 
 
-def test_inputs_need_not_be_contiguous_and_are_left_alone():
-    q, caches = values(1, 2, 4, 32)[..., ::2], values(2, 50, 2, 2, 16)
+def test_inputs_need_not_be_contiguous_and_are_left_alone(device):
+    q, caches = values(1, 2, 4, 32).to(device)[..., ::2], values(2, 50, 2, 2, 16).to(device)
     k, v = caches.unbind(1)
     before = [t.clone() for t in (q, k, v)]
-    starts, lengths = torch.tensor([3, 9]), torch.tensor([10, 41])
+    starts, lengths = torch.tensor([3, 9], device=device), torch.tensor([10, 41], device=device)
     out = decode_attention(q, k, v, starts, lengths)
     torch.testing.assert_close(out, decode_attention(*(t.contiguous() for t in (q, k, v)), starts, lengths))
     assert torch.equal(out[:1], decode_attention(q[:1], k, v, starts[:1], lengths[:1])), "depends on its neighbour"

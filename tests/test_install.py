@@ -58,6 +58,7 @@ def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
     assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt/assets").rglob("*") if path.is_file()}
     assert {"bagel_rt/plan.py", "bagel_rt/kernels/__init__.py", "bagel_rt/models/bagel/__init__.py"} <= want
     assert {Path(asset).suffix for asset in assets} >= {".json", ".safetensors"}
+    assets.add("bagel_rt/kernels/configs.json")
     module = {f"bagel_rt/_C{sysconfig.get_config_var('EXT_SUFFIX')}" if HAS_COMPILER else "bagel_rt/_C.log"}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == want | assets | module
 

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from bagel_rt.kernels import linear
+from bagel_rt.kernels import configs, linear
+from bagel_rt.kernels.linear import _launch_kernel, linear_reference, shape_class
 
 SHAPES = [
     pytest.param(T, G, K, N, id=f"{T}rows-{G}gen-k{K}-n{N}")
     for T, G, K, N in [
-        (0, 0, 64, 96), (1, 0, 64, 96), (1, 1, 64, 96), (5, 5, 3, 2), (6, 1, 1, 2), (7, 3, 100, 66),
-        (130, 128, 129, 258),
+        (0, 0, 64, 96), (1, 0, 64, 96), (1, 1, 64, 96), (5, 5, 3, 2), (6, 1, 1, 2), (7, 3, 100, 66), (40, 9, 72, 80),
+        (130, 128, 129, 258), (70, 2, 72, 144),
     ]
 ]  # fmt: skip
 EPILOGUES = ["none", "bias", "residual", "swiglu", "bias-swiglu"]
@@ -18,15 +19,15 @@ def values(seed, *shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def arguments(T, K, N, epilogue, dtype):
+def arguments(T, K, N, epilogue, dtype, device):
     """x, w_gen, w_und with outputs of order one, and the keyword arguments of an epilogue."""
-    x, w_gen, w_und = values(1, T, K, dtype=dtype), values(2, N, K) / K**0.5, values(3, N, K) / K**0.5
+    x, w_gen, w_und = values(1, T, K), values(2, N, K) / K**0.5, values(3, N, K) / K**0.5
     extra = {"swiglu": "swiglu" in epilogue}
     if "bias" in epilogue:
-        extra |= {"bias_gen": values(4, N, dtype=dtype), "bias_und": values(5, N, dtype=dtype)}
+        extra |= {"bias_gen": values(4, N).to(device, dtype), "bias_und": values(5, N).to(device, dtype)}
     if epilogue == "residual":
-        extra |= {"residual": values(6, T, N, dtype=dtype)}
-    return (x, w_gen.to(dtype), w_und.to(dtype)), extra
+        extra |= {"residual": values(6, T, N).to(device, dtype)}
+    return tuple(t.to(device, dtype) for t in (x, w_gen, w_und)), extra
 
 
 def by_the_book(x, w_gen, w_und, G, bias_gen=None, bias_und=None, residual=None, swiglu=False):
@@ -42,24 +43,28 @@ def by_the_book(x, w_gen, w_und, G, bias_gen=None, bias_und=None, residual=None,
             gate, up = row[0::2], row[1::2]
             row = gate / (1 + torch.exp(-gate)) * up
         rows.append(row)
-    return torch.stack(rows) if rows else torch.zeros(0, len(w_gen) // (2 if swiglu else 1), dtype=torch.float64)
+    return torch.stack(rows) if rows else x.new_zeros(0, len(w_gen) // (2 if swiglu else 1), dtype=torch.float64)
+
+
+def assert_matches(y, expected):
+    tolerance = TOLERANCE[y.dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("T, G, K, N", SHAPES)
-def test_matches_the_formula_in_float64(T, G, K, N, epilogue, dtype):
-    args, extra = arguments(T, K, N, epilogue, dtype)
+def test_matches_the_formula_in_float64(T, G, K, N, epilogue, dtype, device):
+    args, extra = arguments(T, K, N, epilogue, dtype, device)
     y = linear(*args, G=G, **extra)
     assert y.dtype == dtype and y.is_contiguous()
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(y.double(), by_the_book(*args, G, **extra), rtol=tolerance, atol=tolerance)
+    assert_matches(y, by_the_book(*args, G, **extra))
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("G", [0, 2, 6], ids=lambda G: f"{G}gen")
-def test_inputs_need_not_be_contiguous_and_are_left_alone(G, epilogue):
-    args, extra = arguments(6, 16, 8, epilogue, torch.float32)
+def test_inputs_need_not_be_contiguous_and_are_left_alone(G, epilogue, device):
+    args, extra = arguments(6, 16, 8, epilogue, torch.float32, device)
     spread = {name: t.repeat_interleave(2, -1)[..., ::2] for name, t in extra.items() if isinstance(t, torch.Tensor)}
     strided = [t.repeat_interleave(2, -1)[..., ::2] for t in args]
     before = [t.clone() for t in (*strided, *spread.values())]
@@ -69,10 +74,17 @@ def test_inputs_need_not_be_contiguous_and_are_left_alone(G, epilogue):
 
 @pytest.mark.parametrize("dtype, step", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
 @pytest.mark.parametrize("G", [0, 2, 5], ids=lambda G: f"{G}gen")
-def test_sum_with_the_residual_is_rounded_once(G, dtype, step):
-    x = torch.tensor([1, step], dtype=dtype).expand(5, 2)  # the product 1 + step rounds to 1; less 1 it is exact
-    w, residual = torch.ones(3, 2, dtype=dtype), -torch.ones(5, 3, dtype=dtype)
+def test_sum_with_the_residual_is_rounded_once(G, dtype, step, device):
+    x = torch.tensor([1, step], dtype=dtype, device=device).expand(5, 2)  # 1 + step rounds to 1; less 1 it is exact
+    w, residual = torch.ones(3, 2, dtype=dtype, device=device), -torch.ones(5, 3, dtype=dtype, device=device)
     assert (linear(x, w, w, G=G, residual=residual) == step).all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_gates_far_from_zero_neither_overflow_nor_vanish(device):
+    x = torch.tensor([[-200.0], [200.0]], device=device)
+    w = torch.ones(2, 1, device=device)
+    assert linear(x, w, w, G=1, swiglu=True).tolist() == [[0.0], [40000.0]]
 
 
 def test_refuses_epilogues_that_exclude_each_other():
@@ -101,3 +113,158 @@ def test_names_the_argument_that_does_not_fit():
         linear(x, w, w, G=1, residual=torch.zeros(3, 5))
     with pytest.raises(ValueError, match="swiglu pairs weight rows .* but there are 3 rows"):
         linear(x, w[:3], w[:3], G=1, swiglu=True)
+
+
+# The kernel alone. Tiles of 16 x 32 x 16: a call has several in every dimension, and a program several of them.
+SMALL = {
+    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "HALVES": False, "FLATTEN": False, "DESCRIPTORS": "none",
+    "TMA_STORE": False, "WARP_SPECIALIZE": False, "PROGRAMS": 1, "num_warps": 4, "num_stages": 3,
+}  # fmt: skip
+PATHS = {
+    "pointers": {},
+    "pointers-halves-groups-of-3": {"HALVES": True, "GROUP_M": 3},
+    "descriptors": {"DESCRIPTORS": "host", "TMA_STORE": True, "FLATTEN": True},
+    "descriptors-halves": {"DESCRIPTORS": "host", "TMA_STORE": True, "FLATTEN": True, "HALVES": True},
+    "descriptors-pointer-stores": {"DESCRIPTORS": "host", "GROUP_M": 1},
+    "device-descriptors": {"DESCRIPTORS": "device", "TMA_STORE": True, "HALVES": True},
+    "device-descriptors-pointer-stores": {"DESCRIPTORS": "device"},
+}
+
+
+def launch(x, w_gen, w_und, G, bias_gen=None, bias_und=None, residual=None, swiglu=False, **tiles):
+    """Run the kernel on a frame of NaN; return the output and what is left of the frame, two rows above and below."""
+    columns = len(w_gen) // (2 if swiglu else 1)
+    frame = x.new_full((len(x) + 4, columns), float("nan"))
+    _launch_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, frame[2:-2], G, swiglu, **(SMALL | tiles))
+    return frame[2:-2], torch.cat([frame[:2], frame[-2:]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("path", PATHS)
+def test_tiles_of_both_experts_fill_the_output_and_nothing_else(path, epilogue, dtype, kernels):
+    args, extra = arguments(85, 40, 80, epilogue, dtype, kernels)
+    y, frame = launch(*args, 53, **extra, **PATHS[path])
+    assert frame.isnan().all()
+    assert_matches(y, by_the_book(*args, 53, **extra))
+
+
+@pytest.mark.parametrize("G", [0, 1, 16, 17, 84, 85], ids=lambda G: f"{G}gen-of-85")
+@pytest.mark.parametrize("path", ["pointers", "descriptors-halves"])
+def test_experts_may_have_any_share_of_the_rows(path, G, kernels):
+    args, extra = arguments(85, 40, 80, "bias", torch.float16, kernels)
+    y, frame = launch(*args, G, **extra, **PATHS[path])
+    assert frame.isnan().all()
+    assert_matches(y, by_the_book(*args, G, **extra))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_tile_writes_rows_of_its_own_expert_only(path, kernels):
+    (x, w, _), _ = arguments(70, 40, 80, "none", torch.float16, kernels)
+    nothing = torch.full_like(w, float("nan"))
+    y, _ = launch(x, nothing, w, 61, **(PATHS[path] | {"GROUP_M": 1}))  # tiles of gen rows 48..63 end after und's
+    assert y[:61].isnan().all() and not y[61:].isnan().any()
+    y, _ = launch(x, w, nothing, 61, **(PATHS[path] | {"GROUP_M": 1}))
+    assert y[61:].isnan().all() and not y[:61].isnan().any()
+
+
+def test_one_program_or_many_make_the_same_output(kernels, monkeypatch):
+    args, extra = arguments(85, 40, 80, "swiglu", torch.float16, kernels)
+    outputs = []
+    for programs in (1, 2, 1000):
+        monkeypatch.setattr(configs, "multiprocessors", lambda device, programs=programs: programs)
+        outputs.append(launch(*args, 53, **extra, **PATHS["descriptors"])[0])
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.fixture
+def asked(kernels, monkeypatch):
+    """The shape classes that :func:`linear` looks up, as a list that grows."""
+    classes, look_up = [], configs.tiles
+    monkeypatch.setattr(configs, "tiles", lambda *key: classes.append(key[1]) or look_up(*key))
+    return classes
+
+
+def odd_base(t):
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+LAYOUTS = {
+    "rows-apart": ("few bias", lambda x: torch.cat([x, x], 1)[:, : x.shape[1]]),
+    "rows-an-odd-number-of-elements-apart": ("unaligned", lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1]),
+    "base-off-by-one": ("unaligned", odd_base),
+    "transposed": ("few bias", lambda x: x.t().contiguous().t()),
+    "one-row-repeated": ("unaligned", lambda x: x[:1].expand_as(x)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_x_of_any_layout_is_read_right(layout, asked, kernels):
+    (x, w_gen, w_und), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
+    shape_class, lay_out = LAYOUTS[layout]
+    x = lay_out(x)
+    assert_matches(linear(x, w_gen, w_und, G=4), by_the_book(x, w_gen, w_und, 4))
+    assert asked == [shape_class]
+
+
+@pytest.mark.parametrize("odd", ["w_gen", "w_und", "residual"])
+def test_weights_and_residual_may_be_misaligned(odd, asked, kernels):
+    (x, w_gen, w_und), extra = arguments(6, 40, 48, "residual", torch.float16, kernels)
+    tensors = {"w_gen": w_gen, "w_und": w_und, "residual": extra["residual"]}
+    tensors[odd] = odd_base(tensors[odd])
+    assert_matches(linear(x, **tensors, G=4), by_the_book(x, **tensors, G=4))
+    assert asked == ["unaligned"]
+
+
+@pytest.mark.parametrize("K, N", [(40, 47), (41, 48), (40, 1), (1, 8)])
+def test_widths_that_tma_cannot_address_take_pointers(K, N, asked, kernels):
+    args, extra = arguments(6, K, N, "bias", torch.bfloat16, kernels)
+    assert_matches(linear(*args, G=4, **extra), by_the_book(*args, 4, **extra))
+    assert asked == ["unaligned"]
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("T", [9, 50, 200], ids=lambda T: f"{T}rows")
+def test_matches_the_formula_where_there_is_no_tma(T, epilogue, asked, kernels, monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_89")
+    args, extra = arguments(T, 72, 80, epilogue, torch.float16, kernels)
+    assert_matches(linear(*args, G=T - 2, **extra), by_the_book(*args, T - 2, **extra))
+    assert asked[0].split()[0] == {9: "few", 50: "some", 200: "hundreds"}[T]
+
+
+def test_class_follows_the_larger_expert_and_the_epilogue():
+    x, residual = torch.zeros(600, 8, dtype=torch.float16), torch.zeros(600, 8)
+    assert shape_class(x[:20], 4, None, False, True) == "few bias"
+    assert shape_class(x[:20], 20, None, True, True) == "some swiglu"
+    assert shape_class(x, 88, residual, False, True) == "hundreds residual"
+    assert shape_class(x, 87, residual, False, True) == "many residual"
+    assert shape_class(x.float(), 87, residual, False, True) == "float32"
+    assert shape_class(x.float(), 87, residual, False, False) == "unaligned"
+
+
+@pytest.mark.parametrize(
+    "architecture, shared_memory", [("sm_80", 163), ("sm_89", 99), ("sm_90", 227), ("sm_100", 227)]
+)
+def test_table_has_every_class_and_its_stages_fit_shared_memory(architecture, shared_memory):
+    sizes, epilogues = ("few", "some", "hundreds", "many"), ("bias", "residual", "swiglu")
+    table = configs.TABLE["linear"][architecture]
+    assert set(table) == {f"{size} {epilogue}" for size in sizes for epilogue in epilogues} | {"float32", "unaligned"}
+    for name, entry in table.items():
+        tiles = entry["tiles"]
+        if tiles is None:
+            continue
+        assert tiles.keys() == SMALL.keys()
+        pointers = architecture in ("sm_80", "sm_89") or name in ("float32", "unaligned")
+        assert (tiles["DESCRIPTORS"] == "none") == pointers
+        width = 4 if name in ("float32", "unaligned") else 2
+        stage = (tiles["BLOCK_M"] + tiles["BLOCK_N"]) * tiles["BLOCK_K"] * width
+        buffers = tiles["num_stages"] - 1  # at least
+        assert tiles["PROGRAMS"] * buffers * stage <= shared_memory * 1024
+
+
+def test_table_may_leave_a_class_to_the_reference(kernels, monkeypatch):
+    (x, w_gen, w_und), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
+    entry = {"few bias": {"tiles": None, "source": ""}}
+    monkeypatch.setitem(configs.TABLE, "linear", dict.fromkeys(configs.ARCHITECTURES, entry))
+    y = linear(x, w_gen, w_und, G=4)
+    assert torch.equal(y, linear_reference(x, w_gen, w_und, None, None, None, 4, False))

@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from bagel_rt.kernels import qk_norm_rope
+from bagel_rt.kernels.backend import runs_kernel
 
 SHAPES = [
     pytest.param(T, G, Hq, Hkv, D, id=f"{T}rows-{G}gen-heads{Hq}+{Hkv}-d{D}")
     for T, G, Hq, Hkv, D in [
         (0, 0, 4, 2, 16), (1, 0, 4, 2, 16), (1, 1, 4, 2, 16), (3, 2, 1, 1, 2), (5, 5, 7, 1, 72), (9, 0, 28, 4, 128),
-        (37, 20, 6, 3, 40),
+        (37, 20, 6, 3, 40), (4, 1, 32, 32, 128),
     ]
 ]  # fmt: skip
 # One rounding: half a unit in the last place, relative; the absolute part is float32's own.
@@ -20,18 +21,19 @@ TOLERANCE = {
 EPS = 1e-6
 
 
-def values(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def values(seed, *shape, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
 
-def arguments(T, Hq, Hkv, D, dtype, S=64):
+def arguments(T, Hq, Hkv, D, dtype, device="cpu", S=64):
     """qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache; the caches hold sevens."""
-    angle = values(4, T, D // 2) * 3
+    angle = values(4, T, D // 2, device=device) * 3
     wide = torch.promote_types(dtype, torch.float32)
-    slots = torch.randperm(S, generator=torch.Generator().manual_seed(5))[:T]
-    caches = (torch.full((S, Hkv, D), 7.0, dtype=dtype) for _ in range(2))
-    norms = (values(seed, Hq + Hkv, D).to(dtype) for seed in (2, 3))
-    qkv = values(1, T, (Hq + 2 * Hkv) * D).to(dtype)
+    slots = torch.randperm(S, generator=torch.Generator().manual_seed(5))[:T].to(device)
+    caches = (torch.full((S, Hkv, D), 7.0, dtype=dtype, device=device) for _ in range(2))
+    norms = (values(seed, Hq + Hkv, D, device=device).to(dtype) for seed in (2, 3))
+    qkv = values(1, T, (Hq + 2 * Hkv) * D, device=device).to(dtype)
     return qkv, *norms, angle.cos().to(wide), angle.sin().to(wide), slots, *caches
 
 
@@ -40,7 +42,7 @@ def by_the_book(qkv, norm_gen, norm_und, cos, sin, Hkv, G):
     D, heads = norm_gen.shape[1], norm_gen.shape[0]
     x = qkv.double().unflatten(1, (heads + Hkv, D))
     qk, v = x[:, :heads], x[:, heads:]
-    generation = (torch.arange(len(qkv)) < G)[:, None, None]
+    generation = (torch.arange(len(qkv), device=qkv.device) < G)[:, None, None]
     qk = qk / (qk.pow(2).sum(-1, keepdim=True) / D + EPS).sqrt()
     qk = qk * torch.where(generation, norm_gen.double(), norm_und.double())
     turned = torch.complex(qk[..., : D // 2], qk[..., D // 2 :]) * torch.complex(cos.double(), sin.double())[:, None]
@@ -50,8 +52,8 @@ def by_the_book(qkv, norm_gen, norm_und, cos, sin, Hkv, G):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("T, G, Hq, Hkv, D", SHAPES)
-def test_matches_the_formula_in_float64_and_rounds_once(T, G, Hq, Hkv, D, dtype):
-    args = arguments(T, Hq, Hkv, D, dtype)
+def test_matches_the_formula_in_float64_and_rounds_once(T, G, Hq, Hkv, D, dtype, device):
+    args = arguments(T, Hq, Hkv, D, dtype, device)
     *inputs, slots, k_cache, v_cache = args
     before = [t.clone() for t in args[:6]]
     q = qk_norm_rope(*args, G, EPS)
@@ -63,16 +65,32 @@ def test_matches_the_formula_in_float64_and_rounds_once(T, G, Hq, Hkv, D, dtype)
     assert all(map(torch.equal, args[:6], before)), "an input was written to"
 
 
-def test_slots_of_other_tokens_stay_as_they_are():
-    args = arguments(5, 4, 2, 16, torch.float32)
+def test_slots_of_other_tokens_stay_as_they_are(device):
+    args = arguments(5, 4, 2, 16, torch.float32, device)
     *_, slots, k_cache, v_cache = args
     qk_norm_rope(*args, 2, EPS)
-    untouched = torch.ones(64, dtype=torch.bool).index_fill(0, slots, False)
+    untouched = torch.ones(64, dtype=torch.bool, device=device).index_fill(0, slots, False)
     assert (k_cache[untouched] == 7).all() and (v_cache[untouched] == 7).all()
 
 
-def test_rows_near_zero_feel_eps():
-    args = arguments(4, 4, 2, 16, torch.float32)
+@pytest.mark.parametrize("D", [16, 40, 72])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_of_a_cache_inside_a_larger_buffer_stay_as_they_are(dtype, D, device):
+    args = arguments(5, 6, 3, D, dtype, device)
+    *inputs, slots, _, _ = args
+    by_slot = torch.full((66, 5, D + 2), 7.0, dtype=dtype, device=device)
+    by_head = torch.full((5, 66, D), 7.0, dtype=dtype, device=device)
+    views = by_slot[1:65, 1:4, 1:-1], by_head[1:4, 1:65].transpose(0, 1)
+    for caches in (views, views[::-1]):
+        qk_norm_rope(*inputs, slots, *caches, 2, EPS)
+        for cache, want in zip(caches, by_the_book(*inputs, 3, 2)[1:], strict=True):
+            torch.testing.assert_close(cache[slots].double(), want, **TOLERANCE[dtype])
+            cache[slots] = 7
+        assert (by_slot == 7).all() and (by_head == 7).all()
+
+
+def test_rows_near_zero_feel_eps(device):
+    args = arguments(4, 4, 2, 16, torch.float32, device)
     args[0].mul_(1e-3)
     args[0][1].zero_()
     q = qk_norm_rope(*args, 2, EPS)
@@ -80,40 +98,70 @@ def test_rows_near_zero_feel_eps():
     assert (q[1] == 0).all()
 
 
-def test_scores_depend_on_relative_positions_only():
-    D, query, key = 32, values(1, 32), values(2, 32)
+@pytest.mark.parametrize("dtype, magnitude", [(torch.float16, 3e4), (torch.bfloat16, 1e17)])
+def test_squares_are_not_taken_in_half_precision(dtype, magnitude, device):
+    args = arguments(4, 4, 2, 16, dtype, device)
+    args[0].sign_().mul_(magnitude)
+    q = qk_norm_rope(*args, 2, EPS)
+    torch.testing.assert_close(q.double(), by_the_book(*args[:5], 2, 2)[0], **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_scores_depend_on_relative_positions_only(dtype, error, device):
+    D, query, key = 32, values(1, 32, device=device), values(2, 32, device=device)
     frequency = 100.0 ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2))
-    qkv, ones = torch.cat([query, key, key]).expand(2, -1), torch.ones(2, D, dtype=torch.float64)
-    slots, scores = torch.tensor([0, 1]), []
+    qkv, ones = torch.cat([query, key, key]).to(dtype).expand(2, -1), torch.ones(2, D, dtype=dtype, device=device)
+    slots, scores = torch.tensor([0, 1], device=device), []
     for positions in ([3, 1], [1003, 1001]):
         angle = torch.tensor(positions)[:, None] * frequency
-        k_cache, v_cache = torch.zeros(2, 2, 1, D, dtype=torch.float64)
-        q = qk_norm_rope(qkv, ones, ones, angle.cos(), angle.sin(), slots, k_cache, v_cache, 0, EPS)
+        cos, sin = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+        k_cache, v_cache = torch.zeros(2, 2, 1, D, dtype=dtype, device=device)
+        q = qk_norm_rope(qkv, ones, ones, cos, sin, slots, k_cache, v_cache, 0, EPS)
         scores.append(q[0, 0] @ k_cache[1, 0])
-    torch.testing.assert_close(scores[0], scores[1], rtol=1e-10, atol=1e-10)
+    assert scores[0].abs() > 1
+    torch.testing.assert_close(scores[0], scores[1], rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inputs_and_caches_need_not_be_contiguous(dtype):
-    args = arguments(6, 4, 2, 16, dtype)
+def test_inputs_and_caches_need_not_be_contiguous(dtype, device):
+    args = arguments(6, 4, 2, 16, dtype, device)
     strided = [t.repeat_interleave(2, -1)[..., ::2] for t in args]
     q, strided_q = qk_norm_rope(*args, 2, EPS), qk_norm_rope(*strided, 2, EPS)
     assert torch.equal(q, strided_q) and strided_q.is_contiguous()
     assert torch.equal(args[6], strided[6]) and torch.equal(args[7], strided[7])
 
 
-def test_float64_rows_may_come_with_float32_tables():
-    args = arguments(6, 4, 2, 16, torch.float64)
+def test_qkv_may_be_columns_of_a_wider_tensor(device):
+    args = arguments(6, 4, 2, 16, torch.float32, device)
+    wide = torch.full((6, 160), float("nan"), device=device)
+    columns = wide[:, 16:144].copy_(args[0])
+    assert torch.equal(qk_norm_rope(columns, *args[1:], 2, EPS), qk_norm_rope(*args, 2, EPS))
+
+
+def test_float64_rows_may_come_with_float32_tables(device):
+    args = arguments(6, 4, 2, 16, torch.float64, device)
     args = (*args[:3], args[3].float(), args[4].float(), *args[5:])
     q = qk_norm_rope(*args, 2, EPS)
     torch.testing.assert_close(q, by_the_book(*args[:5], 2, 2)[0], **TOLERANCE[torch.float64])
 
 
-def test_refuses_a_slot_past_the_cache():
-    args = arguments(3, 4, 2, 16, torch.float32, S=8)
-    args[5][1] = 8
-    with pytest.raises(IndexError):
-        qk_norm_rope(*args, 1, EPS)
+@pytest.mark.parametrize("wrong", [-1, 8], ids=["before", "past"])
+def test_a_slot_outside_the_cache_is_refused_or_at_least_not_written(wrong, device):
+    *inputs, slots, _, _ = arguments(3, 4, 2, 16, torch.float32, device, S=8)
+    slots[1] = wrong
+    buffers = torch.full((2, 10, 2, 16), 7.0, device=device)
+    caches = buffers[:, 1:9]
+    if not runs_kernel(inputs[0]):
+        with pytest.raises(IndexError):
+            qk_norm_rope(*inputs, slots, *caches, 1, EPS)
+        return
+    q = qk_norm_rope(*inputs, slots, *caches, 1, EPS)
+    want_q, want_k, want_v = by_the_book(*inputs, 2, 1)
+    torch.testing.assert_close(q.double(), want_q, **TOLERANCE[torch.float32])
+    torch.testing.assert_close(caches[0][slots[::2]].double(), want_k[::2], **TOLERANCE[torch.float32])
+    assert torch.equal(caches[1][slots[::2]].double(), want_v[::2])
+    caches[:, slots[::2]] = 7
+    assert (buffers == 7).all()
 
 
 WRONG = {

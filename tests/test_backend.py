@@ -1,0 +1,108 @@
+"""Which implementation runs where, and what says so."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bagel_rt import Bagel
+from bagel_rt.kernels import linear, rms_norm
+from bagel_rt.kernels.backend import OPS, backend, check_backend, choose_backend, implementation, runs_kernel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def left_to_the_environment(monkeypatch):
+    monkeypatch.delenv("BAGEL_RT_BACKEND", raising=False)
+    yield
+    choose_backend(None)
+
+
+def python(code, **environment):
+    """What ``code`` prints in a process of its own; a value of None takes a variable away."""
+    given = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=300)
+
+
+def test_the_cpu_runs_references_unless_kernels_are_asked_for(monkeypatch):
+    x = torch.zeros(1)
+    for choice in ("auto", "reference"):
+        monkeypatch.setenv("BAGEL_RT_BACKEND", choice)
+        assert backend() == choice and not runs_kernel(x)
+    monkeypatch.setenv("BAGEL_RT_BACKEND", "triton")
+    assert runs_kernel(x) and not runs_kernel(x.double())
+    assert [op for op in OPS if implementation(op, CPU) == "reference"] == ["sample"]
+
+
+def test_tensors_that_want_a_gradient_get_the_reference_which_has_one():
+    choose_backend("triton")
+    weight = torch.ones(8, requires_grad=True)
+    x = torch.randn(3, 8)
+    rms_norm(x, None, weight, weight, 0, 1e-6)[0].sum().backward()
+    assert weight.grad is not None
+    square = torch.ones(8, 8, requires_grad=True)
+    assert linear(x, square, square, G=0).requires_grad
+    with torch.no_grad():
+        assert runs_kernel(x, square) and not linear(x, square, square, G=0).requires_grad
+
+
+def test_refuses_what_it_does_not_know(monkeypatch):
+    monkeypatch.setenv("BAGEL_RT_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="BAGEL_RT_BACKEND='cuda' is not a backend; use 'auto', 'reference' or 't"):
+        backend()
+    with pytest.raises(ValueError, match="backend='fast' is not a backend; use 'auto', 'reference' or 'triton'"):
+        choose_backend("fast")
+
+
+def test_a_choice_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("BAGEL_RT_BACKEND", "cuda")
+    choose_backend("reference")
+    assert backend() == "reference"
+    choose_backend(None)
+    with pytest.raises(ValueError, match="BAGEL_RT_BACKEND='cuda'"):
+        backend()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_choice_alone():
+    choose_backend("reference")
+    with pytest.raises(ValueError, match="backend='fast'"):
+        Bagel.from_pretrained(device="cpu", backend="fast")
+    assert backend() == "reference"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_kernels_on_a_cpu_need_the_interpreter():
+    check_backend(CPU, "triton")  # these tests run with it
+    code = "from bagel_rt import Bagel; Bagel.from_pretrained(device='cpu', backend='triton')"
+    done = python(code, TRITON_INTERPRET=None)
+    assert "backend 'triton' is chosen, but its kernels run on CUDA and the device is cpu" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_without_triton_the_references_run():
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, bagel_rt.kernels as kernels
+from bagel_rt.kernels.backend import check_backend, implementation
+x, w = torch.ones(2, 4), torch.ones(3, 4)
+print(kernels.linear(x, w, 2 * w, G=1)[:, 0].tolist(), implementation("linear", torch.device("cpu")))
+try:
+    check_backend(torch.device("cpu"), "triton")
+except ValueError as error:
+    print(error)
+"""
+    computed, refused = python(code).stdout.splitlines()
+    assert computed == "[4.0, 8.0] reference"
+    assert refused == "backend 'triton' is chosen, but Triton is not installed; pip has it for Linux only"
+
+
+def test_info_names_what_runs_each_op():
+    code = "from bagel_rt.cli import app; app(['info', '--json'])"
+    for choice, kernels in (("triton", "triton"), ("reference", "reference")):
+        report = json.loads(python(code, BAGEL_RT_BACKEND=choice).stdout)
+        assert report["ops"] == {op: kernels if written else "reference" for op, written in OPS.items()}

@@ -1,0 +1,31 @@
+"""Recorded behaviour of the official code, with every op's Triton kernel: on a GPU, or in Triton's interpreter.
+
+A case of each kind, because the interpreter takes a minute for one.
+"""
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_conformance import PACK
+
+from bagel_rt import Bagel
+from bagel_rt.conformance import run_case
+from bagel_rt.kernels.backend import choose_backend
+
+CASES = ["10_t2i_nocfg_shift1", "20_edit_text_channel", "30_und_basic", "60_train_packed"]
+
+
+@pytest.fixture(scope="module")
+def bagel():
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # the recordings are float32
+    yield Bagel.from_pretrained(PACK / "checkpoint", device=DEVICE, dtype=torch.float32, backend="triton")
+    choose_backend(None)
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(bagel, case):
+    report = run_case(bagel, PACK, PACK / "cases" / case)
+    failed = [f"{c.name}: {c.error:.1e} > {c.tolerance:.0e} {c.note}" for c in report.comparisons if not c.passed]
+    assert report.comparisons and not failed, "\n".join(failed)
