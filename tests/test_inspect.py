@@ -1,0 +1,196 @@
+"""Every kernel of the table compiles to what its tiles promise, for GPUs that are not here; bad ones are told."""
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+
+from bagel_rt.kernels import configs
+from benchmarks.compiling import LIMITS, Kernel, blocks_per_multiprocessor, in_processes
+from benchmarks.inspect import merge, problems, unreached
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = ("sm_80", "sm_90")
+MATRIX_OPS = {"linear", "attention", "attention_dq", "attention_dk_dv"}
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448}
+WIDE = ("float32", "wide dtype")  # classes whose products no tensor core takes
+
+
+def run_inspect(*arguments, **environment):
+    """``python -m benchmarks.inspect`` in an environment without Triton's interpreter."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-m", "benchmarks.inspect", *arguments]
+    return subprocess.run(command, cwd=configs.PATH.parents[1], env=kept, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def report(request, tmp_path_factory):
+    """What the inspection of the shipped table says of one architecture."""
+    path = tmp_path_factory.mktemp("inspect") / "report.json"
+    done = run_inspect("--arch", request.param, "--json", str(path))
+    assert path.exists(), done.stdout + done.stderr
+    return json.loads(path.read_text()) | {"architecture": request.param, "exit code": done.returncode}
+
+
+def kernels_where(report, condition):
+    """(op, class, kernel, tiles) of the kernels that meet a condition: what an assertion should show."""
+    return [(k["op"], k["shape_class"], k["name"], k["tiles"]) for k in report["kernels"] if condition(k)]
+
+
+def test_the_shipped_table_breaks_no_rule(report):
+    assert [(k["op"], k["shape_class"], k["problems"]) for k in report["kernels"] if k["problems"]] == []
+    assert report["exit code"] == 0
+
+
+def test_every_class_of_the_table_was_compiled(report):
+    assert report["unreached"] == {report["architecture"]: []}
+    compiled = {(k["op"], k["shape_class"]) for k in report["kernels"] if not k["error"]}
+    table = {op: architectures[report["architecture"]] for op, architectures in configs.TABLE.items()}
+    assert compiled == {
+        (op, name) for op, classes in table.items() for name, entry in classes.items() if entry["tiles"]
+    }
+
+
+def test_nothing_spills_and_shared_memory_suffices(report):
+    limit = SHARED_MEMORY[report["architecture"]]
+    assert kernels_where(report, lambda k: k["spill_bytes"] or k["shared_bytes"] > limit) == []
+    assert kernels_where(report, lambda k: not 0 < k["registers"] <= 255) == []
+    assert kernels_where(report, lambda k: k["blocks_per_multiprocessor"] < 1) == []
+
+
+def test_matrix_kernels_are_told_from_others(report):
+    assert {k["op"] for k in report["kernels"] if k["dots"]} == MATRIX_OPS
+
+
+def test_matrix_products_run_on_tensor_cores(report):
+    in_16_bits = [k for k in report["kernels"] if k["dots"] and k["shape_class"] not in WIDE]
+    large = [k for k in in_16_bits if min(rows for rows, *_ in k["dots"]) >= 64]
+    assert {k["op"] for k in large} == MATRIX_OPS
+    if report["architecture"] == "sm_80":
+        assert [k for k in in_16_bits if not k["mma"]] == []
+        assert kernels_where(report, lambda k: k["wgmma"] or k["tma_loads"]) == []
+    else:
+        assert [k for k in large if not k["wgmma"] or k["mma"]] == []
+        assert kernels_where(report, lambda k: k["serialised"]) == []
+        assert kernels_where(report, lambda k: k["dots"] and k["registers"] == 255) == []
+
+
+def test_tma_loads_where_the_tiles_say_so(report):
+    def asks_for_tma(kernel):
+        return any("host" in str(value) or "device" in str(value) for value in kernel["tiles"].values())
+
+    asking = [k for k in report["kernels"] if asks_for_tma(k)]
+    assert (len(asking) > 0) == (report["architecture"] == "sm_90")
+    assert [k for k in asking if not k["tma_loads"]] == []
+
+
+def test_bad_tiles_are_told(tmp_path):
+    table = deepcopy(configs.TABLE)
+    linear = table["linear"]["sm_90"]
+    linear["many bias"]["tiles"] |= {"num_warps": 4}  # the accumulator needs the registers of eight
+    linear["many residual"]["tiles"] |= {"num_stages": 5}
+    linear["some bias"]["tiles"] |= {"BLOCK_N": 48}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    path = tmp_path / "report.json"
+    given = ["--arch", "sm_90", "--op", "linear", "--table", str(tmp_path / "table.json"), "--json", str(path)]
+    done = run_inspect(*given)
+    found = {}
+    for kernel in json.loads(path.read_text())["kernels"]:
+        found.setdefault(kernel["shape_class"], []).extend(kernel["problems"])
+    assert done.returncode == 1
+    assert any("spills" in problem for problem in found["many bias"])
+    assert any("255 registers" in problem for problem in found["many bias"])
+    assert any("will not launch" in problem for problem in found["many residual"])
+    assert any("power of 2" in problem for problem in found["some bias"])
+    assert found["some residual"] == []
+
+
+def test_the_interpreter_is_refused():
+    done = run_inspect(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+def kernel(architecture="sm_90", **facts):
+    asked = {"op": "linear", "shape_class": "many bias", "tiles": {"DESCRIPTORS": "host"}, "workloads": ["a"]}
+    good = {"dots": [(128, 256, 64, "bf16")], "registers": 168, "wgmma": 4, "tma_loads": 6}
+    return Kernel(architecture, **(asked | good | facts))
+
+
+@pytest.mark.parametrize(
+    "facts, problem",
+    [
+        ({}, None),
+        ({"error": "CompilationError: no"}, "CompilationError: no"),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 232_448}, None),
+        ({"shared_bytes": 232_449}, "will not launch"),
+        ({"serialised": 1}, "serialised"),
+        ({"registers": 254}, None),
+        ({"registers": 255}, "all 255 registers"),
+        ({"registers": 255, "dots": []}, None),
+        ({"wgmma": 0}, "without wgmma"),
+        ({"mma": 16}, "16 mma.sync"),
+        ({"dots": [(16, 32, 64, "bf16")], "wgmma": 0, "mma": 16}, None),
+        ({"dots": [(128, 256, 64, "f32")], "wgmma": 0}, None),
+        ({"tma_loads": 0}, "no TMA load"),
+        ({"tma_loads": 0, "tiles": {"LOADS": "device descriptors"}}, "no TMA load"),
+        ({"tma_loads": 0, "tiles": {"DESCRIPTORS": "none"}}, None),
+        ({"tiles": {"TMA_STORE": True}}, "no TMA store"),
+        ({"architecture": "sm_80", "mma": 0, "wgmma": 0}, "without mma.sync"),
+        ({"architecture": "sm_80", "mma": 64, "registers": 255}, None),
+        ({"architecture": "sm_80", "mma": 64, "shared_bytes": 200_000}, "will not launch"),
+        ({"architecture": "sm_100", "tcgen05": 0}, "without tcgen05"),
+    ],
+)
+def test_rules(facts, problem):
+    found = problems(kernel(**facts))
+    assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
+
+
+@pytest.mark.parametrize(
+    "architecture, registers, shared_bytes, warps, blocks",
+    [
+        pytest.param("sm_90", 168, 213_464, 12, 1, id="shared memory lets one block in"),
+        pytest.param("sm_90", 168, 0, 8, 1, id="registers let one block of 8 warps in"),
+        pytest.param("sm_90", 128, 0, 8, 2, id="registers let two blocks of 8 warps in"),
+        pytest.param("sm_80", 33, 0, 4, 12, id="33 registers take as many as 40"),
+        pytest.param("sm_80", 32, 81 << 10, 4, 2, id="each block costs 1 KiB more than it asks for"),
+        pytest.param("sm_89", 16, 0, 4, 12, id="warps of sm_89"),
+        pytest.param("sm_89", 16, 0, 1, 24, id="blocks of sm_89"),
+        pytest.param("sm_90", 32, 0, 4, 16, id="warps of sm_90"),
+    ],
+)
+def test_blocks_per_multiprocessor(architecture, registers, shared_bytes, warps, blocks):
+    assert blocks_per_multiprocessor(architecture, registers, shared_bytes, warps) == blocks
+
+
+def test_a_process_that_dies_is_reported_and_the_others_go_on():
+    results = dict(in_processes(die_or_double, [(1,), (0,), (2,)], workers=2))
+    assert results[(1,)] == 2 and results[(2,)] == 4
+    assert isinstance(results[(0,)], ChildProcessError) and "exit code 7" in str(results[(0,)])
+
+
+def die_or_double(number):
+    return 2 * number or os._exit(7)
+
+
+def test_kernels_of_one_class_are_merged_unless_they_differ():
+    first, second, other = kernel(workloads=["b"]), kernel(workloads=["a"]), kernel(hash="other", workloads=["c"])
+    assert sorted(k.workloads for k in merge([first, second, other])) == [["a", "b"], ["c"]]
+
+
+def test_a_class_without_a_workload_is_named(monkeypatch):
+    entry, torch_is_faster = {"tiles": {"ROWS": 1}, "source": ""}, {"tiles": None, "source": ""}
+    table = {"linear": {"sm_90": {"many bias": entry, "few bias": entry, "some bias": torch_is_faster}}}
+    monkeypatch.setattr(configs, "TABLE", table)
+    assert unreached("sm_90", [kernel(), kernel("sm_80", shape_class="few bias")]) == ["linear few bias"]
+
+
+def test_limits_are_those_of_the_architectures_of_the_table():
+    assert list(LIMITS) == list(configs.ARCHITECTURES)
+    assert {name: LIMITS[name].shared_per_block for name in SHARED_MEMORY} == SHARED_MEMORY
