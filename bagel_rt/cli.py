@@ -8,7 +8,6 @@ at once.
 
 import fnmatch
 import json
-import math
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from typer.core import TyperGroup
 
 from bagel_rt import __version__, cli_options
 from bagel_rt.cli_options import read_images, read_part, read_seed, read_size, with_hyperparameters
+from bagel_rt.cli_report import CASE_LINE, CHECK_LINE, case_lines, case_result, check_line, finite
 from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_ROUNDS, check_seed, override
 
 _INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -262,6 +262,50 @@ def info(model: cli_options.Model = None, as_json: cli_options.Json = False) -> 
 
 
 @app.command()
+def check(
+    op: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one. Repeatable.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", show_default="cuda if there is one", help="cpu, cuda or cuda:N.")
+    ] = None,
+    as_json: cli_options.Json = False,
+) -> None:
+    """Run every kernel on this machine's GPU beside its reference; exit code 1 if one fails or differs.
+
+    What to run first on a card that nobody has tried. On a CPU the kernels run in Triton's interpreter, at small sizes,
+    if TRITON_INTERPRET=1 is in the environment.
+    """
+    import torch
+
+    from bagel_rt import check as checks
+
+    cases = checks.choose_cases(op)
+    chosen = cli_options.read_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = checks.run(chosen, cases)
+    report = checks.machine(chosen)
+    if not as_json:
+        typer.echo(CHECK_LINE.format("result", "op", "dtype", "error", "allowed", "case"))
+    done = []
+    for result in results:
+        done.append(result)
+        if not as_json:
+            typer.echo(check_line(result))
+    failed = sum(result.result == "FAIL" for result in done)
+    left_out = len(cases) - len({(result.op, result.case) for result in done})
+    if as_json:
+        found = [finite(asdict(result)) | {"result": result.result.lower()} for result in done]
+        typer.echo(json.dumps(report | {"failed": failed, "for_gpus_only": left_out, "cases": found}))
+    else:
+        counts = {name: sum(result.result == name for result in done) for name in ("pass", "FAIL", "not run")}
+        typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
+        if left_out:
+            typer.echo(f"{left_out} cases, of the model's own sizes, run on a GPU only")
+        typer.echo(f"{report['device']}, tile sizes of {report['table']}")
+        typer.echo(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def conformance(
     pack: Annotated[Path, typer.Argument(metavar="PACK", help="Folder with checkpoint, images and cases.")],
     case: Annotated[
@@ -283,16 +327,18 @@ def conformance(
             raise ValueError(f"--case {name}: no such case in {pack}; it has {', '.join(folders)}")
     bagel = Bagel.from_pretrained(pack / "checkpoint", cli_options.read_device(device), cli_options.read_dtype(dtype))
     if not as_json:
-        typer.echo(_CASE_LINE.format("result", "case", "compared", "worst", "allowed", "of"))
+        typer.echo(CASE_LINE.format("result", "case", "compared", "worst", "allowed", "of"))
     reports = []
     for name in sorted(set().union(*chosen.values())):
         reports.append(run_case(bagel, pack, folders[name]))
         if not as_json:
-            typer.echo(_case_lines(reports[-1], verbose))
-    counts = {result: sum(_result(report) == result for report in reports) for result in ("pass", "FAIL", "skipped")}
+            typer.echo(case_lines(reports[-1], verbose))
+    counts = {
+        result: sum(case_result(report) == result for report in reports) for result in ("pass", "FAIL", "skipped")
+    }
     if as_json:
-        cases = [asdict(report) | {"result": _result(report).lower()} for report in reports]
-        typer.echo(json.dumps({"pack": pack.resolve().name, "failed": counts["FAIL"], "cases": _finite(cases)}))
+        cases = [asdict(report) | {"result": case_result(report).lower()} for report in reports]
+        typer.echo(json.dumps({"pack": pack.resolve().name, "failed": counts["FAIL"], "cases": finite(cases)}))
     else:
         typer.echo(", ".join(f"{count} {result}" for result, count in counts.items()))
     if counts["FAIL"]:
@@ -322,34 +368,6 @@ def make_random_checkpoint(
     size = make(folder, config, seed, int(shard_gib * 2**30), cli_options.shows_progress(progress))
     report = {"folder": str(folder), "seed": seed, "bytes": size}
     typer.echo(json.dumps(report) if as_json else f"{folder}: {size:,} bytes of random weights, seed {seed}")
-
-
-_CASE_LINE = "{:7}  {:28}  {:>8}  {:>7}  {:>7}  {}"
-
-
-def _result(report) -> str:
-    return "skipped" if report.skipped else "pass" if report.passed else "FAIL"
-
-
-def _case_lines(report, verbose: bool) -> str:
-    """A line about a case of a conformance pack and, if ``verbose``, one about every comparison in it."""
-    worst = report.worst
-    found = (f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name) if worst else ("", "", report.skipped)
-    lines = [_CASE_LINE.format(_result(report), report.case, len(report.comparisons), *found)]
-    for item in report.comparisons if verbose else ():
-        verdict = "skipped" if math.isnan(item.error) and item.passed else "pass" if item.passed else "FAIL"
-        lines.append(f"{verdict:>11}{item.error:44.1e}  {item.tolerance:7.0e}  {item.name}")
-        lines += [f"          {line}" for line in item.note.splitlines()]
-    return "\n".join(lines)
-
-
-def _finite(value):
-    """The same without the numbers that JSON has no word for; None stands for them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

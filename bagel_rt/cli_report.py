@@ -1,0 +1,39 @@
+"""Reports of checks as lines for people, and as values that JSON has words for."""
+
+import math
+
+CASE_LINE = "{:7}  {:28}  {:>8}  {:>7}  {:>7}  {}"
+CHECK_LINE = "{:7}  {:18}  {:8}  {:>7}  {:>7}  {}"
+
+
+def case_result(report) -> str:
+    """What came of a case of a conformance pack, in a word."""
+    return "skipped" if report.skipped else "pass" if report.passed else "FAIL"
+
+
+def case_lines(report, verbose: bool) -> str:
+    """A line about a case of a conformance pack and, if ``verbose``, one about every comparison in it."""
+    worst = report.worst
+    found = (f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name) if worst else ("", "", report.skipped)
+    lines = [CASE_LINE.format(case_result(report), report.case, len(report.comparisons), *found)]
+    for item in report.comparisons if verbose else ():
+        verdict = "skipped" if math.isnan(item.error) and item.passed else "pass" if item.passed else "FAIL"
+        lines.append(f"{verdict:>11}{item.error:44.1e}  {item.tolerance:7.0e}  {item.name}")
+        lines += [f"          {line}" for line in item.note.splitlines()]
+    return "\n".join(lines)
+
+
+def check_line(result) -> str:
+    """A line about one kernel in one case, with what went wrong where nothing could be compared."""
+    error = "" if result.error is None else f"{result.error:.1e}"
+    told = f"{result.case}: {result.note}" if result.note else result.case
+    return CHECK_LINE.format(result.result, result.op, result.dtype, error, f"{result.allowed:.1e}", told)
+
+
+def finite(value):
+    """The same without the numbers that JSON has no word for; None stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

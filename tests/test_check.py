@@ -1,0 +1,143 @@
+"""``bagel-rt check``: it passes on right kernels, and no wrong, failing or fatal one goes unnoticed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bagel_rt import check
+from bagel_rt.check_cases import CASES, Values
+from bagel_rt.cli import app
+from bagel_rt.kernels.backend import OPS, backend
+from bagel_rt.kernels.norm import rms_norm_reference
+
+ON_DEVICE = ("--device", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(*args):
+    return CliRunner().invoke(app, args)
+
+
+def good(*args):
+    result = run(*args)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return result.stdout
+
+
+def rows(said):
+    """The columns of every line about a case."""
+    lines = (re.split(r" {2,}", line)[:2] for line in said.splitlines())
+    return [line for line in lines if line[0] in ("pass", "FAIL", "not run")]
+
+
+def test_every_kernel_passes():
+    report = json.loads(good("check", *ON_DEVICE, "--json"))
+    cases = report.pop("cases")
+    assert report["failed"] == 0 and report["table"].startswith("sm_")
+    assert report["versions"]["torch"] == torch.__version__
+    assert {case["op"] for case in cases} == {op for op, has_kernel in OPS.items() if has_kernel}
+    for case in cases:
+        assert case["result"] == "pass" and 0 <= case["error"] <= case["allowed"] < 0.07, case
+    assert {case["dtype"] for case in cases} == {"float32", "float16", "bfloat16"}
+    assert backend() == "auto", "the choice of kernels outlives the check"
+
+
+def test_the_table_ends_with_the_machine():
+    said = good("check", *ON_DEVICE, "--op", "guided_step", "--op", "rms_norm")
+    assert {op for _, op in rows(said)} == {"rms_norm", "guided_step"}
+    *_, machine, versions = said.splitlines()
+    assert f"\n{len(rows(said))} pass, 0 FAIL, 0 not run\n" in said
+    assert ("\n2 cases, of the model's own sizes, run on a GPU only\n" in said) == ("cpu" in ON_DEVICE)
+    assert machine.endswith(", tile sizes of sm_90") or "cuda" in ON_DEVICE
+    assert f"torch {torch.__version__}" in versions
+
+
+def off_by_a_bit(x, w_gen, w_und, G, eps):
+    return rms_norm_reference(x, None, w_gen, w_und, G, eps)[0] * (1 + 2**-5)
+
+
+def nan_in_one_row(x, w_gen, w_und, G, eps):
+    y, _ = rms_norm_reference(x, None, w_gen, w_und, G, eps)
+    y[0] = torch.nan
+    return y
+
+
+def one_row_too_few(x, w_gen, w_und, G, eps):
+    return x[1:]
+
+
+def out_of_resources(x, w_gen, w_und, G, eps):
+    raise RuntimeError("out of resource: shared memory\nRequired: 300000")
+
+
+def does_not_compile(x, w_gen, w_und, G, eps):
+    raise RuntimeError("at 3:4:\n    x = y\n        ^\nNameError('y is not defined')")
+
+
+@pytest.mark.parametrize(
+    "kernel, error, note",
+    [
+        (off_by_a_bit, "number", ""),
+        (nan_in_one_row, "nan", ""),
+        (one_row_too_few, "", "returned shape (6, 72), the reference (7, 72)"),
+        (out_of_resources, "", "RuntimeError: out of resource: shared memory"),
+        (does_not_compile, "", "RuntimeError: at 3:4: ... NameError('y is not defined')"),
+    ],
+)
+def test_a_wrong_kernel_fails_and_the_others_are_still_checked(kernel, error, note, monkeypatch):
+    monkeypatch.setattr("bagel_rt.kernels.norm._launch_rms_norm", kernel)
+    chosen = ("check", *ON_DEVICE, "--op", "rms_norm", "--op", "guided_step")
+    result = run(*chosen)
+    assert (result.exit_code, result.stderr) == (1, "")
+    for verdict, op in rows(result.stdout):
+        assert verdict == ("FAIL" if op == "rms_norm" else "pass")
+    assert note in result.stdout.splitlines()[1]
+    cases = json.loads(run(*chosen, "--json").stdout)["cases"]
+    assert [case["result"] == "fail" for case in cases] == [case["op"] == "rms_norm" for case in cases]
+    assert (isinstance(cases[0]["error"], float)) == (error == "number")
+
+
+def test_after_a_fatal_error_the_rest_was_not_run(monkeypatch):
+    monkeypatch.setattr("bagel_rt.kernels.norm._launch_rms_norm", out_of_resources)
+    monkeypatch.setattr(check, "lost", lambda device: "the GPU is lost")
+    result = run("check", *ON_DEVICE)
+    first, *others = rows(result.stdout)
+    assert result.exit_code == 1 and first == ["FAIL", "rms_norm"]
+    assert {verdict for verdict, _ in others} == {"not run"} and ": the GPU is lost\n" in result.stdout
+    assert f"0 pass, 1 FAIL, {len(others)} not run" in result.stdout
+
+
+def test_a_cpu_is_told_about_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "bagel_rt.cli", "check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"bagel-rt: error: .*TRITON_INTERPRET=1.*\n", done.stderr)
+
+
+def test_an_old_gpu_is_told_about_the_references(monkeypatch):
+    def too_old(device):
+        raise ValueError("it is sm_75; the kernels need sm_80. BAGEL_RT_BACKEND=reference runs without them")
+
+    monkeypatch.setattr("bagel_rt.kernels.configs.architecture", too_old)
+    result = run("check", *ON_DEVICE)
+    assert (result.exit_code, result.stdout) == (2, "") and "BAGEL_RT_BACKEND=reference" in result.stderr
+
+
+def test_an_op_without_a_kernel_is_refused():
+    result = run("check", "--op", "sample")
+    assert (result.exit_code, result.stdout) == (2, "") and "--op is 'sample': allowed are rms_norm" in result.stderr
+
+
+LARGE = [case for case in CASES if not case.interpreted and not re.search("gate and up|down", case.name)]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.op}: {case.name}")
+def test_sizes_that_only_a_gpu_runs_fit_their_references(case):
+    call, reference = case.build(Values(torch.device("cpu"), torch.bfloat16))
+    assert check._error(call(), reference()) <= case.allowed(torch.bfloat16)
