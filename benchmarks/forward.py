@@ -1,0 +1,136 @@
+"""One denoising forward at BAGEL's width through a few layers of random weights: kernels beside references."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bagel_rt.cache import KVCache
+from bagel_rt.config import BAGEL_7B_MOT, TransformerConfig
+from bagel_rt.kernels.backend import choose_backend
+from bagel_rt.models.bagel.transformer import Rows, Transformer, rope_tables
+from bagel_rt.models.bagel.weights import DecoderLayerWeights, Pair
+from bagel_rt.plan import Plan
+from benchmarks.measure import Clock, markdown
+from benchmarks.workloads import PLANS, Tensors, visible_pairs
+
+LAYERS = 4
+FORWARDS = ("text-to-image 1024", "edit 1024")
+BACKENDS = {"kernels": "auto", "references": "reference"}
+
+
+@dataclass(frozen=True)
+class ForwardRow:
+    """One backend at one forward.
+
+    Attributes:
+        milliseconds: median time of all layers; None where it did not run.
+        layers: how many there are.
+        limit: milliseconds that the roofline allows.
+        error: ||got - want|| / ||want|| of the hidden states, want being the references'; None of those themselves.
+    """
+
+    forward: str
+    who: str
+    milliseconds: float | None
+    layers: int
+    limit: float
+    error: float | None = None
+    note: str = ""
+
+
+def _transformer(tensors: Tensors, config: TransformerConfig, layers: int) -> Transformer:
+    H, D, F = config.hidden_size, config.head_dim, config.intermediate_size
+    heads = config.num_heads + config.num_kv_heads
+
+    def pair(*shape, deviation=1.0):
+        return Pair(tensors(*shape, deviation=deviation), tensors(*shape, deviation=deviation))
+
+    def weight(rows, columns):
+        return pair(rows, columns, deviation=columns**-0.5)
+
+    def layer():
+        qkv = (heads + config.num_kv_heads) * D
+        return DecoderLayerWeights(
+            input_norm=pair(H),
+            qkv=weight(qkv, H),
+            qkv_bias=pair(qkv),
+            qk_norm=pair(heads, D),
+            o=weight(H, config.num_heads * D),
+            post_norm=pair(H),
+            gate_up=weight(2 * F, H),
+            down=weight(H, F),
+        )
+
+    return Transformer(config, [layer() for _ in range(layers)], pair(H))
+
+
+def _floor_ms(plan: Plan, config: TransformerConfig, layers: int, limits: tuple[float, float]) -> float:
+    """The arithmetic of the matrices at the ceiling, or reading the weights, whichever takes longer."""
+    H, D, F = config.hidden_size, config.head_dim, config.intermediate_size
+    weights = H * D * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * H * F
+    flops = 2 * weights * len(plan.limits) + 4 * config.num_heads * D * visible_pairs(plan)
+    return 1e3 * layers * max(flops / limits[0], 2 * 2 * weights / limits[1])
+
+
+@torch.inference_mode()
+def measure(
+    name: str,
+    plan: Plan,
+    clock: Clock,
+    dtype: torch.dtype,
+    limits: tuple[float, float],
+    config: TransformerConfig = BAGEL_7B_MOT.llm,
+    layers: int = LAYERS,
+) -> Iterator[ForwardRow]:
+    """Rows of one forward, references last; the kernels' row waits for them to be compared with.
+
+    Args:
+        name: of the forward.
+        plan: its rows.
+        limits: flop/s and bytes/s of the device.
+        config: shapes of the layers; ``layers`` says how many.
+    """
+    torch.manual_seed(0)
+    tensors = Tensors(clock.device, dtype)
+    transformer = _transformer(tensors, config, layers)
+    cache = KVCache(layers, config.num_kv_heads, config.head_dim, dtype, clock.device, int(plan.slots.max()) + 1)
+    for index in range(layers):
+        for buffer in cache.layer(index):
+            buffer.normal_()
+    tables = rope_tables(torch.from_numpy(plan.slots).to(clock.device), config.head_dim, config.rope_theta)
+    rows = Rows(plan.G, *tables, *(tensors.of(np.asarray(a)) for a in (plan.slots, plan.limits, plan.blocks)))
+    hidden = tensors(len(plan.limits), config.hidden_size)
+    floor, outputs, times = _floor_ms(plan, config, layers, limits), {}, {}
+    try:
+        for who, backend in BACKENDS.items():
+            choose_backend(backend)
+            outputs[who] = transformer.forward(hidden, rows, cache).double()
+            times[who] = clock.microseconds(lambda: transformer.forward(hidden, rows, cache)) / 1e3
+    finally:
+        choose_backend(None)
+    got, want = outputs.values()
+    error = ((got - want).norm() / want.norm()).item()
+    for who, milliseconds in times.items():
+        reference = BACKENDS[who] == "reference"
+        wrong = not reference and not error <= 3e-2
+        yield ForwardRow(name, who, milliseconds, layers, floor, None if reference else error, "WRONG" if wrong else "")
+
+
+def table(rows: list[ForwardRow]) -> str:
+    """Markdown: one line per forward and backend."""
+    lines = []
+    for row in rows:
+        figures = [""] * 3
+        if row.milliseconds is not None:
+            share = f"{row.limit / row.milliseconds:.0%}"
+            figures = [f"{row.milliseconds:.2f}", f"{row.milliseconds / row.layers:.2f}", share]
+        error = "" if row.error is None else f"{row.error:.1e}"
+        lines.append([row.forward, row.who, *figures, error, row.note])
+    return markdown(["forward", "", "ms", "ms per layer", "of roofline", "relative L2", ""], lines)
+
+
+def plan_of(name: str) -> Plan:
+    """The plan of one of ``FORWARDS``."""
+    return PLANS[name]()

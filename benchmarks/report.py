@@ -1,0 +1,75 @@
+"""What ``benchmarks.gpu_check`` found, as text and as Markdown tables."""
+
+from benchmarks import forward, kernels
+from benchmarks.measure import markdown
+from benchmarks.workloads import WORKLOADS
+
+
+def problems(stage) -> list[str]:
+    """What is wrong in a stage: the reasons why the whole run is not a success. A peer's failure is none."""
+    found = list(stage.notes) if stage.name != "tune" else []
+    for row in stage.rows:
+        if stage.name == "check" and row["result"] != "pass":
+            found.append(f"{row['op']}, {row['case']}, {row['dtype']}: {row['result']}")
+        elif stage.name == "tests" and row["status"] != 0:
+            found.append(f"{row['file']}: status {row['status']}")
+        elif stage.name == "kernels" and row.get("who") == kernels.OURS and row["note"]:
+            found.append(f"{row['workload']}: {row['note']}")
+        elif stage.name == "forward" and row["note"]:
+            found.append(f"{row['forward']}: {row['note']}")
+    return found
+
+
+def summary(stage) -> str:
+    """One line."""
+    wrong = problems(stage)
+    state = "complete" if stage.complete else "incomplete"
+    return f"{stage.name}: {state}, {len(stage.rows)} rows, {len(wrong)} problems, {stage.seconds:.0f} s"
+
+
+def markdown_report(about: dict, stages) -> str:
+    """Everything, the machine first."""
+    parts = ["# GPU check", markdown(["", ""], [[name, str(value)] for name, value in about.items()])]
+    for stage in stages:
+        parts.append(f"## {summary(stage)}")
+        wrong = problems(stage)
+        if wrong:
+            parts.append("\n".join(f"- {line}" for line in wrong))
+        if stage.rows:
+            parts += _TABLES.get(stage.name, _plain)(stage.rows)
+    return "\n\n".join(parts)
+
+
+def _plain(rows) -> list[str]:
+    header = list(rows[0])
+    return [markdown(header, [[_cell(row.get(name, "")) for name in header] for row in rows])]
+
+
+def _cell(value) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else "" if value is None or value == [] else str(value)
+
+
+def _kernels(rows) -> list[str]:
+    """A table per workload, in the order they were measured; every contender once."""
+    figures = next((row for row in rows if "limits" in row), None)
+    if figures is None:
+        return []
+    (flops, traffic), measured = figures["limits"], figures["measured"]
+    parts = [
+        f"Roofline: {flops / 1e12:.0f} TFLOP/s and {traffic / 1e12:.2f} TB/s; measured in this run: "
+        f"{measured[0] / 1e12:.0f} TFLOP/s, {measured[1] / 1e12:.2f} TB/s."
+    ]
+    known, by_workload = {workload.name: workload for workload in WORKLOADS}, {}
+    for row in rows:
+        if "who" in row:
+            by_workload.setdefault(row["workload"], []).append(kernels.Row(**row))
+    measured = [(known[name], made) for name, made in by_workload.items()]
+    parts.append(kernels.overview(measured, (flops, traffic)))
+    return parts + [kernels.table(workload, made, (flops, traffic)) for workload, made in measured]
+
+
+def _forward(rows) -> list[str]:
+    return [forward.table([forward.ForwardRow(**row) for row in rows])]
+
+
+_TABLES = {"kernels": _kernels, "forward": _forward}

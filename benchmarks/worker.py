@@ -1,0 +1,104 @@
+"""The part of ``benchmarks.gpu_check`` that touches the GPU: a process that runs tasks and reports each as a JSON line.
+
+    python -m benchmarks.worker check|kernels|forward --from N
+
+A kernel can kill its process, leave the GPU unusable for it, or never end. So the tasks of a stage are numbered: the
+process says which one it begins, and ends with status 3 where the GPU is lost to it. Another one goes on behind that.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from bagel_rt import check
+from bagel_rt.check_cases import CASES
+from benchmarks import forward, kernels
+from benchmarks.measure import Clock, ceilings, measured_ceilings
+
+DEVICE_LOST = 3
+Tasks = list[tuple[str, Callable[[], Iterator[dict]]]]
+
+
+def check_tasks(device: torch.device) -> Tasks:
+    """One task per case of ``bagel-rt check``."""
+
+    def run(case):
+        for result in check.run(device, [case]):
+            yield asdict(result)
+        if lost := check.lost(device):
+            raise kernels.DeviceLost(lost)
+
+    return [(f"{case.op}: {case.name}", partial(run, case)) for case in CASES]
+
+
+def kernel_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.15) -> Tasks:
+    """The ceilings, then one task per workload with the quick peers, and one with those that are compiled."""
+    clock = Clock(device, seconds)
+
+    def figures():
+        known, measured = ceilings(device), measured_ceilings(device)
+        yield {"limits": known, "measured": measured}
+
+    def run(workload, compiled):
+        for row in kernels.measure(workload, clock, dtype, compiled):
+            yield asdict(row)
+
+    found = [("ceilings", figures)]
+    for workload, compiled in kernels.tasks():
+        found.append(
+            (f"{workload.name} (compiled peers)" if compiled else workload.name, partial(run, workload, compiled))
+        )
+    return found
+
+
+def forward_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tasks:
+    """One task per forward."""
+
+    def run(name):
+        plan, clock = forward.plan_of(name), Clock(device, 2.0, 20)
+        for row in forward.measure(name, plan, clock, dtype, ceilings(device)):
+            yield asdict(row)
+
+    return [(name, partial(run, name)) for name in forward.FORWARDS]
+
+
+STAGES = {"check": check_tasks, "kernels": kernel_tasks, "forward": forward_tasks}
+
+
+def work(tasks: Tasks, start: int, say: Callable[[dict], None]) -> int:
+    """Run tasks from number ``start`` on; return the exit status.
+
+    ``say`` is given {"begin": number, "task": name}, {"row": ...} and at the end {"done": true}. A task that raises is
+    {"failed": reason}, and the next one follows.
+    """
+    for number, (name, run) in enumerate(tasks[start:], start):
+        say({"begin": number, "task": name})
+        try:
+            for row in run():
+                say({"row": row})
+        except kernels.DeviceLost as lost:
+            say({"failed": f"the GPU is lost to this process: {lost}"})
+            return DEVICE_LOST
+        except Exception as problem:  # one task must not hide the others
+            reason = next(iter(str(problem).splitlines()), "")
+            say({"failed": f"{type(problem).__name__}: {reason}"})
+    say({"done": True})
+    return 0
+
+
+def main() -> None:
+    """Run one stage on the GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--from", type=int, default=0, dest="start", metavar="N", help="number of the first task")
+    arguments = parser.parse_args()
+    tasks = STAGES[arguments.stage](torch.device("cuda"))
+    parser.exit(work(tasks, arguments.start, lambda message: print(json.dumps(message), flush=True)))
+
+
+if __name__ == "__main__":
+    main()

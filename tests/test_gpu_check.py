@@ -1,0 +1,296 @@
+"""The GPU check, on the CPU: no failure ends a run or spoils what it found."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bagel_rt import check
+from bagel_rt.kernels import guided_step, rms_norm
+from benchmarks import forward, gpu_check, kernels, measure, report, worker
+from benchmarks.gpu_check import Stage
+from benchmarks.workloads import WORKLOADS, Workload
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def broken(*_, **__):
+    raise RuntimeError("no kernel image | is available\nfor this device")
+
+
+def table_cells(text):
+    """The cells of a Markdown table, checked for its form."""
+    lines = text.splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
+    assert {len(row) for row in cells} == {len(cells[0])} and all(set(cell) <= set("-:") for cell in cells[1])
+    return [cells[0], *cells[2:]]
+
+
+# Workers
+
+
+def said_by(tasks, start=0):
+    said = []
+    return worker.work(tasks, start, said.append), said
+
+
+def test_a_worker_names_each_task_and_goes_on_behind_one_that_raises():
+    tasks = [("skipped", None), ("bad", broken), ("good", lambda: iter([{"x": 1}]))]
+    assert said_by(tasks, 1) == (
+        0,
+        [{"begin": 1, "task": "bad"}, {"failed": "RuntimeError: no kernel image | is available"},
+         {"begin": 2, "task": "good"}, {"row": {"x": 1}}, {"done": True}],
+    )  # fmt: skip
+
+
+def test_a_worker_that_loses_the_gpu_ends():
+    def lose():
+        raise kernels.DeviceLost("an illegal memory access")
+
+    status, said = said_by([("bad", lose), ("good", lambda: iter([]))])
+    assert status == worker.DEVICE_LOST and "an illegal memory access" in said[-1]["failed"]
+
+
+def test_workers_run_the_cases_of_check():
+    tasks = dict(worker.check_tasks(DEVICE))
+    (row,) = tasks["guided_step: no guidance, 6 latents"]()
+    assert (row["op"], row["result"], row["dtype"]) == ("guided_step", "pass", "bfloat16")
+    assert len(tasks) == len(worker.CASES)
+
+
+def test_workers_begin_with_the_ceilings():
+    (name, figures), *others = worker.kernel_tasks(CPU, torch.float32)
+    (row,) = figures()
+    assert name == "ceilings" and all(figure > 0 for figure in (*row["limits"], *row["measured"]))
+    assert len(dict(others)) == 2 * len(WORKLOADS)
+
+
+SCRIPT = """
+import json, os, sys, time
+tasks = [
+    ("fine", lambda: print(json.dumps({"row": {"x": 0}}), flush=True)),
+    ("fatal", lambda: os.abort()),
+    ("hanging", lambda: time.sleep(100)),
+    ("last", lambda: print("noise from a library", json.dumps({"row": {"x": 3}}), sep="\\n", flush=True)),
+]
+for number in range(int(sys.argv[2]), len(tasks)):
+    print(json.dumps({"begin": number, "task": tasks[number][0]}), flush=True)
+    tasks[number][1]()
+print(json.dumps({"done": True}), flush=True)
+"""
+
+
+def run_script(tmp_path, seconds, patience):
+    stage = Stage("check")
+    command = [sys.executable, "-c", SCRIPT]
+    gpu_check.run_worker(stage, time.monotonic() + seconds, lambda: None, tmp_path / "log", command, patience)
+    return stage
+
+
+def test_a_stage_goes_on_behind_a_task_that_dies_or_hangs(tmp_path):
+    stage = run_script(tmp_path, 60, 4.0)
+    assert stage.rows == [{"x": 0}, {"x": 3}] and stage.complete
+    assert stage.notes == [
+        "fatal: the process ended with status -6; see log",
+        "stopped in hanging: nothing was heard of it for 4 s",
+    ]
+
+
+def test_a_stage_ends_in_time_and_keeps_its_rows(tmp_path):
+    begun = time.monotonic()
+    stage = run_script(tmp_path, 6, 60)
+    assert time.monotonic() - begun < 30 and stage.rows == [{"x": 0}] and not stage.complete
+    assert stage.notes[-1] == "stopped in hanging: the time was up"
+
+
+def test_a_worker_prints_one_json_object_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(
+        worker.STAGES, "check", lambda device: [("skipped", None), (device.type, lambda: iter([{"x": 1}]))]
+    )
+    monkeypatch.setattr(sys, "argv", ["worker", "check", "--from", "1"])
+    with pytest.raises(SystemExit) as ended:
+        worker.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (ended.value.code, lines) == (0, [{"begin": 1, "task": "cuda"}, {"row": {"x": 1}}, {"done": True}])
+
+
+def test_workers_measure_workloads_and_forwards(monkeypatch):
+    rows = list(dict(worker.kernel_tasks(CPU, torch.float32, 0))["guided_step global of 2 branches, 512"]())
+    assert [(row["who"], row["note"]) for row in rows] == [("bagel_rt", ""), ("official", "")]
+    measured = forward.ForwardRow("f", "kernels", 2.0, 4, 1.0)
+    monkeypatch.setattr(forward, "measure", lambda *_: iter([measured]))
+    tasks = worker.forward_tasks(CPU, torch.float32)
+    assert [name for name, _ in tasks] == list(forward.FORWARDS) and list(tasks[0][1]()) == [vars(measured)]
+
+
+@pytest.mark.parametrize("message", ["CUDA error: an illegal memory access was encountered\nhints"])
+def test_a_lost_gpu_is_noticed(message, monkeypatch):
+    def fail(device):
+        raise RuntimeError(message)
+
+    assert check.lost(CPU) == ""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    assert check.lost(torch.device("cuda")) == ""
+    kernels._check_alive(torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.synchronize", fail)
+    assert "an illegal memory access was encountered); use --op" in check.lost(torch.device("cuda"))
+    with pytest.raises(kernels.DeviceLost, match="an illegal memory access was encountered$"):
+        kernels._check_alive(torch.device("cuda"))
+
+
+# The whole run
+
+
+def norms(tensors):
+    return rms_norm, (tensors(6, 24), None, tensors(24), tensors(24), 4, 1e-6), {}
+
+
+def steps(tensors):
+    return guided_step, (*(tensors(6, 64) for _ in range(4)), 4.0, 2.0, "global", 0.0, 0.02), {}
+
+
+TINY = [Workload("rms_norm", "rms_norm", 0, 300, norms), Workload("guided_step", "guided_step", 0, 900, steps)]
+
+
+def result_of(folder):
+    def refuse(word):
+        raise AssertionError(word)
+
+    return json.loads((folder / "results.json").read_text(), parse_constant=refuse)
+
+
+def fake_check(stage, deadline, save, folder):
+    stage.rows.append({"op": "linear", "case": "a|b", "dtype": "bfloat16", "error": float("nan"), "result": "FAIL"})
+    stage.complete = True
+
+
+def tiny_kernels(stage, deadline, save, folder):
+    assert result_of(folder)["stages"][0]["rows"], "the stage before was not written"
+    stage.rows.append({"limits": (1e12, 1e12), "measured": (2e12, 3e12)})
+    for workload in TINY:
+        stage.rows += [vars(row) for row in kernels.measure(workload, measure.Clock(CPU, 0, 1), torch.float32)]
+        save()
+    stage.complete = True
+
+
+def test_results_are_written_after_each_stage_and_a_crash_ends_none_but_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "WORKLOADS", TINY)
+    stages = {"check": fake_check, "kernels": tiny_kernels, "forward": broken, "tune": fake_check}
+    monkeypatch.setitem(stages, "tune", lambda stage, *_: stage.rows.append({"what": "it", "result": "status 0"}))
+    found = gpu_check.run(tmp_path / "new", 1, list(stages), CPU, "", stages)
+    results = result_of(tmp_path / "new")
+    assert [stage["name"] for stage in results["stages"]] == list(stages)
+    assert results["stages"][0]["rows"][0]["error"] is None  # JSON has no nan
+    assert {"date", "commit", "machine", "versions"} <= set(results["about"])
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", results["about"]["commit"])
+    assert results["stages"][2]["notes"] == ["RuntimeError: no kernel image | is available\nfor this device"]
+    assert [bool(report.problems(stage)) for stage in found] == [True, False, True, False]
+    assert "kernels: complete, " in capsys.readouterr().out
+
+    text = (tmp_path / "new" / "results.md").read_text()
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
+    assert [len(table_cells(table)) > 1 for table in tables] == [True] * 6
+    assert "## kernels" in text and "**rms_norm**" in text and "2 TFLOP/s, 3.00 TB/s" in text
+
+
+def test_what_is_not_reached_says_so(tmp_path):
+    (stage,) = gpu_check.run(tmp_path, 0.01, ["kernels"], CPU, "", {"kernels": broken})
+    assert stage.notes == ["not reached, the time was up"] and report.problems(stage)
+
+
+def test_our_own_wrong_result_is_a_problem_and_a_peers_is_not():
+    rows = [{"workload": "w", "who": who, "note": "WRONG"} for who in ("official", kernels.OURS)]
+    assert report.problems(Stage("kernels", rows)) == ["w: WRONG"]
+
+
+def test_the_tests_stage_counts_and_keeps_the_log_of_what_fails(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_good.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
+    (tmp_path / "tests" / "test_bad.py").write_text("def test_one(): pass\ndef test_two(): assert not 'so'\n")
+    (tmp_path / "tests" / "test_slow.py").write_text("import time\ndef test_one(): time.sleep(100)\n")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    stage, cut = Stage("tests"), Stage("tests")
+    gpu_check.tests(stage, time.monotonic() + 100, lambda: None, tmp_path, ("good", "bad"))
+    bad, good = stage.rows
+    assert (good["file"], good["passed"], good["failed"], good["status"]) == ("test_good.py", 2, 0, 0)
+    assert (bad["file"], bad["passed"], bad["failed"], bad["status"]) == ("test_bad.py", 1, 1, 1)
+    assert "assert not 'so'" in (tmp_path / "tests.log").read_text()
+    assert report.problems(stage) == ["test_bad.py: status 1"]
+    gpu_check.tests(cut, time.monotonic() + 1, lambda: None, tmp_path, ("slow",))
+    assert cut.notes == ["test_slow.py: stopped, the time was up"] and cut.rows[0]["status"] != 0
+
+
+def test_the_tests_of_every_kernel_are_found():
+    files = [path.name for pattern in gpu_check.TESTS for path in (measure.ROOT / "tests").glob(f"test_{pattern}.py")]
+    assert {"test_attention.py", "test_linear.py", "test_norm.py", "test_qk_norm_rope.py"} <= set(files)
+    assert len(files) == len(set(files)) >= len(gpu_check.TESTS)
+
+
+@pytest.mark.parametrize("module", [gpu_check, kernels])
+def test_without_a_gpu_it_says_so(module, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["it"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    told = capsys.readouterr()
+    assert (ended.value.code, told.out) == (2, "") and "PyTorch finds no CUDA device here" in told.err
+
+
+def test_the_exit_code_tells_whether_all_is_right(tmp_path, monkeypatch, capsys):
+    codes, asked = [], []
+    for stage in (Stage("check", complete=True), Stage("check", notes=["stopped"])):
+
+        def run(folder, *others, stage=stage):
+            asked.append(others)
+            (folder / "results.md").write_text("# GPU check\n")
+            return [stage]
+
+        monkeypatch.setattr(gpu_check, "run", run)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        options = ["--output", str(tmp_path), "--minutes", "2", "--stages", "check,forward", "--commit", "abc"]
+        monkeypatch.setattr(sys, "argv", ["gpu_check", *options])
+        with pytest.raises(SystemExit) as ended:
+            gpu_check.main()
+        codes.append(ended.value.code)
+    assert codes == [0, 1] and asked[0] == (2.0, ["check", "forward"], torch.device("cuda:0"), "abc")
+    assert capsys.readouterr().out == "# GPU check\n\n" * 2
+
+
+def test_an_unknown_stage_is_wrong_usage(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--stages", "check,polish"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 2 and "there is no polish" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "codes, result",
+    [([0], "was there"), ([1, 0, 0], "built"), ([1, 1], "not built, see build.log")],
+    ids=["there", "built", "no compiler"],
+)
+def test_the_planner_is_built_where_it_is_missing(codes, result, tmp_path, monkeypatch):
+    codes = iter(codes)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], next(codes)))
+    stage = Stage("build")
+    gpu_check.build(stage, time.monotonic() + 9, lambda: None, tmp_path)
+    assert stage.rows == [{"what": "bagel_rt._C", "result": result}] and stage.complete and next(codes, None) is None
+
+
+def test_tuning_writes_beside_the_results_for_as_long_as_it_may(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "tune.py"
+    script.write_text("import pathlib, sys\npathlib.Path(sys.argv[2]).write_text(sys.argv[1])\n")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    stage, cut = Stage("tune"), Stage("tune")
+    gpu_check.tune(stage, time.monotonic() + 60, lambda: None, tmp_path)
+    assert stage.complete and stage.rows[0]["result"].startswith("status 0")
+    assert (tmp_path / "tuned.json").read_text() == "--output"
+    script.write_text("import time\ntime.sleep(100)\n")
+    gpu_check.tune(cut, time.monotonic() + 1, lambda: None, tmp_path)
+    assert not cut.complete and "the time was up" in cut.rows[0]["result"] and not report.problems(cut)

@@ -1,0 +1,258 @@
+"""The benchmarks of the kernels, on the CPU: peers compute what the ops do, figures are what they are called."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bagel_rt.config import TransformerConfig
+from bagel_rt.kernels import attention, decode_attention, guided_step, linear, qk_norm_rope, rms_norm
+from bagel_rt.kernels.backend import backend
+from bagel_rt.plan import Segment, build_plan
+from benchmarks import forward, kernels, measure, peers
+from benchmarks.workloads import WORKLOADS, Workload, attention_gradients
+
+CPU = torch.device("cpu")
+HAS_LIGER, HAS_VLLM_OMNI = (importlib.util.find_spec(name) is not None for name in ("liger_kernel", "vllm_omni"))
+
+
+def segment(mode, rows, start, visible, write=None):
+    gen = np.full(rows, mode != "causal")
+    gen[[0, -1]] = False
+    return Segment(mode, gen, start, visible, start + visible if write is None else write)
+
+
+PLANS = {
+    "two branches": [segment("noise", 8, 0, 5), segment("noise", 8, 0, 3, write=20)],
+    "text after a context": [segment("causal", 9, 0, 4)],
+    "training": [segment("full", 6, 0, 0), segment("causal", 4, 0, 6), segment("noise", 7, 0, 10, write=12)],
+}
+
+
+def linears(tensors, G, epilogue):
+    biases = (tensors(12), tensors(12)) if epilogue == "bias" else ()
+    options = {"G": G, "residual": tensors(10, 12) if epilogue == "residual" else None, "swiglu": epilogue == "swiglu"}
+    return linear, (tensors(10, 16), tensors(12, 16), tensors(12, 16), *biases), options
+
+
+def norms(tensors, adds):
+    return rms_norm, (tensors(6, 24), tensors(6, 24) if adds else None, tensors(24), tensors(24), 4, 1e-6), {}
+
+
+def ropes(tensors):
+    tables = [tensors(6, 8, dtype=torch.float32) for _ in range(2)]
+    slots, caches = tensors.of(np.array([5, 1, 0, 4, 3, 2])), (tensors(6, 2, 16), tensors(6, 2, 16))
+    return qk_norm_rope, (tensors(6, 128), tensors(6, 16), tensors(6, 16), *tables, slots, *caches, 4, 1e-6), {}
+
+
+def attentions(tensors, plan, function=attention, **options):
+    plan = build_plan(PLANS[plan])
+    T, slots = len(plan.limits), int(plan.slots.max()) + 1
+    inputs = (tensors(T, 4, 16), tensors(slots, 2, 16), tensors(slots, 2, 16))
+    inputs = (*inputs, tensors.of(plan.limits), tensors.of(plan.blocks))
+    return function, (*inputs, tensors(T, 4, 16)) if function is attention_gradients else inputs, options
+
+
+def decodes(tensors):
+    spans = tensors.of(np.array([1, 3])), tensors.of(np.array([2, 6]))
+    return decode_attention, (tensors(2, 4, 16), tensors(9, 2, 16), tensors(9, 2, 16), *spans), {}
+
+
+def steps(tensors):
+    return guided_step, (*(tensors(6, 64) for _ in range(4)), 4.0, 2.0, "global", 0.0, 0.02), {}
+
+
+SDPA = {"torch, K and V gathered", "official, SDPA", "SDPA FLASH", "SDPA MATH", "FlexAttention"}
+LINEAR = {"torch on row ranges", "official", "official, torch.compile"}
+TINY = {  # name -> what builds it, the peers that a CPU runs
+    "linear": (lambda t: linears(t, 7, "none"), LINEAR),
+    "linear with a bias": (lambda t: linears(t, 7, "bias"), LINEAR),
+    "linear with a residual": (lambda t: linears(t, 9, "residual"), LINEAR),
+    "linear with SwiGLU": (lambda t: linears(t, 7, "swiglu"), LINEAR),
+    "linear of understanding rows": (lambda t: linears(t, 0, "none"), LINEAR),
+    "linear of generation rows": (lambda t: linears(t, 10, "none"), LINEAR),
+    "rms_norm": (lambda t: norms(t, False), LINEAR),
+    "rms_norm with a residual": (lambda t: norms(t, True), LINEAR),
+    "qk_norm_rope": (ropes, LINEAR),
+    "attention, two branches": (lambda t: attentions(t, "two branches"), SDPA),
+    "attention, text": (lambda t: attentions(t, "text after a context"), SDPA),
+    "attention, training": (lambda t: attentions(t, "training"), SDPA),
+    "attention with lse": (lambda t: attentions(t, "training", return_lse=True), SDPA & {"FlexAttention"}),
+    "gradients": (lambda t: attentions(t, "training", attention_gradients), set()),
+    "decode_attention": (decodes, {"torch, lengths on the host", "SDPA FLASH", "SDPA MATH"}),
+    "guided_step": (steps, {"official", "official, torch.compile"}),
+}
+WORKLOAD = {name: Workload(name, "", 2000, 3000, build) for name, (build, _) in TINY.items()}
+
+
+def rows_of(workload, dtype=torch.float32):
+    clock = measure.Clock(CPU, 0, 1)
+    rows = list(kernels.measure(workload, clock, dtype))
+    return rows + list(kernels.measure(workload, clock, dtype, compiled=True, wrap=lambda function: function))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_peers_compute_what_the_op_does(name):
+    rows = {row.who: row for row in rows_of(WORKLOAD[name])}
+    function = WORKLOAD[name].build(kernels.Tensors(CPU, torch.float32))[0].__name__
+    assert set(rows) == {kernels.OURS, *kernels.PEERS[function], *kernels.COMPILED.get(function, {})}
+    for who in {kernels.OURS} | TINY[name][1]:
+        assert rows[who].note == "" and rows[who].error < 1e-6 and rows[who].microseconds > 0, rows[who]
+    for row in rows.values():  # the others say why not
+        assert row.note or row.error < 1e-6, row
+
+
+@pytest.mark.parametrize(
+    "name", ["linear with SwiGLU", "rms_norm with a residual", "qk_norm_rope", "attention, training"]
+)
+def test_kernels_are_judged_as_the_references_are(name, kernels_run):
+    (ours, *_) = kernels.measure(WORKLOAD[name], measure.Clock(kernels_run, 0, 1), torch.float32)
+    assert (ours.who, ours.note) == (kernels.OURS, "") and ours.error < 1e-6
+
+
+@pytest.fixture
+def kernels_run(request):
+    return request.getfixturevalue("kernels")
+
+
+@pytest.mark.skipif(not HAS_VLLM_OMNI, reason="vllm-omni is not installed")
+@pytest.mark.parametrize("name", ["linear", "linear with a bias", "linear with a residual", "rms_norm"])
+def test_vllm_omni_computes_what_the_op_does(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H200")
+    (row,) = [row for row in rows_of(WORKLOAD[name]) if row.who == "vLLM-Omni"]
+    assert row.note == "" and row.error < 1e-6
+
+
+@pytest.mark.skipif(HAS_VLLM_OMNI and HAS_LIGER, reason="both are installed")
+def test_a_peer_that_is_not_installed_is_a_line():
+    notes = {row.who: row.note for row in rows_of(WORKLOAD["linear with SwiGLU"]) + rows_of(WORKLOAD["rms_norm"])}
+    assert HAS_LIGER or "No module named 'liger_kernel'" in notes["Liger"]
+    assert HAS_VLLM_OMNI or "vllm-omni is not installed" in notes["vLLM-Omni"]
+    assert not any(name == "vllm" or name.startswith("vllm.") for name in sys.modules)
+
+
+def test_sequence_order_puts_the_first_understanding_row_first():
+    assert peers.sequence_positions(6, 4, CPU).tolist() == [1, 2, 3, 4, 0, 5]
+    assert peers.sequence_positions(3, 0, CPU).tolist() == [0, 1, 2]
+    assert peers.sequence_positions(2, 2, CPU).tolist() == [0, 1]
+
+
+def broken(*_, **__):
+    raise RuntimeError("no kernel image | is available\nfor this device")
+
+
+def wrong(x, w_gen, w_und, *biases, G, **_):
+    return peers.Contender(lambda: x @ w_und.t(), peers.one)
+
+
+def nothing(x, w_gen, w_und, *biases, G, **_):
+    return peers.Contender(lambda: x @ w_und.t() * torch.nan, peers.one)
+
+
+def table_cells(text):
+    """The cells of a Markdown table, checked for its form."""
+    lines = text.splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
+    assert {len(row) for row in cells} == {len(cells[0])} and all(set(cell) <= set("-:") for cell in cells[1])
+    return [cells[0], *cells[2:]]
+
+
+def test_a_failing_or_wrong_contender_is_a_line_and_never_the_best_peer(monkeypatch):
+    monkeypatch.setitem(kernels.PEERS, "linear", {"broken": broken, "wrong": wrong, "nothing": nothing,
+                                                  "right": peers.reference_linear})  # fmt: skip
+    rows = list(kernels.measure(WORKLOAD["linear"], measure.Clock(CPU, 0, 1), torch.float32))
+    assert [(row.who, row.note) for row in rows] == [
+        ("bagel_rt", ""), ("broken", "RuntimeError: no kernel image | is available"), ("wrong", "WRONG"),
+        ("nothing", "WRONG"), ("right", ""),
+    ]  # fmt: skip
+    times = {"bagel_rt": 20.0, "wrong": 1.0, "nothing": 2.0, "right": 50.0}
+    rows = [kernels.Row("linear", row.who, times.get(row.who), row.error, row.note) for row in rows]
+    heading, _, *lines = kernels.table(WORKLOAD["linear"], rows, (1e9, 1e9)).split("\n")
+    assert heading == "**linear**, limit 3.0 us"
+    cells = {row[0]: row[1:] for row in table_cells("\n".join(lines))}
+    assert cells["bagel_rt"][:5] == ["20.0", "0", "0", "15%", "2.50"]
+    assert kernels.best_peer(rows).who == "right"
+    overview = table_cells(kernels.overview([(WORKLOAD["linear"], rows), (WORKLOAD["rms_norm"], [])], (1e9, 1e9)))
+    assert overview[1:] == [["linear", "20.0", "15%", "right", "50.0", "2.50"], ["rms_norm", "", "", "", "", ""]]
+    assert cells["right"][4] == "1.00" and cells["broken"][-1] == "RuntimeError: no kernel image \\| is available"
+
+
+def test_every_workload_has_a_task_and_what_matters_most_comes_first():
+    tasks = kernels.tasks()
+    assert sorted(workload.name for workload, compiled in tasks if not compiled) == sorted(w.name for w in WORKLOADS)
+    assert all("text-to-image 1024" in workload.name and not compiled for workload, compiled in tasks[:8])
+    assert len(set(map(str, tasks))) == len(tasks) == 2 * len(WORKLOADS)
+
+
+SMALL = TransformerConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=48,
+                          vocab_size=8, rope_theta=1e4, rms_norm_eps=1e-6, max_position_embeddings=64)  # fmt: skip
+
+
+def test_a_forward_compares_kernels_with_references(kernels_run, monkeypatch):
+    monkeypatch.setitem(forward.BACKENDS, "kernels", "triton")
+    clock = measure.Clock(kernels_run, 0, 1)
+    rows = list(forward.measure("tiny", build_plan(PLANS["two branches"]), clock, torch.float32, (1e9, 1e9), SMALL, 1))
+    assert [(row.who, row.layers, row.note) for row in rows] == [("kernels", 1, ""), ("references", 1, "")]
+    assert 0 < rows[0].error < 1e-4 and rows[1].error is None
+    lines = table_cells(forward.table(rows))
+    assert [line[1] for line in lines[1:]] == ["kernels", "references"] and float(lines[1][2]) > 0
+
+
+def test_a_forward_that_differs_is_wrong(monkeypatch):
+    def output(*_):
+        return torch.ones(16, 32) if backend() == "auto" else torch.zeros(16, 32)
+
+    monkeypatch.setattr(forward.Transformer, "forward", output)
+    rows = list(forward.measure("tiny", build_plan(PLANS["two branches"]), measure.Clock(CPU, 0, 1), torch.float32,
+                                (1e9, 1e9), SMALL, 2))  # fmt: skip
+    assert rows[0].note == "WRONG"
+
+
+# Timing
+
+
+def test_tables_are_printed_for_the_workloads_asked_for(capsys):
+    workloads = [WORKLOAD["guided_step"]]
+    rows = kernels.run(workloads, measure.Clock(CPU, 0, 1), torch.float32, (1e9, 1e9), compiled=False)
+    assert [row.who for row in rows] == ["bagel_rt", "official"]
+    assert capsys.readouterr().out.startswith("**guided_step**, limit 3.0 us\n\n|  | us |")
+
+
+def test_a_gpu_is_timed_by_events_behind_a_flush_of_its_cache(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+
+        def synchronize(self):
+            happened.append("wait")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.sum", lambda buffer: happened.append("read"))
+    clock = measure.Clock(CPU, 0, 1)
+    assert clock._once_cuda(lambda: happened.append("call")) == 250
+    assert happened == ["read"] * 3 + ["event", "call", "event", "wait"]
+
+
+def test_the_clock_repeats_as_often_as_told_and_takes_the_median(monkeypatch):
+    calls, now = [], iter([0, 0, 5e-6, 0, 1e-6, 0, 3e-6])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+    assert measure.Clock(CPU, 1.0, 3).microseconds(lambda: calls.append(1)) == pytest.approx(3)
+    assert len(calls) == 5
+
+
+def test_a_tree_without_git_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ROOT", Path(tmp_path))
+    assert measure.git_state() == "unknown"
