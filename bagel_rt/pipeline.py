@@ -97,7 +97,7 @@ class Bagel:
             raise ValueError(f"dtype is {dtype}: allowed are {', '.join(map(str, DTYPES))}")
         check_backend(device, backend)
         choose_backend(backend)
-        if device.type == "cuda":
+        if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # kernels are launched on the current one
         config = BagelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)

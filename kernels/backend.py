@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from bagel_rt.kernels import configs
 from bagel_rt.kernels.triton_language import INTERPRETED, triton
 
 OPS = {
@@ -44,7 +45,7 @@ def _check_choice(choice: str | None) -> None:
 def backend() -> str:
     """Name the choice in force: what was chosen, else the environment variable ``BAGEL_RT_BACKEND``, else "auto".
 
-    ``auto`` runs Triton kernels on CUDA devices and PyTorch references elsewhere. ``reference`` forces the references
+    ``auto`` runs Triton kernels on GPUs from sm_80 on and PyTorch references elsewhere. ``reference`` forces references
     on every device, which tells a kernel bug from a model bug. ``triton`` insists on kernels: on the CPU they run in
     Triton's interpreter, thousands of times slower, if the process was started with ``TRITON_INTERPRET=1``.
 
@@ -61,7 +62,7 @@ def check_backend(device: torch.device, choice: str | None = None) -> None:
     """Refuse a choice, by default the one in force, that cannot be had on ``device``.
 
     Raises:
-        ValueError: an unknown choice, or ``triton`` without Triton, or on a CPU without its interpreter.
+        ValueError: an unknown choice, or ``triton`` without Triton, on a CPU without its interpreter or on an old GPU.
     """
     _check_choice(choice)
     if (choice or backend()) != "triton":
@@ -73,6 +74,7 @@ def check_backend(device: torch.device, choice: str | None = None) -> None:
             f"backend 'triton' is chosen, but its kernels run on CUDA and the device is {device}; on a CPU start "
             "Python with TRITON_INTERPRET=1 to run them, slowly, in Triton's interpreter"
         )
+    configs.architecture(device)
 
 
 def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = False) -> bool:
@@ -87,7 +89,7 @@ def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = F
     if not (x.is_cuda or INTERPRETED) or triton is None or (x.dtype == torch.float64 and not float64):
         return False
     choice = backend()
-    if choice == "reference" or (choice == "auto" and not x.is_cuda):
+    if choice == "reference" or (choice == "auto" and not (x.is_cuda and configs.supports(x.device))):
         return False
     if torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in (x, *others)):
         return False

@@ -6,8 +6,9 @@ An entry of the table:
              was measured faster for this class, so the launcher runs the reference
     source   where the numbers come from: a measurement (machine, date, figure), or the reasons for them
 
-The table is read once and nothing is tuned at run time, so a first request compiles one variant of each kernel and
-results do not depend on timing. ``python -m benchmarks.tune`` measures candidates on a GPU and rewrites the table.
+The table is read once and nothing is tuned at run time, so a first request compiles one variant of each kernel for each
+class that it meets, and results do not depend on timing. ``python -m benchmarks.tune`` measures candidates on a GPU and
+rewrites the table.
 """
 
 import functools
@@ -24,6 +25,12 @@ _TABLE_OF = {(8, 6): "sm_89", (12, 0): "sm_89", (12, 1): "sm_89"}  # as little s
 
 
 @functools.cache
+def supports(device: torch.device) -> bool:
+    """Whether kernels can run on ``device``: sm_80 (A100) or newer, or a CPU, in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
 def architecture(device: torch.device) -> str:
     """Which of the table's architectures serves ``device``; for the interpreter on a CPU, sm_90.
 
@@ -33,7 +40,7 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
+    if not supports(device):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"{name} is sm_{capability[0]}{capability[1]}; the kernels need sm_80 (A100) or newer. "
                          "BAGEL_RT_BACKEND=reference runs without them")  # fmt: skip

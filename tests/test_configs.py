@@ -1,0 +1,78 @@
+"""The table of tile sizes: which GPU takes which part, and that none is left out."""
+
+import pytest
+import torch
+
+from bagel_rt import Bagel
+from bagel_rt.kernels import configs
+from bagel_rt.kernels.backend import check_backend, choose_backend
+from bagel_rt.models.bagel.model import BagelModel
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Sets the compute capability of a GPU that is not there."""
+
+    def set_to(*numbers):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: numbers)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        configs.architecture.cache_clear()
+        configs.supports.cache_clear()
+
+    yield set_to
+    configs.architecture.cache_clear()
+    configs.supports.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "numbers, name",
+    [
+        ((8, 0), "sm_80"), ((8, 6), "sm_89"), ((8, 7), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((12, 0), "sm_89"), ((12, 1), "sm_89"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_gpu_takes_the_part_that_its_shared_memory_and_instructions_allow(capability, numbers, name):
+    capability(*numbers)
+    assert configs.supports(CUDA) and configs.architecture(CUDA) == name
+
+
+def test_an_old_gpu_has_no_kernels_and_a_word_about_it(capability):
+    capability(7, 5)
+    assert not configs.supports(CUDA)
+    with pytest.raises(ValueError, match="a GPU is sm_75; the kernels need sm_80 .* BAGEL_RT_BACKEND=reference runs"):
+        configs.architecture(CUDA)
+    with pytest.raises(ValueError, match="sm_75"):
+        check_backend(CUDA, "triton")
+
+
+def test_every_architecture_has_every_class_and_every_entry_says_where_it_comes_from():
+    for op, architectures in configs.TABLE.items():
+        assert set(architectures) == set(configs.ARCHITECTURES), op
+        assert len({frozenset(classes) for classes in architectures.values()}) == 1, op
+        for classes in architectures.values():
+            for entry in classes.values():
+                assert set(entry) == {"tiles", "source"} and entry["source"], op
+
+
+class Loaded(Exception):
+    """Raised in place of loading."""
+
+
+@pytest.mark.parametrize("device, chosen", [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_a_model_on_a_gpu_makes_it_the_current_one_where_kernels_are_launched(monkeypatch, capability, device, chosen):
+    capability(9, 0)
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device))
+
+    def load(*_):
+        raise Loaded
+
+    monkeypatch.setattr(BagelModel, "from_folder", load)
+    with pytest.raises(Loaded):
+        Bagel.from_pretrained(device=device)
+    choose_backend(None)
+    assert current == chosen
