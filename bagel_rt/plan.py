@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bagel_rt.kernels.attention_tiles import MAX_BLOCK_ROWS
+
 MODES = ("causal", "full", "noise")
 MAX_SLOTS = 2**31 - 1
 """Slots and key counts are int32 on the device."""
@@ -74,8 +76,8 @@ class Plan:
 
 def _checked(segments: Sequence[Segment], block_q: int) -> list[Segment]:
     """The segments with plain integers, unless no implementation can plan them. Errors as in :func:`build_plan`."""
-    if index(block_q) < 1:
-        raise ValueError(f"plan: block_q={block_q}, must be at least 1")
+    if not 1 <= index(block_q) <= MAX_BLOCK_ROWS:
+        raise ValueError(f"plan: block_q={block_q}, must be from 1 to {MAX_BLOCK_ROWS}")
     checked = []
     for number, (mode, gen, *numbers) in enumerate(segments):
         if mode not in MODES:
@@ -146,10 +148,10 @@ def build_plan(segments: Sequence[Segment], block_q: int = 128) -> Plan:
 
     Args:
         segments: in the order their rows are given; may be empty.
-        block_q: most rows of a query block, at least 1.
+        block_q: most rows of a query block, from 1 to 128, as attention takes them.
 
     Raises:
-        ValueError: block_q below 1, an unknown mode, gen not bool [n], no rows, a negative number, a slot beyond
+        ValueError: block_q out of range, an unknown mode, gen not bool [n], no rows, a negative number, a slot beyond
             int32, a causal or full segment not written right behind what it sees, or overlapping writes; the message
             names the segment by its position.
     """

@@ -16,7 +16,8 @@ The kernel: a program takes BLOCK_M (row, query head) pairs of one KV head, rows
 all query heads of its group. Whole tiles of both spans run in one pipelined loop, through TMA descriptors where there
 are any; what is left of the spans, at most a tile and the partial keys each, runs in smaller tiles under the mask, with
 bounded loads: a slot outside the spans is never read. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867;
-tiled as in FlashAttention-2, Dao 2023, arXiv:2307.08691), in powers of two.
+tiled as in FlashAttention-2, Dao 2023, arXiv:2307.08691), in powers of two. No specialised warps: the compilers of
+Triton 3.6 and 3.7 abort on a loop of products beside a specialised one, and on queries not loaded by a descriptor.
 
 Work: 4 Hq D flops per visible pair; K and V of a context are read once per block of queries and KV head, from L2 as a
 rule. The gradient is in :mod:`bagel_rt.kernels.attention_backward`.
@@ -157,10 +158,10 @@ def attention_dense_reference(q, k, v, mask, scale=None):
 
 @jit(do_not_specialize=["T", "slots"])
 def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_ptr, out_ptr, lse_ptr, T, slots,
-                      q_row, q_head, k_row, k_head, v_row, v_head, SCALE: tl.constexpr, Hq: tl.constexpr,
-                      Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, TILES: tl.constexpr,
-                      WITH_LSE: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_TAIL: tl.constexpr):  # fmt: skip
+                      q_row, k_row, v_row, q_head: tl.constexpr, k_head: tl.constexpr, v_head: tl.constexpr,
+                      SCALE: tl.constexpr, Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
+                      D_BLOCK: tl.constexpr, TILES: tl.constexpr, WITH_LSE: tl.constexpr, LOADS: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = Hq // Hkv
     WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     SCALE_LOG2: tl.constexpr = SCALE * 1.4426950408889634  # exp(x) = exp2(x log2(e)), folded into the scale
@@ -236,7 +237,7 @@ def launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=False, bl
     tiles_of_block = triton.cdiv(block_rows * (Hq // Hkv), tiles["BLOCK_M"])
     _attention_kernel[(blocks.shape[0] * tiles_of_block, Hkv)](
         q, k_cache, v_cache, k_tiles, v_tiles, limits.contiguous(), blocks.contiguous(), out, lse, T, S,
-        *q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2],
+        *(x.stride(0) for x in (q, k_cache, v_cache)), *(x.stride(1) for x in (q, k_cache, v_cache)),
         SCALE=scale, Hq=Hq, Hkv=Hkv, D=D, D_BLOCK=D_BLOCK, TILES=tiles_of_block, WITH_LSE=with_lse, **tiles,
     )  # fmt: skip
     return out, lse
@@ -297,14 +298,14 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
         k_cache, v_cache: [S, Hkv, D], dtype of ``q``, Hkv a divisor of Hq.
         limits: [T] int32, how many keys of its context each row sees.
         blocks: [n, 7] int32, the plan's query blocks of at most 128 rows each; they cover [0, T) once, in order.
-        scale: multiplies the scores, not negative; D ** -0.5 when None.
+        scale: multiplies the scores, positive; D ** -0.5 when None.
         return_lse: also return the log of each softmax's denominator.
 
     Returns:
         [T, Hq, D], contiguous; with ``return_lse`` (that, [Hq, T] float32, or float64 for float64 queries).
 
     Raises:
-        ValueError: shapes or dtypes disagree, or the scale is negative; the message names the offender.
+        ValueError: shapes or dtypes disagree, or the scale is not positive; the message names the offender.
     """
     T, Hq, D = q.shape
     check_heads("attention", q, k_cache, v_cache)
@@ -312,9 +313,7 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
         raise ValueError(f"attention: limits is {tuple(limits.shape)} {limits.dtype}, expected {(T,)} torch.int32")
     if blocks.dim() != 2 or blocks.shape[1] != 7 or blocks.dtype != torch.int32:
         raise ValueError(f"attention: blocks is {tuple(blocks.shape)} {blocks.dtype}, expected (n, 7) torch.int32")
-    scale = D**-0.5 if scale is None else scale
-    if not scale >= 0:
-        raise ValueError(f"attention: scale={scale} is negative; negate the queries instead")
+    scale = check_scale("attention", scale, D)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
     through_dispatcher = is_compiling() or differentiated
     if return_lse or differentiated:
@@ -323,6 +322,15 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
         return (out, lse) if return_lse else out
     run = _attention if through_dispatcher else _launch
     return run(q, k_cache, v_cache, limits, blocks, scale)
+
+
+def check_scale(op, scale, D):
+    """The scale to use; refuse, in the name of ``op``, one that turns the order of the scores around or loses it."""
+    if scale is None:
+        return D**-0.5
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{op}: scale={scale} is not a positive number")
+    return scale
 
 
 def check_heads(op, q, k_cache, v_cache):

@@ -72,8 +72,8 @@ def _delta(grad, grad_lse, out):
 
 
 @jit
-def _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T, q_row, q_head, grad_row, grad_head,
-                  D: tl.constexpr, D_BLOCK: tl.constexpr):  # fmt: skip
+def _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T, q_row, grad_row, q_head: tl.constexpr,
+                  grad_head: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr):  # fmt: skip
     """(q, dO, lse times log2(e), delta) of a tile's pairs; lse is inf, so P = 0, where there is no pair or no key."""
     channel = tl.arange(0, D_BLOCK)
     stored = inside[:, None] & (channel < D)[None, :]
@@ -89,7 +89,8 @@ def _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T, q_r
 
 @jit(do_not_specialize=["T", "slots"])
 def _dq_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, grad_ptr, lse_ptr, delta_ptr, limits_ptr, blocks_ptr, dq_ptr, T,
-               slots, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, SCALE: tl.constexpr,
+               slots, q_row, k_row, v_row, grad_row, q_head: tl.constexpr, k_head: tl.constexpr, v_head: tl.constexpr,
+               grad_head: tl.constexpr, SCALE: tl.constexpr,
                Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, TILES: tl.constexpr,
                LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                BLOCK_TAIL: tl.constexpr):  # fmt: skip
@@ -106,7 +107,7 @@ def _dq_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, grad_ptr, lse_ptr, delta_p
         return
     row, head, inside = query_tile(fields, kv_head, tl.program_id(0) % TILES, GROUP, BLOCK_M)
     q, grad, lse, delta = _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T,
-                                        q_row, q_head, grad_row, grad_head, D, D_BLOCK)  # fmt: skip
+                                        q_row, grad_row, q_head, grad_head, D, D_BLOCK)  # fmt: skip
     limit = tl.load(limits_ptr + row, mask=inside, other=0)
     spans = load_spans(fields)
     dq = tl.zeros([BLOCK_M, D_BLOCK], WIDE)
@@ -136,7 +137,8 @@ def _dq_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, grad_ptr, lse_ptr, delta_p
 
 @jit
 def _visit(dk, dv, k, v, slot, block, kv_head, q_ptr, grad_ptr, lse_ptr, delta_ptr, limits_ptr, blocks_ptr, T,
-           q_row, q_head, grad_row, grad_head, SCALE_LOG2: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+           q_row, grad_row, q_head: tl.constexpr, grad_head: tl.constexpr, SCALE_LOG2: tl.constexpr,
+           GROUP: tl.constexpr, D: tl.constexpr,
            D_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add what the rows of one query block contribute to the gradients of a tile of slots."""
     fields = blocks_ptr + block * 7
@@ -145,7 +147,7 @@ def _visit(dk, dv, k, v, slot, block, kv_head, q_ptr, grad_ptr, lse_ptr, delta_p
     for tile in tl.range(0, tl.cdiv(pairs, BLOCK_M)):
         row, head, inside = query_tile(fields, kv_head, tile, GROUP, BLOCK_M)
         q, grad, lse, delta = _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T,
-                                            q_row, q_head, grad_row, grad_head, D, D_BLOCK)  # fmt: skip
+                                            q_row, grad_row, q_head, grad_head, D, D_BLOCK)  # fmt: skip
         p = tl.exp2(dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)) * SCALE_LOG2 - lse[None, :])
         if MASKED:
             limit = key_start + tl.load(limits_ptr + row, mask=inside, other=0)
@@ -162,9 +164,10 @@ def _visit(dk, dv, k, v, slot, block, kv_head, q_ptr, grad_ptr, lse_ptr, delta_p
 
 @jit(do_not_specialize=["T", "slots", "blocks"])
 def _dk_dv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, limits_ptr, blocks_ptr, order_ptr, counts_ptr,
-                  dk_ptr, dv_ptr, T, slots, blocks, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
-                  SCALE: tl.constexpr, Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                  dk_ptr, dv_ptr, T, slots, blocks, q_row, k_row, v_row, grad_row, q_head: tl.constexpr,
+                  k_head: tl.constexpr, v_head: tl.constexpr, grad_head: tl.constexpr, SCALE: tl.constexpr,
+                  Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = Hq // Hkv
     WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     SCALE_LOG2: tl.constexpr = SCALE * 1.4426950408889634
@@ -179,11 +182,11 @@ def _dk_dv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, limits_ptr,
     order = order_ptr + tile.to(tl.int64) * blocks
     for i in range(0, full):
         dk, dv = _visit(dk, dv, k, v, slot, tl.load(order + i), kv_head, q_ptr, grad_ptr, lse_ptr, delta_ptr,
-                        limits_ptr, blocks_ptr, T, q_row, q_head, grad_row, grad_head, SCALE_LOG2, GROUP, D, D_BLOCK,
+                        limits_ptr, blocks_ptr, T, q_row, grad_row, q_head, grad_head, SCALE_LOG2, GROUP, D, D_BLOCK,
                         BLOCK_M, BLOCK_N, False)  # fmt: skip
     for i in range(full, seen):
         dk, dv = _visit(dk, dv, k, v, slot, tl.load(order + i), kv_head, q_ptr, grad_ptr, lse_ptr, delta_ptr,
-                        limits_ptr, blocks_ptr, T, q_row, q_head, grad_row, grad_head, SCALE_LOG2, GROUP, D, D_BLOCK,
+                        limits_ptr, blocks_ptr, T, q_row, grad_row, q_head, grad_head, SCALE_LOG2, GROUP, D, D_BLOCK,
                         BLOCK_M, BLOCK_N, True)  # fmt: skip
     channel = tl.arange(0, D_BLOCK)
     address = (slot.to(tl.int64) * Hkv + kv_head)[:, None] * D + channel[None, :]
@@ -222,7 +225,7 @@ def _launch_kernels(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, block
     dq = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
     dk, dv = dq.new_empty(S, Hkv, D), dq.new_empty(S, Hkv, D)
     D_BLOCK = block_of_channels(D)
-    strides = [stride for x in (q, k_cache, v_cache, grad) for stride in x.stride()[:2]]
+    strides = [x.stride(dim) for dim in (0, 1) for x in (q, k_cache, v_cache, grad)]
     sizes = {"SCALE": scale, "Hq": Hq, "Hkv": Hkv, "D": D, "D_BLOCK": D_BLOCK}
     if T:
         tiles = configs.tiles("attention_dq", shape_class(q), q.device)

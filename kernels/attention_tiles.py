@@ -98,8 +98,7 @@ def shape_class(q, block_rows=MAX_BLOCK_ROWS):
         return "wide dtype"
     if block_rows * q.shape[1] <= 64:
         return "decode"
-    D = q.shape[2]
-    return "head_dim 64" if D <= 64 else "head_dim 128" if D == 128 else "head_dim padded to 128"
+    return "head_dim 64" if q.shape[2] <= 64 else "head_dim 128"
 
 
 def describe_tiles(k_cache, v_cache, D_BLOCK, tiles):

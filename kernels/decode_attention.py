@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from bagel_rt.kernels.attention import check_heads, launch_kernel, runs_attention_kernel
+from bagel_rt.kernels.attention import check_heads, check_scale, launch_kernel, runs_attention_kernel
 
 
 def decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale):
@@ -69,13 +69,13 @@ def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
         q: [B, Hq, D], floating point.
         k_cache, v_cache: [S, Hkv, D], dtype of ``q``, Hkv a divisor of Hq.
         starts, lengths: [B] int32 or int64, first slot and number of slots of each sequence.
-        scale: multiplies the scores; D ** -0.5 when None.
+        scale: multiplies the scores, positive; D ** -0.5 when None.
 
     Returns:
         [B, Hq, D], contiguous.
 
     Raises:
-        ValueError: shapes or dtypes disagree; the message names the offender.
+        ValueError: shapes or dtypes disagree, or the scale is not positive; the message names the offender.
     """
     B, _, D = q.shape
     check_heads("decode_attention", q, k_cache, v_cache)
@@ -84,5 +84,6 @@ def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
             raise ValueError(
                 f"decode_attention: {name} is {tuple(bound.shape)} {bound.dtype}, expected {(B,)} int32 or int64"
             )
+    scale = check_scale("decode_attention", scale, D)
     run = _decode_attention if is_compiling() else _launch
-    return run(q, k_cache, v_cache, starts, lengths, D**-0.5 if scale is None else scale)
+    return run(q, k_cache, v_cache, starts, lengths, scale)

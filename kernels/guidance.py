@@ -28,7 +28,7 @@ from bagel_rt.kernels.triton_language import jit, tl, triton
 def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`guided_velocity`."""
     cond = _widen(v_cond)
-    if text_scale <= 1:
+    if not text_scale > 1:
         return cond
     guided = _extrapolate(_widen(v_no_text), cond, text_scale)
     if renorm == "text_channel":

@@ -54,6 +54,13 @@ def _product(x, w, addend, out=None):
 
 
 @jit
+def expert_of_tile(t, und_tiles, tiles):
+    """Whether tile t is of gen, and how many of und come before it: tile t is of und where floor(t und / all) grows."""
+    spread = t * und_tiles.to(tl.int64)
+    return spread % tiles + und_tiles < tiles, (spread // tiles).to(tl.int32)
+
+
+@jit
 def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
     """Row and column of an expert's tile: column by column of ``GROUP_M`` rows, whose x and few w tiles stay in L2."""
     group = tile // (GROUP_M * n_tiles) * GROUP_M
@@ -119,9 +126,7 @@ def _linear_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y_gen, y_und, 
     tiles = tl.cdiv(G, BLOCK_M) * n_tiles + und_tiles
     k = tl.arange(0, BLOCK_K)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
-        spread = t * und_tiles.to(tl.int64)  # tile t is of und where floor(spread / tiles) grows with t
-        und_before = (spread // tiles).to(tl.int32)
-        is_gen = spread % tiles + und_tiles < tiles
+        is_gen, und_before = expert_of_tile(t, und_tiles, tiles)
         if is_gen:  # becomes a select; a branch with loads or stores in it would end the pipeline
             w, y, bias = w_gen, y_gen, bias_gen
         else:

@@ -50,7 +50,7 @@ def qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_
     return q.contiguous()
 
 
-@jit(do_not_specialize=["G", "S"])
+@jit(do_not_specialize=["G", "S"], do_not_specialize_on_alignment=["slots_ptr"])  # a decoded token's slot is a view
 def _qk_norm_rope_kernel(
     qkv_ptr, norm_gen_ptr, norm_und_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, qkv_stride,
     k_slot_stride, k_head_stride, k_column_stride, v_slot_stride, v_head_stride, v_column_stride, S, G, eps,

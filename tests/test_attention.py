@@ -209,7 +209,7 @@ WRONG = {
     "limits-of-other-rows": ({"limits": int32([8] * 4)}, r"limits is \(4,\) torch.int32, expected \(3,\) torch.int32"),
     "int64-limits": ({"limits": torch.tensor([8] * 3)}, r"limits is \(3,\) torch.int64"),
     "int64-blocks": ({"blocks": torch.zeros(1, 7).long()}, r"blocks is \(1, 7\) torch.int64, expected \(n, 7\)"),
-    "negative-scale": ({"scale": -1.0}, "scale=-1.0 is negative; negate the queries instead"),
+    "negative-scale": ({"scale": -1.0}, "scale=-1.0 is not a positive number"),
     "short-blocks": ({"blocks": int32([[0, 3, 0, 8, 8]])}, r"blocks is \(1, 5\) torch.int32, expected \(n, 7\)"),
 }  # fmt: skip
 

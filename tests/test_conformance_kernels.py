@@ -12,7 +12,7 @@ from bagel_rt import Bagel
 from bagel_rt.conformance import run_case
 from bagel_rt.kernels.backend import choose_backend
 
-CASES = ["10_t2i_nocfg_shift1", "20_edit_text_channel", "30_und_basic", "60_train_packed"]
+CASES = ["10_t2i_nocfg_shift1", "11_t2i_cfg_global", "20_edit_text_channel", "30_und_basic", "60_train_packed"]
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ WRONG = {
     "head-dim": ({"k_cache": torch.zeros(8, 2, 32)}, r"k_cache is \(8, 2, 32\) torch.float32, expected \(8, 2, 16\)"),
     "cache-dtype": ({"v_cache": torch.zeros(8, 2, 16).half()}, "v_cache is .* torch.float16, expected .*float32"),
     "one-start-for-all": ({"starts": torch.tensor([0])}, r"starts is \(1,\) torch.int64, expected \(2,\)"),
+    "zero-scale": ({"scale": 0.0}, "scale=0.0 is not a positive number"),
     "float-lengths": ({"lengths": torch.ones(2)}, r"lengths is \(2,\) torch.float32, expected \(2,\) int32 or int64"),
 }  # fmt: skip
 

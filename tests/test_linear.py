@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from bagel_rt.kernels import configs, linear
-from bagel_rt.kernels.linear import _launch_kernel, linear_reference, shape_class
+from bagel_rt.kernels.linear import _launch_kernel, expert_of_tile, linear_reference, shape_class
+from bagel_rt.kernels.triton_language import jit, tl
 
 SHAPES = [
     pytest.param(T, G, K, N, id=f"{T}rows-{G}gen-k{K}-n{N}")
@@ -268,3 +269,20 @@ def test_table_may_leave_a_class_to_the_reference(kernels, monkeypatch):
     monkeypatch.setitem(configs.TABLE, "linear", dict.fromkeys(configs.ARCHITECTURES, entry))
     y = linear(x, w_gen, w_und, G=4)
     assert torch.equal(y, linear_reference(x, w_gen, w_und, None, None, None, 4, False))
+
+
+@jit(do_not_specialize=["und_tiles", "tiles"])
+def _order_kernel(order_ptr, und_tiles, tiles):
+    for t in range(tiles):
+        is_gen, und_before = expert_of_tile(t, und_tiles, tiles)
+        tl.store(order_ptr + t, tl.where(is_gen, -1, und_before))
+
+
+@pytest.mark.parametrize("gen, und", [(4736, 148), (7, 3), (3, 7), (5, 0), (0, 5), (1, 1), (100, 99)], ids=str)
+def test_tiles_of_the_small_expert_are_spread_evenly_among_those_of_the_large_one(kernels, gen, und):
+    order = torch.full((gen + und,), -2, dtype=torch.int32, device=kernels)
+    _order_kernel[(1,)](order, und, gen + und)
+    places = (order >= 0).nonzero().flatten()
+    assert order[places].tolist() == list(range(und)) and (order == -1).sum() == gen
+    gaps = places.diff().tolist()
+    assert not gaps or max(gaps) - min(gaps) <= 1

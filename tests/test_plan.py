@@ -73,7 +73,7 @@ def expected_rows(segments: list[Segment]) -> list[tuple[bool, int, int, set[int
     return rows
 
 
-block_sizes = st.integers(1, 200)
+block_sizes = st.integers(1, 128)
 
 
 @settings(max_examples=250)
@@ -120,7 +120,7 @@ def test_the_extension_gives_the_reference_plan_bit_for_bit(segments, block_q):
 
 
 @needs_extension
-@pytest.mark.parametrize("block_q", [1, 128, 10**6])
+@pytest.mark.parametrize("block_q", [1, 50, 128])
 def test_the_extension_plans_three_full_size_branches_and_a_prompt_like_the_reference(block_q):
     noise = [Segment("noise", image(4096), start, 60 - start // 100, start + 60 - start // 100) for start in (0, 5000)]
     segments = [*noise, Segment("noise", image(4096), 0, 60, 10_000), Segment("causal", und(700), 20_000, 3, 20_003)]
@@ -193,7 +193,8 @@ TEXT = Segment("causal", und(3), 0, 4, 4)
 @pytest.mark.parametrize(
     "segments, block_q, message",
     [
-        ([TEXT], 0, "block_q=0, must be at least 1"),
+        ([TEXT], 0, "block_q=0, must be from 1 to 128"),
+        ([TEXT], 129, "block_q=129, must be from 1 to 128"),
         ([TEXT, TEXT._replace(mode="sliding")], 128, "segment 1 has mode 'sliding', must be one of causal, full"),
         ([TEXT._replace(gen=und(0))], 128, "segment 0 has no rows"),
         ([TEXT._replace(gen=np.zeros(3, np.int64))], 128, "one-dimensional numpy array of bool"),
@@ -210,8 +211,9 @@ TEXT = Segment("causal", und(3), 0, 4, 4)
         ([TEXT, TEXT], 128, r"segment 0 writes slots \[4, 7\) and segment 1 .* \[4, 7\)"),
     ],
     ids=[
-        "blocks of no rows", "an unknown mode", "a segment of no rows", "experts given as integers",
-        "experts in two dimensions", "experts in a list", "a negative key_start", "a negative visible",
+        "blocks of no rows", "blocks of too many rows", "an unknown mode", "a segment of no rows",
+        "experts given as integers", "experts in two dimensions", "experts in a list", "a negative key_start",
+        "a negative visible",
         "a negative write", "a write past int32", "a prefix past int32", "text away from its context",
         "a clean image away from its context", "writes that overlap", "the same segment twice",
     ],
