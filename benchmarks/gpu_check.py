@@ -7,12 +7,13 @@ run that is cut keeps what it has:
 
     build    the compiled planner, offline, where it is missing
     check    every kernel against its reference, as ``bagel-rt check``
-    tests    the tests of the kernels, on the GPU
+    tests    recorded behaviour of the official code with the kernels, then the tests of each, on the GPU
     kernels  every kernel at BAGEL's sizes beside its peers: time, share of the roofline, error
     forward  a denoising forward through a few layers at full width: kernels beside references
     tune     what is left of the time: better tile sizes, written beside the results, never into the table
 
-Exit codes: 0 all is right; 1 something is wrong, failed or was not reached; 2 there is no GPU.
+Exit codes: 0 nothing is wrong, though a run out of time may be cut, which its last line says; 1 a result is wrong, or
+a kernel or a test failed; 2 there is no GPU.
 """
 
 import argparse
@@ -30,16 +31,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from bagel_rt.cli_report import finite
-from benchmarks import report
+from benchmarks import kernels, report
 from benchmarks.measure import ROOT, gpu_state, machine
+from benchmarks.worker import COMPILED_PEERS, DEVICE_LOST
 
-TESTS = ("attention*", "decode_attention", "guidance", "linear", "norm", "qk_norm_rope")
+TESTS = ("conformance_kernels", "attention*", "decode_attention", "guidance", "linear", "norm", "qk_norm_rope",
+         "ops_registration", "backend")  # fmt: skip
 SHARES = {"build": 0.06, "check": 0.17, "tests": 0.25, "kernels": 0.60, "forward": 0.5, "tune": 0.9}
 """Stage -> the most it may take of the time that is left when it begins."""
+OUT_OF_TIME = "stopped, the time was up"
+GRACE = 15.0
+"""Seconds that ``benchmarks.tune`` may take to end by itself."""
 PATIENCE = 75.0
 """Seconds without a word from a worker after which its kernel counts as hanging. Compiling one takes a few."""
 
@@ -51,7 +58,8 @@ class Stage:
     Attributes:
         name: of the stage.
         rows: what it found, JSON-ready.
-        notes: what went wrong, or was left out and why.
+        notes: what went wrong.
+        remarks: what is no fault of this package: cut by the time, or a peer's failure.
         seconds: how long it took.
         complete: whether it reached its end.
     """
@@ -59,6 +67,7 @@ class Stage:
     name: str
     rows: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     seconds: float = 0.0
     complete: bool = False
 
@@ -80,19 +89,27 @@ def tell(process: subprocess.Popen, deadline: float, patience: float) -> Iterato
                 line = lines.get(timeout=max(wait, 0.01))
             except queue.Empty:
                 late = time.monotonic() >= deadline
-                yield {"killed": "the time was up" if late else f"nothing was heard of it for {patience:.0f} s"}
+                yield {"killed": OUT_OF_TIME if late else f"stopped, nothing was heard of it for {patience:.0f} s",
+                       "late": late}  # fmt: skip
                 return
             if line is None:
                 return
-            if line.startswith("{"):  # a library may print, too
-                yield json.loads(line)
+            with suppress(ValueError):  # a library may print, too
+                if isinstance(message := json.loads(line), dict):
+                    yield message
     finally:
         _end(process)
 
 
+_RUNNING: set[subprocess.Popen] = set()
+
+
 def _begin(command: list[str], **streams) -> subprocess.Popen:
-    """Start a process that can be ended together with those that it starts."""
-    return subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **streams)
+    """Start a process that can be ended together with those that it starts; which backend runs is left to it."""
+    environment = {name: value for name, value in os.environ.items() if name != "BAGEL_RT_BACKEND"}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, env=environment, **streams)
+    _RUNNING.add(process)
+    return process
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -100,6 +117,30 @@ def _end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # a driver may hold it for longer
         process.wait(20)
+    _RUNNING.discard(process)
+
+
+def _status(command: list[str], deadline: float, log: TextIO | None = None) -> int | None:
+    """Run a process: its exit status, or None if it was ended because the time was up."""
+    process = _begin(command, stdout=log, stderr=log)
+    try:
+        return process.wait(max(deadline - time.monotonic(), 0.01))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+
+
+def end_all() -> None:
+    """End every process that still runs: nothing shall hold the GPU when a run is over."""
+    for process in list(_RUNNING):
+        _end(process)
+
+
+def end_when_terminated() -> None:
+    """Let SIGTERM and SIGHUP end this process as an exception does, by way of every ``finally``."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def run_worker(
@@ -111,23 +152,25 @@ def run_worker(
     while True:
         with log.open("a") as errors:
             process = _begin([*command, "--from", str(start)], stdout=subprocess.PIPE, stderr=errors)
-            task, begun, ended, killed = "its start", None, False, ""
+            task, begun, message, blame = "its start", None, {}, stage.notes
             for message in tell(process, deadline, patience):
                 if "begin" in message:
                     begun, task = message["begin"], message["task"]
+                    blame = stage.remarks if task.endswith(COMPILED_PEERS) else stage.notes
                 elif "row" in message:
                     stage.rows.append(message["row"])
+                    if message["row"].get("who") == kernels.OURS:  # what follows in this task is about peers
+                        blame = stage.remarks
                 elif "failed" in message:
-                    stage.notes.append(f"{task}: {message['failed']}")
-                ended, killed = "done" in message, message.get("killed", "")
+                    blame.append(f"{task}: {message['failed']}")
                 save()
-        if ended:
+        if "done" in message:
             stage.complete = True
             return
-        if killed:
-            stage.notes.append(f"stopped in {task}: {killed}")
-        elif process.returncode != 3:  # 3 has been explained already
-            stage.notes.append(f"{task}: the process ended with status {process.returncode}; see {log.name}")
+        if "killed" in message:
+            (stage.remarks if message["late"] else blame).append(f"{task}: {message['killed']}")
+        elif process.returncode != DEVICE_LOST:  # which has been explained already
+            blame.append(f"{task}: the process ended with status {process.returncode}; see {log.name}")
         if begun is None or time.monotonic() >= deadline:
             return
         start = begun + 1
@@ -135,24 +178,20 @@ def run_worker(
 
 
 def build(stage: Stage, deadline: float, save, folder: Path) -> None:
-    """Build the planner in the source tree, with what is installed."""
+    """Build the planner in the source tree, with what is installed; without it Python plans."""
     command = [sys.executable, "-c", "from bagel_rt.plan import EXTENSION; raise SystemExit(EXTENSION is None)"]
-    if subprocess.run(command, cwd=ROOT).returncode == 0:
-        stage.rows.append({"what": "bagel_rt._C", "result": "was there"})
-    else:
+    result = "was there"
+    if _status(command, deadline) != 0:
         with (folder / "build.log").open("w") as log:
-            done = subprocess.run(
-                [sys.executable, "setup.py", "build_ext", "--inplace"],
-                cwd=ROOT, stdout=log, stderr=log, timeout=max(deadline - time.monotonic(), 1),
-            )  # fmt: skip
-        there = done.returncode == 0 and subprocess.run(command, cwd=ROOT).returncode == 0
-        stage.rows.append({"what": "bagel_rt._C", "result": "built" if there else "not built, see build.log"})
+            built = _status([sys.executable, "setup.py", "build_ext", "--inplace"], deadline, log)
+        result = "built" if built == 0 and _status(command, deadline) == 0 else "not built, see build.log"
+    stage.rows.append({"what": "bagel_rt._C", "result": result})
     stage.complete = True
 
 
 def tests(stage: Stage, deadline: float, save, folder: Path, patterns=TESTS) -> None:
     """The kernels' test files, each in a process of its own, all at once."""
-    files = sorted(path for pattern in patterns for path in (ROOT / "tests").glob(f"test_{pattern}.py"))
+    files = [path for pattern in patterns for path in sorted((ROOT / "tests").glob(f"test_{pattern}.py"))]
     with tempfile.TemporaryDirectory() as logs:
         running = {}
         for file in files:
@@ -162,34 +201,30 @@ def tests(stage: Stage, deadline: float, save, folder: Path, patterns=TESTS) -> 
             output.close()
         for file, process in running.items():
             try:
-                process.wait(max(deadline - time.monotonic(), 0.01))
+                status = process.wait(max(deadline - time.monotonic(), 0.01))
             except subprocess.TimeoutExpired:
-                _end(process)
-                stage.notes.append(f"{file.name}: stopped, the time was up")
+                status = None
+                stage.remarks.append(f"{file.name}: {OUT_OF_TIME}")
+            _end(process)
             text = (Path(logs) / file.stem).read_text(errors="replace")
             lines = text.splitlines()
             words = ("PASSED", "FAILED", "ERROR", "SKIPPED")
             counts = {word.lower(): sum("::" in line and f" {word} " in f"{line} " for line in lines) for word in words}
-            if process.returncode != 0:
+            if status != 0:
                 with (folder / "tests.log").open("a") as log:
                     log.write(text)
-            stage.rows.append({"file": file.name, **counts, "status": process.returncode})
+            stage.rows.append({"file": file.name, **counts, "status": status})
             save()
-    stage.complete = True
+    stage.complete = not stage.remarks
 
 
 def tune(stage: Stage, deadline: float, save, folder: Path) -> None:
     """``benchmarks.tune`` for as long as it may run; it writes beside the results."""
-    command = [sys.executable, "-m", "benchmarks.tune", "--output", str(folder / "tuned.json")]
+    minutes = f"{max(deadline - time.monotonic(), 0) / 60:.2f}"
+    command = [sys.executable, "-m", "benchmarks.tune", "--output", str(folder / "tuned.json"), "--minutes", minutes]
     with (folder / "tune.log").open("w") as log:
-        process = _begin(command, stdout=log, stderr=log)
-        try:
-            status = process.wait(max(deadline - time.monotonic(), 0.01))
-            stage.complete, told = status == 0, f"status {status}"
-        except subprocess.TimeoutExpired:
-            told = "stopped, the time was up"
-        finally:
-            _end(process)
+        status = _status(command, deadline + GRACE, log)
+    stage.complete, told = status == 0, OUT_OF_TIME if status is None else f"status {status}"
     stage.rows.append({"what": "benchmarks.tune", "result": f"{told}; see tuned.json and tune.log"})
 
 
@@ -203,13 +238,20 @@ STAGES: dict[str, Callable] = {
 
 
 def save_results(folder: Path, about: dict, stages: list[Stage]) -> None:
-    """Write results.json and results.md, each replaced as a whole."""
-    found = {"about": about, "stages": [finite(vars(stage)) for stage in stages]}
-    texts = {"results.json": json.dumps(found, indent=1), "results.md": report.markdown_report(about, stages)}
-    for name, text in texts.items():
+    """Write results.json, then results.md, each replaced as a whole. A table that cannot be made costs only itself."""
+
+    def write(name, text):
         partial = folder / f".{name}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, folder / name)
+
+    found = {"about": about, "stages": [finite(vars(stage)) for stage in stages]}
+    write("results.json", json.dumps(found, indent=1))
+    try:
+        text = report.markdown_report(about, stages)
+    except Exception as problem:  # what was measured is safe, and the run goes on
+        text = f"# GPU check\n\nresults.json has everything; no tables: {type(problem).__name__}: {problem}"
+    write("results.md", text)
 
 
 def run(
@@ -235,9 +277,11 @@ def run(
             if left > 5:
                 stages[name](stage, begun + SHARES[name] * left, save, folder)
             else:
-                stage.notes.append("not reached, the time was up")
+                stage.remarks.append("not reached, the time was up")
         except Exception as problem:  # a stage must not take the others with it
             stage.notes.append(f"{type(problem).__name__}: {problem}")
+        finally:
+            end_all()
         stage.seconds = time.monotonic() - begun
         about[f"gpu after {name}"] = gpu_state(device)
         save_results(folder, about, found)
@@ -261,8 +305,10 @@ def main() -> None:
         parser.error(f"--stages: there is no {', '.join(unknown)}")
     if not torch.cuda.is_available():
         parser.exit(2, "gpu_check: error: PyTorch finds no CUDA device here; on a CPU run pytest instead\n")
+    end_when_terminated()
     found = run(arguments.output.resolve(), arguments.minutes, names, torch.device("cuda:0"), arguments.commit)
     print((arguments.output / "results.md").read_text())
+    print(report.verdict(found))
     parser.exit(any(report.problems(stage) for stage in found))
 
 

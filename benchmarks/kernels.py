@@ -3,6 +3,7 @@
     python -m benchmarks.kernels [NAME...] [--compiled] [--json FILE]
 
 prints a table per workload whose name contains a NAME. ``benchmarks.gpu_check`` runs all of them, in order of worth.
+Times are those of :meth:`benchmarks.measure.Clock.in_rotation`: cold caches, reads and writes paid for.
 """
 
 import argparse
@@ -22,12 +23,14 @@ from bagel_rt.kernels.linear import linear_reference
 from bagel_rt.kernels.norm import rms_norm_reference
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
 from benchmarks import peers, peers_attention
-from benchmarks.measure import Clock, ceilings, markdown
+from benchmarks.measure import LATENCY, Clock, ceilings, markdown
 from benchmarks.workloads import WORKLOADS, Tensors, Workload
 
 OURS = "bagel_rt"
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest max |got - want| / max |want| by dtype; anyone above it computes something else."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+"""Largest error of a row by dtype, some five roundings; anyone above it computes something else."""
+SMALL_ROW = 1e-3
+"""Rows shorter than this part of the longest one are judged as if they were so long: they may be sums to nothing."""
 
 _BACKENDS = {"FLASH": SDPBackend.FLASH_ATTENTION, "EFFICIENT": SDPBackend.EFFICIENT_ATTENTION,
              "CUDNN": SDPBackend.CUDNN_ATTENTION, "MATH": SDPBackend.MATH}  # fmt: skip
@@ -56,7 +59,10 @@ PEERS: dict[str, dict[str, Callable]] = {
         **{f"SDPA {name}": peers_attention.sdpa(backend) for name, backend in _BACKENDS.items()},
         "SDPA EFFICIENT, heads expanded": peers_attention.sdpa(SDPBackend.EFFICIENT_ATTENTION, expand=True),
     },
-    "attention_gradients": {},
+    "attention_gradients": {
+        **{f"SDPA {name}": peers_attention.sdpa_gradients(_BACKENDS[name]) for name in ("FLASH", "CUDNN")},
+        "SDPA EFFICIENT, heads expanded": peers_attention.sdpa_gradients(SDPBackend.EFFICIENT_ATTENTION, expand=True),
+    },
     "decode_attention": {
         "torch, lengths on the host": peers_attention.reference_decode_attention,
         **{f"SDPA {name}": peers_attention.sdpa_decode(backend) for name, backend in _BACKENDS.items()},
@@ -82,7 +88,7 @@ class Row:
 
     Attributes:
         microseconds: median time; None where it did not run.
-        error: max |got - want| / max |want| over its outputs; None where they are not the op's.
+        error: ||got - want|| / ||want|| of the worst row of its outputs; None where they are not the op's.
         note: why something is None, or that the result is wrong.
     """
 
@@ -104,7 +110,7 @@ def _wide(value):
 def judge(name: str, arguments: tuple, options: dict) -> tuple[tuple[torch.Tensor, ...], Callable]:
     """What the op must return, in float64, and which part of a contender's outputs that is."""
     if name in ("attention", "attention_gradients"):
-        return _judge_attention(*arguments[:5], *arguments[5:])
+        return _judge_attention(*arguments, **options)
     arguments = tuple(map(_wide, arguments))
     if name == "linear":
         x, w_gen, w_und, bias_gen, bias_und = arguments + (None,) * (5 - len(arguments))
@@ -120,7 +126,7 @@ def judge(name: str, arguments: tuple, options: dict) -> tuple[tuple[torch.Tenso
     return (guided_step_reference(*arguments),), tuple
 
 
-def _judge_attention(q, k_cache, v_cache, limits, blocks, gradient=None):
+def _judge_attention(q, k_cache, v_cache, limits, blocks, gradient=None, return_lse=False):
     """All rows, but only the first and the last KV head and their queries: all heads' scores would not fit."""
     group, kv_heads = q.shape[1] // k_cache.shape[1], k_cache.shape[1]
     chosen = sorted({0, kv_heads - 1})
@@ -131,7 +137,7 @@ def _judge_attention(q, k_cache, v_cache, limits, blocks, gradient=None):
     inputs = [tensor.double() for tensor in (q[:, heads], k_cache[:, chosen], v_cache[:, chosen])]
     for tensor in inputs:
         tensor.requires_grad_(gradient is not None)
-    out = torch.empty_like(inputs[0])
+    out, lse = torch.empty_like(inputs[0]), []
     for place, head in enumerate(heads):
         kv = chosen.index(head // group)
         one = inputs[0][:, [place]], inputs[1][:, [kv]], inputs[2][:, [kv]]
@@ -140,6 +146,11 @@ def _judge_attention(q, k_cache, v_cache, limits, blocks, gradient=None):
             if gradient is not None:
                 attended.backward(gradient[:, [head]].double())
         out[:, [place]] = attended.detach()
+        if return_lse:
+            scores = one[0][:, 0] @ one[1][:, 0].T * q.shape[2] ** -0.5
+            lse.append(scores.masked_fill_(~mask, -torch.inf).logsumexp(1))
+    if return_lse:
+        return (out, torch.stack(lse, 1)), lambda made: (made[0][:, heads], made[1][heads].T)
     if gradient is None:
         return (out,), lambda made: (made[0][:, heads],)
     return (out.detach(), *(tensor.grad for tensor in inputs)), lambda made: (
@@ -157,20 +168,26 @@ def _ours(function: Callable, arguments: tuple, options: dict) -> peers.Contende
     return peers.Contender(lambda: function(*arguments, **options), outputs)
 
 
-def measure(
-    workload: Workload,
-    clock: Clock,
-    dtype: torch.dtype,
-    compiled: bool = False,
-    wrap: Callable = peers.compiled,
-) -> Iterator[Row]:
+def _copies(number: int, arguments: tuple, options: dict) -> list[tuple[tuple, dict]]:
+    """Inputs and copies of them, ``number`` together."""
+
+    def copy(value):
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    copies = range(number - 1)
+    made = [(tuple(map(copy, arguments)), {name: copy(value) for name, value in options.items()}) for _ in copies]
+    return [(arguments, options), *made]
+
+
+def measure(workload: Workload, clock: Clock, compiled: bool = False, wrap: Callable = peers.compiled) -> Iterator[Row]:
     """Rows of one workload: this package and the quick peers, or with ``compiled`` the peers that ``wrap`` compiles.
 
     Raises:
         DeviceLost: after the row that tells why.
     """
     torch.manual_seed(0)
-    function, arguments, options = workload.build(Tensors(clock.device, dtype))
+    function, arguments, options = workload.build(Tensors(clock.device, workload.dtype))
+    inputs = _copies(clock.sets(workload.bytes), arguments, options)
     name = function.__name__
     if compiled:
         makers = {who: partial(maker, wrap=wrap) for who, maker in COMPILED.get(name, {}).items()}
@@ -181,17 +198,19 @@ def measure(
         if compiled:
             torch.compiler.reset()  # it gives up on a function that it has compiled a few times
         try:
-            contender = maker(arguments, options) if who == OURS else maker(*arguments, **options)
+            contenders = [maker(*given) if who == OURS else maker(*given[0], **given[1]) for given in inputs]
+            contender = contenders[0]
             made = contender.run()
             error = None
             if contender.outputs is not None:
                 want = want or judge(name, arguments, options)
                 error = _error(want[1](contender.outputs(made)), want[0])
             del made
-            note = "WRONG" if error is not None and not error <= TOLERANCE[dtype] else ""
+            note = "WRONG" if error is not None and not error <= TOLERANCE[workload.dtype] else ""
             if error is None:
                 note = "not the whole op"
-            yield Row(workload.name, who, clock.microseconds(contender.run), error, note)
+            time = clock.in_rotation([contender.run for contender in contenders])
+            yield Row(workload.name, who, time, error, note)
         except Exception as problem:  # a peer that is missing or fails is a line
             reason = next(iter(str(problem).splitlines()), "")
             unsuitable = isinstance(problem, peers.Unsuitable)
@@ -210,9 +229,14 @@ def _check_alive(device: torch.device) -> None:
 
 
 def _error(got, want) -> float:
+    """Of the worst row; a row is what one index of the first dimension has."""
     worst = 0.0
     for one, other in zip(got, want, strict=True):
-        error = (one.double() - other).abs().max().item() / (other.abs().max().item() or 1.0)
+        one, other = (tensor.double().reshape(tensor.shape[0], -1) for tensor in (one, other))
+        same = one == other  # infinities too: the log-sum-exp of a row that sees nothing
+        size = other.masked_fill(other.isinf(), 0).norm(dim=1)
+        size = size.clamp(min=max(SMALL_ROW * size.max().item(), 1e-30))
+        error = ((one - other).masked_fill(same, 0).norm(dim=1) / size).max().item()
         worst = math.nan if math.isnan(error) or math.isnan(worst) else max(worst, error)
     return worst
 
@@ -235,9 +259,18 @@ def tasks(workloads: Iterable[Workload] = WORKLOADS) -> list[tuple[Workload, boo
     return order + [(workload, True) for workload in ranked if workload not in first]
 
 
-def _floor(workload: Workload, limits: tuple[float, float]) -> float:
+Limits = tuple[float, float] | None
+"""flop/s and bytes/s of the device; None where nobody knows them."""
+
+
+def _floor(workload: Workload, limits: Limits) -> float | None:
     """Microseconds that the roofline allows."""
-    return max(workload.flops / limits[0], workload.bytes / limits[1]) * 1e6
+    return max(workload.flops / limits[0], workload.bytes / limits[1]) * 1e6 if limits else None
+
+
+def _share(floor: float | None, microseconds: float) -> str:
+    """Of the roofline; nothing where latency is the limit."""
+    return "" if floor is None or floor < LATENCY else f"{floor / microseconds:.0%}"
 
 
 def best_peer(rows: list[Row]) -> Row | None:
@@ -246,7 +279,7 @@ def best_peer(rows: list[Row]) -> Row | None:
     return min(rivals, key=lambda row: row.microseconds, default=None)
 
 
-def table(workload: Workload, rows: list[Row], limits: tuple[float, float]) -> str:
+def table(workload: Workload, rows: list[Row], limits: Limits) -> str:
     """Markdown: one line per contender, the fastest first; ratios are to the fastest peer that does the same work."""
     floor, rival, lines = _floor(workload, limits), best_peer(rows), []
     for row in sorted(rows, key=lambda row: row.microseconds or math.inf):
@@ -255,14 +288,16 @@ def table(workload: Workload, rows: list[Row], limits: tuple[float, float]) -> s
         if row.microseconds:
             rate = f"{workload.flops / row.microseconds / 1e6:.0f}" if workload.flops else ""
             ratio = f"{rival.microseconds / row.microseconds:.2f}" if rival else ""
-            speed, share = f"{workload.bytes / row.microseconds / 1e3:.0f}", f"{floor / row.microseconds:.0%}"
+            speed, share = f"{workload.bytes / row.microseconds / 1e3:.0f}", _share(floor, row.microseconds)
             figures = [f"{row.microseconds:.1f}", rate, speed, share, ratio]
         lines.append([row.who, *figures, error, row.note])
     header = ["", "us", "TFLOP/s", "GB/s", "of roofline", "x best peer", "error", ""]
-    return f"**{workload.name}**, limit {floor:.1f} us\n\n{markdown(header, lines)}"
+    limit = "" if floor is None else f", limit {floor:.1f} us"
+    latency = "" if floor is None or floor >= LATENCY else ", bound by latency"
+    return f"**{workload.name}**{limit}{latency}\n\n{markdown(header, lines)}"
 
 
-def overview(measured: list[tuple[Workload, list[Row]]], limits: tuple[float, float]) -> str:
+def overview(measured: list[tuple[Workload, list[Row]]], limits: Limits) -> str:
     """Markdown: one line per workload, this package beside its fastest peer."""
     lines = []
     for workload, rows in measured:
@@ -270,7 +305,7 @@ def overview(measured: list[tuple[Workload, list[Row]]], limits: tuple[float, fl
         rival = best_peer(rows)
         figures = [""] * 2
         if ours:
-            figures = [f"{ours.microseconds:.1f}", f"{_floor(workload, limits) / ours.microseconds:.0%}"]
+            figures = [f"{ours.microseconds:.1f}", _share(_floor(workload, limits), ours.microseconds)]
         peer = [rival.who, f"{rival.microseconds:.1f}"] if rival else [""] * 2
         ratio = f"{rival.microseconds / ours.microseconds:.2f}" if ours and rival else ""
         lines.append([workload.name, *figures, *peer, ratio])
@@ -281,12 +316,12 @@ def _sound(row: Row) -> bool:
     return row.error is not None and not row.note
 
 
-def run(workloads, clock: Clock, dtype: torch.dtype, limits: tuple[float, float], compiled: bool) -> list[Row]:
+def run(workloads, clock: Clock, limits: Limits, compiled: bool) -> list[Row]:
     """Measure workloads and print their tables."""
     found = []
     for workload in workloads:
-        rows = list(measure(workload, clock, dtype))
-        rows += measure(workload, clock, dtype, compiled=True) if compiled else []
+        rows = list(measure(workload, clock))
+        rows += measure(workload, clock, compiled=True) if compiled else []
         found += rows
         print(table(workload, rows, limits), end="\n\n", flush=True)
     return found
@@ -303,7 +338,7 @@ def main() -> None:
         parser.exit(2, "kernels: error: PyTorch finds no CUDA device here\n")
     device = torch.device("cuda")
     chosen = [w for w in WORKLOADS if not arguments.names or any(name in w.name for name in arguments.names)]
-    found = run(chosen, Clock(device), torch.bfloat16, ceilings(device), arguments.compiled)
+    found = run(chosen, Clock(device), ceilings(device), arguments.compiled)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump([asdict(row) for row in found], file, indent=2)

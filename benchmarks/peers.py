@@ -71,20 +71,38 @@ class _Sequence:
     def packed(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[self._positions]
 
-    def routed(self, rows: torch.Tensor, expert_gen: Callable, expert_und: Callable, width: int) -> torch.Tensor:
+    def gathered(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of each expert."""
+        return rows[self.gen], rows[self.und]
+
+    def scattered(self, gen: torch.Tensor, und: torch.Tensor) -> torch.Tensor:
+        """Each expert's rows at their places."""
+        y = und.new_zeros(len(gen) + len(und), und.shape[1])
+        y[self.und], y[self.gen] = und, gen
+        return y
+
+    def routed(self, rows: torch.Tensor, expert_gen: Callable, expert_und: Callable) -> torch.Tensor:
         """As the official layers route: gather an expert's rows, run it, scatter its results."""
         if not len(self.gen):
             return expert_und(rows)
-        y = rows.new_zeros(rows.shape[0], width)
-        y[self.und] = expert_und(rows[self.und])
-        y[self.gen] = expert_gen(rows[self.gen])
-        return y
+        gen, und = self.gathered(rows)
+        return self.scattered(expert_gen(gen), expert_und(und))
+
+
+def is_down(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor | None) -> bool:
+    """Whether a layer is the second one of a feed-forward network: it adds a residual narrower than its input."""
+    return residual is not None and x.shape[1] > w.shape[0]
 
 
 def official_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False, wrap=lambda f: f):
-    """Gather, ``nn.Linear`` (two of them with SiLU and product between), scatter, add."""
-    sequence = _Sequence(x, G)
+    """Gather, ``nn.Linear``, scatter, add.
+
+    Rows are gathered before a feed-forward network and scattered behind it: SwiGLU, two ``nn.Linear`` with SiLU and
+    product between, has no scatter, and the layer behind it no gather.
+    """
+    sequence, down = _Sequence(x, G), is_down(x, w_gen, residual)
     rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
+    parts = sequence.gathered(rows) if down and G else None
     weights = [(w[0::2].contiguous(), w[1::2].contiguous()) if swiglu else (w,) for w in (w_gen, w_und)]
 
     def expert(weights, bias):
@@ -93,15 +111,23 @@ def official_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residua
             return lambda part: F.silu(F.linear(part, gate)) * F.linear(part, up)
         return lambda part: F.linear(part, *weights, bias)
 
-    experts = expert(weights[0], bias_gen), expert(weights[1], bias_und)
-    width = w_gen.shape[0] // (2 if swiglu else 1)
+    expert_gen, expert_und = expert(weights[0], bias_gen), expert(weights[1], bias_und)
 
     def layer(rows, added):
-        y = sequence.routed(rows, *experts, width)
+        if swiglu and G:
+            gen, und = sequence.gathered(rows)
+            return expert_gen(gen), expert_und(und)
+        y = sequence.routed(rows, expert_gen, expert_und)
         return y if added is None else added + y
 
+    def second_layer(parts, added):
+        return added + sequence.scattered(expert_gen(parts[0]), expert_und(parts[1]))
+
+    if parts:
+        layer, rows = second_layer, parts
     layer = wrap(layer)
-    return Contender(lambda: layer(rows, added), lambda y: (sequence.packed(y),))
+    outputs = (lambda made: (torch.cat(made),)) if swiglu and G else (lambda y: (sequence.packed(y),))
+    return Contender(lambda: layer(rows, added), outputs)
 
 
 def one_product(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
@@ -131,15 +157,16 @@ def liger_swiglu(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=N
 
 
 def vllm_omni_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
-    """Its mixture GEMM in its default configuration, allocation included, as its layers call it."""
-    if swiglu:
+    """Its mixture GEMM in its default configuration, into what its layers allocate: zeros for q, k and v."""
+    if swiglu or is_down(x, w_gen, residual):
         raise Unsuitable("its mixture GEMM serves the attention projections only")
     gemm = vllm_omni_ops("mot_gemm").invoke_mot_gemm
     sequence = _Sequence(x, G)
     rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
+    allocate = torch.zeros if residual is None else torch.empty
 
     def layer():
-        y = torch.zeros(rows.shape[0], w_gen.shape[0], dtype=x.dtype, device=x.device)
+        y = allocate(rows.shape[0], w_gen.shape[0], dtype=x.dtype, device=x.device)
         gemm(rows, w_und.t(), w_gen.t(), y, bias_und, bias_gen, sequence.und, sequence.gen,
              None, None, None, False, False, False, False, False, False)  # fmt: skip
         return y if added is None else added + y
@@ -162,7 +189,7 @@ def official_rms_norm(x, residual, w_gen, w_und, G, eps, wrap=lambda f: f):
 
     def layer(rows, added):
         summed = rows if added is None else added + rows
-        return sequence.routed(summed, norm(w_gen), norm(w_und), rows.shape[1]), summed
+        return sequence.routed(summed, norm(w_gen), norm(w_und)), summed
 
     layer = wrap(layer)
     return Contender(lambda: layer(rows, added), lambda made: tuple(map(sequence.packed, made)))

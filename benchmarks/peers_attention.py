@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from bagel_rt.kernels.attention import attention_reference, rows_by_spans
+from bagel_rt.kernels.attention import attention_lse_reference, attention_reference
 from bagel_rt.kernels.decode_attention import decode_attention_reference
 from benchmarks.peers import Contender, Unsuitable, one
 
 
 class _Group(NamedTuple):
-    """Rows that see the same spans: their queries, keys and values, [1, heads, n, D] each, and their mask."""
+    """Rows for one call of SDPA: their queries, keys and values, [1, heads, n, D] each, and their mask.
 
-    ranges: list[list[int]]
+    The mask is None where all rows see all keys, or torch's lower-right causal bias.
+    """
+
+    rows: torch.Tensor
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -28,42 +31,59 @@ class _Group(NamedTuple):
     spans: list[tuple[int, int]]
 
 
+def visible_groups(limits, blocks) -> list[tuple[tuple[int, int, int, int], list[int]]]:
+    """((key_start, limit, own_start, own_end), the rows that see just these), without the rows that see nothing.
+
+    Rows whose limits rise by one are one group, causal text, and the limit is the last one's.
+    """
+    seen = {}
+    spans = zip(*(column.tolist() for column in row_spans(limits, blocks)), strict=True)
+    for row, (key_start, limit, own_start, own_end) in enumerate(spans):
+        own = (own_start, own_end) if own_start < own_end else (0, 0)
+        if limit or any(own):
+            seen.setdefault((*own, key_start, limit), []).append(row)
+    groups, last = [], None
+    for (*own, key_start, limit), rows in sorted(seen.items()):
+        if not any(own) and len(rows) == 1 and last == (key_start, limit - 1):
+            groups[-1] = ((key_start, limit, 0, 0), groups[-1][1] + rows)
+        else:
+            groups.append(((key_start, limit, *own), rows))
+        last = (key_start, limit) if not any(own) and len(rows) == 1 else None
+    return groups
+
+
 def _groups(q, k_cache, v_cache, limits, blocks) -> list[_Group]:
-    """One call of SDPA each. The mask is None, torch's lower-right causal bias where it is that, or bool."""
-    groups = []
-    for (key_start, full_end, part_end, own_start, own_end), ranges in rows_by_spans(blocks.tolist()).items():
-        rows = torch.cat([torch.arange(start, end, device=q.device) for start, end in ranges])
-        spans = [(key_start, key_start + part_end), (own_start, own_end)]
+    """One call of SDPA each, as few as the rows' visible keys allow."""
+    limit_of, groups = limits.tolist(), []
+    for (key_start, limit, own_start, own_end), rows in visible_groups(limits, blocks):
+        causal = len(rows) > 1 and limit_of[rows[0]] < limit
+        rows = torch.tensor(rows, device=q.device)
+        spans = [(key_start, key_start + limit), (own_start, own_end)]
         k, v = (
             torch.cat([cache[start:end] for start, end in spans]).transpose(0, 1)[None] for cache in (k_cache, v_cache)
         )
-        mask = None
-        if full_end < part_end:
-            seen = limits[rows].long()
-            if own_start == own_end and torch.equal(seen, part_end - len(rows) + 1 + torch.arange(len(rows)).to(seen)):
-                mask = causal_lower_right(len(rows), part_end)
-            else:
-                mask = torch.arange(part_end, device=q.device) < seen[:, None]
-                mask = F.pad(mask, (0, own_end - own_start), value=True)
-        groups.append(_Group(ranges, q[rows].transpose(0, 1)[None], k, v, mask, spans))
+        mask = causal_lower_right(len(rows), limit) if causal else None
+        groups.append(_Group(rows, q[rows].transpose(0, 1)[None], k, v, mask, spans))
     return groups
 
 
 def _ungrouped(q, groups):
     def outputs(made):
-        out = torch.empty_like(q)
+        out = torch.zeros_like(q)
         for group, part in zip(groups, made, strict=True):
-            part = part[0].transpose(0, 1)
-            sizes = [end - start for start, end in group.ranges]
-            for (start, end), rows in zip(group.ranges, part.split(sizes), strict=True):
-                out[start:end] = rows
+            out[group.rows] = part[0].transpose(0, 1)
         return (out,)
 
     return outputs
 
 
-def sdpa(backend: SDPBackend | None, expand: bool = False):
-    """torch's SDPA, one call per group of rows with equal spans, K and V gathered beforehand."""
+def _expanded(groups: list[_Group], share: int) -> list[_Group]:
+    """Keys and values repeated for every query head, for backends that know no groups of heads."""
+    return [g._replace(k=g.k.repeat_interleave(share, 1), v=g.v.repeat_interleave(share, 1)) for g in groups]
+
+
+def sdpa(backend: SDPBackend, expand: bool = False):
+    """torch's SDPA, one call per group of rows that see the same, K and V gathered beforehand."""
 
     def make(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
         if return_lse:
@@ -72,8 +92,7 @@ def sdpa(backend: SDPBackend | None, expand: bool = False):
             raise Unsuitable("would hold every score at once")
         groups = _groups(q, k_cache, v_cache, limits, blocks)
         if expand:
-            share = q.shape[1] // k_cache.shape[1]
-            groups = [g._replace(k=g.k.repeat_interleave(share, 1), v=g.v.repeat_interleave(share, 1)) for g in groups]
+            groups = _expanded(groups, q.shape[1] // k_cache.shape[1])
 
         def run():
             return [
@@ -87,10 +106,41 @@ def sdpa(backend: SDPBackend | None, expand: bool = False):
     return make
 
 
-def _with_backend(backend, run):
-    if backend is None:
-        return run
+def sdpa_gradients(backend: SDPBackend, expand: bool = False):
+    """torch's SDPA and its gradients, call by call; adding up what several calls give to a key is not timed."""
 
+    def make(q, k_cache, v_cache, limits, blocks, gradient):
+        groups, share = _groups(q, k_cache, v_cache, limits, blocks), q.shape[1] // k_cache.shape[1]
+        if expand:
+            groups = _expanded(groups, share)
+        gradients = [gradient[group.rows].transpose(0, 1)[None] for group in groups]
+
+        def run():
+            made = []
+            for group, given in zip(groups, gradients, strict=True):
+                inputs = [tensor.detach().requires_grad_() for tensor in (group.q, group.k, group.v)]
+                out = F.scaled_dot_product_attention(*inputs, group.mask, enable_gqa=not expand)
+                made.append((out.detach(), *torch.autograd.grad(out, inputs, given)))
+            return made
+
+        def outputs(made):
+            out, dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, q, k_cache, v_cache))
+            for group, parts in zip(groups, made, strict=True):
+                for whole, part in zip((out, dq), parts[:2], strict=True):
+                    whole[group.rows] = part[0].transpose(0, 1)
+                slots = torch.cat([torch.arange(start, end, device=q.device) for start, end in group.spans])
+                for whole, part in zip((dk, dv), parts[2:], strict=True):
+                    part = part[0].transpose(0, 1)
+                    whole.index_add_(0, slots, part.unflatten(1, (-1, share)).sum(2) if expand else part)
+            return out, dq, dk, dv
+
+        return Contender(_with_backend(backend, run), outputs)
+
+    make.__doc__ = sdpa_gradients.__doc__
+    return make
+
+
+def _with_backend(backend, run):
     def chosen():
         with sdpa_kernel(backend):
             return run()
@@ -129,6 +179,8 @@ def official_attention(q, k_cache, v_cache, limits, blocks, scale=None, return_l
 def reference_attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
     """The op's reference, which gathers K and V in every call."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if return_lse:
+        return Contender(lambda: attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale), tuple)
     return Contender(lambda: attention_reference(q, k_cache, v_cache, limits, blocks, scale), one)
 
 
@@ -138,7 +190,7 @@ def row_spans(limits, blocks):
     return spans[:, 2].contiguous(), limits, spans[:, 5].contiguous(), spans[:, 6].contiguous()
 
 
-def _flex(q, k_cache, v_cache, limits, blocks, scale, wrap):
+def _flex(q, k_cache, v_cache, limits, blocks, scale, wrap, lse=False):
     key_start, limit, own_start, own_end = row_spans(limits, blocks)
 
     def visible(batch, head, row, slot):
@@ -148,14 +200,21 @@ def _flex(q, k_cache, v_cache, limits, blocks, scale, wrap):
 
     mask = create_block_mask(visible, None, None, q.shape[0], k_cache.shape[0], device=q.device)
     run = wrap(flex_attention)
-    return lambda q, k, v: run(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask, scale=scale,
-                               enable_gqa=True)[0].transpose(0, 1)  # fmt: skip
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        aux = AuxRequest(lse=True) if lse else None
+        made = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_aux=aux)
+        out, sums = (made[0], made[1].lse[0]) if lse else (made, None)
+        return out[0].transpose(0, 1), sums
+
+    return attend
 
 
 def flex(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False, wrap=lambda f: f):
     """FlexAttention under the plan's rule, its block mask built beforehand."""
-    attend = _flex(q, k_cache, v_cache, limits, blocks, scale, wrap)
-    return Contender(lambda: attend(q, k_cache, v_cache), one)
+    attend = _flex(q, k_cache, v_cache, limits, blocks, scale, wrap, return_lse)
+    return Contender(lambda: attend(q, k_cache, v_cache), tuple if return_lse else lambda made: made[:1])
 
 
 def flex_gradients(q, k_cache, v_cache, limits, blocks, gradient, wrap=lambda f: f):
@@ -164,13 +223,13 @@ def flex_gradients(q, k_cache, v_cache, limits, blocks, gradient, wrap=lambda f:
 
     def run():
         inputs = [tensor.detach().requires_grad_() for tensor in (q, k_cache, v_cache)]
-        out = attend(*inputs)
+        out, _ = attend(*inputs)
         return out.detach(), *torch.autograd.grad(out, inputs, gradient)
 
     return Contender(run, tuple)
 
 
-def sdpa_decode(backend: SDPBackend | None):
+def sdpa_decode(backend: SDPBackend):
     """torch's SDPA, one call per sequence."""
 
     def make(q, k_cache, v_cache, starts, lengths, scale=None):

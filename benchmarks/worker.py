@@ -18,8 +18,11 @@ from bagel_rt import check
 from bagel_rt.check_cases import CASES
 from benchmarks import forward, kernels
 from benchmarks.measure import Clock, ceilings, measured_ceilings
+from benchmarks.workloads import PLANS
 
 DEVICE_LOST = 3
+COMPILED_PEERS = " (compiled peers)"
+"""Ends the name of a task that runs nothing of this package."""
 Tasks = list[tuple[str, Callable[[], Iterator[dict]]]]
 
 
@@ -35,7 +38,7 @@ def check_tasks(device: torch.device) -> Tasks:
     return [(f"{case.op}: {case.name}", partial(run, case)) for case in CASES]
 
 
-def kernel_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.15) -> Tasks:
+def kernel_tasks(device: torch.device, seconds: float = 0.15) -> Tasks:
     """The ceilings, then one task per workload with the quick peers, and one with those that are compiled."""
     clock = Clock(device, seconds)
 
@@ -44,13 +47,13 @@ def kernel_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16, seco
         yield {"limits": known, "measured": measured}
 
     def run(workload, compiled):
-        for row in kernels.measure(workload, clock, dtype, compiled):
+        for row in kernels.measure(workload, clock, compiled):
             yield asdict(row)
 
     found = [("ceilings", figures)]
     for workload, compiled in kernels.tasks():
         found.append(
-            (f"{workload.name} (compiled peers)" if compiled else workload.name, partial(run, workload, compiled))
+            (f"{workload.name}{COMPILED_PEERS}" if compiled else workload.name, partial(run, workload, compiled))
         )
     return found
 
@@ -59,7 +62,7 @@ def forward_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
     """One task per forward."""
 
     def run(name):
-        plan, clock = forward.plan_of(name), Clock(device, 2.0, 20)
+        plan, clock = PLANS[name](), Clock(device, 2.0, 20)
         for row in forward.measure(name, plan, clock, dtype, ceilings(device)):
             yield asdict(row)
 

@@ -1,13 +1,17 @@
 """The GPU check, on the CPU: no failure ends a run or spoils what it found."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from bagel_rt import check
 from bagel_rt.kernels import guided_step, rms_norm
@@ -16,7 +20,11 @@ from benchmarks.gpu_check import Stage
 from benchmarks.workloads import WORKLOADS, Workload
 
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def left_to_the_environment(monkeypatch):
+    monkeypatch.delenv("BAGEL_RT_BACKEND", raising=False)
 
 
 def broken(*_, **__):
@@ -65,7 +73,7 @@ def test_workers_run_the_cases_of_check():
 
 
 def test_workers_begin_with_the_ceilings():
-    (name, figures), *others = worker.kernel_tasks(CPU, torch.float32)
+    (name, figures), *others = worker.kernel_tasks(CPU)
     (row,) = figures()
     assert name == "ceilings" and all(figure > 0 for figure in (*row["limits"], *row["measured"]))
     assert len(dict(others)) == 2 * len(WORKLOADS)
@@ -77,7 +85,7 @@ tasks = [
     ("fine", lambda: print(json.dumps({"row": {"x": 0}}), flush=True)),
     ("fatal", lambda: os.abort()),
     ("hanging", lambda: time.sleep(100)),
-    ("last", lambda: print("noise from a library", json.dumps({"row": {"x": 3}}), sep="\\n", flush=True)),
+    ("last", lambda: print("{noise of a library", "[3]", json.dumps({"row": {"x": 3}}), sep="\\n", flush=True)),
 ]
 for number in range(int(sys.argv[2]), len(tasks)):
     print(json.dumps({"begin": number, "task": tasks[number][0]}), flush=True)
@@ -96,17 +104,37 @@ def run_script(tmp_path, seconds, patience):
 def test_a_stage_goes_on_behind_a_task_that_dies_or_hangs(tmp_path):
     stage = run_script(tmp_path, 60, 4.0)
     assert stage.rows == [{"x": 0}, {"x": 3}] and stage.complete
-    assert stage.notes == [
+    assert stage.remarks == [] and stage.notes == [
         "fatal: the process ended with status -6; see log",
-        "stopped in hanging: nothing was heard of it for 4 s",
+        "hanging: stopped, nothing was heard of it for 4 s",
     ]
 
 
 def test_a_stage_ends_in_time_and_keeps_its_rows(tmp_path):
     begun = time.monotonic()
-    stage = run_script(tmp_path, 6, 60)
+    stage = run_script(tmp_path, 4, 60)
     assert time.monotonic() - begun < 30 and stage.rows == [{"x": 0}] and not stage.complete
-    assert stage.notes[-1] == "stopped in hanging: the time was up"
+    assert stage.remarks == ["hanging: stopped, the time was up"] and len(stage.notes) == 1
+
+
+PEERS_SCRIPT = (
+    SCRIPT[: SCRIPT.index("tasks")]
+    + """
+tasks = [
+    ("ours dies", lambda: os.abort()),
+    ("a peer dies", lambda: (print(json.dumps({"row": {"who": "bagel_rt"}}), flush=True), os.abort())),
+    ("it (compiled peers)", lambda: os.abort()),
+]
+"""
+    + SCRIPT[SCRIPT.index("for number") :]
+)
+
+
+def test_a_peer_that_kills_the_process_is_not_held_against_the_kernels(tmp_path):
+    stage, command = Stage("kernels"), [sys.executable, "-c", PEERS_SCRIPT]
+    gpu_check.run_worker(stage, time.monotonic() + 60, lambda: None, tmp_path / "log", command)
+    assert stage.complete and [note.split(":")[0] for note in stage.notes] == ["ours dies"]
+    assert [remark.split(":")[0] for remark in stage.remarks] == ["a peer dies", "it (compiled peers)"]
 
 
 def test_a_worker_prints_one_json_object_a_line(monkeypatch, capsys):
@@ -121,7 +149,7 @@ def test_a_worker_prints_one_json_object_a_line(monkeypatch, capsys):
 
 
 def test_workers_measure_workloads_and_forwards(monkeypatch):
-    rows = list(dict(worker.kernel_tasks(CPU, torch.float32, 0))["guided_step global of 2 branches, 512"]())
+    rows = list(dict(worker.kernel_tasks(CPU, 0))["guided_step global of 2 branches, 512"]())
     assert [(row["who"], row["note"]) for row in rows] == [("bagel_rt", ""), ("official", "")]
     measured = forward.ForwardRow("f", "kernels", 2.0, 4, 1.0)
     monkeypatch.setattr(forward, "measure", lambda *_: iter([measured]))
@@ -129,10 +157,9 @@ def test_workers_measure_workloads_and_forwards(monkeypatch):
     assert [name for name, _ in tasks] == list(forward.FORWARDS) and list(tasks[0][1]()) == [vars(measured)]
 
 
-@pytest.mark.parametrize("message", ["CUDA error: an illegal memory access was encountered\nhints"])
-def test_a_lost_gpu_is_noticed(message, monkeypatch):
+def test_a_lost_gpu_is_noticed(monkeypatch):
     def fail(device):
-        raise RuntimeError(message)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nhints")
 
     assert check.lost(CPU) == ""
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
@@ -155,7 +182,10 @@ def steps(tensors):
     return guided_step, (*(tensors(6, 64) for _ in range(4)), 4.0, 2.0, "global", 0.0, 0.02), {}
 
 
-TINY = [Workload("rms_norm", "rms_norm", 0, 300, norms), Workload("guided_step", "guided_step", 0, 900, steps)]
+TINY = [
+    Workload("rms_norm", "rms_norm", 0, 300, norms, torch.float32),
+    Workload("guided_step", "guided_step", 0, 900, steps, torch.float32),
+]
 
 
 def result_of(folder):
@@ -174,7 +204,7 @@ def tiny_kernels(stage, deadline, save, folder):
     assert result_of(folder)["stages"][0]["rows"], "the stage before was not written"
     stage.rows.append({"limits": (1e12, 1e12), "measured": (2e12, 3e12)})
     for workload in TINY:
-        stage.rows += [vars(row) for row in kernels.measure(workload, measure.Clock(CPU, 0, 1), torch.float32)]
+        stage.rows += [vars(row) for row in kernels.measure(workload, measure.Clock(CPU, 0, 1))]
         save()
     stage.complete = True
 
@@ -199,9 +229,68 @@ def test_results_are_written_after_each_stage_and_a_crash_ends_none_but_its_own(
     assert "## kernels" in text and "**rms_norm**" in text and "2 TFLOP/s, 3.00 TB/s" in text
 
 
+@pytest.mark.parametrize("limits", [None, (1e12, 1e12)], ids=["without ceilings", "with ceilings"])
+def test_kernels_have_tables_whether_or_not_the_ceilings_are_known(limits, monkeypatch):
+    monkeypatch.setattr(report, "WORKLOADS", TINY)
+    rows = [vars(kernels.Row("rms_norm", kernels.OURS, 2.0, 0.0))]
+    rows += [{"limits": limits, "measured": limits}] if limits else []
+    text = report.markdown_report({}, [Stage("kernels", rows)])
+    assert "**rms_norm**" in text and ("Roofline: 1 TFLOP/s" in text) == (limits is not None)
+
+
+def test_tables_that_cannot_be_made_cost_only_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "markdown_report", broken)
+    (stage,) = gpu_check.run(tmp_path, 1, ["check"], CPU, "", {"check": fake_check})
+    assert stage.complete and result_of(tmp_path)["stages"][0]["rows"]
+    assert "no tables: RuntimeError: no kernel image" in (tmp_path / "results.md").read_text()
+
+
+def test_a_stage_leaves_no_process_behind(tmp_path):
+    begun = []
+
+    def interrupted(*_):
+        begun.append(gpu_check._begin([sys.executable, "-c", "import time; time.sleep(100)"]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run(tmp_path, 1, ["check"], CPU, "", {"check": interrupted})
+    assert begun[0].returncode == -9 and not gpu_check._RUNNING
+
+
+def test_a_run_that_is_terminated_ends_what_it_started(tmp_path):
+    code = """
+import sys, torch
+from pathlib import Path
+from benchmarks import gpu_check
+def stage(*_):
+    process = gpu_check._begin([sys.executable, "-c", "import time; time.sleep(100)"])
+    print(process.pid, flush=True)
+    process.wait()
+gpu_check.end_when_terminated()
+gpu_check.run(Path(sys.argv[1]), 1, ["check"], torch.device("cpu"), "", {"check": stage})
+"""
+    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=measure.ROOT, stdout=subprocess.PIPE)
+    child = int(run.stdout.readline())
+    run.terminate()
+    assert run.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    run.stdout.close()
+
+
+def test_nvidia_smi_is_asked_about_the_gpu_by_its_own_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure, "_printed", lambda *command: asked.append(command[-1]) or "535; 1980 MHz")
+    for properties in (SimpleNamespace(uuid="1b2c"), SimpleNamespace(pci_domain_id=0, pci_bus_id=26, pci_device_id=0)):
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, properties=properties: properties)
+        assert measure.gpu_state(torch.device("cuda")) == "535; 1980 MHz"
+    assert asked == ["--id=GPU-1b2c", "--id=00000000:1a:00.0"]
+
+
 def test_what_is_not_reached_says_so(tmp_path):
     (stage,) = gpu_check.run(tmp_path, 0.01, ["kernels"], CPU, "", {"kernels": broken})
-    assert stage.notes == ["not reached, the time was up"] and report.problems(stage)
+    assert stage.remarks == ["not reached, the time was up"] and not stage.complete and not report.problems(stage)
+    assert report.verdict([stage]) == "nothing that was reached is wrong; not finished: kernels"
 
 
 def test_our_own_wrong_result_is_a_problem_and_a_peers_is_not():
@@ -217,18 +306,20 @@ def test_the_tests_stage_counts_and_keeps_the_log_of_what_fails(tmp_path, monkey
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     stage, cut = Stage("tests"), Stage("tests")
     gpu_check.tests(stage, time.monotonic() + 100, lambda: None, tmp_path, ("good", "bad"))
-    bad, good = stage.rows
+    good, bad = stage.rows
     assert (good["file"], good["passed"], good["failed"], good["status"]) == ("test_good.py", 2, 0, 0)
     assert (bad["file"], bad["passed"], bad["failed"], bad["status"]) == ("test_bad.py", 1, 1, 1)
     assert "assert not 'so'" in (tmp_path / "tests.log").read_text()
     assert report.problems(stage) == ["test_bad.py: status 1"]
     gpu_check.tests(cut, time.monotonic() + 1, lambda: None, tmp_path, ("slow",))
-    assert cut.notes == ["test_slow.py: stopped, the time was up"] and cut.rows[0]["status"] != 0
+    assert cut.remarks == ["test_slow.py: stopped, the time was up"] and cut.rows[0]["status"] is None
+    assert not cut.complete and not report.problems(cut)
 
 
 def test_the_tests_of_every_kernel_are_found():
     files = [path.name for pattern in gpu_check.TESTS for path in (measure.ROOT / "tests").glob(f"test_{pattern}.py")]
-    assert {"test_attention.py", "test_linear.py", "test_norm.py", "test_qk_norm_rope.py"} <= set(files)
+    others = ("attention", "attention_backward", "linear", "norm", "qk_norm_rope", "ops_registration", "backend")
+    assert files[0] == "test_conformance_kernels.py" and {f"test_{name}.py" for name in others} <= set(files)
     assert len(files) == len(set(files)) >= len(gpu_check.TESTS)
 
 
@@ -244,7 +335,8 @@ def test_without_a_gpu_it_says_so(module, monkeypatch, capsys):
 
 def test_the_exit_code_tells_whether_all_is_right(tmp_path, monkeypatch, capsys):
     codes, asked = [], []
-    for stage in (Stage("check", complete=True), Stage("check", notes=["stopped"])):
+    cut = Stage("check", remarks=["not reached"])
+    for stage in (Stage("check", complete=True), cut, Stage("check", notes=["it hangs"], complete=True)):
 
         def run(folder, *others, stage=stage):
             asked.append(others)
@@ -253,13 +345,16 @@ def test_the_exit_code_tells_whether_all_is_right(tmp_path, monkeypatch, capsys)
 
         monkeypatch.setattr(gpu_check, "run", run)
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr(gpu_check, "end_when_terminated", lambda: None)
         options = ["--output", str(tmp_path), "--minutes", "2", "--stages", "check,forward", "--commit", "abc"]
         monkeypatch.setattr(sys, "argv", ["gpu_check", *options])
         with pytest.raises(SystemExit) as ended:
             gpu_check.main()
         codes.append(ended.value.code)
-    assert codes == [0, 1] and asked[0] == (2.0, ["check", "forward"], torch.device("cuda:0"), "abc")
-    assert capsys.readouterr().out == "# GPU check\n\n" * 2
+    assert codes == [0, 0, 1] and asked[0] == (2.0, ["check", "forward"], torch.device("cuda:0"), "abc")
+    fine, unfinished = "nothing that was reached is wrong", "not finished: check"
+    said = [f"{fine}; every stage is complete", f"{fine}; {unfinished}", "wrong in check; every stage is complete"]
+    assert capsys.readouterr().out == "".join(f"# GPU check\n\n{line}\n" for line in said)
 
 
 def test_an_unknown_stage_is_wrong_usage(monkeypatch, capsys):
@@ -271,26 +366,34 @@ def test_an_unknown_stage_is_wrong_usage(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "codes, result",
-    [([0], "was there"), ([1, 0, 0], "built"), ([1, 1], "not built, see build.log")],
-    ids=["there", "built", "no compiler"],
+    [
+        ([0], "was there"),
+        ([1, 0, 0], "built"),
+        ([1, 1], "not built, see build.log"),
+        ([1, None], "not built, see build.log"),
+    ],
+    ids=["there", "built", "no compiler", "too slow"],
 )
 def test_the_planner_is_built_where_it_is_missing(codes, result, tmp_path, monkeypatch):
     codes = iter(codes)
-    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], next(codes)))
+    monkeypatch.setattr(gpu_check, "_status", lambda *_: next(codes))
     stage = Stage("build")
     gpu_check.build(stage, time.monotonic() + 9, lambda: None, tmp_path)
-    assert stage.rows == [{"what": "bagel_rt._C", "result": result}] and stage.complete and next(codes, None) is None
+    assert stage.rows == [{"what": "bagel_rt._C", "result": result}] and stage.complete and not list(codes)
 
 
 def test_tuning_writes_beside_the_results_for_as_long_as_it_may(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # or another package of this name goes before it
     script = tmp_path / "benchmarks" / "tune.py"
-    script.write_text("import pathlib, sys\npathlib.Path(sys.argv[2]).write_text(sys.argv[1])\n")
+    script.write_text("import pathlib, sys\npathlib.Path(sys.argv[2]).write_text(' '.join(sys.argv))\n")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     stage, cut = Stage("tune"), Stage("tune")
     gpu_check.tune(stage, time.monotonic() + 60, lambda: None, tmp_path)
     assert stage.complete and stage.rows[0]["result"].startswith("status 0")
-    assert (tmp_path / "tuned.json").read_text() == "--output"
+    *_, output, minutes = (tmp_path / "tuned.json").read_text().rsplit(" --", 2)
+    assert output == f"output {tmp_path / 'tuned.json'}" and 0.9 < float(minutes.removeprefix("minutes ")) <= 1
     script.write_text("import time\ntime.sleep(100)\n")
+    monkeypatch.setattr(gpu_check, "GRACE", 0)
     gpu_check.tune(cut, time.monotonic() + 1, lambda: None, tmp_path)
     assert not cut.complete and "the time was up" in cut.rows[0]["result"] and not report.problems(cut)

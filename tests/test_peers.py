@@ -1,23 +1,30 @@
 """The benchmarks of the kernels, on the CPU: peers compute what the ops do, figures are what they are called."""
 
 import importlib.util
-import re
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_gpu_check import broken, table_cells
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagel_rt.config import TransformerConfig
 from bagel_rt.kernels import attention, decode_attention, guided_step, linear, qk_norm_rope, rms_norm
 from bagel_rt.kernels.backend import backend
 from bagel_rt.plan import Segment, build_plan
-from benchmarks import forward, kernels, measure, peers
+from benchmarks import forward, kernels, measure, peers, peers_attention
 from benchmarks.workloads import WORKLOADS, Workload, attention_gradients
 
 CPU = torch.device("cpu")
 HAS_LIGER, HAS_VLLM_OMNI = (importlib.util.find_spec(name) is not None for name in ("liger_kernel", "vllm_omni"))
+
+
+@pytest.fixture(autouse=True)
+def left_to_the_environment(monkeypatch):
+    monkeypatch.delenv("BAGEL_RT_BACKEND", raising=False)
 
 
 def segment(mode, rows, start, visible, write=None):
@@ -27,16 +34,17 @@ def segment(mode, rows, start, visible, write=None):
 
 
 PLANS = {
+    "long text": [segment("causal", 300, 0, 4)],
     "two branches": [segment("noise", 8, 0, 5), segment("noise", 8, 0, 3, write=20)],
     "text after a context": [segment("causal", 9, 0, 4)],
     "training": [segment("full", 6, 0, 0), segment("causal", 4, 0, 6), segment("noise", 7, 0, 10, write=12)],
 }
 
 
-def linears(tensors, G, epilogue):
+def linears(tensors, G, epilogue, width=16):
     biases = (tensors(12), tensors(12)) if epilogue == "bias" else ()
     options = {"G": G, "residual": tensors(10, 12) if epilogue == "residual" else None, "swiglu": epilogue == "swiglu"}
-    return linear, (tensors(10, 16), tensors(12, 16), tensors(12, 16), *biases), options
+    return linear, (tensors(10, width), tensors(12, width), tensors(12, width), *biases), options
 
 
 def norms(tensors, adds):
@@ -71,7 +79,9 @@ LINEAR = {"torch on row ranges", "official", "official, torch.compile"}
 TINY = {  # name -> what builds it, the peers that a CPU runs
     "linear": (lambda t: linears(t, 7, "none"), LINEAR),
     "linear with a bias": (lambda t: linears(t, 7, "bias"), LINEAR),
-    "linear with a residual": (lambda t: linears(t, 9, "residual"), LINEAR),
+    "linear with a residual": (lambda t: linears(t, 9, "residual", 12), LINEAR),
+    "linear behind SwiGLU": (lambda t: linears(t, 9, "residual"), LINEAR),
+    "linear behind SwiGLU, of understanding rows": (lambda t: linears(t, 0, "residual"), LINEAR),
     "linear with SwiGLU": (lambda t: linears(t, 7, "swiglu"), LINEAR),
     "linear of understanding rows": (lambda t: linears(t, 0, "none"), LINEAR),
     "linear of generation rows": (lambda t: linears(t, 10, "none"), LINEAR),
@@ -81,18 +91,21 @@ TINY = {  # name -> what builds it, the peers that a CPU runs
     "attention, two branches": (lambda t: attentions(t, "two branches"), SDPA),
     "attention, text": (lambda t: attentions(t, "text after a context"), SDPA),
     "attention, training": (lambda t: attentions(t, "training"), SDPA),
-    "attention with lse": (lambda t: attentions(t, "training", return_lse=True), SDPA & {"FlexAttention"}),
-    "gradients": (lambda t: attentions(t, "training", attention_gradients), set()),
+    "attention with lse": (
+        lambda t: attentions(t, "training", return_lse=True),
+        {"torch, K and V gathered", "FlexAttention"},
+    ),
+    "gradients": (lambda t: attentions(t, "training", attention_gradients), {"SDPA FLASH"}),
     "decode_attention": (decodes, {"torch, lengths on the host", "SDPA FLASH", "SDPA MATH"}),
     "guided_step": (steps, {"official", "official, torch.compile"}),
 }
-WORKLOAD = {name: Workload(name, "", 2000, 3000, build) for name, (build, _) in TINY.items()}
+WORKLOAD = {name: Workload(name, "", 2000, 3000, build, torch.float32) for name, (build, _) in TINY.items()}
 
 
-def rows_of(workload, dtype=torch.float32):
+def rows_of(workload):
     clock = measure.Clock(CPU, 0, 1)
-    rows = list(kernels.measure(workload, clock, dtype))
-    return rows + list(kernels.measure(workload, clock, dtype, compiled=True, wrap=lambda function: function))
+    rows = list(kernels.measure(workload, clock))
+    return rows + list(kernels.measure(workload, clock, compiled=True, wrap=lambda function: function))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -110,7 +123,7 @@ def test_peers_compute_what_the_op_does(name):
     "name", ["linear with SwiGLU", "rms_norm with a residual", "qk_norm_rope", "attention, training"]
 )
 def test_kernels_are_judged_as_the_references_are(name, kernels_run):
-    (ours, *_) = kernels.measure(WORKLOAD[name], measure.Clock(kernels_run, 0, 1), torch.float32)
+    (ours, *_) = kernels.measure(WORKLOAD[name], measure.Clock(kernels_run, 0, 1))
     assert (ours.who, ours.note) == (kernels.OURS, "") and ours.error < 1e-6
 
 
@@ -135,14 +148,41 @@ def test_a_peer_that_is_not_installed_is_a_line():
     assert not any(name == "vllm" or name.startswith("vllm.") for name in sys.modules)
 
 
+class Routing(TorchDispatchMode):
+    """Counts gathers and scatters by index."""
+
+    def __init__(self):
+        super().__init__()
+        self.gathers = self.scatters = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.gathers += func is torch.ops.aten.index.Tensor
+        self.scatters += func is torch.ops.aten.index_put_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name, gathers, scatters",
+    [("linear", 2, 2), ("linear with a residual", 2, 2), ("linear with SwiGLU", 2, 0), ("linear behind SwiGLU", 0, 2)],
+)
+def test_the_official_layers_route_around_a_whole_feed_forward_network(name, gathers, scatters):
+    _, arguments, options = WORKLOAD[name].build(kernels.Tensors(CPU, torch.float32))
+    contender = peers.official_linear(*arguments, **options)
+    with Routing() as counted:
+        contender.run()
+    assert (counted.gathers, counted.scatters) == (gathers, scatters)
+
+
+@pytest.mark.parametrize("name", ["linear with SwiGLU", "linear behind SwiGLU"])
+def test_vllm_omni_has_no_feed_forward_network(name):
+    (row,) = [row for row in rows_of(WORKLOAD[name]) if row.who == "vLLM-Omni"]
+    assert row.note == "its mixture GEMM serves the attention projections only"
+
+
 def test_sequence_order_puts_the_first_understanding_row_first():
     assert peers.sequence_positions(6, 4, CPU).tolist() == [1, 2, 3, 4, 0, 5]
     assert peers.sequence_positions(3, 0, CPU).tolist() == [0, 1, 2]
     assert peers.sequence_positions(2, 2, CPU).tolist() == [0, 1]
-
-
-def broken(*_, **__):
-    raise RuntimeError("no kernel image | is available\nfor this device")
 
 
 def wrong(x, w_gen, w_und, *biases, G, **_):
@@ -153,19 +193,10 @@ def nothing(x, w_gen, w_und, *biases, G, **_):
     return peers.Contender(lambda: x @ w_und.t() * torch.nan, peers.one)
 
 
-def table_cells(text):
-    """The cells of a Markdown table, checked for its form."""
-    lines = text.splitlines()
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
-    assert {len(row) for row in cells} == {len(cells[0])} and all(set(cell) <= set("-:") for cell in cells[1])
-    return [cells[0], *cells[2:]]
-
-
 def test_a_failing_or_wrong_contender_is_a_line_and_never_the_best_peer(monkeypatch):
     monkeypatch.setitem(kernels.PEERS, "linear", {"broken": broken, "wrong": wrong, "nothing": nothing,
                                                   "right": peers.reference_linear})  # fmt: skip
-    rows = list(kernels.measure(WORKLOAD["linear"], measure.Clock(CPU, 0, 1), torch.float32))
+    rows = list(kernels.measure(WORKLOAD["linear"], measure.Clock(CPU, 0, 1)))
     assert [(row.who, row.note) for row in rows] == [
         ("bagel_rt", ""), ("broken", "RuntimeError: no kernel image | is available"), ("wrong", "WRONG"),
         ("nothing", "WRONG"), ("right", ""),
@@ -174,12 +205,56 @@ def test_a_failing_or_wrong_contender_is_a_line_and_never_the_best_peer(monkeypa
     rows = [kernels.Row("linear", row.who, times.get(row.who), row.error, row.note) for row in rows]
     heading, _, *lines = kernels.table(WORKLOAD["linear"], rows, (1e9, 1e9)).split("\n")
     assert heading == "**linear**, limit 3.0 us"
+    assert kernels.table(WORKLOAD["linear"], rows, None).startswith("**linear**\n\n|")
     cells = {row[0]: row[1:] for row in table_cells("\n".join(lines))}
     assert cells["bagel_rt"][:5] == ["20.0", "0", "0", "15%", "2.50"]
     assert kernels.best_peer(rows).who == "right"
     overview = table_cells(kernels.overview([(WORKLOAD["linear"], rows), (WORKLOAD["rms_norm"], [])], (1e9, 1e9)))
     assert overview[1:] == [["linear", "20.0", "15%", "right", "50.0", "2.50"], ["rms_norm", "", "", "", "", ""]]
     assert cells["right"][4] == "1.00" and cells["broken"][-1] == "RuntimeError: no kernel image \\| is available"
+
+
+def test_a_call_bound_by_latency_has_no_share_of_the_roofline():
+    rows = [kernels.Row("linear", kernels.OURS, 20.0, 0.0)]
+    heading, _, *lines = kernels.table(WORKLOAD["linear"], rows, (1e10, 1e10)).split("\n")
+    assert heading == "**linear**, limit 0.3 us, bound by latency"
+    assert table_cells("\n".join(lines))[1][1:5] == ["20.0", "0", "0", ""]
+    assert table_cells(kernels.overview([(WORKLOAD["linear"], rows)], (1e10, 1e10)))[1][1:3] == ["20.0", ""]
+
+
+def test_a_small_row_is_judged_like_a_large_one():
+    want = torch.ones(3, 4, dtype=torch.float64)
+    want[0] *= 100
+    got = want.clone()
+    got[2] *= 1.5
+    assert kernels._error((got,), (want,)) == pytest.approx(0.5)
+    lse = torch.tensor([[1.0], [-torch.inf]])
+    assert kernels._error((lse,), (lse.double(),)) == 0
+    assert not kernels._error((lse.nan_to_num(neginf=0),), (lse.double(),)) <= 1
+    assert not kernels._error((lse * torch.nan,), (lse.double(),)) <= 1
+
+
+def test_a_wrong_log_sum_exp_is_wrong(monkeypatch):
+    def off(*arguments, return_lse):
+        out, lse = attention(*arguments, return_lse=return_lse)
+        return peers.Contender(lambda: (out, lse * 1.01), tuple)
+
+    monkeypatch.setitem(kernels.PEERS, "attention", {"off": off})
+    ours, other = kernels.measure(WORKLOAD["attention with lse"], measure.Clock(CPU, 0, 1))
+    assert (ours.note, other.note) == ("", "WRONG")
+
+
+def groups_of(plan):
+    plan = build_plan(PLANS[plan])
+    made = peers_attention.visible_groups(torch.from_numpy(plan.limits), torch.from_numpy(plan.blocks))
+    return [(seen, len(rows)) for seen, rows in made]
+
+
+def test_rows_that_see_the_same_are_one_call_of_sdpa():
+    assert groups_of("two branches") == [((0, 13, 0, 0), 8), ((0, 3, 20, 28), 8)]
+    assert groups_of("text after a context") == [((0, 13, 0, 0), 9)]
+    assert groups_of("training") == [((0, 6, 0, 0), 6), ((0, 10, 0, 0), 4), ((0, 10, 12, 19), 7)]
+    assert groups_of("long text") == [((0, 304, 0, 0), 300)]
 
 
 def test_every_workload_has_a_task_and_what_matters_most_comes_first():
@@ -218,12 +293,14 @@ def test_a_forward_that_differs_is_wrong(monkeypatch):
 
 def test_tables_are_printed_for_the_workloads_asked_for(capsys):
     workloads = [WORKLOAD["guided_step"]]
-    rows = kernels.run(workloads, measure.Clock(CPU, 0, 1), torch.float32, (1e9, 1e9), compiled=False)
+    rows = kernels.run(workloads, measure.Clock(CPU, 0, 1), (1e9, 1e9), compiled=False)
     assert [row.who for row in rows] == ["bagel_rt", "official"]
     assert capsys.readouterr().out.startswith("**guided_step**, limit 3.0 us\n\n|  | us |")
 
 
-def test_a_gpu_is_timed_by_events_behind_a_flush_of_its_cache(monkeypatch):
+@pytest.fixture
+def happened(monkeypatch):
+    """What a clock has a GPU do."""
     happened = []
 
     class Event:
@@ -240,10 +317,57 @@ def test_a_gpu_is_timed_by_events_behind_a_flush_of_its_cache(monkeypatch):
             return 0.25
 
     monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: happened.append("wait"))
+    monkeypatch.setattr("torch.cuda._sleep", lambda cycles: happened.append("sleep"))
     monkeypatch.setattr("torch.sum", lambda buffer: happened.append("read"))
-    clock = measure.Clock(CPU, 0, 1)
-    assert clock._once_cuda(lambda: happened.append("call")) == 250
+    return happened
+
+
+def test_a_call_by_itself_is_timed_behind_reads_that_empty_the_cache(happened):
+    assert measure.Clock(CPU, 0, 1)._behind_reads([lambda: happened.append("call")]) == 250
     assert happened == ["read"] * 3 + ["event", "call", "event", "wait"]
+
+
+def test_calls_in_rotation_follow_each_other_and_share_the_time(happened):
+    clock, calls = measure.Clock(CPU, 0, 1), [lambda: happened.append("first"), lambda: happened.append("second")]
+    clock._spin = 1.0
+    assert clock._rotated(calls) == 125
+    assert happened == ["wait", "first", "second", "sleep", "event", "first", "second", "event", "wait"]
+
+
+def test_outputs_of_a_rotation_live_until_its_end(happened):
+    clock, alive = measure.Clock(CPU, 0, 1), []
+
+    def call():
+        made = torch.ones(3)
+        alive.append(weakref.ref(made))
+        happened.append(sum(tensor() is not None for tensor in alive))
+        return made
+
+    clock._spin = 1.0
+    clock._rotated([call] * 3)
+    assert [count for count in happened if isinstance(count, int)] == [1, 2, 3, 1, 2, 3]
+
+
+def test_small_calls_rotate_through_more_than_the_cache():
+    clock = measure.Clock(CPU)
+    assert clock.sets(1) == 1  # a CPU
+    clock.cache = 50
+    assert [clock.sets(size) for size in (1, 10, 33, 99, 100, 1000)] == [16, 10, 4, 2, 1, 1]
+
+
+def test_each_call_of_a_rotation_has_inputs_of_its_own(monkeypatch):
+    seen, clock = [], measure.Clock(CPU, 0, 1)
+    clock.cache = 4500
+
+    def spy(x, w_gen, w_und, *biases, residual, **options):
+        seen.append((x.data_ptr(), w_und.data_ptr(), residual.data_ptr()))
+        return peers.reference_linear(x, w_gen, w_und, *biases, residual=residual, **options)
+
+    monkeypatch.setitem(kernels.PEERS, "linear", {"spy": spy})
+    rows = list(kernels.measure(WORKLOAD["linear with a residual"], clock))
+    assert [(row.who, row.note) for row in rows] == [(kernels.OURS, ""), ("spy", "")]
+    assert len(seen) == 3 and all(len(set(addresses)) == 3 for addresses in zip(*seen, strict=True))
 
 
 def test_the_clock_repeats_as_often_as_told_and_takes_the_median(monkeypatch):
