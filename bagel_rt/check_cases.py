@@ -42,8 +42,11 @@ ROUNDINGS = {
     "guided_step": 0,
 }
 """How many of them an output has behind it at most."""
-FLOAT32_ARITHMETIC = 1e-5
+FLOAT32_ARITHMETIC = 3e-5
 """Allowed on top: what a few thousand float32 additions may lose."""
+
+QUERY_DEVIATION = 2.0
+"""Of queries whose keys have 1: softmax is peaked, yet the keys of every tile weigh in some row."""
 
 EPS = 1e-6
 ALL = tuple(ROUNDING)
@@ -89,7 +92,7 @@ class Case:
     roundings: int = 0
 
     def allowed(self, dtype: torch.dtype) -> float:
-        """Largest |got - want| / (1 + |want|) that passes."""
+        """Largest |got - want| / (|want| + rms of its row) that passes."""
         return (self.roundings or ROUNDINGS[self.op]) * ROUNDING[dtype] + FLOAT32_ARITHMETIC
 
 
@@ -142,19 +145,20 @@ def _segment(mode: str, rows: int, start: int, visible: int, write: int | None =
     return Segment(mode, routed, start, visible, start + visible if write is None else write)
 
 
-def _attention_inputs(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int):
+def _attention_inputs(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int, peak=QUERY_DEVIATION):
     """q, k, v, limits, blocks and the mask; slots that nobody sees hold NaN, which shows if it is read."""
     plan = build_plan(segments)
     mask = visibility(plan)
     T, slots = mask.shape
-    q, k, v = values(T, heads, D), values(slots, kv_heads, D), values(slots, kv_heads, D)
+    q = values(T, heads, D, deviation=peak)
+    k, v = values(slots, kv_heads, D), values(slots, kv_heads, D)
     unseen = values.of(~mask.any(0))
     k[unseen] = v[unseen] = torch.nan
     return q, k, v, values.of(plan.limits), values.of(plan.blocks), values.of(mask)
 
 
 def _dense(q, k, v, mask):
-    """(out, log-sum-exp) [T, Hq, D] and [Hq, T] in float64."""
+    """(out [T, Hq, D], log-sum-exp [Hq, T]) in float64."""
     q, k, v = (tensor.double() for tensor in (q, k, v))
     seen = mask.any(0)
     k, v, mask = k[seen], v[seen], mask[:, seen]
@@ -170,18 +174,27 @@ def _attention(values: Values, segments, heads: int, kv_heads: int, D: int):
 
 def _attention_lse(values: Values, segments, heads: int, kv_heads: int, D: int):
     q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D)
-    return lambda: attention(q, k, v, limits, blocks, return_lse=True), lambda: _dense(q, k, v, mask)
+
+    def sums(out, lse):  # of exponentials, each by itself: what a lost key takes from one, it takes from the other
+        return out, lse.double().exp().unsqueeze(-1)
+
+    return (
+        lambda: sums(*attention(q, k, v, limits, blocks, return_lse=True)),
+        lambda: sums(*_dense(q, k, v, mask)),
+    )
 
 
 def _attention_backward(values: Values, segments, heads: int, kv_heads: int, D: int):
-    q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D)
+    q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D, 1.0)
     k, v = k.nan_to_num(), v.nan_to_num()  # their gradient is zero, whatever they hold
     d_out = values(*q.shape)
 
     def gradients(function, d_out, *inputs):
         inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         with torch.enable_grad():
-            return torch.autograd.grad(function(*inputs), inputs, d_out)
+            found = torch.autograd.grad(function(*inputs), inputs, d_out)
+        # One row each: rows are differences of nearly equal numbers, as right as the largest of them.
+        return [gradient.flatten() for gradient in found]
 
     return (
         lambda: gradients(lambda *inputs: attention(*inputs, limits, blocks), d_out, q, k, v),
@@ -194,7 +207,8 @@ def _attention_backward(values: Values, segments, heads: int, kv_heads: int, D: 
 def _decode_attention(values: Values, lengths: list[int], heads: int, kv_heads: int, D: int):
     starts = np.cumsum([3, *lengths[:-1]])
     slots = 3 + sum(lengths)
-    q, k, v = values(len(lengths), heads, D), values(slots, kv_heads, D), values(slots, kv_heads, D)
+    q = values(len(lengths), heads, D, deviation=QUERY_DEVIATION)
+    k, v = values(slots, kv_heads, D), values(slots, kv_heads, D)
     k[:3] = v[:3] = torch.nan  # nobody's
     arguments = (q, k, v, values.of(starts), values.of(np.array(lengths)), D**-0.5)
     return _both(lambda *a: (decode_attention(*a),), lambda *a: (decode_attention_reference(*a),), arguments)

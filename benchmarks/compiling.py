@@ -5,8 +5,12 @@ launches nothing. Compilers may abort on what they cannot do, so callers do this
 (:func:`in_processes`).
 """
 
+import math
 import multiprocessing
 import re
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -162,9 +166,9 @@ def launches(architecture: str, launch: Callable, tiles: dict | None = None) -> 
 
     def tiles_of(op, shape_class, device):
         entry = (tiles or {}).get((op, shape_class)) or look_up(op, shape_class, device)
+        asked.update(op=op, shape_class=shape_class, tiles=entry)
         if entry is None:
             raise LeftToTorch
-        asked.update(op=op, shape_class=shape_class, tiles=entry)
         return dict(entry)
 
     def instead(function, *args, grid, warmup, **kwargs):
@@ -177,7 +181,7 @@ def launches(architecture: str, launch: Callable, tiles: dict | None = None) -> 
 
         return launch(asked, compiled)
 
-    previous = backend._chosen
+    previous = backend._chosen  # backend() would also tell the environment's, which is not to outlive a change of it
     with ExitStack() as stack:
         for replacement in (
             (driver, "_active", CompilingDriver(architecture)),
@@ -200,11 +204,28 @@ def _call(workload: Workload) -> None:
 
 
 def classes(workload: Workload, architecture: str) -> list[tuple[str, str]]:
-    """The (op, shape class) entries of the table that ``workload`` launches with, in order, each once."""
+    """The (op, shape class) entries of the table that ``workload`` looks up, in order, each once.
+
+    One that is given to torch ends the list: what would come behind it needs its result.
+    """
     seen = {}
-    with launches(architecture, lambda asked, run: seen.setdefault((asked["op"], asked["shape_class"]))):
+    with launches(architecture, lambda asked, run: seen.setdefault((asked["op"], asked["shape_class"]))) as asked:
         _call(workload)
-    return list(seen)
+    return list(dict.fromkeys([*seen, (asked["op"], asked["shape_class"])] if asked else seen))
+
+
+def classes_of(
+    workloads: Iterable[Workload], architecture: str, workers: int, deadline: float = math.inf
+) -> list[tuple[Workload, list]]:
+    """Each workload with its :func:`classes`, in their order; those that fail are told on stderr and have none."""
+    workloads, found = list(workloads), {}
+    jobs = [(workload, architecture) for workload in workloads]
+    for (workload, _), names in in_processes(classes, jobs, workers, deadline):
+        if isinstance(names, ChildProcessError):
+            print(f"{workload.name}: which classes it belongs to is unknown: {names}", file=sys.stderr, flush=True)
+        else:
+            found[workload.name] = names
+    return [(workload, found.get(workload.name, [])) for workload in workloads]
 
 
 def compile_workload(architecture: str, workload: Workload, tiles: dict | None = None) -> list[Kernel]:
@@ -244,46 +265,84 @@ def _with_log(run) -> tuple:
     raise RuntimeError(f"ptxas printed nothing about {compiled.metadata.name}")
 
 
-def in_processes(work: Callable, jobs: Iterable[tuple], workers: int) -> Iterator[tuple[tuple, object]]:
+PATIENCE = 300.0
+"""Seconds that one job of :func:`in_processes` may take. A compiler takes a few; on some input it never ends."""
+
+
+def in_processes(
+    work: Callable, jobs: Iterable[tuple], workers: int, deadline: float = math.inf
+) -> Iterator[tuple[tuple, object]]:
     """(job, ``work(*job)``) as they end, each in a forked process, ``workers`` side by side.
 
-    In place of the result of a process that died there is a :class:`ChildProcessError`.
+    Where a job raises, ends its process or takes longer than ``PATIENCE``, there is a :class:`ChildProcessError` in
+    place of the result. At ``deadline``, of ``time.monotonic``, what runs is stopped and no other job is begun.
     """
     from triton.runtime.cache import triton_key
 
     triton_key()  # reads all of Triton: once, before the processes part
     jobs, running = iter(jobs), {}
     context = multiprocessing.get_context("fork")  # with torch imported already
-    while True:
-        while len(running) < workers and (job := next(jobs, None)) is not None:
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_work_and_send, args=(sender, work, job))
-            process.start()
-            sender.close()
-            running[receiver] = job, process
-        if not running:
-            return
-        for receiver in wait(list(running)):
-            job, process = running.pop(receiver)
-            try:
-                result = receiver.recv()
-                process.join()
-            except EOFError:
-                process.join()
-                result = ChildProcessError(f"the compiler ended its process (exit code {process.exitcode})")
-            yield job, result
+    try:
+        while True:
+            while len(running) < workers and time.monotonic() < deadline and (job := next(jobs, None)) is not None:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work_and_send, args=(sender, work, job), daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = job, process, min(deadline, time.monotonic() + PATIENCE)
+            if not running:
+                return
+            soonest = min(until for *_, until in running.values())
+            for receiver in wait(list(running), max(soonest - time.monotonic(), 0)):
+                job, process, _ = running.pop(receiver)
+                yield job, _received(receiver, process)
+            for receiver in [late for late, (*_, until) in running.items() if until <= time.monotonic()]:
+                job, process, until = running.pop(receiver)
+                stop([process])
+                reason = "the time was up" if until == deadline else f"the compiler took more than {PATIENCE:.0f} s"
+                yield job, ChildProcessError(reason)
+    finally:
+        stop([process for _, process, _ in running.values()])
+
+
+def _received(receiver: Connection, process) -> object:
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join(1)
+        return ChildProcessError(f"the compiler ended its process (exit code {process.exitcode})")
+    finally:
+        process.join(1)
+        stop([process])
+
+
+def stop(processes: list) -> None:
+    """End processes: first so that they may end their own, such as ptxas, then at once; a driver may hold one still."""
+    for name, seconds in (("terminate", 1.0), ("kill", 5.0)):
+        processes = [process for process in processes if process.is_alive()]
+        for process in processes:
+            getattr(process, name)()
+        until = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(until - time.monotonic(), 0))
 
 
 def _work_and_send(sender: Connection, work: Callable, job: tuple) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, at which subprocess.run ends what it runs
     torch.set_num_threads(1)
-    result = work(*job)
+    try:
+        result = work(*job)
+    except Exception as error:  # whatever an op may raise; of what compilers raise compile_workload knows more
+        result = ChildProcessError(f"{type(error).__name__}: {error}"[:500])
     sender.send(result)
     sender.close()
 
 
-def compile_all(jobs: Iterable[tuple], workers: int) -> Iterator[tuple[tuple, list[Kernel]]]:
+def compile_all(
+    jobs: Iterable[tuple], workers: int, deadline: float = math.inf
+) -> Iterator[tuple[tuple, list[Kernel]]]:
     """(job, its kernels) as they end, for jobs that are arguments of :func:`compile_workload`."""
-    for job, kernels in in_processes(compile_workload, jobs, workers):
+    for job, kernels in in_processes(compile_workload, jobs, workers, deadline):
         if isinstance(kernels, ChildProcessError):
             architecture, workload, tiles = job
             (op, shape_class), entry = next(iter((tiles or {}).items()), ((workload.op, ""), None))

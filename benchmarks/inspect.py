@@ -11,19 +11,17 @@ candidates may break rules, so it only reports.
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from bagel_rt.kernels import configs
 from bagel_rt.kernels.triton_language import INTERPRETED, triton
-from benchmarks.compiling import LIMITS, Kernel, classes, compile_all, in_processes
+from benchmarks.compiling import LIMITS, Kernel, classes_of, compile_all
+from benchmarks.measure import machine
 from benchmarks.search_space import candidates
 from benchmarks.workloads import ALL_WORKLOADS, Workload
 
@@ -40,9 +38,12 @@ def problems(kernel: Kernel) -> list[str]:
         found.append(f"spills {kernel.spill_bytes} bytes")
     if kernel.serialised:
         found.append(f"{kernel.serialised} serialised wgmma")
+    in_16_bits = any(dtype in _SIXTEEN_BITS for *_, dtype in kernel.dots)
+    if in_16_bits and kernel.shape_class != "unaligned" and not (kernel.cp_async or kernel.tma_loads):
+        found.append("a matrix product that waits for its loads: no cp.async and no TMA")
     if kernel.architecture in _WARPGROUP_PRODUCTS:
         found += _warpgroup_problems(kernel)
-    elif any(dtype in _SIXTEEN_BITS for *_, dtype in kernel.dots) and not kernel.mma:
+    elif in_16_bits and not kernel.mma:
         found.append("a matrix product without mma.sync")
     return found
 
@@ -149,8 +150,7 @@ def main() -> int:
             print(f"{architecture}: no workload reaches {name}")
     if arguments.json:
         report = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")},
+            **machine(torch.device("cpu")),  # date, commit, versions
             "kernels": [asdict(kernel) | {"problems": problems(kernel)} for kernel in kernels],
             "unreached": missing,
         }
@@ -162,8 +162,7 @@ def main() -> int:
 def _candidate_jobs(architecture: str, workloads: list[Workload], workers: int) -> Iterator[tuple]:
     """Every candidate of every class, with the first workload that is about the class."""
     first = {}
-    jobs = [(workload, architecture) for workload in workloads]
-    for (workload, _), reached in in_processes(classes, jobs, workers):
+    for workload, reached in classes_of(workloads, architecture, workers):
         for name in reached:
             if name[0] in workload.entries:
                 first.setdefault(name, workload)

@@ -1,23 +1,28 @@
 """Finds the fastest launch arguments of the kernels on this GPU, and writes them into their table.
 
-    python -m benchmarks.tune [--op linear ...] [--output FILE] [--dry-run [--arch sm_90]]
+    python -m benchmarks.tune [--op linear ...] [--class "many swiglu"] [--minutes X] [--output FILE]
+    python -m benchmarks.tune --dry-run [--arch sm_90] [--op linear ...] [--class "many swiglu"]
 
-For each class of shapes every candidate of :mod:`benchmarks.search_space` is compiled ahead, in processes of their own;
-those that compile are checked against torch on random tensors and timed with cold caches at all of BAGEL's sizes that
-belong to the class. The one with the least geometric mean of times wins; for linear, null if torch was faster still.
-The table (kernels/configs.json, or ``--output``) is rewritten after each class, so that what was found is kept.
+For each class of shapes, those of most worth first, every candidate of :mod:`benchmarks.search_space` is compiled, in
+processes of their own; those that compile are checked against torch on random tensors and timed with cold caches at all
+of BAGEL's sizes that belong to the class, the largest first (:mod:`benchmarks.tune_measure`). The one with the least
+geometric mean of times wins; for linear, null if torch was faster still. The table (kernels/configs.json, or
+``--output``, which is begun from if it is there) is rewritten after each class, so that what was found is kept and
+results of several runs add up.
 
-Measuring happens in a process of its own too: a candidate that faults or hangs costs itself and ``PATIENCE`` seconds.
-``--dry-run`` lists the candidates of an architecture, on any machine.
+``--minutes`` ends the run in time, by fewer candidates, sizes and classes. ``--dry-run`` lists the candidates of an
+architecture, on any machine.
+
+Exit codes: 0 every class was tuned; 1 some were not; 2 nothing could begin.
 """
 
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
 from copy import deepcopy
 from datetime import date
 from importlib.metadata import version
@@ -25,155 +30,43 @@ from pathlib import Path
 
 import torch
 
-from bagel_rt.kernels import backend, configs
-from benchmarks.compiling import classes, compile_all, in_processes
+from bagel_rt.kernels import configs
+from benchmarks.compiling import classes_of, compile_all
 from benchmarks.inspect import problems
-from benchmarks.measure import Clock
 from benchmarks.search_space import candidates
-from benchmarks.workloads import ALL_WORKLOADS, WORKLOADS, Tensors, Workload
+from benchmarks.tune_measure import TORCH, Name, geometric_mean, measure_class
+from benchmarks.workloads import ALL_WORKLOADS, WORKLOADS, Workload
 
-PATIENCE = 60.0
-"""Seconds without a result after which a candidate counts as hanging."""
+MARGIN = 10.0
+"""Seconds before the end of ``--minutes`` at which measuring stops: processes are to end, and Python to start."""
 
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-"""Largest relative L2 error against torch in the same dtype, each output by itself."""
-
-TORCH = -1
-"""Stands for torch among the indexes of candidates."""
-
-Name = tuple[str, str]
-"""An op of the table and one of its shape classes."""
+WORTH = [
+    *(("linear", f"many {epilogue}") for epilogue in ("swiglu", "residual", "bias")),
+    ("attention", "head_dim 128"),
+    *(("linear", f"hundreds {epilogue}") for epilogue in ("swiglu", "residual", "bias")),
+]
+"""Classes in which a denoising step spends its time, the longest first; the others come behind."""
 
 
-def workloads_of_classes(architecture: str, ops: list[str]) -> dict[Name, list[Workload]]:
-    """Class -> the workloads that launch with it: those of BAGEL, or where it has none, of other models."""
-    found = {}
-    jobs = [(workload, architecture) for workload in ALL_WORKLOADS if set(workload.entries) & set(ops)]
-    for (workload, _), reached in in_processes(classes, jobs, os.cpu_count()):
+def workloads_of_classes(architecture: str, ops: list[str], deadline: float = math.inf) -> dict[Name, list[Workload]]:
+    """Class -> the workloads that launch with it: those of BAGEL, or where it has none, of other models.
+
+    Classes of most worth and the largest workloads come first, in the same order every time.
+    """
+    found, bagel = {}, {workload.name for workload in WORKLOADS}
+    workloads = [workload for workload in ALL_WORKLOADS if set(workload.entries) & set(ops)]
+    for workload, reached in classes_of(workloads, architecture, os.cpu_count(), deadline):
         for name in reached:
             if name[0] in workload.entries and name[0] in ops:
                 found.setdefault(name, []).append(workload)
-    bagel = {workload.name for workload in WORKLOADS}
-    return {name: [w for w in workloads if w.name in bagel] or workloads for name, workloads in found.items()}
+    for name, workloads in found.items():
+        own = [workload for workload in workloads if workload.name in bagel]
+        found[name] = sorted(own or workloads, key=lambda workload: (-workload.flops, -workload.bytes))
 
+    def place(name):
+        return WORTH.index(name) if name in WORTH else len(WORTH), found[name][0].name not in bagel
 
-def measurements(
-    name: Name, workload: Workload, tiles: dict[int, dict], architecture: str, device: torch.device
-) -> Iterator[tuple[int, float | str | None]]:
-    """(index, None) before and (index, microseconds or why there are none) after each candidate, torch first.
-
-    ``tiles`` are the candidates by index. Each is tried through the public op, by way of the table.
-    """
-    torch.manual_seed(0)
-    function, arguments, options = workload.build(Tensors(device, workload.dtype))
-    clock = Clock(device, seconds=0.05, most=20)
-    entry = configs.TABLE[name[0]][architecture][name[1]]
-    before = entry["tiles"]
-
-    def call():
-        return function(*arguments, **options)
-
-    try:
-        backend.choose_backend("reference")
-        outputs = _written(call, arguments, workload)
-        expected = [output.clone() for output in outputs]
-        yield TORCH, None
-        yield TORCH, clock.microseconds(call)
-        backend.choose_backend("triton")
-        for index, candidate in tiles.items():
-            yield index, None
-            entry["tiles"] = candidate
-            for output in outputs:
-                output.zero_()  # what a candidate leaves unwritten shall not be right from the one before
-            try:
-                outputs = _written(call, arguments, workload)
-                worst = max(map(relative_error, outputs, expected))
-                if worst > TOLERANCE[workload.dtype]:
-                    raise ValueError(f"wrong by {worst:.1e} on {workload.name}")
-                yield index, clock.microseconds(call)
-            except Exception as error:  # whatever a compiler, a launch or a comparison may raise
-                yield index, f"{type(error).__name__}: {error}"[:300]
-                if device.type == "cuda":
-                    torch.cuda.synchronize()  # raises, and so ends the process, if the candidate broke the context
-    finally:
-        entry["tiles"] = before
-        backend.choose_backend(None)
-
-
-def _written(call, arguments: tuple, workload: Workload) -> list[torch.Tensor]:
-    """Everything that a call wrote: its outputs, and caches among its arguments."""
-    outputs = call()
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    if workload.op == "qk_norm_rope":
-        outputs += arguments[6:8]
-    return [output for output in outputs if all(output is not argument for argument in arguments[:6])]
-
-
-def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """L2 norm of the difference over that of ``expected``; infinite if others than expected are not finite."""
-    finite = expected.isfinite()
-    if output.shape != expected.shape or not torch.equal(output.isfinite(), finite):
-        return math.inf
-    output, expected = output[finite].double(), expected[finite].double()
-    return ((output - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-def measure_class(
-    name: Name, workloads: list[Workload], tiles: list[dict], architecture: str
-) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
-    """Microseconds of each candidate and of ``TORCH`` by workload, and the reasons against the other candidates."""
-    times, failures = {TORCH: {}}, {}
-    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
-    for workload in workloads:
-        while True:
-            left = {i: t for i, t in enumerate(tiles) if i not in failures and workload.name not in times.get(i, {})}
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (sender, name, workload.name, left, architecture)
-            process = context.Process(target=_measure_and_send, args=arguments)
-            process.start()
-            sender.close()
-            tried, stopped = _collect(receiver, workload.name, times, failures)
-            process.kill()
-            process.join()
-            if not stopped:
-                break
-            if tried in (None, TORCH):
-                raise RuntimeError(f"{workload.name} cannot be measured: {stopped}")
-            failures.setdefault(tried, f"{stopped} on {workload.name}")
-    return {i: t for i, t in times.items() if i not in failures}, failures
-
-
-def _collect(receiver, workload: str, times: dict, failures: dict) -> tuple[int | None, str]:
-    """Sort a process's messages into ``times`` and ``failures``: the last candidate tried, and why it ended early."""
-    tried = None
-    while True:
-        try:
-            if not receiver.poll(PATIENCE):
-                return tried, f"hangs for {PATIENCE:.0f} s"
-            message = receiver.recv()
-        except EOFError:
-            return tried, "ends the process"
-        if message is None:
-            return tried, ""
-        tried, result = message
-        if isinstance(result, str):
-            failures[tried] = result
-        elif result is not None:
-            times.setdefault(tried, {})[workload] = result
-
-
-def _measure_and_send(sender, name: Name, workload: str, tiles: dict[int, dict], architecture: str) -> None:
-    [workload] = [known for known in ALL_WORKLOADS if known.name == workload]
-    with torch.set_grad_enabled(workload.op == "attention_backward"):
-        for message in measurements(name, workload, tiles, architecture, torch.device("cuda")):
-            sender.send(message)
-    sender.send(None)
-    sender.close()
-
-
-def geometric_mean(times: dict[str, float]) -> float:
-    """Of the times of one candidate."""
-    return math.exp(sum(map(math.log, times.values())) / len(times))
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
 def choose(times: dict[int, dict[str, float]], torch_may_win: bool) -> int:
@@ -221,26 +114,76 @@ def write_table(path: Path, table: dict) -> None:
     os.replace(temporary, path)
 
 
-def compilable(name: Name, workload: Workload, tiles: list[dict], architecture: str) -> tuple[list[dict], list[str]]:
+def check_writable(path: Path) -> None:
+    """Raise the OSError now that :func:`write_table` would raise after the measuring."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    with tempfile.NamedTemporaryFile(dir=path.parent):
+        pass
+
+
+def table_to_begin_with(path: Path) -> dict:
+    """The table in a file, or where there is no file the package's.
+
+    Raises:
+        ValueError: the file holds something else, or the table of another version, which has other entries.
+    """
+    if not path.exists():
+        return configs.TABLE
+    try:
+        table = json.loads(path.read_text())
+        same = _entries(table) == _entries(configs.TABLE)
+    except (ValueError, AttributeError, TypeError, KeyError):
+        same = False
+    if not same:
+        raise ValueError(f"{path} is no table of tiles with the entries of {configs.PATH}; name another file")
+    return table
+
+
+def _entries(table: dict) -> set[tuple[str, str, str]]:
+    return {
+        (op, architecture, shape_class)
+        for op, architectures in table.items()
+        for architecture, classes in architectures.items()
+        for shape_class, entry in classes.items()
+        if entry.keys() == {"tiles", "source"}
+    }
+
+
+def compilable(
+    name: Name, workload: Workload, tiles: list[dict], architecture: str, deadline: float = math.inf
+) -> tuple[list[dict], list[str]]:
     """The candidates that break no rule of :mod:`benchmarks.inspect`, a line about each other. Fills Triton's cache."""
     jobs = [(architecture, workload, {name: candidate}) for candidate in tiles]
     good, lines = [], []
-    for (*_, tried), kernels in compile_all(jobs, os.cpu_count()):
-        reasons = [
-            problem for kernel in kernels if (kernel.op, kernel.shape_class) == name for problem in problems(kernel)
-        ]
+    for (*_, tried), kernels in compile_all(jobs, os.cpu_count(), deadline):
+        own = [kernel for kernel in kernels if (kernel.op, kernel.shape_class) == name or kernel.error]
+        reasons = [problem for kernel in own for problem in problems(kernel)]
         if reasons:
             lines.append(f"    left out {tried[name]}: {', '.join(reasons)}")
         else:
             good.append(tried[name])
+    if unknown := len(tiles) - len(good) - len(lines):
+        lines.append(f"    left out {unknown} more, which the time did not suffice to compile")
     return sorted(good, key=tiles.index), lines
 
 
-def tune_class(name: Name, workloads: list[Workload], architecture: str, machine: str) -> tuple[dict | None, str]:
-    """Tiles and source of a class's new entry; prints what was measured. ValueError if no candidate serves."""
+def tune_class(
+    name: Name, workloads: list[Workload], architecture: str, machine: str, deadline: float = math.inf
+) -> tuple[dict | None, str]:
+    """Tiles and source of a class's new entry; prints what was measured.
+
+    Raises:
+        ValueError: no candidate serves.
+        RuntimeError: nothing can be measured, or could in time.
+    """
     print(f"{' '.join(name)}: {', '.join(workload.name for workload in workloads)}", flush=True)
-    tiles, lines = compilable(name, workloads[0], candidates(*name, architecture), architecture)
-    times, failures = measure_class(name, workloads, tiles, architecture)
+    half = time.monotonic() + (deadline - time.monotonic()) / 2
+    tiles, lines = compilable(name, workloads[0], candidates(*name, architecture), architecture, half)
+    if not tiles:
+        raise ValueError("\n".join(["no candidate was compiled", *lines]))
+    times, failures = measure_class(name, workloads, tiles, architecture, deadline)
+    workloads = [workload for workload in workloads if workload.name in times[TORCH]]
     lines += [f"    left out {tiles[index]}: {reason}" for index, reason in failures.items()]
     winner = choose(times, torch_may_win=name[0] == "linear")
     for index in sorted(times, key=lambda index: geometric_mean(times[index])):
@@ -253,34 +196,62 @@ def tune_class(name: Name, workloads: list[Workload], architecture: str, machine
 
 def main() -> int:
     """Tune, class by class; the exit code."""
-    ops = list(configs.TABLE)
+    start, ops = time.monotonic(), list(configs.TABLE)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, help=f"of {', '.join(ops)}", metavar="OP")
+    parser.add_argument("--class", action="append", dest="classes", metavar="NAME", help="of the ops; repeatable")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="X", help="the most that it may take")
     parser.add_argument("--output", metavar="FILE", type=Path, default=configs.PATH, help="instead of %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates and stop")
     parser.add_argument("--arch", choices=configs.ARCHITECTURES, default="sm_90", help="of a dry run, %(default)s")
     arguments = parser.parse_args()
+    known = {shape_class: None for op in arguments.op for shape_class in configs.TABLE[op][arguments.arch]}
+    chosen = arguments.classes or list(known)
+    if unknown := [repr(shape_class) for shape_class in chosen if shape_class not in known]:
+        parser.error(f"--class: no {', '.join(unknown)} among {', '.join(map(repr, known))}")
     if arguments.dry_run:
         for op in arguments.op:
-            for shape_class in configs.TABLE[op][arguments.arch]:
+            for shape_class in filter(chosen.__contains__, configs.TABLE[op][arguments.arch]):
                 tiles = candidates(op, shape_class, arguments.arch)
                 print(f"{op} {shape_class}: {len(tiles)} candidates", *tiles, sep="\n    ")
         return 0
     if not torch.cuda.is_available():
         print("benchmarks.tune: there is no GPU to measure on; --dry-run lists what would be tried", file=sys.stderr)
         return 2
+    try:
+        check_writable(arguments.output)
+        configs.TABLE = table_to_begin_with(arguments.output)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.tune: --output cannot be used: {error}", file=sys.stderr)
+        return 2
+    return tune(arguments.op, chosen, arguments.output, start + 60 * arguments.minutes - MARGIN)
+
+
+def tune(ops: list[str], chosen: list[str], output: Path, deadline: float) -> int:
+    """Tune the chosen classes of these ops until ``deadline``, writing the table after each; the exit code."""
     device = torch.device("cuda")
     architecture, machine = configs.architecture(device), torch.cuda.get_device_name(device)
-    missed = 0
-    for name, workloads in workloads_of_classes(architecture, arguments.op).items():
+    found, missed = workloads_of_classes(architecture, ops, deadline), 0
+    wanted = {(op, shape_class) for op in ops for shape_class in configs.TABLE[op][architecture]}
+    for name in [*found, *sorted(wanted - found.keys())]:
+        if name[1] not in chosen:
+            continue
         try:
-            entry = tune_class(name, workloads, architecture, machine)
+            if name not in found:
+                raise RuntimeError("no workload of it was found")
+            if time.monotonic() >= deadline:
+                raise RuntimeError("the time was up before it was begun")
+            entry = tune_class(name, found[name], architecture, machine, deadline)
         except (RuntimeError, ValueError) as error:
-            print(f"    kept as it is: {error}", file=sys.stderr)
+            print(f"{' '.join(name)}: kept as it is: {error}", file=sys.stderr, flush=True)
             missed += 1
             continue
         configs.TABLE = updated(configs.TABLE, architecture, name, *entry)
-        write_table(arguments.output, configs.TABLE)
+        try:
+            write_table(output, configs.TABLE)
+        except OSError as error:
+            print(f"benchmarks.tune: {output} cannot be written: {error}; {name}: {entry}", file=sys.stderr)
+            return 1
     return int(missed > 0)
 
 

@@ -46,7 +46,7 @@ class Workload:
         name: op and size, unique.
         op: the public op's name; "attention_backward" is attention and its gradients.
         flops: multiplications and additions of the formula; 0 where memory is the limit.
-        bytes: least traffic in a 16-bit dtype, each input read and each output written once.
+        bytes: least traffic in ``dtype``, each input read and each output written once.
         build: Tensors -> (public function, arguments, keyword arguments).
         dtype: what the model runs it in.
     """
@@ -211,7 +211,8 @@ def _attention_workload(
 ) -> Workload:
     plan, (heads, kv_heads, head_dim) = make_plan(), shape
     T, slots = len(plan.limits), int(plan.slots.max()) + 1
-    traffic = 2 * dtype.itemsize * head_dim * (T * heads + slots * kv_heads) + 4 * T * heads * len(options)  # lse
+    traffic = 2 * dtype.itemsize * head_dim * (T * heads + slots * kv_heads)
+    traffic += 4 * T * heads * options.get("return_lse", False)
     build = partial(_attention, make_plan=make_plan, heads=heads, kv_heads=kv_heads, head_dim=head_dim, **options)
     return Workload(name, "attention", 4 * heads * head_dim * visible_pairs(plan), traffic, build, dtype)
 

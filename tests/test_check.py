@@ -1,10 +1,12 @@
 """``bagel-rt check``: it passes on right kernels, and no wrong, failing or fatal one goes unnoticed."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from typer.testing import CliRunner
 from bagel_rt import check
 from bagel_rt.check_cases import CASES, Values
 from bagel_rt.cli import app
+from bagel_rt.kernels.attention import attention_lse_reference, attention_reference
 from bagel_rt.kernels.backend import OPS, backend
+from bagel_rt.kernels.decode_attention import decode_attention_reference
+from bagel_rt.kernels.linear import linear_reference
 from bagel_rt.kernels.norm import rms_norm_reference
 
 ON_DEVICE = ("--device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +40,8 @@ def rows(said):
     return [line for line in lines if line[0] in ("pass", "FAIL", "not run")]
 
 
-def test_every_kernel_passes():
+def test_every_kernel_passes(monkeypatch):
+    monkeypatch.delenv("BAGEL_RT_BACKEND", raising=False)
     report = json.loads(good("check", *ON_DEVICE, "--json"))
     cases = report.pop("cases")
     assert report["failed"] == 0 and report["table"].startswith("sm_")
@@ -141,3 +147,56 @@ LARGE = [case for case in CASES if not case.interpreted and not re.search("gate 
 def test_sizes_that_only_a_gpu_runs_fit_their_references(case):
     call, reference = case.build(Values(torch.device("cpu"), torch.bfloat16))
     assert check._error(call(), reference()) <= case.allowed(torch.bfloat16)
+
+
+def without_the_last_of_depth(x, w_gen, w_und, *others):
+    return linear_reference(x[:, :-64], w_gen[:, :-64], w_und[:, :-64], *others)
+
+
+def without_the_last_of_9064_keys(q, k, v, starts, lengths, scale):
+    return decode_attention_reference(q, k, v, starts, lengths - 64, scale)
+
+
+def without_the_last_keys(q, k, v, limits, blocks, scale):
+    blocks = blocks.clone()
+    blocks[:, 6] = torch.maximum(blocks[:, 5], blocks[:, 6] - 32)  # where the second range of keys ends
+    return attention_reference(q, k, v, limits, blocks, scale)
+
+
+def without_the_last_keys_in_the_sum(q, k, v, limits, blocks, scale):
+    out, _ = attention_lse_reference(q, k, v, limits, blocks, scale)
+    return out, attention_lse_reference(q, k, v, (limits - 32).clamp(min=1), blocks, scale)[1]
+
+
+@pytest.mark.parametrize(
+    "launcher, kernel, name",
+    [
+        ("linear._launch", without_the_last_of_depth, "BAGEL's qkv, one row"),
+        ("linear._launch", without_the_last_of_depth, "BAGEL's o, "),
+        ("decode_attention._launch", without_the_last_of_9064_keys, "length 9064"),
+        ("attention._launch", without_the_last_keys, "own keys apart"),
+        ("attention._launch_lse", without_the_last_keys_in_the_sum, "own keys apart"),
+    ],
+)
+def test_a_kernel_that_loses_its_last_tile_fails(launcher, kernel, name, monkeypatch):
+    module, function = launcher.split(".")
+    monkeypatch.setattr(import_module(f"bagel_rt.kernels.{module}"), function, kernel)
+    op = "attention_lse" if function.endswith("lse") else module
+    [case] = [case for case in CASES if case.op == op and case.name.startswith(name)]
+    result = check._check(case, torch.bfloat16, torch.device("cpu"))
+    assert result.result == "FAIL" and result.error > 2 * result.allowed
+
+
+@pytest.mark.parametrize(
+    "got, error",
+    [
+        pytest.param([[3e-3, 4e-3], [0.0, 0.0]], 0, id="equal, with a row of zeros"),
+        pytest.param([[3e-3, 5e-3], [0.0, 0.0]], 1e-3 / (4e-3 + 12.5e-6**0.5), id="small values are judged as such"),
+        pytest.param([[3e-3, 4e-3], [0.0, 1e-9]], math.inf, id="anything but zero where all is zero"),
+        pytest.param([[3e-3, math.nan], [0.0, 0.0]], math.nan, id="nan"),
+    ],
+)
+def test_errors_are_relative_to_the_row(got, error):
+    want = torch.tensor([[3e-3, 4e-3], [0.0, 0.0]], dtype=torch.float64)
+    found = check._error((torch.tensor(got, dtype=torch.float64),), (want,))
+    assert found == pytest.approx(error, nan_ok=True)

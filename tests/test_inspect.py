@@ -1,14 +1,17 @@
 """Every kernel of the table compiles to what its tiles promise, for GPUs that are not here; bad ones are told."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from copy import deepcopy
 
 import pytest
 
 from bagel_rt.kernels import configs
+from benchmarks import compiling
 from benchmarks.compiling import LIMITS, Kernel, blocks_per_multiprocessor, in_processes
 from benchmarks.inspect import merge, problems, unreached
 
@@ -39,6 +42,10 @@ def report(request, tmp_path_factory):
 def kernels_where(report, condition):
     """(op, class, kernel, tiles) of the kernels that meet a condition: what an assertion should show."""
     return [(k["op"], k["shape_class"], k["name"], k["tiles"]) for k in report["kernels"] if condition(k)]
+
+
+def test_the_report_says_of_which_code_it_is(report):
+    assert report["commit"] and "triton" in report["versions"]
 
 
 def test_the_shipped_table_breaks_no_rule(report):
@@ -109,6 +116,26 @@ def test_bad_tiles_are_told(tmp_path):
     assert found["some residual"] == []
 
 
+def test_a_decoded_tokens_slot_compiles_no_second_variant():
+    """A slot is a view of one number, 16-byte aligned at every second token."""
+    code = """
+import torch
+from bagel_rt.kernels import qk_norm_rope
+from benchmarks.compiling import launches
+
+row, table, cache = torch.empty(1, 36 * 128).bfloat16(), torch.empty(1, 64), torch.empty(8, 4, 128).bfloat16()
+norm, slots, variants = torch.empty(32, 128).bfloat16(), torch.arange(8), set()
+with launches("sm_90", lambda asked, run: variants.add(run().hash)):
+    for token in range(3):
+        qk_norm_rope(row, norm, norm, table, table, slots[token : token + 1], cache, cache, 0, 1e-6)
+print(len(variants))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    where = configs.PATH.parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1"], done.stderr
+
+
 def test_the_interpreter_is_refused():
     done = run_inspect(TRITON_INTERPRET="1")
     assert done.returncode == 2
@@ -117,7 +144,7 @@ def test_the_interpreter_is_refused():
 
 def kernel(architecture="sm_90", **facts):
     asked = {"op": "linear", "shape_class": "many bias", "tiles": {"DESCRIPTORS": "host"}, "workloads": ["a"]}
-    good = {"dots": [(128, 256, 64, "bf16")], "registers": 168, "wgmma": 4, "tma_loads": 6}
+    good = {"dots": [(128, 256, 64, "bf16")], "registers": 168, "wgmma": 4, "tma_loads": 6, "cp_async": 2}
     return Kernel(architecture, **(asked | good | facts))
 
 
@@ -140,6 +167,8 @@ def kernel(architecture="sm_90", **facts):
         ({"tma_loads": 0}, "no TMA load"),
         ({"tma_loads": 0, "tiles": {"LOADS": "device descriptors"}}, "no TMA load"),
         ({"tma_loads": 0, "tiles": {"DESCRIPTORS": "none"}}, None),
+        ({"tma_loads": 0, "cp_async": 0, "tiles": {"DESCRIPTORS": "none"}}, "waits for its loads"),
+        ({"tma_loads": 0, "cp_async": 0, "tiles": {"DESCRIPTORS": "none"}, "shape_class": "unaligned"}, None),
         ({"tiles": {"TMA_STORE": True}}, "no TMA store"),
         ({"architecture": "sm_80", "mma": 0, "wgmma": 0}, "without mma.sync"),
         ({"architecture": "sm_80", "mma": 64, "registers": 255}, None),
@@ -177,6 +206,39 @@ def test_a_process_that_dies_is_reported_and_the_others_go_on():
 
 def die_or_double(number):
     return 2 * number or os._exit(7)
+
+
+def test_a_job_that_raises_or_never_ends_is_reported_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(compiling, "PATIENCE", 0.5)
+    results = dict(in_processes(sleep_or_raise, [(0,), (60,), (-1,), (0.1,)], workers=2))
+    assert results[(0,)] == 0 and results[(0.1,)] == 0.1
+    assert isinstance(results[(60,)], ChildProcessError) and "took more than" in str(results[(60,)])
+    assert isinstance(results[(-1,)], ChildProcessError) and "ValueError: sleep length" in str(results[(-1,)])
+    assert multiprocessing.active_children() == []
+
+
+def test_at_the_deadline_what_runs_is_stopped_and_nothing_else_begun():
+    found = list(in_processes(sleep_or_raise, [(0,), (60,), (61,), (0.1,)], 2, time.monotonic() + 1))
+    assert found[0] == ((0,), 0) and [job for job, _ in found[1:]] == [(60,), (61,)]
+    assert {str(result) for _, result in found[1:]} == {"the time was up"}
+    assert multiprocessing.active_children() == []
+
+
+def sleep_or_raise(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def test_what_a_job_runs_is_ended_with_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "PATIENCE", 1.0)
+    [(_, result)] = in_processes(run_for_a_minute, [(tmp_path / "process",)], workers=1)
+    assert isinstance(result, ChildProcessError)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "process").read_text()), 0)
+
+
+def run_for_a_minute(path):
+    subprocess.run(["sh", "-c", 'echo $$ > "$0"; exec sleep 60', str(path)])
 
 
 def test_kernels_of_one_class_are_merged_unless_they_differ():

@@ -1,19 +1,18 @@
 """The tuner without its GPU: what it would try, how it judges, what it writes."""
 
 import json
-import math
-import multiprocessing
 import os
+import time
 from copy import deepcopy
 
 import pytest
 import torch
 
-from bagel_rt.kernels import backend, configs
-from benchmarks import tune
+from bagel_rt.kernels import configs
+from benchmarks import compiling, tune
 from benchmarks.compiling import LIMITS
 from benchmarks.search_space import candidates
-from benchmarks.tune import TORCH, choose, describe, measurements, relative_error, updated, write_table
+from benchmarks.tune import TORCH, choose, describe, updated, workloads_of_classes, write_table
 from benchmarks.workloads import ALL_WORKLOADS, WORKLOADS, Tensors, Workload
 
 ENTRIES = [
@@ -129,70 +128,56 @@ def test_the_source_says_where_when_and_how_fast():
     assert "4000 GB/s on norm" in describe("NVIDIA H200", only, 0, [copy])
 
 
-def test_relative_error():
-    one = torch.tensor([3.0, 4.0, -math.inf])
-    assert relative_error(one, one) == 0
-    assert relative_error(torch.tensor([3.0, 4.5, -math.inf]), one) == pytest.approx(0.1)
-    assert relative_error(torch.tensor([3.0, math.nan, -math.inf]), one) == math.inf
-    assert relative_error(torch.tensor([3.0, 4.0, 5.0]), one) == math.inf
-    assert relative_error(torch.zeros(2), one) == math.inf
+@pytest.fixture
+def choices(monkeypatch):
+    """The choice of kernels and of classes as in a process that the environment says nothing to."""
+    pytest.importorskip("triton")
+    table = updated(configs.TABLE, "sm_90", ("linear", "many bias"), None, "torch was faster")
+    table = updated(table, "sm_90", ("linear", "many residual"), None, "torch was faster")
+    monkeypatch.setattr(configs, "TABLE", table)
+
+    def choose_workloads(*names):
+        monkeypatch.setattr(tune, "ALL_WORKLOADS", [broken if n == "broken" else workload_named(n) for n in names])
+
+    return choose_workloads
 
 
-def by_rows(x):
-    """An op whose kernel is right, wrong, unfinished or broken for its tiles."""
-    if backend.backend() == "reference":
-        return x + 1
-    rows = configs.tiles("rms_norm", "wide", x.device)["ROWS"]
-    if rows == 3:
-        raise RuntimeError("out of resources")
-    return x + 1 if rows == 1 else torch.full_like(x, math.nan) if rows == 4 else x + rows
+def workload_named(name):
+    [workload] = [workload for workload in ALL_WORKLOADS if workload.name == name]
+    return workload
 
 
-def test_candidates_that_fail_or_are_wrong_get_a_reason_instead_of_a_time():
-    workload = Workload("four sums", "rms_norm", 0, 8, lambda tensors: (by_rows, (tensors(64),), {}), torch.float32)
-    device = torch.device("cpu")
-    architecture, before = configs.architecture(device), deepcopy(configs.TABLE)
-    tiles = {index: {"ROWS": rows, "num_warps": 4} for index, rows in enumerate((1, 2, 3, 4, 1))}
-    results = list(measurements(("rms_norm", "wide"), workload, tiles, architecture, device))
-    found = {index: result for index, result in results if result is not None}
-    assert [index for index, result in results if result is None] == [TORCH, 0, 1, 2, 3, 4]
-    assert found[TORCH] > 0 and found[0] > 0 and found[4] > 0
-    assert found[1].startswith("ValueError: wrong by") and found[3].startswith("ValueError: wrong by inf")
-    assert found[2] == "RuntimeError: out of resources"
-    assert configs.TABLE == before and backend.backend() == "auto"
+def no_inputs(tensors):
+    raise MemoryError("no room")
 
 
-def test_what_a_call_leaves_unwritten_is_not_taken_from_the_call_before():
-    buffer = torch.empty(8)
-
-    def writes(x):
-        if backend.backend() == "reference":
-            return buffer.copy_(x)
-        return buffer if configs.tiles("rms_norm", "wide", x.device)["ROWS"] == 2 else buffer.copy_(x)
-
-    workload = Workload("lazy", "rms_norm", 0, 8, lambda tensors: (writes, (tensors(8),), {}), torch.float32)
-    device = torch.device("cpu")
-    tiles = {0: {"ROWS": 1, "num_warps": 4}, 1: {"ROWS": 2, "num_warps": 4}}
-    results = dict(measurements(("rms_norm", "wide"), workload, tiles, configs.architecture(device), device))
-    assert results[0] > 0 and results[1].startswith("ValueError: wrong by")
+broken = Workload("broken", "linear", 1, 1, no_inputs)
 
 
-def test_a_process_that_hangs_or_ends_is_told_from_one_that_is_done(monkeypatch):
-    monkeypatch.setattr(tune, "PATIENCE", 0.01)
+def test_classes_given_to_torch_are_found_in_the_order_of_worth_and_size(choices):
+    choices("qkv, text-to-image 1024", "o, edit 1024", "o, text-to-image 1024")
+    found = workloads_of_classes("sm_90", ["linear"])
+    assert [(name, [workload.name for workload in workloads]) for name, workloads in found.items()] == [
+        (("linear", "many residual"), ["o, edit 1024", "o, text-to-image 1024"]),
+        (("linear", "many bias"), ["qkv, text-to-image 1024"]),
+    ]
 
-    def collect(*messages, closes):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        times, failures = {TORCH: {}}, {}
-        for message in messages:
-            sender.send(message)
-        if closes:
-            sender.close()
-        return *tune._collect(receiver, "a", times, failures), times, failures
 
-    assert collect((TORCH, 2.0), (0, None), closes=False)[:2] == (0, "hangs for 0 s")
-    assert collect((TORCH, 2.0), (0, None), closes=True)[:2] == (0, "ends the process")
-    done = collect((TORCH, 2.0), (0, None), (0, 1.5), (1, None), (1, "wrong"), None, closes=True)
-    assert done == (1, "", {TORCH: {"a": 2.0}, 0: {"a": 1.5}}, {1: "wrong"})
+def test_a_workload_that_cannot_be_built_is_told_and_the_others_go_on(choices, capfd):
+    choices("broken", "qkv, text-to-image 1024")
+    assert list(workloads_of_classes("sm_90", ["linear"])) == [("linear", "many bias")]
+    assert "broken: which classes it belongs to is unknown: MemoryError: no room" in capfd.readouterr().err
+
+
+def test_classes_of_most_worth_are_in_the_table():
+    assert all(shape_class in configs.TABLE[op]["sm_90"] for op, shape_class in tune.WORTH)
+
+
+def test_no_candidate_compiled_in_time_is_no_victory_of_torch(monkeypatch):
+    monkeypatch.setattr(compiling, "compile_workload", None)
+    workloads = [workload_named("qkv, text-to-image 1024")]
+    with pytest.raises(ValueError, match="no candidate was compiled\n.* more, which the time did not suffice"):
+        tune.tune_class(("linear", "many bias"), workloads, "sm_90", "NVIDIA H200", time.monotonic())
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -210,28 +195,91 @@ def test_a_dry_run_lists_every_candidate(monkeypatch, capsys):
     assert len([line for line in lines if line.startswith("    {'ROWS'")]) == listed
 
 
-def test_each_class_is_written_when_it_is_done_and_a_failed_one_stays(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "configs.json"
+@pytest.fixture
+def on_h200(monkeypatch):
+    """:func:`tune.main` with given arguments on a GPU where all classes but "many bias" come out tuned at once."""
     monkeypatch.setattr(configs, "TABLE", deepcopy(configs.TABLE))
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     classes = {("rms_norm", "wide"): [], ("linear", "many bias"): [], ("linear", "few bias"): []}
-    monkeypatch.setattr(tune, "workloads_of_classes", lambda architecture, ops: classes)
+    monkeypatch.setattr(tune, "workloads_of_classes", lambda architecture, ops, deadline: classes)
 
-    def tune_class(name, workloads, architecture, machine):
+    def tune_class(name, workloads, architecture, machine, deadline):
         if name[1] == "many bias":
             raise ValueError("no candidate both gave the right result and could be timed")
         return None if name[0] == "linear" else {"ROWS": 2, "num_warps": 8}, f"measured on {machine}"
 
     monkeypatch.setattr(tune, "tune_class", tune_class)
-    monkeypatch.setattr("sys.argv", ["tune", "--output", str(path)])
-    expected = deepcopy(configs.TABLE)
-    expected["rms_norm"]["sm_90"]["wide"] = {"tiles": {"ROWS": 2, "num_warps": 8}, "source": "measured on NVIDIA H200"}
-    expected["linear"]["sm_90"]["few bias"] = {"tiles": None, "source": "measured on NVIDIA H200"}
-    assert tune.main() == 1
+
+    def main(*arguments):
+        monkeypatch.setattr("sys.argv", ["tune", *map(str, arguments)])
+        return tune.main()
+
+    return main
+
+
+TUNED = {
+    ("rms_norm", "wide"): {"tiles": {"ROWS": 2, "num_warps": 8}, "source": "measured on NVIDIA H200"},
+    ("linear", "few bias"): {"tiles": None, "source": "measured on NVIDIA H200"},
+}
+
+
+def table_with(*names):
+    table = deepcopy(configs.TABLE)
+    for op, shape_class in names:
+        table[op]["sm_90"][shape_class] = TUNED[op, shape_class]
+    return table
+
+
+def test_each_class_is_written_when_it_is_done_and_a_failed_one_stays(on_h200, tmp_path, capsys):
+    path, expected = tmp_path / "configs.json", table_with(*TUNED)
+    assert on_h200("--output", path) == 1
     assert json.loads(path.read_text()) == expected
-    assert "kept as it is: no candidate" in capsys.readouterr().err
+    assert "linear many bias: kept as it is: no candidate" in capsys.readouterr().err
+
+
+def test_results_of_several_runs_add_up(on_h200, tmp_path, monkeypatch):
+    path, shipped, expected = tmp_path / "configs.json", deepcopy(configs.TABLE), table_with(*TUNED)
+    assert on_h200("--output", path, "--op", "rms_norm", "linear", "--class", "wide") == 0
+    assert json.loads(path.read_text()) == table_with(("rms_norm", "wide")) != expected
+    monkeypatch.setattr(configs, "TABLE", shipped)
+    assert on_h200("--output", path, "--class", "few bias") == 0
+    assert json.loads(path.read_text()) == expected
+
+
+def test_when_the_time_is_up_it_says_what_was_not_begun(on_h200, tmp_path, capsys):
+    path = tmp_path / "configs.json"
+    assert on_h200("--output", path, "--minutes", 0) == 1
+    assert not path.exists()
+    assert "linear few bias: kept as it is: the time was up before it was begun" in capsys.readouterr().err
+
+
+def test_a_class_without_a_workload_is_told(on_h200, tmp_path, capsys):
+    assert on_h200("--output", tmp_path / "configs.json", "--class", "widest") == 1
+    assert capsys.readouterr().err == "rms_norm widest: kept as it is: no workload of it was found\n"
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(on_h200, tmp_path, capsys):
+    for path in (tmp_path / "missing" / "configs.json", tmp_path):
+        assert on_h200("--output", path) == 2
+        assert "--output cannot be used: " in (told := capsys.readouterr().err) and str(path.parent) in told
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"linear": {"sm_90": {}}}', '{"linear": {"sm_90": {"few bias": 1}}}']
+)
+def test_an_output_that_is_another_file_is_left_alone(on_h200, tmp_path, capsys, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    assert on_h200("--output", path) == 2
+    assert "is no table of tiles with the entries of" in capsys.readouterr().err and path.read_text() == text
+
+
+def test_an_unknown_class_is_refused(on_h200, capsys):
+    with pytest.raises(SystemExit):
+        on_h200("--op", "rms_norm", "--class", "many bias")
+    assert "no 'many bias' among 'narrow', 'wide', 'widest'" in capsys.readouterr().err
 
 
 def test_workloads_have_names_of_their_own_and_inputs_that_their_ops_accept():
