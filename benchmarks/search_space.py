@@ -1,8 +1,8 @@
 """The launch arguments that the tuner tries, by op, shape class and architecture. What each means: the op's file.
 
 Shipped entries are the cautious ones; those that could be faster and were never run wait here: descriptors made on the
-device with warp specialisation, deeper pipelines, other tiles. ``python -m benchmarks.inspect --candidates`` compiles
-them all.
+device, for linear with warp specialisation (attention's does not compile), deeper pipelines, other tiles.
+``python -m benchmarks.inspect --candidates`` compiles them all.
 """
 
 from collections.abc import Iterator
