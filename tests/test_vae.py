@@ -1,6 +1,7 @@
 """The autoencoder against recorded tensors, and, for other shapes, against its formulas in float64."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bagel_rt.config import BAGEL_7B_MOT, BagelConfig, VAEConfig
 from bagel_rt.images import ResizeRule, image_to_tensor
-from bagel_rt.models.bagel.vae import AutoEncoder
+from bagel_rt.models.bagel import vae_blocks
+from bagel_rt.models.bagel.vae import AutoEncoder, decode_memory, encode_memory
 
 PACK = Path(__file__).parent / "conformance" / "bagel"
 CASE = PACK / "cases" / "04_vae"
@@ -181,6 +186,138 @@ def test_a_latent_comes_from_the_posterior_and_not_its_mean(vae, golden):
     first, second = (vae.encode(golden["pixels"], draw) for draw in draws)
     want = (golden["logvar"] / 2).exp() * (draws[0] - draws[1]) * vae.config.scale_factor
     assert (first - second - want).abs().max() <= 1e-5
+
+
+# Large maps
+
+
+def strips_of(monkeypatch, elements: int) -> None:
+    """Let maps of more than so many elements run in strips of at most as many."""
+    monkeypatch.setattr(vae_blocks, "STRIP_ELEMENTS", elements)
+    monkeypatch.setattr(sys.modules["bagel_rt.kernels.group_norm"], "REFERENCE_ELEMENTS", elements)
+
+
+LARGE = {  # (configuration, batch, latent height, latent width, elements of a strip)
+    "strips-that-do-not-divide-the-height": (VAEConfig(ch=32, num_res_blocks=1), 1, 5, 3, 3000),
+    "strips-of-one-row": (VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1), 1, 7, 5, 1),
+    "a-last-strip-of-one-row": (VAEConfig(ch=32, ch_mult=(2, 1), num_res_blocks=1), 1, 8, 4, 64 * 4 * 3),
+    "two-pictures": (VAEConfig(ch=32, ch_mult=(2, 1, 2), num_res_blocks=2), 2, 3, 6, 5000),
+    "one-level-of-odd-sides": (VAEConfig(ch=64, ch_mult=(1,), num_res_blocks=1), 1, 13, 17, 4096),
+    "one-column": (VAEConfig(ch=32, ch_mult=(1, 3), num_res_blocks=1), 1, 9, 1, 300),
+}
+large = pytest.mark.parametrize("config, batch, height, width, elements", LARGE.values(), ids=LARGE)
+
+
+def drawn(config: VAEConfig, batch: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A latent and a picture of its size."""
+    torch.manual_seed(1)
+    side = config.downsample
+    return torch.randn(batch, config.z_channels, height, width), torch.randn(batch, 3, height * side, width * side)
+
+
+@large
+def test_strips_give_the_same_picture_and_latent(config, batch, height, width, elements, monkeypatch):
+    model, _ = random_vae(config)
+    latent, pixels = drawn(config, batch, height, width)
+    want = model.decode(latent), model.encode(pixels, latent)
+    strips, cut = [], vae_blocks._strips
+
+    def recorded(*given, **options):
+        strips.append(list(cut(*given, **options)))
+        return strips[-1]
+
+    monkeypatch.setattr(vae_blocks, "_strips", recorded)
+    strips_of(monkeypatch, elements)
+    for got, plain in zip((model.decode(latent), model.encode(pixels, latent)), want, strict=True):
+        assert got.shape == plain.shape
+        assert (got - plain).abs().max() <= 1e-5 * plain.abs().max()
+    assert any(len(rows) > 1 for rows in strips)
+
+
+def test_large_maps_are_left_whole_where_gradients_are_wanted(monkeypatch):
+    config = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)
+    model, _ = random_vae(config)
+    latent, _ = drawn(config, 1, 3, 2)
+
+    def gradient():
+        wanted = latent.clone().requires_grad_()
+        return torch.autograd.grad(model.decode(wanted).square().sum(), wanted)[0]
+
+    want = gradient()
+    monkeypatch.setattr(vae_blocks, "STRIP_ELEMENTS", 1)
+    assert torch.equal(gradient(), want)
+
+
+def test_strips_of_a_picture_in_half_precision(monkeypatch):
+    config = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)
+    model = random_vae(config)[0].bfloat16()
+    latent, _ = drawn(config, 1, 5, 4)
+    want = model.decode(latent.bfloat16())
+    strips_of(monkeypatch, 1000)
+    got = model.decode(latent.bfloat16())
+    assert got.dtype == torch.bfloat16 and (got - want).abs().max() <= 0.05 * want.abs().max()
+
+
+def test_attention_over_many_cells_takes_some_queries_at_a_time(monkeypatch):
+    config = VAEConfig(ch=32, ch_mult=(1,), num_res_blocks=1)
+    model, _ = random_vae(config)
+    latent, _ = drawn(config, 2, 5, 9)
+    want, asked, attend = model.decode(latent), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(vae_blocks, "QUERIES", 16)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: asked.append(q.shape[2]) or attend(q, k, v))
+    torch.testing.assert_close(model.decode(latent), want, rtol=1e-5, atol=1e-5)
+    assert asked == [16, 16, 13]
+
+
+# Memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive; ``most`` is the largest count after any operator."""
+
+    def __init__(self, *inputs: torch.Tensor):
+        super().__init__()
+        self.sizes, self.most = {}, 0
+        self._add(inputs)
+
+    def _add(self, tensors) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            self.sizes.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.sizes = {key: (alive, size) for key, (alive, size) in self.sizes.items() if not alive.expired()}
+        self.most = max(self.most, sum(size for _, size in self.sizes.values()))
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        def tensors(values):
+            return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+        given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
+        result = operator(*args, **kwargs or {})
+        self._add(tensor for tensor in tensors(result) if tensor.untyped_storage()._cdata not in given)  # no weights
+        return result
+
+
+@large
+@pytest.mark.parametrize("in_strips", [False, True], ids=["whole", "strips"])
+def test_the_expected_memory_bounds_what_is_alive(config, batch, height, width, elements, in_strips, monkeypatch):
+    model, _ = random_vae(config)
+    latent, pixels = drawn(config, batch, height, width)
+    if in_strips:
+        strips_of(monkeypatch, elements)
+    for work, inputs, expected in (
+        (lambda: model.decode(latent), [latent], decode_memory),
+        (lambda: model.encode(pixels, latent), [pixels, latent], encode_memory),
+    ):
+        with torch.inference_mode(), LiveBytes(*inputs) as live:
+            work()
+        bound = expected(config, *pixels.shape[2:], batch=batch)
+        assert live.most <= bound <= 1.35 * live.most
+
+
+def test_the_published_decoder_stays_within_ten_gigabytes_at_2048():
+    expected = decode_memory(BAGEL_7B_MOT.vae, 2048, 2048)
+    assert 4 * 2048**2 * (256 + 128) < expected < 8e9  # two maps are there at once, and not much more
+    assert decode_memory(BAGEL_7B_MOT.vae, 1024, 1024) < 2e9
+    assert decode_memory(BAGEL_7B_MOT.vae, 2048, 2048, itemsize=2) * 2 == expected
 
 
 # Refused

@@ -1,0 +1,298 @@
+"""GroupNorm, SiLU behind it if wanted: ``y = silu((x - mean) / sqrt(var + eps) * weight + bias)``.
+
+x is a map [B, C, H, W]; mean and variance are those of a group of C / groups neighbouring channels of one picture, over
+all its cells (Wu & He 2018, arXiv:1803.08494). They are float32 (float64 for float64 maps); the result is rounded once.
+The statistics can be taken by themselves (:func:`group_norm_moments`), so that a large map may be normalised in strips.
+
+The kernels take channels-last maps. One makes means and sums of squared deviations of parts of the cells, so that
+nothing cancels; one adds them up, in the order of the parts; one normalises. A picture's result does not depend on the
+others of the batch. Traffic: reads x twice, writes y; memory-bound.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.compiler import is_compiling
+
+from bagel_rt.kernels import configs
+from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.triton_language import jit, tl, triton
+
+LARGEST_GROUP = 4096
+"""Channels of a group that the kernels keep in registers; of wider ones the reference takes care."""
+
+
+REFERENCE_ELEMENTS = 2**18
+"""That the reference centres at a time: they stay in a CPU's cache, and a large map has no copy."""
+
+
+def group_norm_moments_reference(x, groups, eps):
+    """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`group_norm_moments`."""
+    size = x.shape[1] // groups
+    count = size * x.shape[2] * x.shape[3]
+    mean = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, size)).sum(2) / count
+    centre = mean.repeat_interleave(size, dim=1)[:, :, None, None]
+    strips = x.split(max(REFERENCE_ELEMENTS // max(x[:, :, 0].numel(), 1), 1), dim=2)
+    deviations = sum((strip - centre).square_().sum((2, 3)) for strip in strips)
+    variance = deviations.unflatten(1, (groups, size)).sum(2) / count
+    return torch.stack([mean, torch.rsqrt(variance + eps)], dim=2)
+
+
+def group_norm_reference(x, weight, bias, groups, eps, silu, moments=None):
+    """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`group_norm`."""
+    if moments is None and x.is_contiguous():
+        y = torch.group_norm(x, groups, weight, bias, eps)  # of channels-last maps it cancels: E[x^2] - E[x]^2
+    else:
+        moments = group_norm_moments_reference(x, groups, eps) if moments is None else moments
+        mean, inverse = moments.repeat_interleave(x.shape[1] // groups, dim=1).unbind(2)
+        scale = inverse * weight
+        shift = bias - mean * scale
+        y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+    return F.silu(y, inplace=True) if silu else y
+
+
+@jit
+def _columns(GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(group, channel, whether there is such a channel) of each column of a tile: BLOCK_SIZE columns a group."""
+    column = tl.program_id(1) * (BLOCK_GROUPS * BLOCK_SIZE) + tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE)
+    group = column // BLOCK_SIZE
+    if BLOCK_SIZE == SIZE:  # said plainly, so that 16 bytes are loaded at a time
+        return group, column, column < GROUPS * SIZE
+    return group, group * SIZE + column % BLOCK_SIZE, (group < GROUPS) & (column % BLOCK_SIZE < SIZE)
+
+
+@jit(do_not_specialize=["cells", "cells_per_part"])
+def _group_norm_parts_kernel(
+    x_ptr, parts_ptr, batch_stride, cells, cells_per_part,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of a part's cells; parts [B, 2, GROUPS, parts].
+
+    Every lane keeps its own running mean and deviations (Welford), so the loop has no reduction; they meet at its end.
+    """
+    part, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    _, channel, exists = _columns(GROUPS, SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    cell = tl.arange(0, CELLS)[:, None]
+    first = part * cells_per_part
+    count = tl.minimum(cells_per_part, cells - first)
+    x_ptr += batch * batch_stride + first.to(tl.int64) * (GROUPS * SIZE)
+    mean = tl.zeros((CELLS, BLOCK_GROUPS * BLOCK_SIZE), tl.float32)
+    deviations = tl.zeros((CELLS, BLOCK_GROUPS * BLOCK_SIZE), tl.float32)
+    seen = 0.0
+    for start in range(0, count, CELLS):
+        inside = exists[None, :] & (start + cell < count)
+        offset = (start + cell) * (GROUPS * SIZE) + channel[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        seen += 1.0
+        difference = tl.where(inside, x - mean, 0.0)
+        mean += difference * (1.0 / seen)
+        deviations += difference * (x - mean)
+    # How many cells each lane has seen is its weight.
+    weight = tl.where(exists[None, :], (count - cell + CELLS - 1) // CELLS, 0).to(tl.float32)
+    group_mean = _of_groups(mean * weight, BLOCK_GROUPS, BLOCK_SIZE) / (count * SIZE).to(tl.float32)
+    centre = tl.broadcast_to(group_mean[:, None], (BLOCK_GROUPS, BLOCK_SIZE)).reshape(BLOCK_GROUPS * BLOCK_SIZE)
+    difference = mean - centre[None, :]
+    deviations = _of_groups(deviations + weight * difference * difference, BLOCK_GROUPS, BLOCK_SIZE)
+    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    parts = tl.num_programs(0)
+    parts_ptr += (batch * 2 * GROUPS + group) * parts + part
+    tl.store(parts_ptr, group_mean, mask=group < GROUPS)
+    tl.store(parts_ptr + GROUPS * parts, deviations, mask=group < GROUPS)
+
+
+@jit
+def _of_groups(x, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Sums of a tile over its cells and the columns of each group."""
+    return tl.sum(tl.sum(x, axis=0).reshape(BLOCK_GROUPS, BLOCK_SIZE), axis=1)
+
+
+@jit(do_not_specialize=["cells", "cells_per_part", "parts"])
+def _group_norm_moments_kernel(
+    parts_ptr, moments_ptr, cells, cells_per_part, parts, eps,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    """The parts of one group of one picture to its mean and 1 / sqrt(var + eps); moments [B, GROUPS, 2]."""
+    group, batch = tl.program_id(0), tl.program_id(1)
+    part = tl.arange(0, BLOCK_PARTS)
+    exists = part < parts
+    parts_ptr += (batch * 2 * GROUPS + group) * parts + part
+    means = tl.load(parts_ptr, mask=exists, other=0.0)
+    deviations = tl.load(parts_ptr + GROUPS * parts, mask=exists, other=0.0)
+    share = tl.where(exists, tl.minimum(cells_per_part, cells - part * cells_per_part), 0).to(tl.float32) / cells
+    mean = tl.sum(means * share)
+    difference = means - mean
+    variance = tl.sum(deviations) / cells / SIZE + tl.sum(share * difference * difference)
+    moments_ptr += (batch * GROUPS + group) * 2
+    tl.store(moments_ptr, mean)
+    tl.store(moments_ptr + 1, tl.rsqrt(variance + eps))
+
+
+@jit(do_not_specialize=["cells"])
+def _group_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, moments_ptr, y_ptr, x_batch_stride, y_batch_stride, cells,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, SILU: tl.constexpr,
+    CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """CELLS cells of one picture a program."""
+    first, batch = tl.program_id(0).to(tl.int64) * CELLS, tl.program_id(2).to(tl.int64)
+    group, channel, exists = _columns(GROUPS, SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    cell = tl.arange(0, CELLS)[:, None]
+    inside = exists[None, :] & (first + cell < cells)
+    offset = first * (GROUPS * SIZE) + cell * (GROUPS * SIZE) + channel[None, :]
+    x = tl.load(x_ptr + batch * x_batch_stride + offset, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + channel, mask=exists, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    moments_ptr += (batch * GROUPS + group) * 2
+    mean = tl.load(moments_ptr, mask=exists, other=0.0)
+    inverse = tl.load(moments_ptr + 1, mask=exists, other=0.0)
+    y = (x - mean[None, :]) * (inverse * weight)[None, :] + bias[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(y_ptr + batch * y_batch_stride + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def _blocks(groups, size, elements):
+    """Tile sizes of about ``elements``: all channels of as many cells as fit, else some groups of one cell."""
+    block_size = triton.next_power_of_2(size)
+    block_groups = min(triton.next_power_of_2(groups), max(elements // block_size, 1))
+    return {"CELLS": max(elements // (block_size * block_groups), 1), "BLOCK_GROUPS": block_groups,
+            "BLOCK_SIZE": block_size}  # fmt: skip
+
+
+def _run_moments_kernels(x, groups, eps):
+    batch, channels, height, width = x.shape
+    size, cells = channels // groups, height * width
+    tiles = dict(configs.tiles("group_norm_moments", "maps", x.device))
+    blocks, most_parts = _blocks(groups, size, tiles.pop("ELEMENTS")), tiles.pop("PARTS")
+    cells_per_part = triton.cdiv(triton.cdiv(cells, most_parts), blocks["CELLS"]) * blocks["CELLS"]
+    count = triton.cdiv(cells, cells_per_part)
+    parts = x.new_empty(batch, 2, groups, count, dtype=torch.float32)
+    moments = x.new_empty(batch, groups, 2, dtype=torch.float32)
+    _group_norm_parts_kernel[(count, triton.cdiv(groups, blocks["BLOCK_GROUPS"]), batch)](
+        x, parts, x.stride(0), cells, cells_per_part, GROUPS=groups, SIZE=size, **blocks, **tiles
+    )
+    _group_norm_moments_kernel[(groups, batch)](
+        parts, moments, cells, cells_per_part, count, eps,
+        GROUPS=groups, SIZE=size, BLOCK_PARTS=triton.next_power_of_2(most_parts), num_warps=4,
+    )  # fmt: skip
+    return moments
+
+
+def _run_kernel(x, weight, bias, groups, eps, silu, moments=None):
+    if moments is None:
+        moments = _run_moments_kernels(x, groups, eps)
+    batch, channels, height, width = x.shape
+    tiles = dict(configs.tiles("group_norm", "maps", x.device))
+    blocks = _blocks(groups, channels // groups, tiles.pop("ELEMENTS"))
+    y = torch.empty_like(x)
+    grid = triton.cdiv(height * width, blocks["CELLS"]), triton.cdiv(groups, blocks["BLOCK_GROUPS"]), batch
+    _group_norm_kernel[grid](
+        x, weight.contiguous(), bias.contiguous(), moments.contiguous(), y, x.stride(0), y.stride(0), height * width,
+        GROUPS=groups, SIZE=channels // groups, SILU=silu, **blocks, **tiles,
+    )  # fmt: skip
+    return y
+
+
+torch.library.define(
+    "bagel_rt::group_norm",
+    "(Tensor x, Tensor weight, Tensor bias, SymInt groups, float eps, bool silu, Tensor? moments) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "bagel_rt::group_norm_moments",
+    "(Tensor x, SymInt groups, float eps) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _has_kernel(x, groups):
+    """Whether there is a kernel for the layout: the cells of a picture one behind the other, channels side by side."""
+    return x.shape[0] > 0 and x.permute(0, 2, 3, 1)[0].is_contiguous() and x.shape[1] // groups <= LARGEST_GROUP
+
+
+def _launch_group_norm(x, weight, bias, groups, eps, silu, moments):
+    run = group_norm_reference
+    if runs_kernel(x, weight, bias, moments) and _has_kernel(x, groups):
+        run = _run_kernel
+    return run(x, weight, bias, groups, eps, silu, moments)
+
+
+torch.library.impl("bagel_rt::group_norm", "default", _launch_group_norm)
+
+
+def _launch_group_norm_moments(x, groups, eps):
+    run = _run_moments_kernels if runs_kernel(x) and _has_kernel(x, groups) else group_norm_moments_reference
+    return run(x, groups, eps)
+
+
+torch.library.impl("bagel_rt::group_norm_moments", "default", _launch_group_norm_moments)
+
+
+@torch.library.register_fake("bagel_rt::group_norm")
+def _fake_group_norm(x, weight, bias, groups, eps, silu, moments):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("bagel_rt::group_norm_moments")
+def _fake_group_norm_moments(x, groups, eps):
+    return x.new_empty(x.shape[0], groups, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+_group_norm = torch.ops.bagel_rt.group_norm.default
+_group_norm_moments = torch.ops.bagel_rt.group_norm_moments.default
+
+
+def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
+    """Normalise the groups of channels of each picture.
+
+    Args:
+        x: [B, C, H, W], floating point; kernels take channels-last ones, also strips of rows of such.
+        weight, bias: [C], dtype of ``x``.
+        groups: a divisor of C; channels [i C / groups, (i + 1) C / groups) are a group.
+        eps: added to the variance.
+        silu: y * sigmoid(y) of the result.
+        moments: as :func:`group_norm_moments` returns them, of the map of which x is a part; by default those of x.
+
+    Returns:
+        [B, C, H, W] in the dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes or the number of groups disagree; the message names the offender.
+    """
+    _check_map("group_norm", x, groups)
+    for name, given in ("weight", weight), ("bias", bias):
+        if given.shape != x.shape[1:2] or given.dtype != x.dtype:
+            raise ValueError(
+                f"group_norm: {name} is {tuple(given.shape)} {given.dtype}, expected {(x.shape[1],)} {x.dtype}"
+            )
+    if moments is not None:
+        shape, dtype = (x.shape[0], groups, 2), torch.promote_types(x.dtype, torch.float32)
+        if moments.shape != shape or moments.dtype != dtype:
+            raise ValueError(
+                f"group_norm: moments are {tuple(moments.shape)} {moments.dtype}, expected {shape} {dtype}"
+            )
+    run = _group_norm if is_compiling() else _launch_group_norm
+    return run(x, weight, bias, groups, eps, silu, moments)
+
+
+def group_norm_moments(x, groups, eps):
+    """The statistics of :func:`group_norm` by themselves.
+
+    Args:
+        x, groups, eps: as there.
+
+    Returns:
+        mean and 1 / sqrt(var + eps) of each group, [B, groups, 2], float32 (float64 for float64 maps).
+
+    Raises:
+        ValueError: the shape or the number of groups does not fit.
+    """
+    _check_map("group_norm_moments", x, groups)
+    run = _group_norm_moments if is_compiling() else _launch_group_norm_moments
+    return run(x, groups, eps)
+
+
+def _check_map(name, x, groups):
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{name}: x is {tuple(x.shape)}; allowed: [B, C, H, W], C, H and W not 0")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{name}: {groups} groups, but x has {x.shape[1]} channels, of which they must be a divisor")
