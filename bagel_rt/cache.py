@@ -6,8 +6,11 @@ only where it outgrows its storage, or where a shorter clone appends; snapshots 
 """
 
 import weakref
+from collections.abc import Callable
 
 import torch
+
+GROWTH = 4096  # slots by which the buffers grow at least on CUDA, where growing moves what graphs were captured with
 
 
 class KVCache:
@@ -21,9 +24,11 @@ class KVCache:
         self._free: list[tuple[int, int]] = []  # disjoint (start, length), sorted, never adjacent
         self._returned: list[tuple[int, int]] = []  # released since; a finalizer may append at any moment
         self.storages: weakref.WeakSet[Storage] = weakref.WeakSet()  # all that hold slots
+        self.moved: list[Callable[[], None]] = []  # called whenever the buffers are replaced by others
         self.slots = 0
         self.k = torch.empty(layers, 0, *self._shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
+        self._replace(self.k, self.v)
         self._grow(slots)
 
     @property
@@ -43,12 +48,18 @@ class KVCache:
                     self._free[index] = (start + length, room - length)
                 return start
         at_end = self._free[-1][1] if self._free and sum(self._free[-1]) == self.slots else 0
-        self._grow(max(length - at_end, self.slots // 2))
+        self._grow(max(length - at_end, self.slots // 2, GROWTH * self.k.is_cuda))
         return self.allocate(length)
 
     def release(self, start: int, length: int) -> None:
         """Give a range back. Safe to call from a finalizer: the range is merged by the next allocation."""
         self._returned.append((start, length))
+
+    def trim(self) -> None:
+        """Give the buffers back to the device if no storage holds a slot."""
+        if self.free_slots == self.slots > 0:
+            self._free, self.slots = [], 0
+            self._replace(*(buffer.new_empty(buffer.shape[0], 0, *self._shape) for buffer in (self.k, self.v)))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy ``length`` slots of every layer."""
@@ -79,11 +90,16 @@ class KVCache:
             grown = [buffer.new_empty(shape) for buffer in old]  # may run out of memory: nothing has changed yet
             for new, buffer in zip(grown, old, strict=True):
                 new[:, : self.slots] = buffer
-            self.k, self.v = grown
             self.slots += length
             self._returned.append((self.slots - length, length))
             self._merge_returned()
-        self._layers = list(zip(self.k.unbind(0), self.v.unbind(0), strict=True))
+            self._replace(*grown)
+
+    def _replace(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v = k, v
+        self._layers = list(zip(k.unbind(0), v.unbind(0), strict=True))
+        for call in self.moved:
+            call()
 
 
 class Storage:

@@ -92,6 +92,8 @@ _HYPERPARAMETERS = {  # name -> (help, metavar)
     "max_think_token_n": ("Forward passes per text, which has one token less.", "N"),
     "do_sample": ("Sample tokens; else each is the most likely one.", None),
     "text_temperature": ("Of --do-sample.", "X"),
+    "top_k": ("Of --do-sample: among the N most likely tokens; 0 for all.", "N"),
+    "top_p": ("Of --do-sample: among the most likely tokens of this probability together.", "X"),
 }
 
 

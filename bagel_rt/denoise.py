@@ -2,7 +2,8 @@
 
 All branches of a step run as one packed forward. Branches of one image whose contexts are equal are computed once: the
 official text-to-image defaults ask for three of which two are the same. Which branches a step needs is known before the
-first step, so buffers, positions and attention plans are made once and every step only overwrites them.
+first step, so buffers, positions and attention plans are made once and every step only overwrites them: a step is the
+same launches on the same addresses, one CUDA graph for guided steps and one for the others (see ``bagel_rt.graphs``).
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ import torch
 
 from bagel_rt.cache import KVCache
 from bagel_rt.context import Context
+from bagel_rt.graphs import Graphs
 from bagel_rt.kernels import guided_step
+from bagel_rt.kernels.guidance import RENORMS
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.plan import Segment, build_plan
+from bagel_rt.plan import Plan, Segment, build_plan
 from bagel_rt.settings import ImageSettings
 
 
@@ -27,6 +30,7 @@ class ImageTask:
         rows, columns: its grid of latent tokens.
         noise: float32 [rows * columns, features], the latent at t = 1.
         cond, no_text, no_img: the contexts of the three guidance branches.
+        settings: its schedule and guidance.
     """
 
     rows: int
@@ -35,6 +39,7 @@ class ImageTask:
     cond: Context
     no_text: Context
     no_img: Context
+    settings: ImageSettings
 
 
 def schedule(num_timesteps: int, shift: float) -> torch.Tensor:
@@ -47,89 +52,157 @@ def schedule(num_timesteps: int, shift: float) -> torch.Tensor:
 
 
 class PackedBranches:
-    """One packed forward over (image, context) pairs, with everything but the latents fixed.
-
-    Args:
-        grids: (rows, columns) of every image of the batch.
-        branches: (index of the image, context, holder of the slots for its rows * columns + 2 tokens, as
-            :meth:`Context.borrow` gives it), in the order of the outputs.
-    """
+    """One packed forward over (image, context) pairs, in buffers that keep their addresses when it is refilled."""
 
     def __init__(self, model: BagelModel, cache: KVCache, grids: Sequence[tuple[int, int]], branches):
+        """
+        Args:
+            grids: (rows, columns) of every image of the batch.
+            branches: (index of the image, context, holder of the slots for its rows * columns + 2 tokens, as
+                :meth:`Context.borrow` gives it), in the order of the outputs. The caller keeps the holders.
+        """
         self.model, self.cache = model, cache
-        self.branches = branches  # their holders keep the slots taken
-        tokens = [rows * columns for rows, columns in grids]
-        starts = np.cumsum([0, *tokens])
-        segments, positions, source = [], [], []
+        self._tokens = [rows * columns for rows, columns in grids]
+        starts = np.cumsum([0, *self._tokens])
+        images = [image for image, _, _ in branches]
+        self.sizes = [self._tokens[image] for image in images]
+        self.starts = [sum(self.sizes[:branch]) for branch in range(len(images))]
+        source = np.concatenate([np.arange(starts[image], starts[image + 1]) for image in images])
+        self._source = torch.from_numpy(source).to(model.device)
+        self._is_batch = images == list(range(len(grids)))  # every image once, in order: nothing to repeat
+        self.rows = model.rows(*self._plan(branches))
+        markers = model.embed_markers().repeat(len(branches), 1)
+        self._hidden = torch.cat([markers.new_empty(self.rows.G, markers.shape[1]), markers])
+
+    def refill(self, branches) -> None:
+        """Take the same images' branches over other contexts."""
+        rows = self.model.rows(*self._plan(branches))
+        for name in ("cos", "sin", "slots", "limits", "blocks"):
+            getattr(self.rows, name).copy_(getattr(rows, name))
+
+    def _plan(self, branches) -> tuple[Plan, np.ndarray]:
+        """The plan, and the RoPE position of every row in segment order."""
+        segments, positions = [], []
         for image, context, holder in branches:
-            length = tokens[image] + 2
+            length = self._tokens[image] + 2
             gen = np.ones(length, dtype=bool)
             gen[[0, -1]] = False
             write = holder.key_start + holder.length - length
             key_start = context.key_start if context.length else write
             segments.append(Segment("noise", gen, key_start, context.length, write))
             positions.append(np.full(length, context.position))
-            source.append(np.arange(starts[image], starts[image + 1]))
-        plan = build_plan(segments)
-        self.rows = model.rows(plan, np.concatenate(positions))
-        self.sizes = [len(rows) for rows in source]
-        self._source = torch.from_numpy(np.concatenate(source)).to(model.device)
-        self._is_batch = len(branches) == len(grids)  # every image once, in order: nothing to repeat
-        markers = model.embed_markers().repeat(len(branches), 1)
-        self._hidden = torch.cat([markers.new_empty(plan.G, markers.shape[1]), markers])
+        return build_plan(segments), np.concatenate(positions)
 
-    def velocities(self, embedded: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Embedded latents of all images [sum n, H] -> the velocity of each branch, [n, features]."""
+    def velocities(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Embedded latents of all images [sum n, H] -> the velocities of all branches in turn, [R, features].
+
+        Branch b has rows ``starts[b]`` to ``starts[b] + sizes[b]``.
+        """
         G = self.rows.G
         if self._is_batch:
             self._hidden[:G] = embedded
         else:
             torch.index_select(embedded, 0, self._source, out=self._hidden[:G])
         hidden = self.model.transformer.forward(self._hidden, self.rows, self.cache)
-        return self.model.velocity(hidden[:G]).split(self.sizes)
+        return self.model.velocity(hidden[:G])
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """What steps read and write. I images of N latent tokens in all, S steps at most.
+
+    Attributes:
+        latents: float32 [N, features], the state.
+        positions: [N, H], the constant part of the latents' embedding.
+        time: [S, schedules, H], time embeddings.
+        schedule_of_row: int64 [N], which schedule each token follows; None if there is one.
+        parameters: float32 [S, I, 5], what guided_step takes at each step.
+        step: int64 [1], the step to be done.
+        guided, plain: the packed forwards of guided steps and of the others; the same where they do not differ.
+        guided_rows, plain_rows: int32 [I, 5], what guided_step takes of each.
+    """
+
+    latents: torch.Tensor
+    positions: torch.Tensor
+    time: torch.Tensor
+    schedule_of_row: torch.Tensor | None
+    parameters: torch.Tensor
+    step: torch.Tensor
+    guided: PackedBranches
+    plain: PackedBranches
+    guided_rows: torch.Tensor
+    plain_rows: torch.Tensor
 
 
 class Denoiser:
-    """The denoising of a batch of images under one schedule; call :meth:`step` with 0, 1, ... ``len(denoiser) - 1``.
+    """The denoising of a batch of images; call :meth:`step` with 0, 1, ... ``len(denoiser) - 1``.
 
-    Use it under ``torch.inference_mode()``.
+    Each image has settings of its own; only the number of timesteps is common. Use it under ``torch.inference_mode()``.
 
     Attributes:
-        timesteps: float32 [steps] on the host, t at which each step evaluates the model.
-        guided: whether each step runs the guidance branches.
+        timesteps: float32 [steps, images] on the host, t at which each step evaluates the model.
+        dts: float32 [steps, images], from there down to the next.
+        guided: for each step, whether any image is guided.
         latents: float32 [sum n, features] on the device, the state, overwritten by every step.
     """
 
     def __init__(
-        self, model: BagelModel, cache: KVCache, tasks: Sequence[ImageTask], settings: ImageSettings, deduplicate=True
+        self,
+        model: BagelModel,
+        cache: KVCache,
+        tasks: Sequence[ImageTask],
+        graphs: Graphs | None = None,
+        deduplicate: bool = True,
     ):
-        self.model, self.tasks, self.settings = model, tasks, settings
-        points = schedule(settings.num_timesteps, settings.timestep_shift)
-        self.timesteps, self.dts = points[:-1], (points[:-1] - points[1:]).tolist()
-        low, high = torch.tensor(settings.cfg_interval)
-        guides = settings.cfg_text_scale > 1  # without text guidance the official code drops image guidance too
-        self.guided = ((self.timesteps > low) & (self.timesteps <= high) & guides).tolist()
-        self.latents = torch.cat([task.noise.to(model.device, torch.float32) for task in tasks])
+        """
+        Args:
+            graphs: where buffers and captured steps are kept for the next denoising of the same structure.
+            deduplicate: compute branches of one image whose contexts are equal once.
 
-        grids = [(task.rows, task.columns) for task in tasks]
-        self._time = model.time_embedding(self.timesteps.to(model.device))
-        self._positions = torch.cat([model.latent_positions(*grid) for grid in grids])
-        branches, self._branch_of = self._distinct_branches(any(self.guided), deduplicate)
-        self._guided = PackedBranches(model, cache, grids, branches)
+        Raises:
+            ValueError: numbers of timesteps differ.
+        """
+        lengths = {task.settings.num_timesteps for task in tasks}
+        if len(lengths) != 1:
+            raise ValueError(f"images of one denoising have num_timesteps {sorted(lengths)}: denoise them apart")
+        self.model, self.tasks = model, tasks
+        self._graphs = graphs or Graphs(None)
+        points = torch.stack([schedule(*s) for s in map(_schedule_of, tasks)], dim=1)
+        self.timesteps, self.dts = points[:-1], points[:-1] - points[1:]
+        guided = torch.stack([_guided(t, task.settings) for t, task in zip(self.timesteps.T, tasks, strict=True)], 1)
+        self.guided = guided.any(1).tolist()
+
+        branches, self._branch_of = self._distinct_branches(guided.any(0).tolist(), deduplicate)
+        self._holders = [holder for _, _, holder in branches]
         plain = branches[: len(tasks)]
-        same = len(branches) == len(plain) or all(self.guided)  # then no step runs the conditional branches alone
-        self._plain = self._guided if same else PackedBranches(model, cache, grids, plain)
+        apart = len(branches) > len(plain) and not all(self.guided)  # some steps run the conditional branches alone
+        schedules = list(dict.fromkeys(map(_schedule_of, tasks)))
+        capacity = 1 << max(6, (len(self) - 1).bit_length())
+        grids = tuple((task.rows, task.columns) for task in tasks)
+        key = ("denoise", grids, tuple(map(tuple, self._branch_of)), apart, len(schedules), capacity)
+
+        def make():
+            packed = PackedBranches(model, cache, grids, branches)
+            alone = PackedBranches(model, cache, grids, plain) if apart else packed
+            return self._allocate(capacity, schedules, packed, alone)
+
+        self._workspace = self._graphs.workspace(key, make, self)
+        self._buffers = self._workspace.buffers
+        self._fill(schedules, guided, branches, plain)
 
     def __len__(self) -> int:
         return len(self.dts)
 
+    @property
+    def latents(self) -> torch.Tensor:
+        return self._buffers.latents
+
     def step(self, index: int) -> None:
-        """Evaluate the velocity at ``timesteps[index]`` and move the latents to the next timestep."""
-        settings = self.settings
-        scales = (settings.cfg_text_scale, settings.cfg_img_scale) if self.guided[index] else (1.0, 1.0)
-        renorm = (settings.cfg_renorm_type, settings.cfg_renorm_min)
-        for x, velocities in zip(self.images(), self.branch_velocities(index), strict=True):
-            x.copy_(guided_step(x, *velocities, *scales, *renorm, self.dts[index]))
+        """Take the latents from ``timesteps[index]`` to the next timestep."""
+        self._go_to(index)
+        self._next = index + 1
+        guided = self.guided[index]
+        self._graphs.run(self._workspace, "guided" if guided else "plain", lambda: self._step(guided))
 
     def branch_velocities(self, index: int) -> list[tuple[torch.Tensor | None, ...]]:
         """The model's velocities (cond, no_text, no_img) of each image at ``timesteps[index]``, [n, features] each.
@@ -137,8 +210,8 @@ class Denoiser:
         None stands for a branch that this step's guidance does not use.
         """
         guided = self.guided[index]
-        packed = self._guided if guided else self._plain
-        velocities = packed.velocities(self.embedded(index))
+        packed = self._buffers.guided if guided else self._buffers.plain
+        velocities = packed.velocities(self.embedded(index)).split(packed.sizes)
         return [
             tuple(velocities[b] if b is not None and (guided or kind == 0) else None for kind, b in enumerate(branches))
             for branches in self._branch_of
@@ -146,23 +219,114 @@ class Denoiser:
 
     def embedded(self, index: int) -> torch.Tensor:
         """The latents as hidden states at ``timesteps[index]``, [sum n, H]; the same for every branch."""
-        return self.model.embed_latents(self.latents, self._positions + self._time[index])
+        self._go_to(index)
+        return self._embed()
 
     def images(self) -> tuple[torch.Tensor, ...]:
         """The latents of each image, [n, features] views of the state."""
         return self.latents.split([task.rows * task.columns for task in self.tasks])
 
-    def _distinct_branches(self, guided: bool, deduplicate: bool):
+    def _step(self, guided: bool) -> None:
+        """One step, on buffers alone."""
+        buffers = self._buffers
+        packed, rows = (buffers.guided, buffers.guided_rows) if guided else (buffers.plain, buffers.plain_rows)
+        velocities = packed.velocities(self._embed())
+        parameters = buffers.parameters.index_select(0, buffers.step)[0]
+        guided_step(buffers.latents, velocities, rows, parameters, max(packed.sizes), guided)
+        buffers.step.add_(1)
+
+    def _embed(self) -> torch.Tensor:
+        buffers = self._buffers
+        time = buffers.time.index_select(0, buffers.step)[0]
+        if buffers.schedule_of_row is not None:
+            time = time.index_select(0, buffers.schedule_of_row)
+        return self.model.embed_latents(buffers.latents, buffers.positions + time)
+
+    def _go_to(self, index: int) -> None:
+        if index != self._next:
+            self._buffers.step.fill_(index)
+            self._next = index
+
+    def _allocate(self, capacity: int, schedules: list, guided: PackedBranches, plain: PackedBranches) -> _Buffers:
+        """Buffers of these tasks' structure, with what depends on the structure alone."""
+        model, tasks = self.model, self.tasks
+        counts = [task.rows * task.columns for task in tasks]
+        positions = torch.cat([model.latent_positions(task.rows, task.columns) for task in tasks])
+        of_image = torch.tensor([schedules.index(_schedule_of(task)) for task in tasks])
+        of_row = of_image.repeat_interleave(torch.tensor(counts)).to(model.device)
+        return _Buffers(
+            latents=torch.empty(sum(counts), model.config.latent_features, device=model.device),
+            positions=positions,
+            time=positions.new_zeros(capacity, len(schedules), positions.shape[1]),
+            schedule_of_row=of_row if len(schedules) > 1 else None,
+            parameters=torch.zeros(capacity, len(tasks), 5, device=model.device),
+            step=torch.zeros(1, dtype=torch.int64, device=model.device),
+            guided=guided,
+            plain=plain,
+            guided_rows=self._rows_of_images(guided),
+            plain_rows=self._rows_of_images(plain),
+        )
+
+    def _rows_of_images(self, packed: PackedBranches) -> torch.Tensor:
+        """int32 [I, 5]: first row of each image's latents, their number, first row of each branch's velocities."""
+        rows, first = [], 0
+        for task, of_image in zip(self.tasks, self._branch_of, strict=True):
+            count = task.rows * task.columns
+            present = [b if b is not None and b < len(packed.starts) else of_image[0] for b in of_image]
+            rows.append([first, count, *(packed.starts[b] for b in present)])
+            first += count
+        return torch.tensor(rows, dtype=torch.int32).to(self.model.device)
+
+    def _fill(self, schedules: list, guided: torch.Tensor, branches, plain) -> None:
+        """Put this run's numbers into the buffers."""
+        model, buffers, steps = self.model, self._buffers, len(self)
+        torch.cat([task.noise.to(model.device, torch.float32) for task in self.tasks], out=buffers.latents)
+        for number, points in enumerate(schedules):
+            buffers.time[:steps, number] = model.time_embedding(schedule(*points)[:-1].to(model.device))
+        if buffers.schedule_of_row is not None:
+            of_image = torch.tensor([schedules.index(_schedule_of(task)) for task in self.tasks])
+            counts = torch.tensor([task.rows * task.columns for task in self.tasks])
+            buffers.schedule_of_row.copy_(of_image.repeat_interleave(counts))
+        parameters = torch.empty(steps, len(self.tasks), 5)
+        parameters[..., 0] = self.dts
+        for image, task in enumerate(self.tasks):
+            settings = task.settings
+            parameters[:, image, 1] = torch.where(guided[:, image], settings.cfg_text_scale, 1.0)
+            parameters[:, image, 2] = settings.cfg_img_scale
+            parameters[:, image, 3] = settings.cfg_renorm_min
+            parameters[:, image, 4] = RENORMS.index(settings.cfg_renorm_type)
+        buffers.parameters[:steps] = parameters.to(model.device)
+        buffers.guided.refill(branches)
+        if buffers.plain is not buffers.guided:
+            buffers.plain.refill(plain)
+        buffers.step.zero_()
+        self._next = 0
+
+    def _distinct_branches(self, guided: list[bool], deduplicate: bool):
         """The branches to compute, the conditional one of every image first, and for each image which of them are its
         (cond, no_text, no_img), None for one that guidance does not use."""
         branches, branch_of = [], [[] for _ in self.tasks]
-        kinds = ["cond"] + ["no_text"] * guided + ["no_img"] * (guided and self.settings.cfg_img_scale > 1)
-        for kind in kinds:
+        for kind in ("cond", "no_text", "no_img"):
             for image, task in enumerate(self.tasks):
+                used = kind == "cond" or (guided[image] and (kind == "no_text" or task.settings.cfg_img_scale > 1))
+                if not used:
+                    branch_of[image].append(None)
+                    continue
                 context = getattr(task, kind)
                 twins = [b for b in branch_of[image] if deduplicate and branches[b][1].same_as(context)]
                 if not twins:
                     tokens = task.rows * task.columns + 2
                     branches.append((image, context, context.borrow(tokens)))
                 branch_of[image].append(twins[0] if twins else len(branches) - 1)
-        return branches, [of + [None] * (3 - len(of)) for of in branch_of]
+        return branches, branch_of
+
+
+def _schedule_of(task: ImageTask) -> tuple[int, float]:
+    return task.settings.num_timesteps, task.settings.timestep_shift
+
+
+def _guided(t: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
+    """Which of the timesteps are guided, bool like ``t``."""
+    low, high = torch.tensor(settings.cfg_interval)
+    # Without text guidance the official code drops image guidance too.
+    return (t > low) & (t <= high) & (settings.cfg_text_scale > 1)

@@ -1,7 +1,7 @@
 """Requests end to end: contexts filled, text decoded, latents denoised, pictures decoded. Arguments come checked."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -10,11 +10,12 @@ from PIL import Image
 from bagel_rt.cache import KVCache
 from bagel_rt.context import MAX_ROWS, Prefill
 from bagel_rt.conversation import Conversation, Noise, count_tokens
-from bagel_rt.decode import generate_tokens
+from bagel_rt.decode import MAX_TEXTS, Sampling, generate_tokens
 from bagel_rt.denoise import Denoiser, ImageTask
-from bagel_rt.images import tensor_to_image
-from bagel_rt.models.bagel.embed import unpatchify
+from bagel_rt.graphs import Graphs, in_step
+from bagel_rt.memory import explain
 from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.picture import decode_picture
 from bagel_rt.prompts import IMAGE_REQUEST
 from bagel_rt.request import ImageResult, Progress, ProgressCallback, Request
 from bagel_rt.settings import ImageSettings, TextSettings
@@ -25,79 +26,71 @@ def _frees_on_failure(run):
     """Give back at once what a failed request took: the frames of its exception would hold it as long as they live."""
 
     @functools.wraps(run)
-    def wrapped(self, *args, **kwargs):
+    def wrapped(self, requests, *args, **kwargs):
         others = set(self.cache.storages)
         try:
-            return run(self, *args, **kwargs)
-        except BaseException:
-            for storage in set(self.cache.storages) - others:
-                storage.release()
+            return run(self, requests, *args, **kwargs)
+        except BaseException as error:
+            self._fail(error, set(self.cache.storages) - others, requests)
             raise
 
     return wrapped
 
 
 class Engine:
-    """A model, its tokenizer and its KV cache. One request at a time; whatever ends one frees the slots it held."""
+    """A model, its tokenizer and its KV cache. One request at a time; whatever ends one frees the slots it held.
 
-    def __init__(self, model: BagelModel, tokenizer: Tokenizer):
+    Attributes:
+        graphs: what was captured, and the buffers that outlive a request.
+    """
+
+    def __init__(self, model: BagelModel, tokenizer: Tokenizer, graphs: bool = True):
         self.model = model
         self.tokenizer = tokenizer
         self.cache: KVCache = model.make_cache()
+        self.graphs = Graphs.on(model.device, graphs)
+        self.cache.moved.append(self.graphs.forget)
 
     @_frees_on_failure
     @torch.inference_mode()
-    def run_images(
-        self,
-        requests: Sequence[Request],
-        system: str | None,
-        negative_prompt: str | None,
-        image: ImageSettings,
-        text: TextSettings,
-        progress: ProgressCallback | None = None,
-    ) -> list[ImageResult]:
-        """One picture for each request: packed prefill, thoughts one after another, packed denoising.
+    def run_images(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[ImageResult]:
+        """One picture for each request: packed prefill, thoughts decoded together, packed denoising.
 
         Inputs may be texts and images in any order; guidance follows the official rules (see
-        :class:`~bagel_rt.conversation.Conversation`). With a ``system`` prompt each request's plan is written first.
+        :class:`~bagel_rt.conversation.Conversation`). A request with a system prompt has its plan written first.
         """
         prefill = Prefill(self.model, self.cache)
-        written = text.max_think_token_n + 2 if system is not None else 0
-        conversations = [self._open(request, system, prefill, True, written) for request in requests]
-        if negative_prompt is not None:
-            for conversation in conversations:
-                conversation.add_negative(negative_prompt)
+        conversations = []
+        for request in requests:
+            written = request.text.max_think_token_n + 2 if request.system is not None else 0
+            conversations.append(self._open(request, prefill, True, written))
+            if request.negative_prompt is not None:
+                conversations[-1].add_negative(request.negative_prompt)
         prefill.run()
-        thoughts = [None] * len(requests)
-        if system is not None:
-            for index, (request, conversation) in enumerate(zip(requests, conversations, strict=True)):
-                thoughts[index] = "".join(self._decode(conversation, text, request.seed, progress))
-                conversation.add_thought(thoughts[index])
-            prefill.run()
+        thinking = [index for index, request in enumerate(requests) if request.system is not None]
+        thoughts: list[str | None] = [None] * len(requests)
+        for batch in _grouped(thinking, lambda i: requests[i].text.max_think_token_n, lambda i: 1, MAX_TEXTS):
+            texts = self._write([conversations[i] for i in batch], [requests[i] for i in batch], progress)
+            for index, text in zip(batch, texts, strict=True):
+                thoughts[index] = text
+                conversations[index].add_thought(text)
+        prefill.run()
         sizes = [c.image_size or request.size for c, request in zip(conversations, requests, strict=True)]
-        drawn = self._denoise(conversations, sizes, image, progress)
+        drawn = self._denoise(conversations, sizes, [request.image for request in requests], progress)
         return [
-            ImageResult(
-                picture,
-                request.seed,
-                _parameters(image, size, text if system is not None else None, negative_prompt),
-                latents,
-                thought,
-            )
+            ImageResult(picture, request.seed, _parameters(request, size, thought is not None), latents, thought)
             for (picture, latents), request, size, thought in zip(drawn, requests, sizes, thoughts, strict=True)
         ]
 
-    def run_answer(
-        self, request: Request, system: str | None, text: TextSettings, progress: ProgressCallback | None = None
-    ) -> Iterator[str]:
+    def run_answer(self, request: Request, progress: ProgressCallback | None = None) -> Iterator[str]:
         """Text about the request's inputs, piece by piece."""
         others, taken = set(self.cache.storages), set()
         try:
             with torch.inference_mode():
                 prefill = Prefill(self.model, self.cache)
-                conversation = self._open(request, system, prefill, False, text.max_think_token_n)
+                conversation = self._open(request, prefill, False, request.text.max_think_token_n)
                 prefill.run()
-                pieces = self._decode(conversation, text, request.seed, progress)
+                pieces = self._decode(conversation, request.text, request.seed, progress)
                 taken = set(self.cache.storages) - others
             while True:
                 with torch.inference_mode():  # entered per piece: the mode must not leak into the consumer's code
@@ -105,47 +98,88 @@ class Engine:
                 if piece is None:
                     return
                 yield piece
-        except BaseException:
-            for storage in taken:
-                storage.release()
+        except BaseException as error:
+            self._fail(error, taken or set(self.cache.storages) - others, request)
             raise
 
     @_frees_on_failure
     @torch.inference_mode()
     def run_interleaved(
-        self,
-        request: Request,
-        system: str | None,
-        max_rounds: int,
-        image: ImageSettings,
-        text: TextSettings,
-        progress: ProgressCallback | None = None,
+        self, request: Request, max_rounds: int, progress: ProgressCallback | None = None
     ) -> list[str | ImageResult]:
         """Text, and as long as it asks for an image, a picture and more text.
 
         Guidance stays with the contexts of the inputs: neither the model's texts nor its pictures enter them.
         """
         prefill = Prefill(self.model, self.cache)
-        conversation = self._open(request, system, prefill, True, text.max_think_token_n + 2)
+        conversation = self._open(request, prefill, True, request.text.max_think_token_n + 2)
         size = conversation.image_size or request.size
         parts = []
         for turn in range(max_rounds):
             prefill.run()
-            written = "".join(self._decode(conversation, text, (request.seed + turn) % 2**63, progress))
+            seed = (request.seed + turn) % 2**63
+            written = "".join(self._decode(conversation, request.text, seed, progress))
             parts.append(written)
             if IMAGE_REQUEST not in written:
                 break
             conversation.add_thought(written)
             prefill.run()
-            [(picture, latents)] = self._denoise([conversation], [size], image, progress)
-            parts.append(ImageResult(picture, request.seed, _parameters(image, size, text, None), latents))
+            [(picture, latents)] = self._denoise([conversation], [size], [request.image], progress)
+            parts.append(ImageResult(picture, request.seed, _parameters(request, size, wrote=True), latents))
             if turn + 1 < max_rounds:
                 conversation.add_image(picture, updates_guidance=False)
         return parts
 
-    def _open(self, request: Request, system: str | None, prefill: Prefill, guided: bool, written: int) -> Conversation:
+    def release_memory(self) -> None:
+        """Give up graphs, their buffers, and the KV cache if nothing is in it."""
+        self.graphs.clear()
+        self.cache.trim()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _fail(self, error: BaseException, storages, requests: Request | Sequence[Request]) -> None:
+        """Free the slots of requests that failed; where memory ran out, all that is only kept, too, and say what helps.
+
+        Raises:
+            torch.OutOfMemoryError: in the place of one, with the expected memory and advice.
+        """
+        for storage in storages:
+            storage.release()
+        if isinstance(error, torch.OutOfMemoryError):
+            self.release_memory()
+            requests = [requests] if isinstance(requests, Request) else requests
+            raise torch.OutOfMemoryError(f"{error}\n{self._explain(requests)}") from error
+
+    def _explain(self, requests: Sequence[Request]) -> str:
+        """What requests were expected to take, counted as if all were like the largest; and what would take less."""
+
+        def counted(request):
+            parts = [*request.inputs, *(part for part in (request.system, request.negative_prompt) if part is not None)]
+            return count_tokens(self.model.config, self.tokenizer, parts, request.image is not None)
+
+        request = max(requests, key=lambda request: sum(counted(request)[:2]))
+        images = [part.size[::-1] for part in request.inputs if isinstance(part, Image.Image)]
+        draws, writes = request.image is not None, request.image is None or request.system is not None
+        available = None
+        if self.model.device.type == "cuda":
+            available = torch.cuda.get_device_properties(self.model.device).total_memory
+        return explain(
+            self.model.config,
+            self.model.dtype,
+            available=available,
+            task="chat" if not draws else "edit" if images else "generate",
+            size=request.size,
+            images=images,
+            batch=len(requests),
+            text_tokens=max(1, counted(request)[0]),
+            max_think_token_n=request.text.max_think_token_n if writes else 0,
+            settings=request.image,
+            graphs=self.graphs.capture is not None,
+        )
+
+    def _open(self, request: Request, prefill: Prefill, guided: bool, written: int) -> Conversation:
         """A conversation holding the system prompt and the request's inputs, with room for ``written`` tokens."""
-        config = self.model.config
+        config, system = self.model.config, request.system
         parts = [*request.inputs, *([system] if system is not None else [])]
         texts, images, size = count_tokens(config, self.tokenizer, parts, guided)
         height, width = size or request.size or (0, 0)
@@ -163,57 +197,102 @@ class Engine:
                 conversation.add_image(part, generates=guided)
         return conversation
 
+    def _write(self, conversations, requests: Sequence[Request], progress) -> list[str]:
+        """The next text of each conversation, decoded together; the lengths allowed are equal."""
+        if len(requests) == 1:
+            [conversation], [request] = conversations, requests
+            return ["".join(self._decode(conversation, request.text, request.seed, progress))]
+        streams = [TextStream(self.tokenizer) for _ in requests]
+        texts, counts = [[] for _ in requests], [0] * len(requests)
+        settings = [(request.text, request.seed) for request in requests]
+        for number, token in self._tokens(conversations, settings):
+            counts[number] += 1
+            if counts[number] > max(counts[:number] + counts[number + 1 :]):  # the first text to get that far
+                _report(progress, Progress("text", counts[number], requests[0].text.max_think_token_n - 1))
+            texts[number].append(streams[number].feed(token))
+        return ["".join([*pieces, stream.finish()]) for pieces, stream in zip(texts, streams, strict=True)]
+
     def _decode(self, conversation: Conversation, text: TextSettings, seed: int, progress) -> Iterator[str]:
+        """The next text of a conversation, piece by piece."""
         stream = TextStream(self.tokenizer)
-        temperature = text.text_temperature if text.do_sample else 0.0
-        tokens = generate_tokens(
-            self.model,
-            conversation.gen,
-            self.tokenizer.bos,
-            self.tokenizer.eos,
-            text.max_think_token_n,
-            temperature,
-            seed,
-        )
-        for count, token in enumerate(tokens, start=1):
+        for count, (_, token) in enumerate(self._tokens([conversation], [(text, seed)]), start=1):
             _report(progress, Progress("text", count, text.max_think_token_n - 1))
             if piece := stream.feed(token):
                 yield piece
         if piece := stream.finish():
             yield piece
 
+    def _tokens(self, conversations, settings: Sequence[tuple[TextSettings, int]]) -> Iterator[tuple[int, int]]:
+        sampling = [
+            Sampling(text.text_temperature if text.do_sample else 0.0, text.top_k, text.top_p, seed)
+            for text, seed in settings
+        ]
+        return generate_tokens(
+            self.model,
+            [conversation.gen for conversation in conversations],
+            self.tokenizer.bos,
+            self.tokenizer.eos,
+            settings[0][0].max_think_token_n,
+            sampling,
+            self.graphs,
+        )
+
     def _denoise(
-        self, conversations, sizes, settings: ImageSettings, progress
+        self, conversations, sizes, settings: Sequence[ImageSettings], progress
     ) -> list[tuple[Image.Image, torch.Tensor]]:
-        """(picture, latents) of each conversation's next image."""
-        config, groups = self.model.config, [[]]
-        for conversation, size in zip(conversations, sizes, strict=True):
+        """(picture, latents) of each conversation's next image. Those with equally many timesteps share their steps."""
+        config, tasks = self.model.config, []
+        for conversation, size, image in zip(conversations, sizes, settings, strict=True):
             rows, columns = (side // config.latent_stride for side in size)
             noise = conversation.noise.draw(rows * columns, config.latent_features)
-            task = ImageTask(rows, columns, noise, conversation.gen, conversation.no_text, conversation.no_img)
-            branches = 1 + (settings.cfg_text_scale > 1) + (settings.cfg_text_scale > 1 and settings.cfg_img_scale > 1)
-            if groups[-1] and branches * sum(t.rows * t.columns + 2 for t in (*groups[-1], task)) > MAX_ROWS:
-                groups.append([])
-            groups[-1].append(task)
-        drawn = [self._draw(group, settings, progress, number, len(groups)) for number, group in enumerate(groups)]
-        return [result for results in drawn for result in results]
+            tasks.append(
+                ImageTask(rows, columns, noise, conversation.gen, conversation.no_text, conversation.no_img, image)
+            )
+        length = lambda i: tasks[i].settings.num_timesteps  # noqa: E731
+        groups = list(_grouped(range(len(tasks)), length, lambda i: _rows(tasks[i]), MAX_ROWS))
+        steps = [tasks[group[0]].settings.num_timesteps - 1 for group in groups]
+        drawn: list[tuple[Image.Image, torch.Tensor] | None] = [None] * len(tasks)
+        for number, group in enumerate(groups):
+            before, total = sum(steps[:number]), sum(steps)
 
-    def _draw(self, tasks: list[ImageTask], settings: ImageSettings, progress, group: int, groups: int):
+            def report(step, before=before, total=total):
+                _report(progress, Progress("image", before + step, total))
+
+            for index, result in zip(group, self._draw([tasks[index] for index in group], report), strict=True):
+                drawn[index] = result
+        return drawn
+
+    def _draw(self, tasks: list[ImageTask], report: Callable[[int], None]) -> list[tuple[Image.Image, torch.Tensor]]:
         """(picture, latents) of each task, one packed forward a step for all."""
-        denoiser = Denoiser(self.model, self.cache, tasks, settings)
-        steps = len(denoiser)
-        for index in range(steps):
-            denoiser.step(index)
-            _report(progress, Progress("image", group * steps + index + 1, groups * steps))
+        denoiser = Denoiser(self.model, self.cache, tasks, self.graphs)
+        steps = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
+        for done in in_step(self.model.device, steps):
+            report(done)
         with torch.inference_mode(False):  # the caller's tensors are ordinary ones
             drawn = [latents.clone() for latents in denoiser.images()]
-        return [(self.picture(x, task.rows, task.columns), x) for x, task in zip(drawn, tasks, strict=True)]
+        return [
+            (decode_picture(self.model, x, task.rows, task.columns, self.graphs), x)
+            for x, task in zip(drawn, tasks, strict=True)
+        ]
 
-    @torch.inference_mode()
-    def picture(self, latents: torch.Tensor, rows: int, columns: int) -> Image.Image:
-        """Latent tokens [rows * columns, features] -> the picture they stand for."""
-        latent = unpatchify(latents, rows, columns, self.model.config.latent_patch_size)
-        return tensor_to_image(self.model.vae.decode(latent[None])[0])
+
+def _grouped(items: Iterable, key: Callable, weight: Callable, limit: int) -> Iterator[list]:
+    """Items of equal key together, in their order, cut where their weights would exceed the limit."""
+    groups = {}
+    for item in items:
+        cuts = groups.setdefault(key(item), [[]])
+        if cuts[-1] and sum(map(weight, cuts[-1])) + weight(item) > limit:
+            cuts.append([])
+        cuts[-1].append(item)
+    for cuts in groups.values():
+        yield from cuts
+
+
+def _rows(task: ImageTask) -> int:
+    """Rows of a packed forward that a guided step of this image takes, if no branches are equal."""
+    settings = task.settings
+    guided = settings.cfg_text_scale > 1
+    return (1 + guided + (guided and settings.cfg_img_scale > 1)) * (task.rows * task.columns + 2)
 
 
 def _report(progress: ProgressCallback | None, where: Progress) -> None:
@@ -222,10 +301,11 @@ def _report(progress: ProgressCallback | None, where: Progress) -> None:
             progress(where)
 
 
-def _parameters(image: ImageSettings, size, text: TextSettings | None, negative_prompt: str | None) -> dict:
-    parameters = {**asdict(image), "height": size[0], "width": size[1]}
-    if text is not None:
-        parameters |= asdict(text)
-    if negative_prompt is not None:
-        parameters["negative_prompt"] = negative_prompt
+def _parameters(request: Request, size: tuple[int, int], wrote: bool) -> dict:
+    """Every hyper-parameter of a picture, those of texts if the model ``wrote`` one."""
+    parameters = {**asdict(request.image), "height": size[0], "width": size[1]}
+    if wrote:
+        parameters |= asdict(request.text)
+    if request.negative_prompt is not None:
+        parameters["negative_prompt"] = request.negative_prompt
     return parameters

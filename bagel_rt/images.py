@@ -149,10 +149,10 @@ def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
     """
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"a picture is made of a tensor [3, H, W], not {list(tensor.shape)}")
-    levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu() * 255
+    levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
     if levels.isnan().any():
         raise FloatingPointError("the decoded picture contains NaN; the model's weights or the latents are damaged")
-    return Image.fromarray(levels.to(torch.uint8).numpy())
+    return Image.fromarray(levels.to(torch.uint8).contiguous().cpu().numpy())
 
 
 def _only_rgb(image: Image.Image) -> Image.Image:

@@ -34,6 +34,7 @@ from bagel_rt.settings import (
     MAX_INPUTS,
     MAX_ROUNDS,
     override,
+    override_each,
 )
 from bagel_rt.tokenizer import Tokenizer
 
@@ -49,8 +50,9 @@ class Bagel:
         model, tokenizer, cache: the engine's.
     """
 
-    def __init__(self, model: BagelModel, tokenizer: Tokenizer):
-        self.engine = Engine(model, tokenizer)
+    def __init__(self, model: BagelModel, tokenizer: Tokenizer, graphs: bool = True):
+        """``graphs=False`` runs every step as it is, on CUDA too; see :meth:`from_pretrained`."""
+        self.engine = Engine(model, tokenizer, graphs)
         self.model, self.tokenizer, self.cache = model, tokenizer, self.engine.cache
 
     @classmethod
@@ -60,6 +62,7 @@ class Bagel:
         device=None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        graphs: bool = True,
         progress: bool = False,
     ) -> "Bagel":
         """Load an official checkpoint folder.
@@ -72,6 +75,8 @@ class Bagel:
             backend: "auto" runs Triton kernels on CUDA and the ops' PyTorch formulas elsewhere, "reference" formulas
                 everywhere, "triton" kernels or nothing; for the whole process. Default: the environment variable
                 BAGEL_RT_BACKEND, else "auto".
+            graphs: on CUDA, capture steps as CUDA graphs and replay them; False launches every kernel by itself, with
+                the same results, for debugging.
             progress: show a bar while weights are read.
 
         Raises:
@@ -108,7 +113,7 @@ class Bagel:
             )
         markers = (tokenizer.start_of_image, tokenizer.end_of_image)
         with torch.inference_mode():
-            return cls(BagelModel.from_folder(folder, config, markers, device, dtype, progress), tokenizer)
+            return cls(BagelModel.from_folder(folder, config, markers, device, dtype, progress), tokenizer, graphs)
 
     def generate(
         self,
@@ -134,24 +139,25 @@ class Bagel:
             think: let the model write a plan first.
             noise: float32 [tokens, features] instead of the seed's noise (a list of them for a batch).
             progress: called after every step; may raise :class:`Cancelled`.
-            **hyperparameters: fields of :class:`ImageSettings` and :class:`TextSettings`, official names and defaults.
+            **hyperparameters: fields of :class:`ImageSettings` and :class:`TextSettings`, official names and defaults;
+                a list gives each prompt its own.
 
         Raises:
             ValueError, TypeError: something is out of range; nothing was computed.
         """
-        image, text = override(GENERATE, hyperparameters)
         batch = [prompt] if isinstance(prompt, str) else check_list("prompt", prompt, str, MAX_BATCH)
         count, single = len(batch), isinstance(prompt, str)
+        settings = [override(GENERATE, hyperparameters)] if single else override_each(GENERATE, hyperparameters, count)
         sizes = [size] * count if size is None or is_size(size) else per_prompt("size", size, count)
         noises = [noise] * count if single or noise is None else per_prompt("noise", noise, count)
         system = THINK_BEFORE_IMAGE if think else None
-        also = [negative_prompt] if negative_prompt is not None else []
-        written = text.max_think_token_n if think else 0
         requests = [
-            self._request([text_], self._check_size(size), seed_, noise, system, also, written)
-            for text_, size, seed_, noise in zip(batch, sizes, seeds_for(seed, count), noises, strict=True)
+            self._request([text], self._check_size(size), seed_, settings_, noise, system, negative_prompt)
+            for text, size, seed_, settings_, noise in zip(
+                batch, sizes, seeds_for(seed, count), settings, noises, strict=True
+            )
         ]
-        results = self.engine.run_images(requests, system, negative_prompt, image, text, progress)
+        results = self.engine.run_images(requests, progress)
         return results[0] if single else results
 
     def edit(
@@ -176,13 +182,11 @@ class Bagel:
 
         The rest is as in :meth:`generate`, with the official defaults of editing.
         """
-        image, text = override(EDIT, hyperparameters)
+        settings = override(EDIT, hyperparameters)
         inputs = [*open_images(images, least=1), check_text("prompt", prompt)]
         system = THINK_BEFORE_IMAGE if think else None
-        also = [negative_prompt] if negative_prompt is not None else []
-        written = text.max_think_token_n if think else 0
-        request = self._request(inputs, None, seeds_for(seed, 1)[0], noise, system, also, written)
-        return self.engine.run_images([request], system, negative_prompt, image, text, progress)[0]
+        request = self._request(inputs, None, seeds_for(seed, 1)[0], settings, noise, system, negative_prompt)
+        return self.engine.run_images([request], progress)[0]
 
     def chat(self, prompt: str, images: ImageSource | Sequence[ImageSource] = (), **options) -> str:
         """Answer a question about images, or about none. Options as in :meth:`stream`."""
@@ -208,11 +212,12 @@ class Bagel:
             progress: called after every token; may raise :class:`Cancelled`.
             **hyperparameters: fields of :class:`TextSettings`.
         """
-        _, text = override(CHAT, hyperparameters)
+        settings = override(CHAT, hyperparameters)
         inputs = [*open_images(images), check_text("prompt", prompt)]
         system = THINK_BEFORE_ANSWER if think else None
-        request = self._request(inputs, None, seeds_for(seed, 1)[0], None, system, (), text.max_think_token_n)
-        return self.engine.run_answer(request, system, text, progress)
+        return self.engine.run_answer(
+            self._request(inputs, None, seeds_for(seed, 1)[0], settings, None, system), progress
+        )
 
     def interleave(
         self,
@@ -238,27 +243,42 @@ class Bagel:
             size: (height, width) of the images if no input is one; else they take the last input image's.
             noise: tensors instead of the seed's draws, in the order of encoding and drawing.
         """
-        image, text = override(INTERLEAVE, hyperparameters)
+        settings = override(INTERLEAVE, hyperparameters)
         if type(max_rounds) is not int or not 1 <= max_rounds <= MAX_ROUNDS:
             raise ValueError(f"max_rounds is {max_rounds!r}: allowed are integers from 1 to {MAX_ROUNDS}")
         inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
         system = THINK_INTERLEAVED if think else None
-        written = max_rounds * (text.max_think_token_n + 4)  # a text in its frame, a picture in two blocks
         request = self._request(
-            inputs, self._check_size(size), seeds_for(seed, 1)[0], noise, system, (), written, False
+            inputs, self._check_size(size), seeds_for(seed, 1)[0], settings, noise, system, rounds=max_rounds
         )
-        return self.engine.run_interleaved(request, system, max_rounds, image, text, progress)
+        return self.engine.run_interleaved(request, max_rounds, progress)
+
+    def release_memory(self) -> None:
+        """Give back what is kept for the next request: captured graphs, their buffers, and the KV cache if no request
+        is under way. The next request makes them anew."""
+        self.engine.release_memory()
 
     def _request(
-        self, inputs, size, seed: int, noise, system: str | None, also: Sequence[str], written: int, exact=True
+        self,
+        inputs,
+        size,
+        seed: int,
+        settings,
+        noise,
+        system: str | None,
+        negative_prompt=None,
+        rounds: int | None = None,
     ) -> Request:
-        """A request that fits the model's positions: its own texts (``also``: the negative prompt), its images, and
-        ``written`` tokens of the model's."""
+        """A request that fits the model's positions: its own texts, its images, and the tokens that the model writes
+        (of ``rounds`` texts and pictures, if the model decides when it draws)."""
+        image, text = settings
         limit = self.model.config.llm.max_position_embeddings
-        texts = [
-            check_text("a text", part) for part in (*inputs, *also, system or "") if not isinstance(part, Image.Image)
-        ]
+        given = [*inputs, *(part for part in (negative_prompt, system) if part is not None)]
+        texts = [check_text("a text", part) for part in given if not isinstance(part, Image.Image)]
+        written = text.max_think_token_n if image is None or system is not None else 0
+        if rounds is not None:
+            written = rounds * (text.max_think_token_n + 4)  # a text in its frame, a picture in two blocks
         positions = count_tokens(self.model.config, self.tokenizer, texts, False)[0] + 2 * len(inputs) + written
         if positions > limit:
             raise ValueError(
@@ -267,8 +287,8 @@ class Bagel:
             )
         self._check_grids(inputs)
         if noise is not None:
-            _check_noise(noise, noise_shapes(self.model.config, inputs, size), exact)
-        return Request(inputs, size, seed, noise)
+            _check_noise(noise, noise_shapes(self.model.config, inputs, size), exact=rounds is None)
+        return Request(inputs, size, seed, image, text, noise, system, negative_prompt)
 
     def _check_grids(self, inputs) -> None:
         """Refuse images that the resize rules make larger than the position tables."""

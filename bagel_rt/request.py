@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from bagel_rt.images import open_image
-from bagel_rt.settings import MAX_CHARACTERS, MAX_INPUTS, check_seed
+from bagel_rt.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSettings, TextSettings, check_seed
 
 ImageSource = Image.Image | str | Path | bytes
 
@@ -64,13 +64,21 @@ class Request:
         inputs: strings and RGB-convertible PIL images.
         size: (height, width) of the pictures to draw; an input image overrides it.
         seed: of noise and sampling.
+        image: how pictures are denoised; None where none is drawn.
+        text: how texts are decoded.
         noise: draws to use in place of the seed's; see :class:`~bagel_rt.conversation.Noise`.
+        system: the system prompt; with one, a thought is written before a picture is drawn.
+        negative_prompt: what text guidance moves away from, in place of nothing.
     """
 
     inputs: list[str | Image.Image]
     size: tuple[int, int] | None
     seed: int
+    image: ImageSettings | None
+    text: TextSettings
     noise: Sequence[torch.Tensor] | torch.Tensor | None = None
+    system: str | None = None
+    negative_prompt: str | None = None
 
 
 def is_size(size) -> bool:

@@ -5,6 +5,7 @@ applies although no image is in the context (the effective text scale is then 1 
 """
 
 import math
+import reprlib
 from dataclasses import dataclass, fields, replace
 
 RENORM_TYPES = ("global", "channel", "text_channel")
@@ -92,11 +93,16 @@ class TextSettings:
         max_think_token_n: forward passes at most; the text has one token less (the official count). [1, 32768]
         do_sample: sample from the softmax; False takes the most likely token.
         text_temperature: divides the logits when sampling. (0, 100]
+        top_k: sample among the k most likely tokens; 0 for all (the official code has neither this nor the next).
+            [0, 2**24]
+        top_p: sample among the most likely tokens that have this probability together; 1 for all. (0, 1]
     """
 
     max_think_token_n: int = 1024
     do_sample: bool = False
     text_temperature: float = 0.3
+    top_k: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self):
         _check_integer(
@@ -107,6 +113,8 @@ class TextSettings:
         _check_number(
             "text_temperature", self.text_temperature, 1e-3, 100, "for the most likely token use do_sample=False"
         )
+        _check_integer("top_k", self.top_k, 0, 2**24, "0 samples among all tokens")
+        _check_number("top_p", self.top_p, 1e-6, 1, "1 samples among all tokens")
 
 
 GENERATE = (ImageSettings(), TextSettings())
@@ -132,3 +140,24 @@ def override(defaults, given: dict):
         replace(part, **{name: value for name, value in given.items() if name in names}) if part else None
         for part, names in zip(defaults, known, strict=True)
     )
+
+
+def override_each(defaults, hyperparameters: dict, count: int) -> list[tuple]:
+    """:func:`override` for each of ``count`` prompts: a hyper-parameter given as a list has one entry for each.
+
+    Two numbers are one ``cfg_interval``, whatever holds them.
+
+    Raises:
+        TypeError, ValueError: as :func:`override`; or a list has another length.
+    """
+    lists = {name: values for name, values in hyperparameters.items() if isinstance(values, list)}
+    if all(isinstance(value, (int, float)) for value in lists.get("cfg_interval", ())):
+        lists.pop("cfg_interval", None)
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ValueError(
+                f"{name} is {reprlib.repr(values)}: give one for all, or a list of {count}, one per prompt"
+            )
+    return [
+        override(defaults, hyperparameters | {name: values[i] for name, values in lists.items()}) for i in range(count)
+    ]

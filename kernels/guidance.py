@@ -8,12 +8,15 @@ arXiv:2207.12598, two conditions as in InstructPix2Pix, arXiv:2211.09800), with 
     renorm global or channel       g = u + a (c - u);  if b > 1: g = w + b (g - w);  v = f(g) g
     renorm text_channel            g = u + a (c - u);  g = f(g) g;  v = w + b (g - w) if b > 1, else g
 
-``global`` takes one L2 norm over all rows given (one image), the other two one norm per row. f never amplifies.
-Arithmetic is float32, or float64 for float64 velocities; x' is float32 or wider.
+``global`` takes one L2 norm over all rows of an image, the other two one norm per row. f never amplifies. Arithmetic is
+float32, or float64 for float64 velocities.
 
-The kernels take one launch; ``global`` takes two, of which the first leaves sums of squares, one a program, and every
-program of the second adds them up in the same order, so that results repeat. Traffic: reads x and the velocities
-(``global``: the velocities twice), writes x', each [N, C]; memory-bound.
+A batch of images takes one step together. Where an image lies and what guides it are tensors that the kernels read when
+they run: a captured CUDA graph serves other values, and the host waits for nothing. A guided step takes two launches,
+of which the first leaves sums of squares for the images of ``global``, one a program; every program of the second adds
+those of its image up in the same order, so that results repeat and are those of the image alone. A step without
+guidance takes one. Traffic: reads x and the velocities (``global``: the velocities twice), writes x, each [N, C];
+memory-bound.
 """
 
 import torch
@@ -23,6 +26,9 @@ from bagel_rt.kernels import configs
 from bagel_rt.kernels.backend import runs_kernel
 from bagel_rt.kernels.norm import rows_contiguous
 from bagel_rt.kernels.triton_language import jit, tl, triton
+
+RENORMS = ("global", "channel", "text_channel")
+"""The norms to renormalise by; their places are what the ``parameters`` of :func:`guided_step` hold."""
 
 
 def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -54,36 +60,38 @@ def _renormalise(guided, cond, dim, smallest):
     return guided * (norm_cond / (norm_guided + 1e-8)).clamp(smallest, 1)
 
 
-def guided_step_reference(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt):
-    """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`guided_step`."""
-    x = _widen(x)
-    v = guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min)
-    return torch.sub(x, v.to(x.dtype), alpha=dt).contiguous()
+def guided_step_reference(x, v, images, parameters, most_rows, guided=True):
+    """The formula, image by image, in PyTorch, for any device and dtype. Shapes as in :func:`guided_step`."""
+    for (first, rows, *branches), of_image in zip(images.tolist(), parameters.tolist(), strict=True):
+        dt, text_scale, image_scale, renorm_min, renorm = of_image
+        velocities = [v.narrow(0, branch, rows) for branch in branches]
+        scales = (text_scale, image_scale) if guided else (1.0, 1.0)
+        velocity = guided_velocity_reference(*velocities, *scales, RENORMS[int(renorm)], renorm_min)
+        x.narrow(0, first, rows).sub_(velocity.to(x.dtype), alpha=dt)
+
+
+_GLOBAL, _TEXT_CHANNEL = tl.constexpr(RENORMS.index("global")), tl.constexpr(RENORMS.index("text_channel"))
 
 
 @jit
-def _guided_tile(
-    cond, no_text_ptr, no_img_ptr, no_text_stride, no_img_stride, row, column, inside, text_scale, image_scale,
-    renorm_min, IMAGE: tl.constexpr, RENORM: tl.constexpr,
-):  # fmt: skip
-    """The guided velocity of a tile of rows, renormalised by row; ``global`` is left to the caller."""
-    no_text = tl.load(no_text_ptr + row * no_text_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if IMAGE:
-        no_img = tl.load(no_img_ptr + row * no_img_stride + column, mask=inside, other=0.0).to(tl.float32)
-    guided = no_text + text_scale * (cond - no_text)
-    if RENORM == "text_channel":
-        guided *= _row_factor(cond, guided, renorm_min)
-    if IMAGE:
-        guided = no_img + image_scale * (guided - no_img)
-    if RENORM == "channel":
-        guided *= _row_factor(cond, guided, renorm_min)
-    return guided
+def _branch(v_ptr, v_stride, first, row, rows, column, C: tl.constexpr):
+    """A tile of the branch whose ``rows`` rows begin at row ``first`` of v; elsewhere it is 0 and nothing is read."""
+    at = v_ptr + (first + row).to(tl.int64) * v_stride + column
+    return tl.load(at, mask=(row < rows) & (column < C), other=0.0).to(tl.float32)
 
 
 @jit
-def _row_factor(cond, guided, renorm_min):
-    squares_cond = tl.sum(cond * cond, axis=1, keep_dims=True)
-    return _factor(squares_cond, tl.sum(guided * guided, axis=1, keep_dims=True), renorm_min)
+def _scales(parameters):
+    """(text scale, image scale) of an image, 1 for a guidance that is off."""
+    text_scale, image_scale = tl.load(parameters + 1), tl.load(parameters + 2)
+    image_scale = tl.where((text_scale > 1) & (image_scale > 1), image_scale, 1.0)
+    return tl.where(text_scale > 1, text_scale, 1.0), image_scale
+
+
+@jit
+def _extrapolated(origin, target, scale):
+    """Exactly ``target`` for a guidance that is off: its branch has no rows, so ``origin`` is 0, and ``scale`` is 1."""
+    return origin + scale * (target - origin)
 
 
 @jit
@@ -93,106 +101,125 @@ def _factor(squares_cond, squares_guided, renorm_min):
     return tl.minimum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@jit(do_not_specialize=["N"])
+@jit
 def _squares_kernel(
-    cond_ptr, no_text_ptr, no_img_ptr, squares_ptr, cond_stride, no_text_stride, no_img_stride, N,
-    text_scale, image_scale, C: tl.constexpr, IMAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    v_ptr, images_ptr, parameters_ptr, squares_ptr, v_stride,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """squares [2, programs]: each program's share of |c|^2, then of |g|^2."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    """squares [images, 2, PARTS]: program (part, image) leaves its share of |c|^2 and of |g|^2.
+
+    How rows are shared out depends on the image alone: tile t is of part t mod PARTS. Of parts beyond an image's tiles,
+    and of images that need no global norm, nothing is stored, nor read.
+    """
+    part, image = tl.program_id(0), tl.program_id(1)
+    images, parameters = images_ptr + image * 5, parameters_ptr + image * 5
+    rows, cond_row = tl.load(images + 1), tl.load(images + 2)
+    no_text_row, no_img_row = tl.load(images + 3), tl.load(images + 4)
+    text_scale, image_scale = _scales(parameters)
+    tiles = tl.cdiv(rows, ROWS)
+    if (text_scale == 1) | (tl.load(parameters + 4) != _GLOBAL) | (part >= tiles):
+        return
+    no_img_rows = tl.where(image_scale > 1, rows, 0)
     column = tl.arange(0, COLUMNS)[None, :]
     squares_cond = 0.0
     squares_guided = 0.0
-    for tile in range(program, tl.cdiv(N, ROWS), programs):
-        row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        inside = (row < N) & (column < C)
-        cond = tl.load(cond_ptr + row * cond_stride + column, mask=inside, other=0.0).to(tl.float32)
-        guided = _guided_tile(
-            cond, no_text_ptr, no_img_ptr, no_text_stride, no_img_stride, row, column, inside, text_scale,
-            image_scale, 1.0, IMAGE, "global",
-        )  # fmt: skip
+    for tile in range(part, tiles, PARTS):
+        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        cond = _branch(v_ptr, v_stride, cond_row, row, rows, column, C)
+        no_text = _branch(v_ptr, v_stride, no_text_row, row, rows, column, C)
+        no_img = _branch(v_ptr, v_stride, no_img_row, row, no_img_rows, column, C)
+        guided = _extrapolated(no_img, _extrapolated(no_text, cond, text_scale), image_scale)
         squares_cond += tl.sum(cond * cond)
         squares_guided += tl.sum(guided * guided)
-    tl.store(squares_ptr + program, squares_cond)
-    tl.store(squares_ptr + programs + program, squares_guided)
+    tl.store(squares_ptr + image * 2 * PARTS + part, squares_cond)
+    tl.store(squares_ptr + image * 2 * PARTS + PARTS + part, squares_guided)
 
 
-@jit(do_not_specialize=["N", "parts"])
+@jit
 def _step_kernel(
-    x_ptr, cond_ptr, no_text_ptr, no_img_ptr, squares_ptr, out_ptr,
-    x_stride, cond_stride, no_text_stride, no_img_stride, N, parts, text_scale, image_scale, renorm_min, dt,
-    C: tl.constexpr, TEXT: tl.constexpr, IMAGE: tl.constexpr, RENORM: tl.constexpr,
+    x_ptr, v_ptr, images_ptr, parameters_ptr, squares_ptr, v_stride, C: tl.constexpr, GUIDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of C <= COLUMNS channels a program; squares [2, parts], parts <= PARTS, for ``global`` only."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    """Program (tile, image) moves ROWS rows of C <= COLUMNS channels; squares as :func:`_squares_kernel` leaves them.
+
+    A guidance that is off is no other path through the program: its branch has no rows, its scale is 1. So all loads
+    come before the first sum, and none waits for it; but a long row fills the registers, and x comes last.
+    """
+    tile, image = tl.program_id(0), tl.program_id(1)
+    images, parameters = images_ptr + image * 5, parameters_ptr + image * 5
+    rows = tl.load(images + 1)
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    inside = (row < N) & (column < C)
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(cond_ptr + row * cond_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if TEXT:
-        v = _guided_tile(
-            v, no_text_ptr, no_img_ptr, no_text_stride, no_img_stride, row, column, inside, text_scale, image_scale,
-            renorm_min, IMAGE, RENORM,
-        )  # fmt: skip
-        if RENORM == "global":
-            part = tl.arange(0, PARTS)
-            squares_cond = tl.sum(tl.load(squares_ptr + part, mask=part < parts, other=0.0))
-            squares_guided = tl.sum(tl.load(squares_ptr + parts + part, mask=part < parts, other=0.0))
-            v *= _factor(squares_cond, squares_guided, renorm_min)
-    tl.store(out_ptr + row * C + column, x - v * dt, mask=inside)
+    inside = (row < rows) & (column < C)
+    moved = x_ptr + (tl.load(images) + row).to(tl.int64) * C + column
+    if ROWS > 1:
+        x = tl.load(moved, mask=inside, other=0.0)
+    v = _branch(v_ptr, v_stride, tl.load(images + 2), row, rows, column, C)
+    if GUIDED:
+        text_scale, image_scale = _scales(parameters)
+        renorm_min, renorm = tl.load(parameters + 3), tl.load(parameters + 4)
+        no_text_rows, no_img_rows = tl.where(text_scale > 1, rows, 0), tl.where(image_scale > 1, rows, 0)
+        no_text = _branch(v_ptr, v_stride, tl.load(images + 3), row, no_text_rows, column, C)
+        no_img = _branch(v_ptr, v_stride, tl.load(images + 4), row, no_img_rows, column, C)
+        part = tl.arange(0, PARTS)
+        parts = tl.where(renorm == _GLOBAL, tl.cdiv(no_text_rows, ROWS), 0)
+        squares = squares_ptr + image * 2 * PARTS + part
+        squares_of_cond = tl.load(squares, mask=part < parts, other=0.0)
+        squares_of_guided = tl.load(squares + PARTS, mask=part < parts, other=0.0)
+
+        text = _extrapolated(no_text, v, text_scale)
+        measured = tl.where(renorm == _TEXT_CHANNEL, text, _extrapolated(no_img, text, image_scale))
+        squares_cond = tl.sum(v * v, axis=1, keep_dims=True)
+        squares_guided = tl.sum(measured * measured, axis=1, keep_dims=True)
+        squares_cond = tl.where(renorm == _GLOBAL, tl.sum(squares_of_cond), squares_cond)
+        squares_guided = tl.where(renorm == _GLOBAL, tl.sum(squares_of_guided), squares_guided)
+        factor = tl.where(text_scale > 1, _factor(squares_cond, squares_guided, renorm_min), 1.0)
+        before = tl.where(renorm == _TEXT_CHANNEL, factor, 1.0)
+        behind = tl.where(renorm == _TEXT_CHANNEL, 1.0, factor)
+        v = _extrapolated(no_img, text * before, image_scale) * behind
+    if ROWS == 1:
+        x = tl.load(moved, mask=inside, other=0.0)
+    tl.store(moved, x - v * tl.load(parameters), mask=inside)
 
 
-def _run_kernels(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt):
-    N, C = x.shape
-    out = x.new_empty(N, C, dtype=torch.float32)
-    if N == 0 or C == 0:
-        return out
-    text, image = text_scale > 1, text_scale > 1 and image_scale > 1
-    velocities, strides = [], []
-    for v in (v_cond, v_no_text if text else None, v_no_img if image else None):
-        v = v if v is None else rows_contiguous(v)
-        velocities.append(v)
-        strides.append(0 if v is None else v.stride(0))
-    x = rows_contiguous(x)
-
+def _run_kernels(x, v, images, parameters, most_rows, guided):
+    C = x.shape[1]
+    if not (len(images) and most_rows and C):
+        return
+    v, images, parameters = rows_contiguous(v), images.contiguous(), parameters.contiguous()
     tiles = dict(configs.tiles("guided_step", "narrow" if C <= 4096 else "wide", x.device))
-    columns, most_parts = triton.next_power_of_2(C), tiles.pop("PARTS")
+    columns, most_parts = triton.next_power_of_2(C), tiles["PARTS"]
     rows = max(1, tiles.pop("ELEMENTS") // columns)
-    tiles |= {"C": C, "IMAGE": image, "ROWS": rows, "COLUMNS": columns}
-    programs = triton.cdiv(N, rows)
-    squares, parts, scales = None, 0, (float(text_scale), float(image_scale))
-    if text and renorm == "global":
-        parts = min(programs, most_parts)
-        squares = out.new_empty(2, parts)
-        _squares_kernel[(parts,)](*velocities, squares, *strides, N, *scales, **tiles)
-    _step_kernel[(programs,)](
-        x, *velocities, squares, out, x.stride(0), *strides, N, parts, *scales, float(renorm_min), float(dt),
-        TEXT=text, RENORM=renorm if text else None, PARTS=most_parts, **tiles,
-    )  # fmt: skip
-    return out
+    tiles |= {"C": C, "ROWS": rows, "COLUMNS": columns}
+    programs = triton.cdiv(most_rows, rows)
+    squares = None
+    if guided:
+        squares = x.new_empty(len(images), 2, most_parts)
+        grid = min(programs, most_parts), len(images)
+        _squares_kernel[grid](v, images, parameters, squares, v.stride(0), **tiles)
+    grid = programs, len(images)
+    _step_kernel[grid](x, v, images, parameters, squares, v.stride(0), GUIDED=guided, **tiles)
 
 
 torch.library.define(
     "bagel_rt::guided_step",
-    "(Tensor x, Tensor v_cond, Tensor? v_no_text, Tensor? v_no_img, float text_scale, float image_scale, str renorm, "
-    "float renorm_min, float dt) -> Tensor",
+    "(Tensor(a!) x, Tensor v, Tensor images, Tensor parameters, SymInt most_rows, bool guided) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def _launch(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt):
-    kernels = runs_kernel(x) and runs_kernel(v_cond, v_no_text, v_no_img)  # x or the velocities may be float64
+def _launch(x, v, images, parameters, most_rows, guided):
+    kernels = runs_kernel(x) and runs_kernel(v)  # either may be float64
     run = _run_kernels if kernels else guided_step_reference
-    return run(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt)
+    run(x, v, images, parameters, most_rows, guided)
 
 
 torch.library.impl("bagel_rt::guided_step", "default", _launch)
 
 
 @torch.library.register_fake("bagel_rt::guided_step")
-def _fake(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt):
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+def _fake(x, v, images, parameters, most_rows, guided):
+    return None
 
 
 _guided_step = torch.ops.bagel_rt.guided_step.default
@@ -215,37 +242,58 @@ def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm
     Raises:
         ValueError: a needed velocity is missing, shapes or dtypes disagree, or ``renorm`` is unknown.
     """
-    _check("guided_velocity", v_cond.shape, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm)
+    if renorm not in RENORMS:
+        raise ValueError(f"guided_velocity: renorm={renorm!r} is not one of {', '.join(map(repr, RENORMS))}")
+    if text_scale > 1 and v_no_text is None:
+        raise ValueError(f"guided_velocity: text_scale={text_scale} guides away from v_no_text, which is None")
+    if text_scale > 1 and image_scale > 1 and v_no_img is None:
+        raise ValueError(f"guided_velocity: image_scale={image_scale} guides away from v_no_img, which is None")
+    for name, v in (("v_no_text", v_no_text), ("v_no_img", v_no_img)):
+        if v is not None and (v.shape != v_cond.shape or v.dtype != v_cond.dtype):
+            expected = f"{tuple(v_cond.shape)} {v_cond.dtype}"
+            raise ValueError(f"guided_velocity: {name} is {tuple(v.shape)} {v.dtype}, expected {expected}")
     return guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min)
 
 
-def guided_step(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt):
-    """Take one Euler step of one image along the guided velocity.
+def guided_step(x, v, images, parameters, most_rows, guided=True):
+    """Take one Euler step of every image along its guided velocity, in place: x becomes x - v dt.
+
+    The values of ``images`` and ``parameters`` are not checked, which would make the host wait: rows must lie inside
+    ``x`` and ``v``, and no two images share rows of ``x``. Rows of ``x`` that are no image's stay as they are.
 
     Args:
-        x: [N, C] latents, floating point.
-        v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min: as in :func:`guided_velocity`,
-            velocities shaped like ``x``.
-        dt: time from this step down to the next, positive when denoising.
-
-    Returns:
-        x - v dt: [N, C], contiguous, float32 (float64 for float64 ``x``), a new tensor.
+        x: [N, C] latents of all images, float32 or float64, contiguous; overwritten.
+        v: [R, C] velocities of all branches, floating point.
+        images: int32 [I, 5]; of each image its first row in ``x``, its number of rows, and its first row in ``v`` under
+            every condition, without the text and without the images. A branch that its guidance does not use is not
+            read: any row will do, such as the first one's.
+        parameters: float32 [I, 5]; of each image dt (time from this step down to the next, positive when denoising),
+            text_scale, image_scale, renorm_min, all as in :func:`guided_velocity`, and the place of its renorm in
+            ``RENORMS``.
+        most_rows: the largest number of rows of an image, or more.
+        guided: False if no image is guided at this step, whatever the scales: only dt is read.
 
     Raises:
-        ValueError: as :func:`guided_velocity`.
+        ValueError: shapes, dtypes, layouts or devices disagree; the message names the offender.
     """
-    _check("guided_step", x.shape, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm)
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 2 or not x.is_contiguous():
+        layout = "" if x.is_contiguous() else ", not contiguous"
+        raise ValueError(
+            f"guided_step: x is {tuple(x.shape)} {x.dtype}{layout}; it is overwritten, so it must be a contiguous "
+            "[N, C] of float32 or float64"
+        )
+    if v.dim() != 2 or v.shape[1] != x.shape[1] or not v.is_floating_point():
+        raise ValueError(
+            f"guided_step: v is {tuple(v.shape)} {v.dtype}, expected [R, {x.shape[1]}] of a floating-point dtype"
+        )
+    expected = (images.shape[0] if images.dim() else 0, 5)
+    for name, given, dtype in (("images", images, torch.int32), ("parameters", parameters, torch.float32)):
+        if given.shape != expected or given.dtype != dtype:
+            raise ValueError(f"guided_step: {name} is {tuple(given.shape)} {given.dtype}, expected {expected} {dtype}")
+    for name, given in (("v", v), ("images", images), ("parameters", parameters)):
+        if given.device != x.device:
+            raise ValueError(f"guided_step: {name} is on {given.device}, x on {x.device}")
+    if most_rows < 0:
+        raise ValueError(f"guided_step: most_rows={most_rows} is negative")
     run = _guided_step if is_compiling() else _launch
-    return run(x, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min, dt)
-
-
-def _check(op, shape, v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm):
-    if renorm not in ("global", "channel", "text_channel"):
-        raise ValueError(f"{op}: renorm={renorm!r} is not one of 'global', 'channel', 'text_channel'")
-    if text_scale > 1 and v_no_text is None:
-        raise ValueError(f"{op}: text_scale={text_scale} guides away from v_no_text, which is None")
-    if text_scale > 1 and image_scale > 1 and v_no_img is None:
-        raise ValueError(f"{op}: image_scale={image_scale} guides away from v_no_img, which is None")
-    for name, v in (("v_cond", v_cond), ("v_no_text", v_no_text), ("v_no_img", v_no_img)):
-        if v is not None and (v.shape != shape or v.dtype != v_cond.dtype):
-            raise ValueError(f"{op}: {name} is {tuple(v.shape)} {v.dtype}, expected {tuple(shape)} {v_cond.dtype}")
+    run(x, v, images, parameters, most_rows, guided)

@@ -149,9 +149,8 @@ def test_a_text_an_image_and_a_denoising_step(bagel_and_weights):
         grid = (2, 3)
         noise = torch.randn(6, config.latent_features)
         settings = ImageSettings(num_timesteps=3, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
-        denoiser = Denoiser(
-            model, bagel.cache, [ImageTask(*grid, noise, talk.gen, talk.no_text, talk.no_img)], settings
-        )
+        task = ImageTask(*grid, noise, talk.gen, talk.no_text, talk.no_img, settings)
+        denoiser = Denoiser(model, bagel.cache, [task])
         velocities = denoiser.branch_velocities(0)[0]
 
     first, vae, vit, last = talk.gen.history

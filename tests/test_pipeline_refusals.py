@@ -26,6 +26,10 @@ REFUSED = {
     "too many timesteps": (dict(num_timesteps=10**9), "num_timesteps is 1000000000"),
     "no thinking tokens": (dict(max_think_token_n=0), "max_think_token_n is 0"),
     "sampling that is no flag": (dict(do_sample="yes"), "do_sample is 'yes'"),
+    "negative top_k": (dict(top_k=-1), "top_k is -1: allowed are integers from 0"),
+    "top_p of zero": (dict(top_p=0), "top_p is 0"),
+    "top_p above one": (dict(top_p=1.5), "top_p is 1.5"),
+    "a list for one prompt": (dict(cfg_text_scale=[3.0, 4.0]), r"cfg_text_scale is \[3.0, 4.0\]"),
     "temperature of zero": (dict(text_temperature=0), "text_temperature is 0.*do_sample=False"),
     "size that is no multiple": (dict(size=(100, 96)), r"size is \(100, 96\).*multiples of 16 from 16 to 256"),
     "size beyond the position table": (dict(size=(64, 1024)), r"size is \(64, 1024\)"),
@@ -48,6 +52,31 @@ REFUSED = {
     "more noise than is drawn": (dict(noise=[torch.zeros(4, 64)] * 2, size=(32, 32)), "noise: tensors of shape"),
     "negative prompt that is no text": (dict(negative_prompt=3), "a text is a int"),
 }
+
+
+REFUSED_LISTS = {
+    "too few": (
+        dict(cfg_text_scale=[3.0]),
+        r"cfg_text_scale is \[3.0\]: give one for all, or a list of 2, one per prompt",
+    ),
+    "a bad entry": (dict(cfg_renorm_min=[0.0, 3.0]), "cfg_renorm_min is 3.0: allowed are numbers from 0 to 1"),
+    "an interval of three": (
+        dict(cfg_interval=[0.1, 0.2, 0.3]),
+        r"cfg_interval is \[0.1, 0.2, 0.3\]: give two numbers",
+    ),
+    "intervals for others": (dict(cfg_interval=[(0.1, 0.2)] * 3), "give one for all, or a list of 2, one per prompt"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSED_LISTS.values(), ids=REFUSED_LISTS)
+def test_a_batch_refuses_lists_that_do_not_fit_it(bagel, options, message):
+    with pytest.raises(ValueError, match=message):
+        bagel.generate(["a boat", "a house"], size=(16, 16), **options)
+
+
+def test_two_numbers_in_a_list_are_one_interval(bagel):
+    results = bagel.generate(["a", "b"], size=(16, 16), seed=1, num_timesteps=2, cfg_interval=[0.2, 0.8])
+    assert [result.parameters["cfg_interval"] for result in results] == [(0.2, 0.8)] * 2
 
 
 @pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)

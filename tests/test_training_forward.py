@@ -140,9 +140,10 @@ def infer(model, sample, shift):
             t = flow_timesteps(torch.tensor([content.raw]), shift)
             x, target = flow_pair(content.latents, content.noise, t)
             grid = (content.rows, content.columns)
-            branches = PackedBranches(model, cache, [grid], [(0, context, context.borrow(len(x) + 2))])
+            borrowed = [(0, context, context.borrow(len(x) + 2))]
+            branches = PackedBranches(model, cache, [grid], borrowed)
             embedded = model.embed_latents(x, model.latent_positions(*grid) + model.time_embedding(t))
-            [velocity] = branches.velocities(embedded)
+            velocity = branches.velocities(embedded)
             mse.append((velocity - target).square().mean(1))
             continue
         prefill = Prefill(model, cache)

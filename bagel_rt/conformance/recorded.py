@@ -170,7 +170,8 @@ class Replay:
         plain = model.logits
         model.logits = lambda hidden: logits.append(plain(hidden)) or logits[-1]
         try:
-            ids = list(generate_tokens(model, context, tokenizer.bos, tokenizer.eos, text["max_length"], 0.0, 0))
+            tokens = generate_tokens(model, [context], tokenizer.bos, tokenizer.eos, text["max_length"])
+            ids = [token for _, token in tokens]
         finally:
             del model.logits
         self._agree(f"{name}.ids", [tokenizer.bos, *ids], text["returned_ids_including_start"])
@@ -186,10 +187,13 @@ class Replay:
         settings = ImageSettings(**{field.name: image[field.name] for field in fields(ImageSettings)})
         grids = [tuple(side // config.latent_stride for side in size) for size in image["image_sizes_hw"]]
         noises = self.golden[f"{name}.init_noise"].split([rows * columns for rows, columns in grids])
-        tasks = [ImageTask(*g, n, *c) for g, n, c in zip(grids, noises, zip(*contexts, strict=True), strict=True)]
-        denoiser = Denoiser(self.model, self.bagel.cache, tasks, settings)
-        self._compare(f"{name}.timesteps", denoiser.timesteps)
-        self._compare(f"{name}.dts", torch.tensor(denoiser.dts))
+        tasks = [
+            ImageTask(*grid, noise, *branches, settings)
+            for grid, noise, branches in zip(grids, noises, zip(*contexts, strict=True), strict=True)
+        ]
+        denoiser = Denoiser(self.model, self.bagel.cache, tasks)
+        self._compare(f"{name}.timesteps", denoiser.timesteps[:, 0])
+        self._compare(f"{name}.dts", denoiser.dts[:, 0])
         guided = [scales[0] > 1 for scales in image["effective_scales_per_step"]]
         self._agree(f"{name}.guided steps", denoiser.guided, guided)
         for index in range(len(denoiser)):
@@ -219,7 +223,7 @@ class Replay:
 
     def _step(self, denoiser: Denoiser, index: int, name: str) -> None:
         """One denoising step: branch velocities, guided velocity; leaves the denoiser at the next timestep."""
-        name, settings = f"{name}.step{index:03d}", denoiser.settings
+        name, settings = f"{name}.step{index:03d}", denoiser.tasks[0].settings
         self._compare(f"{name}.x_t", denoiser.latents)
         branches = list(zip(*denoiser.branch_velocities(index), strict=True))
         for kind, velocities in zip(("v_cond", "v_no_text", "v_no_img"), branches, strict=True):
@@ -234,7 +238,7 @@ class Replay:
             # The official norm spans the whole batch; ours each image. Follow the official one here.
             v = guided_velocity(*whole, *scales, *renorm)
             self._compare(f"{name}.v", v)
-            denoiser.latents.sub_(v * denoiser.dts[index])
+            denoiser.latents.sub_(v * denoiser.dts[index, 0])
             return
         if f"{name}.v" in self.golden:
             parts = [guided_velocity(*velocities, *scales, *renorm) for velocities in zip(*branches, strict=True)]
@@ -245,4 +249,5 @@ class Replay:
         grids = [(task.rows, task.columns) for task in denoiser.tasks]
         contexts = [getattr(task, kind) for task in denoiser.tasks]
         borrowed = [(i, c, c.borrow(grids[i][0] * grids[i][1] + 2)) for i, c in enumerate(contexts)]
-        return PackedBranches(self.model, self.bagel.cache, grids, borrowed).velocities(denoiser.embedded(index))
+        packed = PackedBranches(self.model, self.bagel.cache, grids, borrowed)
+        return packed.velocities(denoiser.embedded(index)).split(packed.sizes)

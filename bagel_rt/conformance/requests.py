@@ -34,19 +34,21 @@ def request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict)
     inputs, hyper = meta["inputs"], meta["inputs"]["hyper"]
     parts = [Image.open(pack / part) if os.path.isfile(pack / part) else part for part in inputs["interleave_inputs"]]
     image = ImageSettings(**{field.name: hyper[field.name] for field in fields(ImageSettings)})
-    text = TextSettings(**{field.name: hyper[field.name] for field in fields(TextSettings)})
-    request = Request(
-        parts, tuple(hyper["image_shapes"]), 0, None if hyper["understanding_output"] else _draws(meta, golden)
-    )
-    engine, think, tolerance = bagel.engine, hyper["think"], {}
-    if "thinkmorph" in meta["case"]:
+    text = TextSettings(**{field.name: hyper[field.name] for field in fields(TextSettings) if field.name in hyper})
+    answers, interleaves = hyper["understanding_output"], "thinkmorph" in meta["case"]
+    prompt = THINK_INTERLEAVED if interleaves else THINK_BEFORE_ANSWER if answers else THINK_BEFORE_IMAGE
+    noise = None if answers else _draws(meta, golden)
+    system = prompt if hyper["think"] else None
+    request = Request(parts, tuple(hyper["image_shapes"]), 0, image, text, noise, system)
+    engine, tolerance = bagel.engine, {}
+    if interleaves:
         if "scripted_gen_text" in inputs:
             engine, tolerance = _Scripted(engine, inputs["scripted_gen_text"]), {"tolerance": FED_BACK}
-        outputs = engine.run_interleaved(request, THINK_INTERLEAVED if think else None, 3, image, text, None)
-    elif hyper["understanding_output"]:
-        outputs = ["".join(engine.run_answer(request, THINK_BEFORE_ANSWER if think else None, text, None))]
+        outputs = engine.run_interleaved(request, 3)
+    elif answers:
+        outputs = ["".join(engine.run_answer(request))]
     else:
-        [result] = engine.run_images([request], THINK_BEFORE_IMAGE if think else None, None, image, text, None)
+        [result] = engine.run_images([request])
         outputs = [result] if result.thought is None else [result.thought, result]
     results = [
         agree("request.outputs", [_kind(output) for output in outputs], [next(iter(o)) for o in meta["outputs"]])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from bagel_rt.cache import KVCache
 from bagel_rt.checkpoint import Destination, check_weights, find_weights, load_weights
 from bagel_rt.config import BagelConfig, CheckpointError
+from bagel_rt.kernels import decode_linear
 from bagel_rt.models.bagel.embed import position_ids, time_embedding
 from bagel_rt.models.bagel.transformer import Rows, Transformer, rope_tables
 from bagel_rt.models.bagel.vae import AutoEncoder
@@ -40,6 +41,7 @@ class BagelModel:
         self.markers = markers
         self.device = weights.embed_tokens.device
         self.dtype = weights.embed_tokens.dtype
+        self._rope_table: torch.Tensor | None = None
 
     @classmethod
     def allocate(cls, config: BagelConfig, markers: tuple[int, int], device, dtype) -> "BagelModel":
@@ -128,10 +130,26 @@ class BagelModel:
         """Rotary tables cos, sin float32 [T, head_dim / 2] of positions [T]."""
         return rope_tables(positions.to(self.device), self.config.llm.head_dim, self.config.llm.rope_theta)
 
+    def rope_table(self, positions: int) -> torch.Tensor:
+        """Rotary tables (cos, sin) of positions 0, 1, ..., float32 [2, P, head_dim / 2], P at least ``positions``.
+
+        One tensor for the model's life: captured steps read it. P is the model's ``max_position_embeddings``.
+
+        Raises:
+            ValueError: more positions than the model has.
+        """
+        most = self.config.llm.max_position_embeddings
+        if positions > most:
+            raise ValueError(f"a text reaches position {positions}, the model has {most}: lower max_think_token_n")
+        if self._rope_table is None:
+            self._rope_table = torch.stack(self.rope(torch.arange(most)))
+        return self._rope_table
+
     def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states of generation rows [n, H] (before the final norm) -> velocity [n, features]."""
         return F.linear(self.transformer.final_norm(hidden, hidden.shape[0]), *self.weights.llm2vae)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states of understanding rows [n, H] (before the final norm) -> logits [n, vocab]."""
-        return F.linear(self.transformer.final_norm(hidden, 0), self.weights.lm_head)
+        norm = self.weights.norm.und
+        return decode_linear(hidden, self.weights.lm_head, norm=norm, eps=self.config.llm.rms_norm_eps)

@@ -1,0 +1,236 @@
+"""Steps are replayed at fixed addresses: what was captured for one request serves the next, and nothing leaks between.
+
+On a CPU the graph is a recording of operator calls (see ``recording``); on a GPU it is a CUDA graph.
+"""
+
+import gc
+
+import pytest
+import torch
+from conftest import DEVICE
+from recording import Recording, dispatch_ops
+
+from bagel_rt import Bagel, Cancelled
+from bagel_rt.graphs import Graphs, in_step
+
+cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+FAST = {"num_timesteps": 7, "cfg_interval": (0.7, 1.0)}  # steps of both kinds, each more than twice
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """The model run as it is."""
+    return Bagel.from_pretrained(device=DEVICE, dtype=torch.float32, graphs=False)
+
+
+@pytest.fixture
+def captured(eager, monkeypatch):
+    """The same model, every repeated step captured and replayed."""
+    if DEVICE.type == "cuda":
+        return Bagel(eager.model, eager.tokenizer)
+    dispatch_ops(monkeypatch)
+    bagel = Bagel(eager.model, eager.tokenizer)
+    bagel.engine.graphs.capture = Recording
+    return bagel
+
+
+def draw(prompt, size=(32, 48), **options):
+    return lambda bagel, photo: bagel.generate(prompt, size=size, **FAST | {"seed": 3} | options)
+
+
+def edit(prompt, **options):
+    return lambda bagel, photo: bagel.edit(photo, prompt, **FAST | {"seed": 3} | options)
+
+
+def chat(prompt, *images, **options):
+    return lambda bagel, photo: bagel.chat(prompt, [photo] * len(images), max_think_token_n=12, **options)
+
+
+SAME_STRUCTURE = {
+    "another text, seed and guidance": [
+        draw("a red circle"),
+        draw("two green squares above it", seed=4, cfg_text_scale=2.0, cfg_renorm_type="channel", cfg_renorm_min=0.2),
+        draw("x", seed=5, cfg_interval=(0.4, 0.9), timestep_shift=1.0, cfg_renorm_type="text_channel"),
+    ],
+    "an edit of another length": [edit("make it night"), edit("remove the second boat from the left", seed=9)],
+    "a batch": [
+        draw(["a", "b c"], cfg_renorm_type=["global", "channel"]),
+        draw(["d e f", "g"], cfg_text_scale=[2.0, 5.0], cfg_img_scale=2.0),
+    ],
+    "a question": [chat("why?"), chat("what is this, and where?", 1), chat("a", 1, 2)],
+    "a sampled answer": [
+        chat("why?", do_sample=True, text_temperature=1.0, seed=1),
+        chat("how?", do_sample=True, text_temperature=2.0, top_k=20, seed=2),
+        chat("who?", do_sample=True, text_temperature=1.5, top_p=0.9, seed=3),
+    ],
+    "thoughts": [
+        draw(["a", "b"], think=True, max_think_token_n=9),
+        draw(["c d", "e f g"], think=True, max_think_token_n=9, seed=7),
+    ],
+}
+
+
+def same(result, expected):
+    if isinstance(expected, list):
+        return all(same(one, other) for one, other in zip(result, expected, strict=True))
+    if isinstance(expected, str):
+        return result == expected
+    return result.thought == expected.thought and torch.equal(result.latents, expected.latents)
+
+
+@pytest.mark.parametrize("requests", SAME_STRUCTURE.values(), ids=SAME_STRUCTURE)
+def test_what_one_request_captured_serves_the_next(captured, eager, photo, requests):
+    captures = []
+    for request in requests:
+        assert same(request(captured, photo), request(eager, photo))
+        captures.append(captured.engine.graphs.captures)
+    first = requests[0](captured, photo)  # and the first one again, after the others used its buffers
+    assert same(first, requests[0](eager, photo))
+    assert captures[0] > 0
+    grown = captured.engine.graphs.captures - captures[-1]
+    assert grown <= 1, "only a picture's decoding is captured at the second request of its size"
+
+
+def test_a_repeated_request_captures_nothing(captured, photo):
+    requests = [draw("a"), edit("b"), chat("c", 1)]
+    for request in requests * 2:
+        request(captured, photo)
+    count, seconds = captured.engine.graphs.captures, captured.engine.graphs.capture_seconds
+    for request in requests * 2:
+        request(captured, photo)
+    assert (captured.engine.graphs.captures, captured.engine.graphs.capture_seconds) == (count, seconds)
+
+
+def test_a_growing_cache_invalidates_what_was_captured(captured, eager, photo):
+    request = draw("a red circle")
+    request(captured, photo)
+    old = captured.cache.k
+    taken = captured.cache.allocate(captured.cache.slots + 1)
+    assert captured.cache.k is not old
+    with torch.inference_mode():
+        old.fill_(torch.nan)
+    before = captured.engine.graphs.captures
+    assert same(request(captured, photo), request(eager, photo))
+    assert captured.engine.graphs.captures > before
+    captured.cache.release(taken, captured.cache.slots)
+
+
+def test_released_memory_is_taken_again(captured, eager, photo):
+    for _ in range(2):
+        for request in (draw("a"), chat("b")):
+            assert same(request(captured, photo), request(eager, photo))
+        gc.collect()
+        captured.release_memory()
+        assert captured.cache.slots == 0 and not captured.engine.graphs._kept
+
+
+def test_another_request_in_the_middle_of_a_stream(captured, eager, photo):
+    options = {"max_think_token_n": 20}
+    pieces = captured.stream("what?", **options)
+    text = next(pieces) + next(pieces)
+    assert captured.chat("and this?", **options) == eager.chat("and this?", **options)
+    draw("x", size=(64, 64))(captured, photo)
+    assert text + "".join(pieces) == eager.chat("what?", **options)
+
+
+def test_a_cancelled_request_leaves_nothing_to_the_next(captured, eager, photo):
+    def stop(progress):
+        if progress.step == 4:
+            raise Cancelled
+
+    for request in (draw("a red circle", progress=stop), chat("why?", progress=stop)):
+        with pytest.raises(Cancelled):
+            request(captured, photo)
+    gc.collect()
+    assert captured.cache.free_slots == captured.cache.slots
+    for request in (draw("a red circle"), chat("why?")):
+        assert same(request(captured, photo), request(eager, photo))
+
+
+class Owner:
+    pass
+
+
+def test_workspaces_are_bounded_and_the_least_recently_used_goes_first():
+    graphs, made = Graphs(None, limit=2), []
+
+    def take(key):
+        return graphs.workspace(key, lambda: made.append(key), Owner())
+
+    first = take("a")
+    take("b")
+    assert take("a") is first
+    take("c")
+    assert take("a") is first and made == ["a", "b", "c"]
+    take("b")
+    assert made == ["a", "b", "c", "b"]
+
+
+def test_a_workspace_in_use_is_not_given_to_another():
+    graphs, owner = Graphs(None), Owner()
+    first = graphs.workspace("a", lambda: [], owner)
+    second = graphs.workspace("a", lambda: [], other := Owner())
+    assert first is not second and first.buffers is not second.buffers
+    del owner
+    assert graphs.workspace("a", lambda: [], Owner()) is not second, "its run still exists"
+    del other
+
+
+def test_work_runs_as_it_is_once_and_then_from_what_was_captured():
+    done, owner = [], Owner()
+
+    class Captured:
+        def __init__(self, work):
+            done.append("captured")
+
+        def replay(self):
+            done.append("replayed")
+
+    graphs = Graphs(Captured)
+    workspace = graphs.workspace("a", lambda: None, owner)
+    for _ in range(3):
+        graphs.run(workspace, "step", lambda: done.append("ran"))
+    assert done == ["ran", "captured", "replayed", "replayed"] and graphs.captures == 1
+    graphs.forget()
+    graphs.run(workspace, "step", lambda: done.append("ran"))
+    assert done[4:] == ["captured", "replayed"]
+
+
+def test_work_that_fails_the_first_time_is_not_taken_for_done():
+    graphs, owner = Graphs(Recording), Owner()
+    workspace = graphs.workspace("a", lambda: None, owner)
+
+    def fail():
+        raise torch.OutOfMemoryError("no memory")
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs.run(workspace, "step", fail)
+    assert graphs.captures == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_work_is_reported_when_it_is_finished(count):
+    done = []
+    assert list(in_step(DEVICE, [lambda: done.append(1)] * count)) == list(range(1, count + 1))
+    assert len(done) == count
+
+
+@cuda
+def test_on_a_gpu_graphs_are_the_default_and_can_be_switched_off(eager):
+    assert eager.engine.graphs.capture is None
+    assert Bagel(eager.model, eager.tokenizer).engine.graphs.capture is not None
+
+
+@cuda
+def test_replays_allocate_nothing(captured, photo):
+    for request in (draw("a red circle", num_timesteps=20), chat("why?")):
+        for _ in range(3):
+            request(captured, photo)
+        allocated = []
+
+        def note(progress, allocated=allocated):
+            allocated.append(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+        captured.generate("two", size=(32, 48), seed=1, progress=note, **FAST)
+        assert len(set(allocated)) == 1
