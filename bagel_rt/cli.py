@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from bagel_rt import __version__, cli_options
+from bagel_rt.cli_memory import memory
 from bagel_rt.cli_options import read_images, read_part, read_seed, read_size, with_hyperparameters
 from bagel_rt.cli_report import CASE_LINE, CHECK_LINE, case_lines, case_result, check_line, finite
 from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_ROUNDS, check_seed, override
@@ -261,6 +262,9 @@ def info(model: cli_options.Model = None, as_json: cli_options.Json = False) -> 
     typer.echo(json.dumps(report) if as_json else text(report))
 
 
+app.command()(memory)
+
+
 @app.command()
 def check(
     op: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one. Repeatable.")] = None,
@@ -298,7 +302,7 @@ def check(
         counts = {name: sum(result.result == name for result in done) for name in ("pass", "FAIL", "not run")}
         typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
         if left_out:
-            typer.echo(f"{left_out} cases, of the model's own sizes, run on a GPU only")
+            typer.echo(f"{left_out} cases left out: the model's own sizes need a GPU, CUDA kernels a built extension")
         typer.echo(f"{report['device']}, tile sizes of {report['table']}")
         typer.echo(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     if failed:
