@@ -5,12 +5,14 @@
 Stages in order of worth; the results of all that is done so far are always in FOLDER/results.json and results.md, so a
 run that is cut keeps what it has:
 
-    build    the compiled planner, offline, where it is missing
-    check    every kernel against its reference, as ``bagel-rt check``
-    tests    recorded behaviour of the official code with the kernels, then the tests of each, on the GPU
-    kernels  every kernel at BAGEL's sizes beside its peers: time, share of the roofline, error
-    forward  a denoising forward through a few layers at full width: kernels beside references
-    tune     what is left of the time: better tile sizes, written beside the results, never into the table
+    build       the extension, offline, where it is missing
+    check       every kernel against its reference, as ``bagel-rt check``
+    tests       recorded behaviour of the official code with the kernels, then the tests of each, on the GPU
+    kernels     every kernel at BAGEL's sizes beside its peers: time, share of the roofline, error
+    forward     a denoising forward through a few layers at full width: kernels beside references
+    end_to_end  whole requests with random weights at full size, beside the official composition
+    sanitize    the tests of the extension's kernels under compute-sanitizer, where that is installed
+    tune        what is left of the time: better tile sizes, written beside the results, never into the table
 
 Exit codes: 0 nothing is wrong, though a run out of time may be cut, which its last line says; 1 a result is wrong, or
 a kernel or a test failed; 2 there is no GPU.
@@ -20,6 +22,8 @@ import argparse
 import json
 import os
 import queue
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,11 +42,13 @@ import torch
 from bagel_rt.cli_report import finite
 from benchmarks import kernels, report
 from benchmarks.measure import ROOT, gpu_state, machine
-from benchmarks.worker import COMPILED_PEERS, DEVICE_LOST
+from benchmarks.worker import DEVICE_LOST, OTHERS
 
-TESTS = ("conformance_kernels", "attention*", "decode_attention", "guidance", "linear", "norm", "qk_norm_rope",
-         "ops_registration", "backend")  # fmt: skip
-SHARES = {"build": 0.06, "check": 0.17, "tests": 0.25, "kernels": 0.60, "forward": 0.5, "tune": 0.9}
+TESTS = ("conformance_kernels", "attention*", "decode_*", "group_norm", "guidance", "linear", "norm", "qk_norm_rope",
+         "sample", "graphs", "ops_registration", "backend")  # fmt: skip
+SANITIZED = ("decode_linear", "decode_qkv", "decode_attention", "sample")
+SHARES = {"build": 0.25, "check": 0.17, "tests": 0.25, "kernels": 0.45, "forward": 0.3, "end_to_end": 0.75,
+          "sanitize": 0.6, "tune": 0.9}  # fmt: skip
 """Stage -> the most it may take of the time that is left when it begins."""
 OUT_OF_TIME = "stopped, the time was up"
 GRACE = 15.0
@@ -104,9 +110,12 @@ def tell(process: subprocess.Popen, deadline: float, patience: float) -> Iterato
 _RUNNING: set[subprocess.Popen] = set()
 
 
-def _begin(command: list[str], **streams) -> subprocess.Popen:
-    """Start a process that can be ended together with those that it starts; which backend runs is left to it."""
-    environment = {name: value for name, value in os.environ.items() if name != "BAGEL_RT_BACKEND"}
+def _begin(command: list[str], added: dict[str, str] | None = None, **streams) -> subprocess.Popen:
+    """Start a process that can be ended together with those that it starts; which backend runs is left to it.
+
+    ``added`` are variables of its environment.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "BAGEL_RT_BACKEND"} | (added or {})
     process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, env=environment, **streams)
     _RUNNING.add(process)
     return process
@@ -120,9 +129,11 @@ def _end(process: subprocess.Popen) -> None:
     _RUNNING.discard(process)
 
 
-def _status(command: list[str], deadline: float, log: TextIO | None = None) -> int | None:
+def _status(
+    command: list[str], deadline: float, log: TextIO | None = None, added: dict[str, str] | None = None
+) -> int | None:
     """Run a process: its exit status, or None if it was ended because the time was up."""
-    process = _begin(command, stdout=log, stderr=log)
+    process = _begin(command, added, stdout=log, stderr=log)
     try:
         return process.wait(max(deadline - time.monotonic(), 0.01))
     except subprocess.TimeoutExpired:
@@ -156,7 +167,7 @@ def run_worker(
             for message in tell(process, deadline, patience):
                 if "begin" in message:
                     begun, task = message["begin"], message["task"]
-                    blame = stage.remarks if task.endswith(COMPILED_PEERS) else stage.notes
+                    blame = stage.remarks if task.endswith(OTHERS) else stage.notes
                 elif "row" in message:
                     stage.rows.append(message["row"])
                     if message["row"].get("who") == kernels.OURS:  # what follows in this task is about peers
@@ -178,13 +189,19 @@ def run_worker(
 
 
 def build(stage: Stage, deadline: float, save, folder: Path) -> None:
-    """Build the planner in the source tree, with what is installed; without it Python plans."""
-    command = [sys.executable, "-c", "from bagel_rt.plan import EXTENSION; raise SystemExit(EXTENSION is None)"]
+    """Build the extension in the source tree, with what is installed; without it Python plans and Triton decodes."""
+    question = (
+        "from bagel_rt.kernels.extension import EXTENSION; raise SystemExit(not getattr(EXTENSION, 'has_cuda', 0))"
+    )
+    command = [sys.executable, "-c", question]
     result = "was there"
     if _status(command, deadline) != 0:
         with (folder / "build.log").open("w") as log:
             built = _status([sys.executable, "setup.py", "build_ext", "--inplace"], deadline, log)
-        result = "built" if built == 0 and _status(command, deadline) == 0 else "not built, see build.log"
+        result = "not built, see build.log"
+        if built == 0:
+            has_cuda = _status(command, deadline) == 0
+            result = "built" if has_cuda else "built without CUDA kernels, see build.log"
     stage.rows.append({"what": "bagel_rt._C", "result": result})
     stage.complete = True
 
@@ -218,6 +235,43 @@ def tests(stage: Stage, deadline: float, save, folder: Path, patterns=TESTS) -> 
     stage.complete = not stage.remarks
 
 
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is; None if it is not installed."""
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.path.join(place, "bin") for place in places if place]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+
+
+def sanitize(stage: Stage, deadline: float, save, folder: Path, names=SANITIZED) -> None:
+    """The extension's tests under memcheck, one file after another; what the tool says is in sanitize.log."""
+    tool = sanitizer()
+    if tool is None:
+        stage.remarks.append("compute-sanitizer was not found; it comes with the CUDA toolkit")
+        return
+    for name in names:
+        file, path = ROOT / "tests" / f"test_{name}.py", folder / "sanitize.log"
+        command = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "99",
+                   sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]  # fmt: skip
+        with path.open("a+") as log:
+            start = log.seek(0, os.SEEK_END)
+            # Blocks of its own for every tensor: inside a cached one nothing is out of bounds.
+            status = _status(command, deadline, log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            log.seek(start)
+            errors = re.findall(r"ERROR SUMMARY: (\d+) error", log.read())
+        found = sum(map(int, errors)) if errors else None
+        stage.rows.append({"file": file.name, "errors": found, "status": status, "result": _sanitized(status)})
+        if status is None:
+            stage.remarks.append(f"{file.name}: {OUT_OF_TIME}")
+            return
+        save()
+    stage.complete = True
+
+
+def _sanitized(status: int | None) -> str:
+    words = {0: "clean", 1: "a test failed", 99: "errors of memory, see sanitize.log", None: OUT_OF_TIME}
+    return words.get(status, "ended, see sanitize.log")
+
+
 def tune(stage: Stage, deadline: float, save, folder: Path) -> None:
     """``benchmarks.tune`` for as long as it may run; it writes beside the results."""
     minutes = f"{max(deadline - time.monotonic(), 0) / 60:.2f}"
@@ -233,7 +287,8 @@ def _worker(stage: Stage, deadline: float, save, folder: Path) -> None:
 
 
 STAGES: dict[str, Callable] = {
-    "build": build, "check": _worker, "tests": tests, "kernels": _worker, "forward": _worker, "tune": tune,
+    "build": build, "check": _worker, "tests": tests, "kernels": _worker, "forward": _worker, "end_to_end": _worker,
+    "sanitize": sanitize, "tune": tune,
 }  # fmt: skip
 
 

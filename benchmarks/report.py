@@ -1,6 +1,6 @@
 """What ``benchmarks.gpu_check`` found, as text and as Markdown tables."""
 
-from benchmarks import forward, kernels
+from benchmarks import end_to_end, forward, kernels
 from benchmarks.measure import LATENCY, MOST_SETS, markdown
 from benchmarks.workloads import WORKLOADS
 
@@ -26,6 +26,10 @@ def problems(stage) -> list[str]:
             found.append(f"{row['workload']}: {row['note']}")
         elif stage.name == "forward" and row["note"]:
             found.append(f"{row['forward']}: {row['note']}")
+        elif stage.name == "end_to_end" and row["note"].startswith("WRONG"):
+            found.append(f"{row['case']}, batch {row['batch']}, {row['who']}: {row['note']}")
+        elif stage.name == "sanitize" and row["status"] not in (0, None):
+            found.append(f"{row['file']}: {row['result']}")
     return found
 
 
@@ -91,4 +95,9 @@ def _forward(rows) -> list[str]:
     return [forward.table([forward.ForwardRow(**row) for row in rows])]
 
 
-_TABLES = {"kernels": _kernels, "forward": _forward}
+def _end_to_end(rows) -> list[str]:
+    found = [end_to_end.EndToEndRow(**row) for row in rows]
+    return [end_to_end.EXPLANATION, end_to_end.table(found)]
+
+
+_TABLES = {"kernels": _kernels, "forward": _forward, "end_to_end": _end_to_end}

@@ -1,6 +1,6 @@
 """The part of ``benchmarks.gpu_check`` that touches the GPU: a process that runs tasks and reports each as a JSON line.
 
-    python -m benchmarks.worker check|kernels|forward --from N
+    python -m benchmarks.worker check|kernels|forward|end_to_end --from N
 
 A kernel can kill its process, leave the GPU unusable for it, or never end. So the tasks of a stage are numbered: the
 process says which one it begins, and ends with status 3 where the GPU is lost to it. Another one goes on behind that.
@@ -10,19 +10,25 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from bagel_rt import check
 from bagel_rt.check_cases import CASES
-from benchmarks import forward, kernels
+from bagel_rt.config import BAGEL_7B_MOT, BagelConfig
+from benchmarks import end_to_end, forward, kernels
 from benchmarks.measure import Clock, ceilings, measured_ceilings
+from benchmarks.random_model import random_model
 from benchmarks.workloads import PLANS
 
 DEVICE_LOST = 3
 COMPILED_PEERS = " (compiled peers)"
-"""Ends the name of a task that runs nothing of this package."""
+PEER = " (peer)"
+OTHERS = (COMPILED_PEERS, PEER)
+"""End the name of a task that runs nothing of this package."""
+WHOLE = 20.0
+"""Seconds that a whole request may take to be run whole, beside all else that is to be measured."""
 Tasks = list[tuple[str, Callable[[], Iterator[dict]]]]
 
 
@@ -69,20 +75,35 @@ def forward_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
     return [(name, partial(run, name)) for name in forward.FORWARDS]
 
 
-STAGES = {"check": check_tasks, "kernels": kernel_tasks, "forward": forward_tasks}
+def end_to_end_tasks(
+    device: torch.device, config: BagelConfig = BAGEL_7B_MOT, cases=end_to_end.CASES, dtype=torch.bfloat16
+) -> Tasks:
+    """One task per request, batch and contender, over one model that the first of them makes."""
+    effort = end_to_end.Effort(seconds=WHOLE, whole=("graphs",))
+    model = cache(lambda: end_to_end.EndToEnd(*random_model(config, device, dtype), effort))
+    return [
+        (task[0] + PEER * ("official" in task[1]), partial(lambda task: model().measure(task), task))
+        for task in end_to_end.tasks(cases)
+    ]
+
+
+STAGES = {
+    "check": check_tasks, "kernels": kernel_tasks, "forward": forward_tasks, "end_to_end": end_to_end_tasks,
+}  # fmt: skip
 
 
 def work(tasks: Tasks, start: int, say: Callable[[dict], None]) -> int:
     """Run tasks from number ``start`` on; return the exit status.
 
-    ``say`` is given {"begin": number, "task": name}, {"row": ...} and at the end {"done": true}. A task that raises is
-    {"failed": reason}, and the next one follows.
+    ``say`` is given {"begin": number, "task": name}, {"row": ...} and at the end {"done": true}. An empty row, by which
+    a long task shows that it lives, is {"working": number}; a task that raises is {"failed": reason}, and the next one
+    follows.
     """
     for number, (name, run) in enumerate(tasks[start:], start):
         say({"begin": number, "task": name})
         try:
             for row in run():
-                say({"row": row})
+                say({"row": row} if row else {"working": number})
         except kernels.DeviceLost as lost:
             say({"failed": f"the GPU is lost to this process: {lost}"})
             return DEVICE_LOST

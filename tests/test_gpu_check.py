@@ -14,10 +14,10 @@ import torch
 from conftest import DEVICE
 
 from bagel_rt import check
-from bagel_rt.kernels import guided_step, rms_norm
+from bagel_rt.kernels import rms_norm
 from benchmarks import forward, gpu_check, kernels, measure, report, worker
 from benchmarks.gpu_check import Stage
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS, Workload, _guided_step
 
 CPU = torch.device("cpu")
 
@@ -179,7 +179,7 @@ def norms(tensors):
 
 
 def steps(tensors):
-    return guided_step, (*(tensors(6, 64) for _ in range(4)), 4.0, 2.0, "global", 0.0, 0.02), {}
+    return _guided_step(tensors, latents=6, renorm="global", branches=3)
 
 
 TINY = [

@@ -1,0 +1,83 @@
+"""The least time a whole request can take: its arithmetic and the weights it must read, at a device's ceilings.
+
+Branches that see the same context count once, a step reads each weight once, a forward takes the longer of arithmetic
+and reading. Left out, so that the figure stays a bound: the autoencoder, norms and other elementwise work, the system
+prompt in guidance contexts.
+"""
+
+from bagel_rt.config import BagelConfig
+from bagel_rt.workload import Workload
+
+
+def floor_seconds(work: Workload, limits: tuple[float, float]) -> float:
+    """Seconds below which the workload cannot be done.
+
+    Args:
+        work: the requests of one batch.
+        limits: flop/s and bytes/s of the device.
+    """
+    return _prefill(work, limits) + _text(work, limits) + _denoising(work, limits)
+
+
+def layer_parameters(config: BagelConfig) -> int:
+    """Weights of one expert of one layer that a row is multiplied with."""
+    llm = config.llm
+    attention = llm.hidden_size * llm.head_dim * (2 * llm.num_heads + 2 * llm.num_kv_heads)
+    return attention + 3 * llm.hidden_size * llm.intermediate_size
+
+
+def forward_seconds(
+    config: BagelConfig, rows: int, pairs: int, experts: int, itemsize: int, limits: tuple[float, float]
+) -> float:
+    """A packed forward of so many rows, whose queries see ``pairs`` keys in all, through one expert or both."""
+    llm, weights = config.llm, layer_parameters(config)
+    flops = llm.num_layers * (2 * weights * rows + 4 * llm.num_heads * llm.head_dim * pairs)
+    return max(flops / limits[0], llm.num_layers * experts * weights * itemsize / limits[1])
+
+
+def _prefill(work: Workload, limits) -> float:
+    config, texts = work.config, work.text_tokens
+    patches, latents = work.patches, work.image_tokens - work.patches  # the latter with all markers
+    if not work.draws:
+        patches, latents = work.image_tokens, 0
+    pairs = latents**2 + patches * (latents + patches) + texts * (latents + patches) + texts * (texts + 1) // 2
+    rows = latents + patches + texts
+    seen = forward_seconds(
+        config, work.batch * rows, work.batch * pairs, 1 + (latents > 0), work.dtype.itemsize, limits
+    )
+    return seen + work.batch * _vision_tower(config, work.patches, len(work.images)) / limits[0]
+
+
+def _vision_tower(config: BagelConfig, patches: int, images: int) -> float:
+    """Arithmetic of the tower and the connector, of images of equal size."""
+    vit, H = config.vit, config.llm.hidden_size
+    V = vit.hidden_size
+    pairs = patches**2 / max(images, 1)
+    layers = vit.num_layers * (2 * patches * (4 * V * V + 2 * V * vit.intermediate_size) + 4 * V * pairs)
+    return layers + 2 * patches * (V * H + H * H)
+
+
+def _text(work: Workload, limits) -> float:
+    config, llm, size = work.config, work.config.llm, work.dtype.itemsize
+    weights = llm.num_layers * layer_parameters(config) + llm.vocab_size * llm.hidden_size
+    of_key = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
+    before = work.image_tokens + work.text_tokens
+    tokens = work.max_think_token_n
+    keys = tokens * before + tokens * (tokens + 1) // 2
+    return size * (tokens * weights + work.batch * keys * of_key) / limits[1]
+
+
+def _denoising(work: Workload, limits) -> float:
+    if not work.draws:
+        return 0.0
+    guided, steps = work.guided_steps
+    rows = work.latents + 2
+    shown = work.image_tokens + work.text_tokens + work.written
+    contexts = [shown, work.image_tokens, work.text_tokens][: work.branches]
+
+    def step(contexts):
+        pairs = sum(rows * (context + rows) for context in contexts)
+        batch = work.batch * len(contexts) * rows
+        return forward_seconds(work.config, batch, work.batch * pairs, 2, work.dtype.itemsize, limits)
+
+    return guided * step(contexts) + (steps - guided) * step(contexts[:1])
