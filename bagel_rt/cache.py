@@ -6,7 +6,8 @@ only where it outgrows its storage, or where a shorter clone appends; snapshots 
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,7 +24,7 @@ class KVCache:
         self._shape = (kv_heads, head_dim)
         self._free: list[tuple[int, int]] = []  # disjoint (start, length), sorted, never adjacent
         self._returned: list[tuple[int, int]] = []  # released since; a finalizer may append at any moment
-        self.storages: weakref.WeakSet[Storage] = weakref.WeakSet()  # all that hold slots
+        self._claimed: weakref.WeakSet[Storage] | None = None  # what takes note of storages that are made
         self.moved: list[Callable[[], None]] = []  # called whenever the buffers are replaced by others
         self.slots = 0
         self.k = torch.empty(layers, 0, *self._shape, dtype=dtype, device=device)
@@ -54,6 +55,15 @@ class KVCache:
     def release(self, start: int, length: int) -> None:
         """Give a range back. Safe to call from a finalizer: the range is merged by the next allocation."""
         self._returned.append((start, length))
+
+    @contextmanager
+    def claim(self, storages: "weakref.WeakSet[Storage]") -> Iterator[None]:
+        """Collect the storages that are made meanwhile, but for those that somebody else collects."""
+        before, self._claimed = self._claimed, storages
+        try:
+            yield
+        finally:
+            self._claimed = before
 
     def trim(self) -> None:
         """Give the buffers back to the device if no storage holds a slot."""
@@ -113,7 +123,8 @@ class Storage:
         self.capacity = capacity
         self.holders: weakref.WeakSet = weakref.WeakSet()  # contexts (anything with a ``length``) living here
         self.release = weakref.finalize(self, cache.release, self.start, capacity)  # runs once, now or at the end
-        cache.storages.add(self)
+        if cache._claimed is not None:
+            cache._claimed.add(self)
 
     def can_extend(self, length: int, extra: int) -> bool:
         """Whether a holder of that length may write ``extra`` more slots in place: room, and nobody lives there."""

@@ -93,6 +93,10 @@ class TextLoop:
         """Feed the last tokens and write the next ones."""
         self.graphs.run(self._workspace, "token", self._step)
 
+    def close(self) -> None:
+        """Give the buffers back."""
+        self._workspace.give_back()
+
     def _fill(self, contexts, writes: list[int], start: int, sampling: Sequence[Sampling]) -> None:
         buffers = self.buffers
         rows = zip(contexts, writes, strict=True)
@@ -152,14 +156,17 @@ def generate_tokens(
     sampling = sampling or [Sampling()] * len(contexts)
     loop = TextLoop(model, contexts, start, max_length, sampling, graphs or Graphs(None))
     running = set(range(len(contexts)))
-    for index, tokens in enumerate(_tokens(loop, max_length)):
-        for number in sorted(running):
-            if tokens[number] == stop or index == max_length - 1:
-                running.discard(number)
-            else:
-                yield number, tokens[number]
-        if not running:
-            return
+    try:
+        for index, tokens in enumerate(_tokens(loop, max_length)):
+            for number in sorted(running):
+                if tokens[number] == stop or index == max_length - 1:
+                    running.discard(number)
+                else:
+                    yield number, tokens[number]
+            if not running:
+                return
+    finally:
+        loop.close()
 
 
 def _tokens(loop: TextLoop, max_length: int) -> Iterator[list[int]]:

@@ -204,6 +204,10 @@ class Denoiser:
         guided = self.guided[index]
         self._graphs.run(self._workspace, "guided" if guided else "plain", lambda: self._step(guided))
 
+    def close(self) -> None:
+        """Give the buffers back; the latents are no longer this denoising's."""
+        self._workspace.give_back()
+
     def branch_velocities(self, index: int) -> list[tuple[torch.Tensor | None, ...]]:
         """The model's velocities (cond, no_text, no_img) of each image at ``timesteps[index]``, [n, features] each.
 

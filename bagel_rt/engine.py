@@ -1,13 +1,15 @@
 """Requests end to end: contexts filled, text decoded, latents denoised, pictures decoded. Arguments come checked."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 
 import torch
 from PIL import Image
 
-from bagel_rt.cache import KVCache
+from bagel_rt.cache import KVCache, Storage
 from bagel_rt.context import MAX_ROWS, Prefill
 from bagel_rt.conversation import Conversation, Noise, count_tokens
 from bagel_rt.decode import MAX_TEXTS, Sampling, generate_tokens
@@ -22,17 +24,12 @@ from bagel_rt.settings import ImageSettings, TextSettings
 from bagel_rt.tokenizer import TextStream, Tokenizer
 
 
-def _frees_on_failure(run):
-    """Give back at once what a failed request took: the frames of its exception would hold it as long as they live."""
+def _attempted(run):
+    """Run requests under :meth:`Engine._working`; where memory runs out, once more without what was only kept."""
 
     @functools.wraps(run)
     def wrapped(self, requests, *args, **kwargs):
-        others = set(self.cache.storages)
-        try:
-            return run(self, requests, *args, **kwargs)
-        except BaseException as error:
-            self._fail(error, set(self.cache.storages) - others, requests)
-            raise
+        return self._attempt(functools.partial(run, self, requests, *args, **kwargs), requests, weakref.WeakSet())
 
     return wrapped
 
@@ -51,8 +48,7 @@ class Engine:
         self.graphs = Graphs.on(model.device, graphs)
         self.cache.moved.append(self.graphs.forget)
 
-    @_frees_on_failure
-    @torch.inference_mode()
+    @_attempted
     def run_images(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[ImageResult]:
         """One picture for each request: packed prefill, thoughts decoded together, packed denoising.
 
@@ -69,9 +65,12 @@ class Engine:
         prefill.run()
         thinking = [index for index, request in enumerate(requests) if request.system is not None]
         thoughts: list[str | None] = [None] * len(requests)
-        for batch in _grouped(thinking, lambda i: requests[i].text.max_think_token_n, lambda i: 1, MAX_TEXTS):
-            texts = self._write([conversations[i] for i in batch], [requests[i] for i in batch], progress)
-            for index, text in zip(batch, texts, strict=True):
+        groups = list(_grouped(thinking, lambda i: requests[i].text.max_think_token_n, lambda i: 1, MAX_TEXTS))
+        lengths = [requests[group[0]].text.max_think_token_n - 1 for group in groups]
+        for number, group in enumerate(groups):
+            report = _reporter(progress, "text", lengths, number)
+            texts = self._write([conversations[i] for i in group], [requests[i] for i in group], report)
+            for index, text in zip(group, texts, strict=True):
                 thoughts[index] = text
                 conversations[index].add_thought(text)
         prefill.run()
@@ -84,29 +83,29 @@ class Engine:
 
     def run_answer(self, request: Request, progress: ProgressCallback | None = None) -> Iterator[str]:
         """Text about the request's inputs, piece by piece."""
-        others, taken = set(self.cache.storages), set()
+        storages = weakref.WeakSet()
+        pieces, piece = self._attempt(lambda: self._begin_answer(request, progress), request, storages)
         try:
-            with torch.inference_mode():
-                prefill = Prefill(self.model, self.cache)
-                conversation = self._open(request, prefill, False, request.text.max_think_token_n)
-                prefill.run()
-                pieces = self._decode(conversation, request.text, request.seed, progress)
-                taken = set(self.cache.storages) - others
-            while True:
-                with torch.inference_mode():  # entered per piece: the mode must not leak into the consumer's code
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
+            while piece is not None:
                 yield piece
-        except BaseException as error:
-            self._fail(error, taken or set(self.cache.storages) - others, request)
-            raise
+                with self._working(request, storages):
+                    piece = next(pieces, None)
+        finally:
+            pieces.close()
+            _release(storages)
 
-    @_frees_on_failure
-    @torch.inference_mode()
-    def run_interleaved(
-        self, request: Request, max_rounds: int, progress: ProgressCallback | None = None
-    ) -> list[str | ImageResult]:
+    def _begin_answer(self, request: Request, progress) -> tuple[Iterator[str], str | None]:
+        """The pieces of an answer, and the first of them."""
+        prefill = Prefill(self.model, self.cache)
+        conversation = self._open(request, prefill, False, request.text.max_think_token_n)
+        prefill.run()
+        pieces = self._decode(
+            conversation, request.text, request.seed, _reporter(progress, "text", [request.text.max_think_token_n - 1])
+        )
+        return pieces, next(pieces, None)
+
+    @_attempted
+    def run_interleaved(self, request: Request, progress: ProgressCallback | None = None) -> list[str | ImageResult]:
         """Text, and as long as it asks for an image, a picture and more text.
 
         Guidance stays with the contexts of the inputs: neither the model's texts nor its pictures enter them.
@@ -115,10 +114,11 @@ class Engine:
         conversation = self._open(request, prefill, True, request.text.max_think_token_n + 2)
         size = conversation.image_size or request.size
         parts = []
-        for turn in range(max_rounds):
+        for turn in range(request.rounds):
             prefill.run()
             seed = (request.seed + turn) % 2**63
-            written = "".join(self._decode(conversation, request.text, seed, progress))
+            report = _reporter(progress, "text", [request.text.max_think_token_n - 1])
+            written = "".join(self._decode(conversation, request.text, seed, report))
             parts.append(written)
             if IMAGE_REQUEST not in written:
                 break
@@ -126,7 +126,7 @@ class Engine:
             prefill.run()
             [(picture, latents)] = self._denoise([conversation], [size], [request.image], progress)
             parts.append(ImageResult(picture, request.seed, _parameters(request, size, wrote=True), latents))
-            if turn + 1 < max_rounds:
+            if turn + 1 < request.rounds:
                 conversation.add_image(picture, updates_guidance=False)
         return parts
 
@@ -137,15 +137,37 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _fail(self, error: BaseException, storages, requests: Request | Sequence[Request]) -> None:
-        """Free the slots of requests that failed; where memory ran out, all that is only kept, too, and say what helps.
+    def _attempt(self, run: Callable, requests: Request | Sequence[Request], storages: weakref.WeakSet):
+        """``run()`` for requests. Where memory runs out though some was only kept, that is given up, and it runs again.
 
         Raises:
-            torch.OutOfMemoryError: in the place of one, with the expected memory and advice.
+            torch.OutOfMemoryError: with the expected memory and advice; nothing is kept any more.
         """
-        for storage in storages:
-            storage.release()
-        if isinstance(error, torch.OutOfMemoryError):
+        if self.graphs.kept or self.cache.slots:
+            try:
+                with self._working(requests, storages):
+                    return run()
+            except torch.OutOfMemoryError:
+                pass  # the second attempt must not run in here: the first one's frames hold its tensors
+        with self._working(requests, storages):
+            return run()
+
+    @contextmanager
+    def _working(self, requests: Request | Sequence[Request], storages: weakref.WeakSet) -> Iterator[None]:
+        """Work for requests, whose storages are collected. If it fails, their slots are free again at once: the frames
+        of its exception would hold them as long as it lives.
+
+        Raises:
+            torch.OutOfMemoryError: in the place of one, with the expected memory and advice; what was only kept is
+                given up.
+        """
+        try:
+            with torch.inference_mode(), self.cache.claim(storages):
+                yield
+        except BaseException as error:
+            _release(storages)
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             self.release_memory()
             requests = [requests] if isinstance(requests, Request) else requests
             raise torch.OutOfMemoryError(f"{error}\n{self._explain(requests)}") from error
@@ -159,7 +181,7 @@ class Engine:
 
         request = max(requests, key=lambda request: sum(counted(request)[:2]))
         images = [part.size[::-1] for part in request.inputs if isinstance(part, Image.Image)]
-        draws, writes = request.image is not None, request.image is None or request.system is not None
+        draws = request.image is not None
         available = None
         if self.model.device.type == "cuda":
             available = torch.cuda.get_device_properties(self.model.device).total_memory
@@ -172,7 +194,7 @@ class Engine:
             images=images,
             batch=len(requests),
             text_tokens=max(1, counted(request)[0]),
-            max_think_token_n=request.text.max_think_token_n if writes else 0,
+            max_think_token_n=request.text.max_think_token_n if request.writes else 0,
             settings=request.image,
             graphs=self.graphs.capture is not None,
         )
@@ -197,32 +219,38 @@ class Engine:
                 conversation.add_image(part, generates=guided)
         return conversation
 
-    def _write(self, conversations, requests: Sequence[Request], progress) -> list[str]:
+    def _write(self, conversations, requests: Sequence[Request], report: Callable[[int], None]) -> list[str]:
         """The next text of each conversation, decoded together; the lengths allowed are equal."""
         if len(requests) == 1:
             [conversation], [request] = conversations, requests
-            return ["".join(self._decode(conversation, request.text, request.seed, progress))]
+            return ["".join(self._decode(conversation, request.text, request.seed, report))]
         streams = [TextStream(self.tokenizer) for _ in requests]
         texts, counts = [[] for _ in requests], [0] * len(requests)
         settings = [(request.text, request.seed) for request in requests]
-        for number, token in self._tokens(conversations, settings):
-            counts[number] += 1
-            if counts[number] > max(counts[:number] + counts[number + 1 :]):  # the first text to get that far
-                _report(progress, Progress("text", counts[number], requests[0].text.max_think_token_n - 1))
-            texts[number].append(streams[number].feed(token))
+        with closing(self._tokens(conversations, settings)) as tokens:
+            for number, token in tokens:
+                counts[number] += 1
+                if counts[number] > max(counts[:number] + counts[number + 1 :]):  # the first text to get that far
+                    report(counts[number])
+                texts[number].append(streams[number].feed(token))
         return ["".join([*pieces, stream.finish()]) for pieces, stream in zip(texts, streams, strict=True)]
 
-    def _decode(self, conversation: Conversation, text: TextSettings, seed: int, progress) -> Iterator[str]:
+    def _decode(
+        self, conversation: Conversation, text: TextSettings, seed: int, report: Callable[[int], None]
+    ) -> Iterator[str]:
         """The next text of a conversation, piece by piece."""
         stream = TextStream(self.tokenizer)
-        for count, (_, token) in enumerate(self._tokens([conversation], [(text, seed)]), start=1):
-            _report(progress, Progress("text", count, text.max_think_token_n - 1))
-            if piece := stream.feed(token):
-                yield piece
+        with closing(self._tokens([conversation], [(text, seed)])) as tokens:
+            for count, (_, token) in enumerate(tokens, start=1):
+                report(count)
+                if piece := stream.feed(token):
+                    yield piece
         if piece := stream.finish():
             yield piece
 
-    def _tokens(self, conversations, settings: Sequence[tuple[TextSettings, int]]) -> Iterator[tuple[int, int]]:
+    def _tokens(
+        self, conversations, settings: Sequence[tuple[TextSettings, int]]
+    ) -> Generator[tuple[int, int], None, None]:
         sampling = [
             Sampling(text.text_temperature if text.do_sample else 0.0, text.top_k, text.top_p, seed)
             for text, seed in settings
@@ -253,23 +281,19 @@ class Engine:
         steps = [tasks[group[0]].settings.num_timesteps - 1 for group in groups]
         drawn: list[tuple[Image.Image, torch.Tensor] | None] = [None] * len(tasks)
         for number, group in enumerate(groups):
-            before, total = sum(steps[:number]), sum(steps)
-
-            def report(step, before=before, total=total):
-                _report(progress, Progress("image", before + step, total))
-
+            report = _reporter(progress, "image", steps, number)
             for index, result in zip(group, self._draw([tasks[index] for index in group], report), strict=True):
                 drawn[index] = result
         return drawn
 
     def _draw(self, tasks: list[ImageTask], report: Callable[[int], None]) -> list[tuple[Image.Image, torch.Tensor]]:
         """(picture, latents) of each task, one packed forward a step for all."""
-        denoiser = Denoiser(self.model, self.cache, tasks, self.graphs)
-        steps = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
-        for done in in_step(self.model.device, steps):
-            report(done)
-        with torch.inference_mode(False):  # the caller's tensors are ordinary ones
-            drawn = [latents.clone() for latents in denoiser.images()]
+        with closing(Denoiser(self.model, self.cache, tasks, self.graphs)) as denoiser:
+            steps = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
+            for done in in_step(self.model.device, steps):
+                report(done)
+            with torch.inference_mode(False):  # the caller's tensors are ordinary ones
+                drawn = [latents.clone() for latents in denoiser.images()]
         return [
             (decode_picture(self.model, x, task.rows, task.columns, self.graphs), x)
             for x, task in zip(drawn, tasks, strict=True)
@@ -295,10 +319,23 @@ def _rows(task: ImageTask) -> int:
     return (1 + guided + (guided and settings.cfg_img_scale > 1)) * (task.rows * task.columns + 2)
 
 
-def _report(progress: ProgressCallback | None, where: Progress) -> None:
-    if progress:
-        with torch.inference_mode(False):  # the caller's code runs as outside
-            progress(where)
+def _reporter(
+    progress: ProgressCallback | None, stage: str, lengths: Sequence[int], number: int = 0
+) -> Callable[[int], None]:
+    """Reports steps of a part of a stage, the ``number``-th of those that have so many steps."""
+    before, total = sum(lengths[:number]), sum(lengths)
+
+    def report(step: int) -> None:
+        if progress:
+            with torch.inference_mode(False):  # the caller's code runs as outside
+                progress(Progress(stage, before + step, total))
+
+    return report
+
+
+def _release(storages: Iterable[Storage]) -> None:
+    for storage in list(storages):
+        storage.release()
 
 
 def _parameters(request: Request, size: tuple[int, int], wrote: bool) -> dict:

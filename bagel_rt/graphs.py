@@ -7,6 +7,7 @@ guidance, the token) lies in a buffer. Elsewhere, with ``graphs=False``, and wit
 environment, the same work runs as it is.
 """
 
+import gc
 import os
 import time
 import weakref
@@ -18,7 +19,7 @@ import torch
 from bagel_rt.kernels.backend import backend
 from bagel_rt.kernels.configs import supports
 
-LIMIT = 16  # workspaces kept: a server sees a few image sizes and batch sizes, each with a graph or two
+LIMIT = 16  # workspaces of a kind that are kept: a server sees a few image sizes, and as many sizes of batches
 
 
 class Workspace:
@@ -37,12 +38,16 @@ class Workspace:
 
     @property
     def taken(self) -> bool:
-        """Whether the run that uses it still exists."""
+        """Whether the run that uses it goes on."""
         return self.owner is not None and self.owner() is not None
+
+    def give_back(self) -> None:
+        """The run is over, though an exception may still refer to it."""
+        self.owner = None
 
 
 class Graphs:
-    """Workspaces by structure, the least recently used given up first; and the capturing of work over them.
+    """Workspaces by structure, the least recently used of each kind given up first; and the capturing of work.
 
     Attributes:
         captures: graphs captured so far.
@@ -54,7 +59,7 @@ class Graphs:
         self.capture = capture
         self.limit = limit
         self.captures, self.capture_seconds = 0, 0.0
-        self._kept: OrderedDict[Hashable, Workspace] = OrderedDict()
+        self._kept: OrderedDict[tuple, Workspace] = OrderedDict()
         self._alive: weakref.WeakSet[Workspace] = weakref.WeakSet()
 
     @classmethod
@@ -63,11 +68,11 @@ class Graphs:
         enabled = enabled and os.environ.get("BAGEL_RT_GRAPHS") != "0"
         return cls(CUDACapture() if enabled and device.type == "cuda" and supports(device) else None)
 
-    def workspace(self, key: Hashable, make: Callable[[], object], owner) -> Workspace:
-        """The workspace of a structure, taken by ``owner`` as long as that exists; another if it is taken.
+    def workspace(self, key: tuple[Hashable, ...], make: Callable[[], object], owner) -> Workspace:
+        """The workspace of a structure, until it is given back or its owner gone; another if it is taken.
 
         Args:
-            key: all that shapes, addresses and launches depend on.
+            key: the kind of the work, and all that shapes, addresses and launches depend on.
             make: makes the buffers.
             owner: the run, weakly referenced.
         """
@@ -76,8 +81,9 @@ class Graphs:
             found = self._kept[key] = Workspace(make())
             self._alive.add(found)
         self._kept.move_to_end(key)
-        while len(self._kept) > self.limit:
-            _drop_graphs(self._kept.popitem(last=False)[1])
+        same_kind = [other for other in self._kept if other[0] == key[0]]
+        for oldest in same_kind[: len(same_kind) - self.limit]:
+            del self._kept[oldest]
         found.owner = weakref.ref(owner)
         return found
 
@@ -87,7 +93,9 @@ class Graphs:
         Raises:
             RuntimeError: it cannot be captured; the message says how to do without.
         """
-        if self.capture is None or name not in workspace.ran or backend() == "reference":
+        if self.capture is None or backend() == "reference":  # references read back
+            return work()
+        if name not in workspace.ran:
             work()
             workspace.ran.add(name)
             return
@@ -101,18 +109,31 @@ class Graphs:
     def forget(self) -> None:
         """Give up what was captured, because an address in it has changed; workspaces stay."""
         for workspace in self._alive:
-            _drop_graphs(workspace)
+            workspace.graphs.clear()
 
     def clear(self) -> None:
         """Give up everything, memory included; runs that exist keep theirs."""
         self.forget()
         self._kept.clear()
 
+    @property
+    def kept(self) -> int:
+        """Workspaces kept."""
+        return len(self._kept)
 
-def _drop_graphs(workspace: Workspace) -> None:
-    if workspace.graphs and torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # a graph must not go while it runs
-    workspace.graphs.clear()
+
+class CapturedGraph:
+    """A CUDA graph; it ends when nobody holds it, not before what it does is done."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph):
+        self._graph = graph
+
+    def replay(self) -> None:
+        """Do the work, on the current stream."""
+        self._graph.replay()
+
+    def __del__(self):
+        torch.cuda.synchronize()
 
 
 class CUDACapture:
@@ -123,15 +144,18 @@ class CUDACapture:
         self._graphs: weakref.WeakSet = weakref.WeakSet()
         self._pool = None
 
-    def __call__(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def __call__(self, work: Callable[[], None]) -> CapturedGraph:
         """The graph of the work, which is not done by capturing it."""
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # a pool that lost its last graph cannot be used again
-        graph = torch.cuda.CUDAGraph()
+        graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
+        gc.disable()  # what it frees may wait for the device, which ends a capture
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that does not end well leaves its own
+            self._graphs.clear()  # and perhaps a pool of which nothing is known
             for cause in (error, error.__context__):  # ending a capture that ran out of memory may fail as well
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
@@ -139,8 +163,12 @@ class CUDACapture:
                 f"a step could not be captured as a CUDA graph ({error}); load the model with graphs=False to run "
                 "without"
             ) from error
-        self._graphs.add(graph)
-        return graph
+        finally:
+            if collects:
+                gc.enable()
+        captured = CapturedGraph(graph)
+        self._graphs.add(captured)
+        return captured
 
 
 def in_step(device: torch.device, work: Iterable[Callable[[], None]]) -> Iterator[int]:

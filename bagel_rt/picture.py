@@ -33,8 +33,12 @@ def decode_picture(model: BagelModel, latents: torch.Tensor, rows: int, columns:
         sides = (rows * config.latent_stride, columns * config.latent_stride)
         return _Buffers(torch.empty_like(latent), latent.new_empty(1, config.vae.out_channels, *sides))
 
-    workspace = graphs.workspace(("picture", rows, columns), make, decoding)
+    key = ("picture", rows, columns, torch.backends.cudnn.allow_tf32)
+    workspace = graphs.workspace(key, make, decoding)
     buffers: _Buffers = workspace.buffers
-    buffers.latent.copy_(latent)
-    graphs.run(workspace, "decode", lambda: buffers.pixels.copy_(model.vae.decode(buffers.latent)))
-    return tensor_to_image(buffers.pixels[0])
+    try:
+        buffers.latent.copy_(latent)
+        graphs.run(workspace, "decode", lambda: buffers.pixels.copy_(model.vae.decode(buffers.latent)))
+        return tensor_to_image(buffers.pixels[0])
+    finally:
+        workspace.give_back()

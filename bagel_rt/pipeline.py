@@ -121,8 +121,8 @@ class Bagel:
         *,
         size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         seed: int | Sequence[int] | None = None,
-        negative_prompt: str | None = None,
-        think: bool = False,
+        negative_prompt: str | None | Sequence[str | None] = None,
+        think: bool | Sequence[bool] = False,
         noise=None,
         progress: ProgressCallback | None = None,
         **hyperparameters,
@@ -135,8 +135,9 @@ class Bagel:
                 largest square the model was made for [1024 x 1024].
             seed: of the noise (and of sampled thoughts); a list gives each prompt its own. With one seed for a batch,
                 prompt i takes seed + i. Default: random, returned in the result.
-            negative_prompt: what the text guidance moves away from, in place of nothing.
-            think: let the model write a plan first.
+            negative_prompt: what the text guidance moves away from, in place of nothing; a list gives each prompt its
+                own.
+            think: let the model write a plan first; a list says it of each prompt.
             noise: float32 [tokens, features] instead of the seed's noise (a list of them for a batch).
             progress: called after every step; may raise :class:`Cancelled`.
             **hyperparameters: fields of :class:`ImageSettings` and :class:`TextSettings`, official names and defaults;
@@ -148,14 +149,24 @@ class Bagel:
         batch = [prompt] if isinstance(prompt, str) else check_list("prompt", prompt, str, MAX_BATCH)
         count, single = len(batch), isinstance(prompt, str)
         settings = [override(GENERATE, hyperparameters)] if single else override_each(GENERATE, hyperparameters, count)
-        sizes = [size] * count if size is None or is_size(size) else per_prompt("size", size, count)
-        noises = [noise] * count if single or noise is None else per_prompt("noise", noise, count)
-        system = THINK_BEFORE_IMAGE if think else None
+
+        def each(name: str, value, shared: bool) -> list:
+            return [value] * count if single or shared else per_prompt(name, value, count)
+
+        columns = (
+            batch,
+            each("size", size, size is None or is_size(size)),
+            seeds_for(seed, count),
+            settings,
+            each("noise", noise, noise is None),
+            each("think", think, not isinstance(think, (list, tuple))),
+            each("negative_prompt", negative_prompt, not isinstance(negative_prompt, (list, tuple))),
+        )
         requests = [
-            self._request([text], self._check_size(size), seed_, settings_, noise, system, negative_prompt)
-            for text, size, seed_, settings_, noise in zip(
-                batch, sizes, seeds_for(seed, count), settings, noises, strict=True
+            self._request(
+                [text], self._check_size(size), seed, settings, noise, _system(THINK_BEFORE_IMAGE, think), negative
             )
+            for text, size, seed, settings, noise, think, negative in zip(*columns, strict=True)
         ]
         results = self.engine.run_images(requests, progress)
         return results[0] if single else results
@@ -184,7 +195,7 @@ class Bagel:
         """
         settings = override(EDIT, hyperparameters)
         inputs = [*open_images(images, least=1), check_text("prompt", prompt)]
-        system = THINK_BEFORE_IMAGE if think else None
+        system = _system(THINK_BEFORE_IMAGE, think)
         request = self._request(inputs, None, seeds_for(seed, 1)[0], settings, noise, system, negative_prompt)
         return self.engine.run_images([request], progress)[0]
 
@@ -214,7 +225,7 @@ class Bagel:
         """
         settings = override(CHAT, hyperparameters)
         inputs = [*open_images(images), check_text("prompt", prompt)]
-        system = THINK_BEFORE_ANSWER if think else None
+        system = _system(THINK_BEFORE_ANSWER, think)
         return self.engine.run_answer(
             self._request(inputs, None, seeds_for(seed, 1)[0], settings, None, system), progress
         )
@@ -248,11 +259,11 @@ class Bagel:
             raise ValueError(f"max_rounds is {max_rounds!r}: allowed are integers from 1 to {MAX_ROUNDS}")
         inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
-        system = THINK_INTERLEAVED if think else None
+        system = _system(THINK_INTERLEAVED, think)
         request = self._request(
             inputs, self._check_size(size), seeds_for(seed, 1)[0], settings, noise, system, rounds=max_rounds
         )
-        return self.engine.run_interleaved(request, max_rounds, progress)
+        return self.engine.run_interleaved(request, progress)
 
     def release_memory(self) -> None:
         """Give back what is kept for the next request: captured graphs, their buffers, and the KV cache if no request
@@ -276,7 +287,8 @@ class Bagel:
         limit = self.model.config.llm.max_position_embeddings
         given = [*inputs, *(part for part in (negative_prompt, system) if part is not None)]
         texts = [check_text("a text", part) for part in given if not isinstance(part, Image.Image)]
-        written = text.max_think_token_n if image is None or system is not None else 0
+        request = Request(inputs, size, seed, image, text, noise, system, negative_prompt, rounds)
+        written = text.max_think_token_n if request.writes else 0
         if rounds is not None:
             written = rounds * (text.max_think_token_n + 4)  # a text in its frame, a picture in two blocks
         positions = count_tokens(self.model.config, self.tokenizer, texts, False)[0] + 2 * len(inputs) + written
@@ -288,7 +300,7 @@ class Bagel:
         self._check_grids(inputs)
         if noise is not None:
             _check_noise(noise, noise_shapes(self.model.config, inputs, size), exact=rounds is None)
-        return Request(inputs, size, seed, image, text, noise, system, negative_prompt)
+        return request
 
     def _check_grids(self, inputs) -> None:
         """Refuse images that the resize rules make larger than the position tables."""
@@ -314,6 +326,13 @@ class Bagel:
                 "the grid that the model has position embeddings for"
             )
         return tuple(size)
+
+
+def _system(prompt: str, think) -> str | None:
+    """The system prompt of a request that is to think."""
+    if not isinstance(think, bool):
+        raise ValueError(f"think is {think!r}: give True or False")
+    return prompt if think else None
 
 
 def _check_noise(noise, shapes: list[tuple], exact: bool) -> None:

@@ -69,6 +69,7 @@ class Request:
         noise: draws to use in place of the seed's; see :class:`~bagel_rt.conversation.Noise`.
         system: the system prompt; with one, a thought is written before a picture is drawn.
         negative_prompt: what text guidance moves away from, in place of nothing.
+        rounds: pictures at most, where the model itself decides when it draws; else None.
     """
 
     inputs: list[str | Image.Image]
@@ -79,6 +80,12 @@ class Request:
     noise: Sequence[torch.Tensor] | torch.Tensor | None = None
     system: str | None = None
     negative_prompt: str | None = None
+    rounds: int | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes text for it."""
+        return self.image is None or self.system is not None or self.rounds is not None
 
 
 def is_size(size) -> bool:

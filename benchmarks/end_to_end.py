@@ -330,10 +330,11 @@ is this runtime's."""
 
 def _chosen(parser, option: str, given: str, known: Sequence) -> list:
     """The entries of a list with commas; wrong usage if one is not known."""
-    values = [type(known[0])(value.strip()) for value in given.split(",")]
-    if unknown := [value for value in values if value not in known]:
-        parser.error(f"{option}: there is no {unknown[0]}; allowed are {', '.join(map(str, known))}")
-    return values
+    by_name = {str(value): value for value in known}
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in by_name]:
+        parser.error(f"{option}: there is no {unknown[0]}; allowed are {', '.join(by_name)}")
+    return [by_name[name] for name in names]
 
 
 def main() -> None:

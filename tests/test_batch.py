@@ -48,9 +48,23 @@ def test_each_prompt_of_a_batch_has_its_own_hyper_parameters(bagel):
 
 
 def test_thoughts_of_a_batch_are_those_of_each_alone(bagel):
-    options = FAST | {"think": True, "do_sample": [False, True, True, False], "text_temperature": 1.5}
-    options |= {"max_think_token_n": [12, 12, 12, 5], "top_k": [0, 30, 0, 0], "top_p": [1.0, 1.0, 0.8, 1.0]}
-    together = bagel.generate(PROMPTS, size=(32, 32), seed=5, **options)
+    options = FAST | {
+        "think": [True, True, False, True],
+        "do_sample": [False, True, True, False],
+        "text_temperature": 1.5,
+    }
+    options |= {
+        "negative_prompt": [None, "blurry", "dark", None],
+        "max_think_token_n": [12, 12, 12, 5],
+        "top_k": [0, 30, 0, 0],
+        "top_p": [1.0, 0.8, 1.0, 1.0],
+    }
+    steps = []
+    together = bagel.generate(PROMPTS, size=(32, 32), seed=5, progress=steps.append, **options)
+    texts = [p.step for p in steps if p.stage == "text"]
+    assert texts == sorted(set(texts)) and {p.total for p in steps if p.stage == "text"} == {15}
+    assert texts[:12] == list(range(1, 13)), "11 steps of two texts, then those of another"
+    assert [result.thought is not None for result in together] == options["think"]
     for index, result in enumerate(together):
         own = {name: value[index] if isinstance(value, list) else value for name, value in options.items()}
         alone = bagel.generate(PROMPTS[index], size=(32, 32), seed=5 + index, **own)

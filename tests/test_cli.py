@@ -286,7 +286,7 @@ def test_chat_prints_the_library_s_answer(bagel, photo):
 def test_chat_in_json_tells_seed_and_parameters(bagel):
     options = ("--do-sample", "--text-temperature", 2, "--max-think-token-n", 12, "--device", "cpu")
     report = json.loads(good("chat", "hm", "--json", *options))
-    decoding = {"max_think_token_n": 12, "do_sample": True, "text_temperature": 2.0}
+    decoding = {"max_think_token_n": 12, "do_sample": True, "text_temperature": 2.0, "top_k": 0, "top_p": 1.0}
     assert report["parameters"] == {"prompt": "hm", "images": [], "think": False} | decoding
     want = bagel.chat("hm", seed=report["seed"], **decoding)
     assert report["outputs"] == [{"type": "text", "text": want}]

@@ -273,7 +273,7 @@ def test_a_contender_that_fails_hides_no_other(monkeypatch, capsys):
 def test_wrong_usage_is_named(monkeypatch, capsys):
     assert run_main(monkeypatch) == 2
     assert "--tiny runs on a CPU" in capsys.readouterr().err
-    for option, value in (("--who", "graphs,nobody"), ("--cases", "chess"), ("--batches", "0")):
+    for option, value in (("--who", "graphs,nobody"), ("--cases", "chess"), ("--batches", "0"), ("--batches", "x")):
         assert run_main(monkeypatch, "--tiny", option, value) == 2
         assert f"{option}: there is no {value.split(',')[-1]}; allowed are" in capsys.readouterr().err
 

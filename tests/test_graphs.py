@@ -11,7 +11,8 @@ from conftest import DEVICE
 from recording import Recording, dispatch_ops
 
 from bagel_rt import Bagel, Cancelled
-from bagel_rt.graphs import Graphs, in_step
+from bagel_rt.graphs import CUDACapture, Graphs, in_step
+from bagel_rt.kernels.backend import choose_backend
 
 cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 FAST = {"num_timesteps": 7, "cfg_interval": (0.7, 1.0)}  # steps of both kinds, each more than twice
@@ -121,7 +122,7 @@ def test_released_memory_is_taken_again(captured, eager, photo):
             assert same(request(captured, photo), request(eager, photo))
         gc.collect()
         captured.release_memory()
-        assert captured.cache.slots == 0 and not captured.engine.graphs._kept
+        assert captured.cache.slots == 0 and captured.engine.graphs.kept == 0
 
 
 def test_another_request_in_the_middle_of_a_stream(captured, eager, photo):
@@ -151,28 +152,39 @@ class Owner:
     pass
 
 
-def test_workspaces_are_bounded_and_the_least_recently_used_goes_first():
+def test_workspaces_are_bounded_and_the_least_recently_used_of_a_kind_goes_first():
     graphs, made = Graphs(None, limit=2), []
 
-    def take(key):
+    def take(*key):
         return graphs.workspace(key, lambda: made.append(key), Owner())
 
-    first = take("a")
-    take("b")
-    assert take("a") is first
-    take("c")
-    assert take("a") is first and made == ["a", "b", "c"]
-    take("b")
-    assert made == ["a", "b", "c", "b"]
+    other = take("text", 1)
+    first = take("image", "a")
+    take("image", "b")
+    assert take("image", "a") is first
+    take("image", "c")
+    assert take("image", "a") is first and len(made) == 4
+    take("image", "b")
+    assert made[4:] == [("image", "b")]
+    assert take("text", 1) is other, "another kind has places of its own"
+    assert graphs.kept == 3
+
+
+def test_a_workspace_given_back_is_free_though_its_run_still_exists():
+    graphs, owner = Graphs(None), Owner()
+    first = graphs.workspace(("a",), lambda: [], owner)
+    first.give_back()
+    assert graphs.workspace(("a",), lambda: [], Owner()) is first
+    del owner
 
 
 def test_a_workspace_in_use_is_not_given_to_another():
     graphs, owner = Graphs(None), Owner()
-    first = graphs.workspace("a", lambda: [], owner)
-    second = graphs.workspace("a", lambda: [], other := Owner())
+    first = graphs.workspace(("a",), lambda: [], owner)
+    second = graphs.workspace(("a",), lambda: [], other := Owner())
     assert first is not second and first.buffers is not second.buffers
     del owner
-    assert graphs.workspace("a", lambda: [], Owner()) is not second, "its run still exists"
+    assert graphs.workspace(("a",), lambda: [], Owner()) is not second, "its run still exists"
     del other
 
 
@@ -187,7 +199,7 @@ def test_work_runs_as_it_is_once_and_then_from_what_was_captured():
             done.append("replayed")
 
     graphs = Graphs(Captured)
-    workspace = graphs.workspace("a", lambda: None, owner)
+    workspace = graphs.workspace(("a",), lambda: None, owner)
     for _ in range(3):
         graphs.run(workspace, "step", lambda: done.append("ran"))
     assert done == ["ran", "captured", "replayed", "replayed"] and graphs.captures == 1
@@ -198,7 +210,7 @@ def test_work_runs_as_it_is_once_and_then_from_what_was_captured():
 
 def test_work_that_fails_the_first_time_is_not_taken_for_done():
     graphs, owner = Graphs(Recording), Owner()
-    workspace = graphs.workspace("a", lambda: None, owner)
+    workspace = graphs.workspace(("a",), lambda: None, owner)
 
     def fail():
         raise torch.OutOfMemoryError("no memory")
@@ -222,15 +234,119 @@ def test_on_a_gpu_graphs_are_the_default_and_can_be_switched_off(eager):
     assert Bagel(eager.model, eager.tokenizer).engine.graphs.capture is not None
 
 
+def test_what_ran_with_references_is_run_once_more_before_it_is_captured():
+    graphs, owner, done = Graphs(Recording), Owner(), []
+    workspace = graphs.workspace(("a",), lambda: None, owner)
+    choose_backend("reference")
+    try:
+        for _ in range(3):
+            graphs.run(workspace, "step", lambda: done.append("reference"))
+    finally:
+        choose_backend(None)
+    graphs.run(workspace, "step", lambda: done.append("compiles the kernels"))
+    assert done == ["reference"] * 3 + ["compiles the kernels"] and graphs.captures == 0
+
+
+def test_held_exceptions_hold_no_buffers(captured):
+    """A server's log may keep the exceptions of cancelled requests; the next ones find their buffers all the same."""
+
+    def stop(progress):
+        if progress.step == 6:
+            raise Cancelled
+
+    requests = [draw("a red circle", progress=stop), chat("why?", progress=stop)]
+    requests.append(draw(["a", "b"], think=True, max_think_token_n=9, progress=stop))
+    held, captures, alive = [], [], []
+    for _ in range(4):
+        for request in requests:
+            with pytest.raises(Cancelled) as caught:
+                request(captured, None)
+            held.append(caught)
+        pieces = captured.stream("why?", max_think_token_n=12)
+        next(pieces)
+        with pytest.raises(Cancelled) as caught:
+            pieces.throw(Cancelled())
+        held.append(caught)
+        captures.append(captured.engine.graphs.captures)
+        alive.append(len(captured.engine.graphs._alive))
+    assert captures[1:] == captures[1:2] * 3 and alive[1:] == alive[1:2] * 3
+    assert captured.cache.free_slots == captured.cache.slots
+
+
+class BrokenCapture:
+    """What torch.cuda.graph does when the work under it fails: its stream stays the current one."""
+
+    def __init__(self, cuda, problem):
+        self._cuda, self._problem = cuda, problem
+
+    def __call__(self, graph, pool, capture_error_mode):
+        return self
+
+    def __enter__(self):
+        self._cuda.stream = "the capture's"
+
+    def __exit__(self, *_):
+        raise self._problem
+
+
+class FakeCUDA:
+    """The part of torch.cuda that a capture calls, without a device."""
+
+    def __init__(self, problem):
+        self.stream, self.pools, self.graph = "the caller's", 0, BrokenCapture(self, problem)
+        self.CUDAGraph = object
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return self.pools
+
+    def current_stream(self):
+        return self.stream
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+
+@pytest.mark.parametrize(
+    "raised, problem, error, message",
+    [
+        (None, RuntimeError("not permitted"), RuntimeError, r"could not be captured .*not permitted.*graphs=False"),
+        (torch.OutOfMemoryError("no memory"), RuntimeError("invalidated"), torch.OutOfMemoryError, "no memory"),
+        (None, torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory"),
+    ],
+    ids=["what cannot be captured", "memory runs out", "memory runs out at the end"],
+)
+def test_a_capture_that_fails_leaves_the_stream_and_the_garbage_collector_as_they_were(
+    monkeypatch, raised, problem, error, message
+):
+    cuda = FakeCUDA(problem)
+    monkeypatch.setattr("torch.cuda", cuda)
+
+    def work():
+        assert not gc.isenabled()
+        if raised:
+            raise raised
+
+    capture = CUDACapture()
+    for attempt in (1, 2):
+        with pytest.raises(error, match=message):
+            capture(work)
+        assert cuda.stream == "the caller's" and gc.isenabled() and cuda.pools == attempt
+
+
 @cuda
 def test_replays_allocate_nothing(captured, photo):
-    for request in (draw("a red circle", num_timesteps=20), chat("why?")):
+    requests = [
+        lambda **options: captured.generate("two", size=(32, 48), seed=1, **FAST | {"num_timesteps": 20} | options),
+        lambda **options: captured.chat("why?", max_think_token_n=200, **options),
+    ]
+    for request in requests:
         for _ in range(3):
-            request(captured, photo)
+            request()
         allocated = []
 
         def note(progress, allocated=allocated):
             allocated.append(torch.cuda.memory_stats()["allocation.all.allocated"])
 
-        captured.generate("two", size=(32, 48), seed=1, progress=note, **FAST)
-        assert len(set(allocated)) == 1
+        request(progress=note)
+        assert len(allocated) > 10 and len(set(allocated)) == 1

@@ -51,6 +51,8 @@ REFUSED = {
     "noise that is not a tensor": (dict(noise=np.zeros((4, 64)), size=(32, 32)), "noise: give a torch tensor"),
     "more noise than is drawn": (dict(noise=[torch.zeros(4, 64)] * 2, size=(32, 32)), "noise: tensors of shape"),
     "negative prompt that is no text": (dict(negative_prompt=3), "a text is a int"),
+    "negative prompts for one prompt": (dict(negative_prompt=["a"]), "a text is a list"),
+    "thinking that is no flag": (dict(think="yes"), "think is 'yes': give True or False"),
 }
 
 
@@ -64,6 +66,9 @@ REFUSED_LISTS = {
         dict(cfg_interval=[0.1, 0.2, 0.3]),
         r"cfg_interval is \[0.1, 0.2, 0.3\]: give two numbers",
     ),
+    "thinking of others": (dict(think=[True]), r"think is \[True\]: give one for all, or a list of 2"),
+    "thinking that is no flag": (dict(think=[True, 1]), "think is 1: give True or False"),
+    "negative prompts for others": (dict(negative_prompt=["a"] * 3), "negative_prompt is .* or a list of 2"),
     "intervals for others": (dict(cfg_interval=[(0.1, 0.2)] * 3), "give one for all, or a list of 2, one per prompt"),
 }
 

@@ -39,12 +39,14 @@ def request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict)
     prompt = THINK_INTERLEAVED if interleaves else THINK_BEFORE_ANSWER if answers else THINK_BEFORE_IMAGE
     noise = None if answers else _draws(meta, golden)
     system = prompt if hyper["think"] else None
-    request = Request(parts, tuple(hyper["image_shapes"]), 0, image, text, noise, system)
+    request = Request(
+        parts, tuple(hyper["image_shapes"]), 0, image, text, noise, system, rounds=3 if interleaves else None
+    )
     engine, tolerance = bagel.engine, {}
     if interleaves:
         if "scripted_gen_text" in inputs:
             engine, tolerance = _Scripted(engine, inputs["scripted_gen_text"]), {"tolerance": FED_BACK}
-        outputs = engine.run_interleaved(request, 3)
+        outputs = engine.run_interleaved(request)
     elif answers:
         outputs = ["".join(engine.run_answer(request))]
     else:
