@@ -1,4 +1,4 @@
-"""``bagel-rt check``: every Triton kernel on small inputs, beside its reference in float64 on the same inputs."""
+"""``bagel-rt check``: every kernel on small inputs, beside its reference in float64 on the same inputs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from bagel_rt.check_cases import CASES, Case, Values
+from bagel_rt.check_case import Case, Values
+from bagel_rt.check_cases import CASES
 from bagel_rt.info import versions
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import OPS, check_backend, choose_backend
+from bagel_rt.kernels.backend import OPS, check_backend, choose_backend, implementation
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,19 @@ def choose_cases(ops: Sequence[str] | None = None) -> list[Case]:
     """The cases of some ops, by default of all.
 
     Raises:
-        ValueError: a name is no op with a kernel.
+        ValueError: a name is no op.
     """
-    known = [op for op, has_kernel in OPS.items() if has_kernel]
     for op in ops or ():
-        if op not in known:
-            raise ValueError(f"--op is {op!r}: allowed are {', '.join(known)}")
-    return [case for case in CASES if case.op in (ops or known)]
+        if op not in OPS:
+            raise ValueError(f"--op is {op!r}: allowed are {', '.join(OPS)}")
+    return [case for case in CASES if case.op in (ops or OPS)]
 
 
 def run(device: torch.device, cases: Sequence[Case] | None = None) -> Iterator[Result]:
     """Run cases, all by default, with kernels on ``device``, one result per case and dtype.
 
-    On a CPU only those that the interpreter can do in a moment. After an error that leaves the GPU unusable for this
+    On a CPU only those that the interpreter can do in a moment; of ops whose kernels are CUDA, those only where the
+    extension has them for this device. After an error that leaves the GPU unusable for this
     process, which CUDA calls sticky, the rest is "not run".
 
     Raises:
@@ -64,8 +65,11 @@ def _run(device, cases):
     gone = ""
     choose_backend("triton")
     try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            has_kernel = {op: implementation(op, device) != "reference" for op in OPS}
         for case in cases:
-            for dtype in case.dtypes if case.interpreted or device.type == "cuda" else ():
+            runs = has_kernel[case.op] and (case.interpreted or device.type == "cuda")
+            for dtype in case.dtypes if runs else ():
                 result = _result(case, dtype, note=gone) if gone else _check(case, dtype, device)
                 gone = gone or (result.note and lost(device))
                 yield result

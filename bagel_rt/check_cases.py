@@ -4,110 +4,34 @@ Cases that hurt come first: one row, one expert empty, sizes that no tile divide
 see. Then BAGEL's own widths and heads, which only a GPU runs: the interpreter would take minutes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
+from bagel_rt.check_case import ALL, BFLOAT16, EPS, HALF, QUERY_DEVIATION, SWIGLU, Case, Values, both, wide
+from bagel_rt.check_cases_decode import DECODE_CASES
 from bagel_rt.kernels import (
     attention,
     attention_dense_reference,
-    decode_attention,
+    group_norm,
+    group_norm_moments,
     guided_step,
     linear,
     qk_norm_rope,
     rms_norm,
 )
-from bagel_rt.kernels.decode_attention import decode_attention_reference
-from bagel_rt.kernels.guidance import guided_step_reference
+from bagel_rt.kernels.group_norm import group_norm_moments_reference, group_norm_reference
+from bagel_rt.kernels.guidance import RENORMS, guided_step_reference
 from bagel_rt.kernels.linear import linear_reference
 from bagel_rt.kernels.norm import rms_norm_reference
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
-from bagel_rt.kernels.triton_language import INTERPRETED
 from bagel_rt.plan import Segment, build_plan, visibility
-
-ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
-"""Largest relative error of one rounding to the dtype; Triton's interpreter truncates to bfloat16."""
-ROUNDINGS = {
-    "rms_norm": 2,
-    "add_rms_norm": 3,
-    "linear": 1,
-    "qk_norm_rope": 1,
-    "attention": 3,
-    "attention_lse": 3,
-    "attention_backward": 8,
-    "decode_attention": 3,
-    "guided_step": 0,
-}
-"""How many of them an output has behind it at most."""
-FLOAT32_ARITHMETIC = 3e-5
-"""Allowed on top: what a few thousand float32 additions may lose."""
-
-QUERY_DEVIATION = 2.0
-"""Of queries whose keys have 1: softmax is peaked, yet the keys of every tile weigh in some row."""
-
-EPS = 1e-6
-ALL = tuple(ROUNDING)
-HALF = (torch.bfloat16, torch.float16)
-BFLOAT16 = (torch.bfloat16,)
-SWIGLU = 4  # roundings where torch does it: the product, silu, times up
-
-
-class Values:
-    """Makes normal tensors of one dtype on one device; the same whenever it is made anew."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self._generator = torch.Generator(device).manual_seed(0)
-
-    def __call__(self, *shape: int, deviation: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        values = torch.empty(shape, device=self.device).normal_(0.0, deviation, generator=self._generator)
-        return values.to(dtype or self.dtype)
-
-    def of(self, values) -> torch.Tensor:
-        """An array or list on the device, in its own dtype."""
-        return torch.as_tensor(values).to(self.device)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an op.
-
-    Attributes:
-        op: a name in ``bagel_rt.kernels.backend.OPS``.
-        name: what is special about it.
-        build: Values -> (function giving the kernel's outputs, function giving the same in float64).
-        dtypes: of the inputs.
-        interpreted: whether Triton's interpreter runs it too.
-        roundings: where there may be more than ``ROUNDINGS``.
-    """
-
-    op: str
-    name: str
-    build: Callable[[Values], tuple[Callable[[], Sequence[torch.Tensor]], Callable[[], Sequence[torch.Tensor]]]]
-    dtypes: tuple[torch.dtype, ...] = BFLOAT16
-    interpreted: bool = False
-    roundings: int = 0
-
-    def allowed(self, dtype: torch.dtype) -> float:
-        """Largest |got - want| / (|want| + rms of its row) that passes."""
-        return (self.roundings or ROUNDINGS[self.op]) * ROUNDING[dtype] + FLOAT32_ARITHMETIC
-
-
-def _wide(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _both(call: Callable, reference: Callable, arguments: tuple):
-    """A case whose reference takes the arguments of the call."""
-    return lambda: call(*arguments), lambda: reference(*map(_wide, arguments))
 
 
 def _rms_norm(values: Values, T: int, G: int, H: int, adds: bool = False):
     x, weights = values(T, H, deviation=3), (values(H), values(H))
-    return _both(rms_norm, rms_norm_reference, (x, values(T, H) if adds else None, *weights, G, EPS))
+    return both(rms_norm, rms_norm_reference, (x, values(T, H) if adds else None, *weights, G, EPS))
 
 
 def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str = "none"):
@@ -121,7 +45,7 @@ def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str = "non
     def reference(*arguments):
         return (linear_reference(*arguments),)
 
-    return _both(call, reference, (x, *weights, *biases, residual, G, epilogue == "swiglu"))
+    return both(call, reference, (x, *weights, *biases, residual, G, epilogue == "swiglu"))
 
 
 def _qk_norm_rope(values: Values, T: int, G: int, heads: int, kv_heads: int, D: int):
@@ -135,7 +59,7 @@ def _qk_norm_rope(values: Values, T: int, G: int, heads: int, kv_heads: int, D: 
         arguments = tuple(map(convert, arguments))
         return function(*arguments, G, EPS), *arguments[-2:]  # the caches, other slots untouched
 
-    return (partial(outputs, qk_norm_rope, lambda value: value), partial(outputs, qk_norm_rope_reference, _wide))
+    return (partial(outputs, qk_norm_rope, lambda value: value), partial(outputs, qk_norm_rope_reference, wide))
 
 
 def _segment(mode: str, rows: int, start: int, visible: int, write: int | None = None, gen: bool = False) -> Segment:
@@ -204,20 +128,37 @@ def _attention_backward(values: Values, segments, heads: int, kv_heads: int, D: 
     )
 
 
-def _decode_attention(values: Values, lengths: list[int], heads: int, kv_heads: int, D: int):
-    starts = np.cumsum([3, *lengths[:-1]])
-    slots = 3 + sum(lengths)
-    q = values(len(lengths), heads, D, deviation=QUERY_DEVIATION)
-    k, v = values(slots, kv_heads, D), values(slots, kv_heads, D)
-    k[:3] = v[:3] = torch.nan  # nobody's
-    arguments = (q, k, v, values.of(starts), values.of(np.array(lengths)), D**-0.5)
-    return _both(lambda *a: (decode_attention(*a),), lambda *a: (decode_attention_reference(*a),), arguments)
+def _guided_step(values: Values, images: list[tuple[int, float, float, str]], guided: bool = True):
+    """Images of (latents, text scale, image scale, renorm), all conditional branches first, then those without text."""
+    rows = [latents for latents, *_ in images]
+    first = np.cumsum([0, *rows[:-1]])
+    places = np.stack([first, rows, *(first + branch * sum(rows) for branch in range(3))], 1).astype(np.int32)
+    scales = [[0.05, *scales, 0.0, RENORMS.index(renorm)] for _, *scales, renorm in images]
+    x, v = values(sum(rows), 64, dtype=torch.float32), values(3 * sum(rows), 64)
+    tables = values.of(places), values.of(np.array(scales, np.float32))
+
+    def outputs(function, convert):
+        moved = convert(x).clone()
+        function(moved, convert(v), *tables, max(rows), guided)
+        return (moved,)
+
+    return partial(outputs, guided_step, lambda value: value), partial(outputs, guided_step_reference, wide)
 
 
-def _guided_step(values: Values, latents: int, renorm: str, image_scale: float, smallest: float = 0.0):
-    x, velocities = values(latents, 64, dtype=torch.float32), [values(latents, 64) for _ in range(3)]
-    arguments = (x, *velocities, 4.0, image_scale, renorm, smallest, 0.05)
-    return _both(lambda *a: (guided_step(*a),), lambda *a: (guided_step_reference(*a),), arguments)
+_BATCH = [(37, 4.0, 1.5, "global"), (5, 1.0, 2.0, "channel"), (70, 3.0, 1.0, "global"), (1, 2.0, 2.0, "text_channel")]
+
+
+def _group_norm(values: Values, channels: int, height: int, width: int, rows: int | None = None):
+    """With statistics of its own, or of a map of so many rows of which it is a strip."""
+    x = values(2, rows or height, width, channels, deviation=3).permute(0, 3, 1, 2) + 1
+    moments = None if rows is None else group_norm_moments(x, 32, EPS)
+    arguments = (x[:, :, :height], values(channels), values(channels), 32, EPS, True, moments)
+    return both(lambda *a: (group_norm(*a),), lambda *a: (group_norm_reference(*a),), arguments)
+
+
+def _group_norm_moments(values: Values, channels: int, height: int, width: int):
+    x = values(2, height, width, channels, deviation=3).permute(0, 3, 1, 2) + 1
+    return both(lambda *a: (group_norm_moments(*a),), lambda *a: (group_norm_moments_reference(*a),), (x, 32, EPS))
 
 
 _MIXED = [
@@ -274,19 +215,23 @@ CASES = [
          partial(_attention_backward, segments=_MIXED, heads=4, kv_heads=2, D=16), ALL, True),
     Case("attention_backward", "own keys apart from the context, 28 over 4 heads of 128",
          partial(_attention_backward, segments=_BRANCHES, heads=28, kv_heads=4, D=128)),
-    Case("decode_attention", "lengths 1, 0 and 70, 4 over 2 heads of 16",
-         partial(_decode_attention, lengths=[1, 0, 70], heads=4, kv_heads=2, D=16), ALL, True),
-    Case("decode_attention", "lengths 5, 2000 and 131, 28 over 4 heads of 128",
-         partial(_decode_attention, lengths=[5, 2000, 131], heads=28, kv_heads=4, D=128), ALL),
-    Case("decode_attention", "length 9064, 28 over 4 heads of 128",
-         partial(_decode_attention, lengths=[9064], heads=28, kv_heads=4, D=128)),
-    Case("guided_step", "no guidance, 6 latents", lambda v: _guided_step(v, 6, "global", 1.0, 1.0), BFLOAT16, True),
-    Case("guided_step", "global norm, 37 latents", partial(_guided_step, latents=37, renorm="global", image_scale=1.5),
-         ALL, True),
+    Case("guided_step", "no guidance, 6 latents",
+         partial(_guided_step, images=[(6, 4.0, 1.5, "global")], guided=False), BFLOAT16, True),
+    Case("guided_step", "global norm, 37 latents", partial(_guided_step, images=[(37, 4.0, 1.5, "global")]), ALL, True),
     Case("guided_step", "norm per token, 37 latents",
-         partial(_guided_step, latents=37, renorm="channel", image_scale=1.0), BFLOAT16, True),
+         partial(_guided_step, images=[(37, 4.0, 1.0, "channel")]), BFLOAT16, True),
     Case("guided_step", "norm per token of the text's, 37 latents",
-         partial(_guided_step, latents=37, renorm="text_channel", image_scale=2.0), BFLOAT16, True),
-    Case("guided_step", "global norm, 4096 latents",
-         partial(_guided_step, latents=4096, renorm="global", image_scale=1.5), ALL),
+         partial(_guided_step, images=[(37, 4.0, 2.0, "text_channel")]), BFLOAT16, True),
+    Case("guided_step", "four images, each with guidance of its own", partial(_guided_step, images=_BATCH), ALL, True),
+    Case("guided_step", "global norm, 4096 latents", partial(_guided_step, images=[(4096, 4.0, 1.5, "global")]), ALL),
+    Case("group_norm", "96 channels of 5 x 7", partial(_group_norm, channels=96, height=5, width=7), ALL, True),
+    Case("group_norm", "3 of 11 rows of 64 channels", partial(_group_norm, channels=64, height=3, width=5, rows=11),
+         BFLOAT16, True),
+    Case("group_norm", "128 channels of 256 x 256", partial(_group_norm, channels=128, height=256, width=256), ALL),
+    Case("group_norm", "512 channels of 33 x 65", partial(_group_norm, channels=512, height=33, width=65), ALL),
+    Case("group_norm_moments", "32 channels of 47 x 61",
+         partial(_group_norm_moments, channels=32, height=47, width=61), BFLOAT16, True),
+    Case("group_norm_moments", "256 channels of 512 x 512",
+         partial(_group_norm_moments, channels=256, height=512, width=512), ALL),
+    *DECODE_CASES,
 ]  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from bagel_rt import __version__, plan
 from bagel_rt.checkpoint import check_weights, find_weights
 from bagel_rt.config import BagelConfig, CheckpointError
+from bagel_rt.kernels.extension import cuda_error
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", "tqdm", "typer")
 MISSING = "not installed"
@@ -33,6 +34,7 @@ def collect(model: Path | None = None) -> dict:
         "versions": versions(),
         "devices": devices(),
         "extension": "compiled" if plan.EXTENSION else f"absent: {plan.EXTENSION_ERROR.strip()}",
+        "cuda_kernels": cuda_kernels(),
         "ops": ops(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("BAGEL_RT_")},
     }
@@ -76,8 +78,15 @@ def devices() -> list[dict]:
     return found
 
 
+def cuda_kernels() -> str:
+    """Whether the extension's CUDA kernels run on the current GPU, or why not; without a GPU, whether it has them."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    error = cuda_error(device)
+    return f"absent: {error}" if error else "compiled"
+
+
 def ops() -> dict[str, str]:
-    """Op -> what runs it on the device that is taken by default, "triton" or "reference"; or why nothing can."""
+    """Op -> what runs it on the default device, "cuda", "triton" or "reference"; or why nothing can."""
     try:
         from bagel_rt.kernels.backend import OPS, implementation  # here, because kernels may need what is not installed
 

@@ -18,18 +18,16 @@ span. A plan is plain numpy arrays, made on the host. Two implementations give t
 the second when there is one. ``BAGEL_RT_EXTENSION=0`` in the environment forces the first.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from operator import index
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from bagel_rt.kernels.attention_tiles import MAX_BLOCK_ROWS
+from bagel_rt.kernels.extension import EXTENSION, EXTENSION_ERROR  # noqa: F401
 
 MODES = ("causal", "full", "noise")
 MAX_SLOTS = 2**31 - 1
@@ -179,18 +177,3 @@ def visibility(plan: Plan, slots_total: int | None = None) -> np.ndarray:
     key = slot - key_start
     prefix = (key < full_end) | ((key < part_end) & (key < plan.limits[:, None]))
     return ((key >= 0) & prefix) | ((slot >= own_start) & (slot < own_end))
-
-
-def _load_extension():
-    """(``bagel_rt._C``, "") or (None, why it is missing)."""
-    if os.environ.get("BAGEL_RT_EXTENSION") == "0":
-        return None, "disabled by BAGEL_RT_EXTENSION=0"
-    try:
-        return import_module("bagel_rt._C"), ""
-    except ImportError as error:
-        log = Path(__file__).with_name("_C.log")  # left by setup.py where the build failed
-        return None, log.read_text() if log.exists() else f"{error}; pip install builds it"
-
-
-EXTENSION, EXTENSION_ERROR = _load_extension()
-"""The compiled module, or None and the reason."""

@@ -18,15 +18,19 @@ from torch.nn.attention import SDPBackend
 
 from bagel_rt.kernels import attention_dense_reference
 from bagel_rt.kernels.decode_attention import decode_attention_reference
+from bagel_rt.kernels.decode_linear import decode_linear_reference
+from bagel_rt.kernels.decode_qkv import decode_qkv_reference
+from bagel_rt.kernels.group_norm import group_norm_reference
 from bagel_rt.kernels.guidance import guided_step_reference
 from bagel_rt.kernels.linear import linear_reference
 from bagel_rt.kernels.norm import rms_norm_reference
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
-from benchmarks import peers, peers_attention
+from bagel_rt.kernels.sample import scores_reference
+from benchmarks import peers, peers_attention, peers_decode
 from benchmarks.measure import LATENCY, Clock, ceilings, markdown
 from benchmarks.workloads import WORKLOADS, Tensors, Workload
 
-OURS = "bagel_rt"
+OURS, WITHOUT_EXTENSION = "bagel_rt", "bagel_rt, the extension not built"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest error of a row by dtype, some five roundings; anyone above it computes something else."""
 SMALL_ROW = 1e-3
@@ -67,7 +71,15 @@ PEERS: dict[str, dict[str, Callable]] = {
         "torch, lengths on the host": peers_attention.reference_decode_attention,
         **{f"SDPA {name}": peers_attention.sdpa_decode(backend) for name, backend in _BACKENDS.items()},
     },
-    "guided_step": {"official": peers.reference_guided_step},
+    "decode_linear": {
+        "torch": peers_decode.torch_linear,
+        WITHOUT_EXTENSION: peers_decode.triton_linear,
+        "cuBLAS, one product alone": peers_decode.one_product,
+    },
+    "decode_qkv": {"torch": peers_decode.torch_qkv, WITHOUT_EXTENSION: peers_decode.triton_qkv},
+    "sample": {"torch": peers_decode.torch_sample, "official, multinomial": peers_decode.official_sample},
+    "guided_step": {"official": peers.official_guided_step},
+    "group_norm": {"official": peers.official_group_norm, "official, channels first": peers.channels_first_group_norm},
 }
 """Public function -> name of a peer -> what makes it from the function's arguments."""
 
@@ -77,7 +89,11 @@ COMPILED: dict[str, dict[str, Callable]] = {
     "qk_norm_rope": {"official, torch.compile": peers.official_qk_norm_rope},
     "attention": {"FlexAttention": peers_attention.flex},
     "attention_gradients": {"FlexAttention": peers_attention.flex_gradients},
-    "guided_step": {"official, torch.compile": peers.reference_guided_step},
+    "decode_linear": {"torch.compile": peers_decode.torch_linear},
+    "decode_qkv": {"torch.compile": peers_decode.torch_qkv},
+    "sample": {"torch.compile": peers_decode.torch_sample},
+    "guided_step": {"official, torch.compile": peers.official_guided_step},
+    "group_norm": {"official, torch.compile": peers.official_group_norm},
 }
 """The same for peers that take seconds to compile; they also take ``wrap``, which compiles a function."""
 
@@ -111,7 +127,14 @@ def judge(name: str, arguments: tuple, options: dict) -> tuple[tuple[torch.Tenso
     """What the op must return, in float64, and which part of a contender's outputs that is."""
     if name in ("attention", "attention_gradients"):
         return _judge_attention(*arguments, **options)
+    if name == "sample":
+        return _judge_sample(*arguments)
     arguments = tuple(map(_wide, arguments))
+    if name == "decode_linear":
+        options = {option: _wide(value) for option, value in options.items()}
+        return (decode_linear_reference(*arguments, **options),), tuple
+    if name == "decode_qkv":
+        return (decode_qkv_reference(*arguments), *arguments[8:10]), tuple
     if name == "linear":
         x, w_gen, w_und, bias_gen, bias_und = arguments + (None,) * (5 - len(arguments))
         residual, swiglu = _wide(options.get("residual")), options.get("swiglu", False)
@@ -120,10 +143,14 @@ def judge(name: str, arguments: tuple, options: dict) -> tuple[tuple[torch.Tenso
         return (qk_norm_rope_reference(*arguments), *arguments[6:8]), tuple
     if name == "rms_norm":
         return rms_norm_reference(*arguments), tuple
+    if name == "group_norm":
+        return (group_norm_reference(*arguments),), tuple
     if name == "decode_attention":
         scale = options.get("scale") or arguments[0].shape[2] ** -0.5
         return (decode_attention_reference(*arguments, scale),), tuple
-    return (guided_step_reference(*arguments),), tuple
+    x, v, images, parameters, *launch = arguments
+    guided_step_reference(moved := x.clone(), v, images, parameters, *launch)
+    return (moved,), tuple
 
 
 def _judge_attention(q, k_cache, v_cache, limits, blocks, gradient=None, return_lse=False):
@@ -158,12 +185,23 @@ def _judge_attention(q, k_cache, v_cache, limits, blocks, gradient=None, return_
     )  # fmt: skip
 
 
+def _judge_sample(logits, settings=None, seed=None, step=None):
+    """Logits plus noise, what the token drawn has most of: tokens themselves may differ where two are next to equal."""
+    logits = logits.double()
+    scores = logits if settings is None else scores_reference(logits, settings, seed, step)
+    return (scores.amax(1, keepdim=True),), lambda made: (scores.gather(1, made[0][:, None]),)
+
+
 def _ours(function: Callable, arguments: tuple, options: dict) -> peers.Contender:
+    if function.__name__ == "guided_step":  # in place: the latents of the workload stay for the peers
+        arguments = (arguments[0].clone(), *arguments[1:])
     outputs = {
         "rms_norm": lambda made: made,
         "attention": lambda made: made if isinstance(made, tuple) else (made,),
         "attention_gradients": lambda made: made,
         "qk_norm_rope": lambda q: (q, *arguments[6:8]),
+        "decode_qkv": lambda q: (q, *arguments[8:10]),
+        "guided_step": lambda _: arguments[:1],  # after the first call: every further one moves them on
     }.get(function.__name__, peers.one)
     return peers.Contender(lambda: function(*arguments, **options), outputs)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bagel_rt.kernels.guidance import guided_step_reference
+from bagel_rt.kernels.guidance import RENORMS, guided_velocity_reference
 from bagel_rt.kernels.linear import linear_reference
 from bagel_rt.kernels.norm import rms_norm_reference
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
@@ -271,10 +271,36 @@ def reference_qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_
     return Contender(lambda: qk_norm_rope_reference(*inputs), lambda q: (q, *caches))
 
 
-def reference_guided_step(*arguments, wrap=lambda f: f):
-    """The formula in about ten operators, as the official loop has it."""
-    step = wrap(guided_step_reference)
-    return Contender(lambda: step(*arguments), one)
+def official_group_norm(x, weight, bias, groups, eps, silu, wrap=lambda f: f):
+    """torch's GroupNorm, then SiLU, for a map as it is laid out."""
+
+    def norm(x):
+        y = F.group_norm(x, groups, weight, bias, eps)
+        return F.silu(y) if silu else y
+
+    norm = wrap(norm)
+    return Contender(lambda: norm(x), one)
+
+
+def channels_first_group_norm(x, weight, bias, groups, eps, silu):
+    """The same for a map with its channels apart, as the official autoencoder has them."""
+    return official_group_norm(x.contiguous(), weight, bias, groups, eps, silu)
+
+
+def official_guided_step(x, v, images, parameters, most_rows, guided=True, wrap=lambda f: f):
+    """The formula in about ten operators an image; the host knows where images lie and what guides them."""
+    calls = []
+    for (first, rows, *branches), values in zip(images.tolist(), parameters.tolist(), strict=True):
+        dt, text_scale, image_scale, smallest, renorm = values
+        scales = (text_scale, image_scale) if guided else (1.0, 1.0)
+        velocities = [v[branch : branch + rows] for branch in branches]
+        calls.append((x[first : first + rows], *velocities, *scales, RENORMS[int(renorm)], smallest, dt))
+
+    def step(x, cond, no_text, no_img, text_scale, image_scale, renorm, smallest, dt):
+        return x - guided_velocity_reference(cond, no_text, no_img, text_scale, image_scale, renorm, smallest) * dt
+
+    step = wrap(step)
+    return Contender(lambda: [step(*call) for call in calls], lambda made: (torch.cat(made),))
 
 
 def vllm_omni_ops(name: str) -> ModuleType:

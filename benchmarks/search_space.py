@@ -136,6 +136,11 @@ _SPACES = {
     "attention_dk_dv": (_dk_dv, _dk_dv_shared_memory),
     "rms_norm": (lambda *_: _grid(ROWS=[1, 2, 4], num_warps=[1, 2, 4, 8, 16]), _none),
     "qk_norm_rope": (lambda *_: _grid(num_warps=[1, 2, 4, 8, 16]), _none),
+    "group_norm": (lambda *_: _grid(ELEMENTS=[1024, 2048, 4096, 8192], num_warps=[4, 8]), _none),
+    "group_norm_moments": (
+        lambda *_: _grid(ELEMENTS=[1024, 2048, 4096], PARTS=[256, 512, 1024, 2048], num_warps=[4, 8]),
+        _none,
+    ),
     "guided_step": (
         lambda *_: _grid(ELEMENTS=[512, 1024, 2048, 4096, 8192], PARTS=[128, 256, 512], num_warps=[4, 8, 16]),
         _none,

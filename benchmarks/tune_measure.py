@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from bagel_rt.kernels import backend, configs
+from bagel_rt.kernels import backend, configs, extension
 from benchmarks.compiling import stop
 from benchmarks.measure import Clock
 from benchmarks.workloads import ALL_WORKLOADS, Tensors, Workload
@@ -42,20 +42,22 @@ def measurements(
     """
     torch.manual_seed(0)
     function, arguments, options = workload.build(Tensors(device, workload.dtype))
+    latents = arguments[0].clone() if workload.op == "guided_step" else None
     clock = Clock(device, seconds=0.05, most=20)
     entry = configs.TABLE[name[0]][architecture][name[1]]
-    before = entry["tiles"]
+    before, loaded = entry["tiles"], extension.EXTENSION
 
     def call():
         return function(*arguments, **options)
 
     try:
         backend.choose_backend("reference")
-        outputs = _written(call, arguments, workload)
+        outputs = _written(call, arguments, workload, latents)
         expected = [output.clone() for output in outputs]
         yield TORCH, None
         yield TORCH, clock.microseconds(call)
         backend.choose_backend("triton")
+        extension.EXTENSION = None  # or its kernels would run in place of those whose tiles are tried
         for index, candidate in tiles.items():
             yield index, None
             entry["tiles"] = candidate
@@ -63,7 +65,7 @@ def measurements(
                 output.fill_(math.nan)  # what a candidate leaves unwritten shall not be right from the one before
             try:
                 with nan_in_new_tensors():
-                    outputs = _written(call, arguments, workload)
+                    outputs = _written(call, arguments, workload, latents)
                 worst = max(map(relative_error, outputs, expected))
                 if worst > TOLERANCE[workload.dtype]:
                     raise ValueError(f"wrong by {worst:.1e} on {workload.name}")
@@ -73,7 +75,7 @@ def measurements(
                 if device.type == "cuda":
                     torch.cuda.synchronize()  # raises, and so ends the process, if the candidate broke the context
     finally:
-        entry["tiles"] = before
+        entry["tiles"], extension.EXTENSION = before, loaded
         backend.choose_backend(None)
 
 
@@ -91,8 +93,12 @@ def nan_in_new_tensors() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
-def _written(call, arguments: tuple, workload: Workload) -> list[torch.Tensor]:
-    """Everything that a call wrote: its outputs, and caches among its arguments."""
+def _written(call, arguments: tuple, workload: Workload, latents: torch.Tensor | None) -> list[torch.Tensor]:
+    """Everything that a call wrote: its outputs, and caches among its arguments; or where it moved ``latents`` to."""
+    if latents is not None:
+        arguments[0].copy_(latents)
+        call()
+        return [arguments[0].clone()]
     outputs = call()
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     if workload.op == "qk_norm_rope":

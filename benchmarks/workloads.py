@@ -1,68 +1,31 @@
 """Calls of the ops at the sizes of BAGEL-7B-MoT: what is inspected, tuned and measured.
 
-A layer has hidden size 3584, 28 query heads and 4 key/value heads of 128 channels, SwiGLU width 18944; its vision tower
-16 heads of 72. A 1024 x 1024 image is 4096 latents and two markers, its guidance branches share one forward.
+A 1024 x 1024 image is 4096 latents and two markers, its guidance branches share one forward.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from bagel_rt.kernels import attention, decode_attention, guided_step, linear, qk_norm_rope, rms_norm
+from bagel_rt.kernels import attention, group_norm, guided_step, linear, qk_norm_rope, rms_norm
+from bagel_rt.kernels.guidance import RENORMS
 from bagel_rt.plan import Plan, Segment, build_plan
 from bagel_rt.training import training_segments
-
-HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, HEAD_DIM = 3584, 18944, 28, 4, 128
-VIT_HEADS, VIT_HEAD_DIM = 16, 72
-EPS = 1e-6
-
-
-class Tensors:
-    """Makes the tensors of a workload on ``device``, floating ones in ``dtype`` unless told otherwise.
-
-    ``random`` ones are normal; others are left unwritten, so that on the CPU even gigabytes take no memory.
-    """
-
-    def __init__(self, device, dtype: torch.dtype, random: bool = True):
-        self.device, self.dtype, self.random = torch.device(device), dtype, random
-
-    def __call__(self, *shape: int, deviation: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
-        return tensor.normal_(0.0, deviation) if self.random else tensor
-
-    def of(self, array: np.ndarray) -> torch.Tensor:
-        """The values of ``array``."""
-        return torch.from_numpy(array).to(self.device)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One call of an op.
-
-    Attributes:
-        name: op and size, unique.
-        op: the public op's name; "attention_backward" is attention and its gradients.
-        flops: multiplications and additions of the formula; 0 where memory is the limit.
-        bytes: least traffic in ``dtype``, each input read and each output written once.
-        build: Tensors -> (public function, arguments, keyword arguments).
-        dtype: what the model runs it in.
-    """
-
-    name: str
-    op: str
-    flops: int
-    bytes: int
-    build: Callable[[Tensors], tuple[Callable, tuple, dict]]
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def entries(self) -> tuple[str, ...]:
-        """The ops of the table of tiles (``bagel_rt.kernels.configs``) that the workload is about."""
-        others = {"decode_attention": ("attention",), "attention_backward": ("attention_dq", "attention_dk_dv")}
-        return others.get(self.op, (self.op,))
+from benchmarks.workload import (
+    EPS,
+    FEED_FORWARD,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    VIT_HEAD_DIM,
+    VIT_HEADS,
+    Tensors,
+    Workload,
+)
+from benchmarks.workloads_decode import decode_workloads
 
 
 def _denoise(latents: int, branches: list[tuple[int, int, bool]]) -> Plan:
@@ -116,8 +79,6 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "text prefill 64": partial(_prefill, ("text", 64)),
 }
 """Forwards of the model -> their plans. Together with decoding one token they are all that a request runs."""
-
-DECODED_CONTEXTS = (1000, 9064)
 
 
 def _linear(tensors: Tensors, T: int, G: int, K: int, N: int, epilogue: str):
@@ -240,17 +201,32 @@ def _attention_workloads() -> list[Workload]:
     ]
 
 
-def _decode_attention(tensors: Tensors, length: int):
-    caches = [tensors(length, KV_HEADS, HEAD_DIM) for _ in range(2)]
-    spans = [tensors.of(np.array([value])) for value in (0, length)]
-    return decode_attention, (tensors(1, HEADS, HEAD_DIM), *caches, *spans), {}
+def _guided_step(tensors: Tensors, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
+    """Every branch of all images, then the next one. As dt is 1, velocities weigh in the result as the state does."""
+    rows = images * latents
+    state, velocities = tensors(rows, features, dtype=torch.float32), tensors(branches * rows, features)
+    first = np.arange(images) * latents
+    of_branches = [first + min(branch, branches - 1) * rows for branch in range(3)]
+    places = np.stack([first, np.full(images, latents), *of_branches], 1).astype(np.int32)
+    values = [1.0, 4.0, 2.0 if branches > 2 else 1.0, 0.0, RENORMS.index(renorm)]
+    parameters = np.array([values] * images, np.float32)
+    return guided_step, (state, velocities, tensors.of(places), tensors.of(parameters), latents, branches > 1), {}
 
 
-def _guided_step(tensors: Tensors, latents: int, renorm: str, image_scale: float, features: int = 64):
-    state = tensors(latents, features, dtype=torch.float32)
-    velocities = [tensors(latents, features) for _ in range(3 if image_scale > 1 else 2)]
-    missing = [None] * (3 - len(velocities))
-    return guided_step, (state, *velocities, *missing, 4.0, image_scale, renorm, 0.0, 0.02), {}
+def _guided_step_workload(name: str, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
+    build = partial(_guided_step, latents=latents, renorm=renorm, branches=branches, features=features, images=images)
+    return Workload(name, "guided_step", 0, images * latents * features * (8 + 2 * branches), build)
+
+
+def _group_norm(tensors: Tensors, channels: int, side: int):
+    x = tensors(1, side, side, channels).permute(0, 3, 1, 2)
+    return group_norm, (x, tensors(channels), tensors(channels), 32, EPS, True), {}
+
+
+def _group_norm_workload(channels: int, side: int, dtype=torch.float32) -> Workload:
+    build = partial(_group_norm, channels=channels, side=side)
+    name = f"group_norm, {channels} channels of {side} x {side}"
+    return Workload(name, "group_norm", 0, 2 * dtype.itemsize * channels * side**2, build, dtype)
 
 
 def _workloads() -> list[Workload]:
@@ -260,17 +236,15 @@ def _workloads() -> list[Workload]:
         found += _row_ops(name, len(plan.limits), plan.G)
     found += _row_ops("decode", 1, 0)
     found += _attention_workloads()
-    for length in DECODED_CONTEXTS:
-        flops, traffic = 4 * HEADS * HEAD_DIM * length, 4 * HEAD_DIM * (length * KV_HEADS + HEADS)
-        build = partial(_decode_attention, length=length)
-        found.append(Workload(f"decode_attention, {length} keys", "decode_attention", flops, traffic, build))
+    found += decode_workloads()
+    found += [_group_norm_workload(*sizes) for sizes in ((128, 1024), (256, 1024), (512, 512), (512, 128))]
     for size, latents in ((1024, 4096), (512, 1024)):
-        for renorm, image_scale in (("global", 1.0), ("channel", 1.0), ("text_channel", 2.0), ("global", 2.0)):
-            branches = 3 if image_scale > 1 else 2
-            traffic = latents * 64 * (8 + 2 * branches)
+        for renorm, branches in (("global", 2), ("channel", 2), ("text_channel", 3), ("global", 3)):
             name = f"guided_step {renorm} of {branches} branches, {size}"
-            build = partial(_guided_step, latents=latents, renorm=renorm, image_scale=image_scale)
-            found.append(Workload(name, "guided_step", 0, traffic, build))
+            found.append(_guided_step_workload(name, latents, renorm, branches))
+    found.append(_guided_step_workload("guided_step without guidance, 1024", 4096, "global", 1))
+    name = "guided_step global of 3 branches, four images of 1024"
+    found.append(_guided_step_workload(name, 4096, "global", 3, images=4))
     return found
 
 
@@ -288,11 +262,11 @@ def _other_sizes() -> list[Workload]:
     heads, kv_heads = 64, 8
     rope_bytes = 2048 * ((heads + 2 * kv_heads) * HEAD_DIM * 4 + HEAD_DIM * 4 + 8)
     rope = partial(_qk_norm_rope, T=2048, G=1024, q_heads=heads, kv_heads=kv_heads)
-    step = partial(_guided_step, latents=256, renorm="global", image_scale=1.0, features=16384)
     return [
         *norms,
         Workload("qk_norm_rope, 64 heads", "qk_norm_rope", 0, rope_bytes, rope),
-        Workload("guided_step global, 16384 features", "guided_step", 0, 256 * 16384 * 12, step),
+        _guided_step_workload("guided_step global, 16384 features", 256, "global", 2, features=16384),
+        _group_norm_workload(96, 512, torch.bfloat16),
         _linear_workload("linear in float32", 256, 128, 1024, 1024, "bias", torch.float32),
         _linear_workload("linear of 3588 columns", 4096, 2048, 3588, 3584, "bias"),
         _attention_workload("attention, 14 heads of 64", image, (14, 2, 64)),

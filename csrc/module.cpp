@@ -8,7 +8,11 @@
 #include <tuple>
 #include <vector>
 
+#include "decode.h"
 #include "plan.h"
+#ifdef BAGEL_RT_EMULATE
+#include "cuda_on_host.h"
+#endif
 
 namespace py = pybind11;
 
@@ -36,10 +40,75 @@ py::tuple build_plan(const std::vector<PySegment>& py_segments, std::int64_t blo
   return py::make_tuple(counts.gen, order, limits, slots, table);
 }
 
+#if defined(BAGEL_RT_CUDA) || defined(BAGEL_RT_EMULATE)
+
+void bind_kernels(py::module_& module) {
+  using bagel_rt::Heads;
+  using bagel_rt::Product;
+  py::class_<Product>(module, "Product")
+      .def(py::init([](bool is_bfloat16, std::uintptr_t x, std::uintptr_t norm, std::uintptr_t w, std::int64_t x_stride,
+                       std::int64_t w_stride, int B, int K, int N, float eps) {
+        return Product{is_bfloat16, x, norm, w, x_stride, w_stride, B, K, N, eps};
+      }));
+  py::class_<Heads>(module, "Heads")
+      .def(py::init([](int Hq, int Hkv, int D, std::uintptr_t bias, std::uintptr_t qk_norm, std::uintptr_t cosines,
+                       std::uintptr_t sines, std::uintptr_t slots, std::uintptr_t q, std::uintptr_t k_cache,
+                       std::uintptr_t v_cache, std::int64_t S, std::int64_t k_slot_stride, std::int64_t k_head_stride,
+                       std::int64_t v_slot_stride, std::int64_t v_head_stride) {
+        return Heads{Hq,      Hkv,     D, bias,          qk_norm,       cosines,       sines,        slots, q,
+                     k_cache, v_cache, S, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride};
+      }));
+  module.def("cuda_error", &bagel_rt::cuda_error);
+  module.def("normalised_bytes", &bagel_rt::normalised_bytes);
+  module.def("decode_linear", &bagel_rt::decode_linear);
+  module.def("decode_qkv", &bagel_rt::decode_qkv);
+  using bagel_rt::Attended;
+  using bagel_rt::Logits;
+  py::class_<Attended>(module, "Attended")
+      .def(py::init([](bool is_bfloat16, int B, int Hq, int Hkv, int D, std::uintptr_t q, std::uintptr_t k,
+                       std::uintptr_t v, std::uintptr_t out, std::int64_t q_row, std::int64_t q_head,
+                       std::int64_t k_slot, std::int64_t k_head, std::int64_t v_slot, std::int64_t v_head,
+                       std::uintptr_t starts, std::uintptr_t lengths, bool wide_starts, bool wide_lengths,
+                       float scale_log2) {
+        return Attended{is_bfloat16, B,      Hq,     Hkv,    D,      q,      k,       v,           out,         q_row,
+                        q_head,      k_slot, k_head, v_slot, v_head, starts, lengths, wide_starts, wide_lengths,
+                        scale_log2};
+      }));
+  py::class_<Logits>(module, "Logits")
+      .def(py::init([](bool is_bfloat16, int rows, int columns, std::uintptr_t logits, std::int64_t row_stride) {
+        return Logits{is_bfloat16, rows, columns, logits, row_stride};
+      }));
+  module.def("decode_attention", &bagel_rt::decode_attention);
+  module.def("sample", &bagel_rt::sample);
+}
+
+#endif
+
+#ifdef BAGEL_RT_EMULATE
+constexpr bool EMULATED = true;
+#else
+constexpr bool EMULATED = false;
+#endif
+
+#ifdef BAGEL_RT_CUDA
+constexpr bool HAS_CUDA = true;
+#else
+constexpr bool HAS_CUDA = false;
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The compiled part of bagel_rt.";
+  module.attr("has_cuda") = HAS_CUDA;
+  module.attr("emulated") = EMULATED;
+#if defined(BAGEL_RT_CUDA) || defined(BAGEL_RT_EMULATE)
+  bind_kernels(module);
+#endif
+#ifdef BAGEL_RT_EMULATE
+  module.def("set_schedule", [](unsigned seed) { cuda_on_host::schedule = seed; },
+             "Another order of blocks and threads; 0 for the usual one.");
+#endif
   module.def("build_plan", &build_plan, py::arg("segments"), py::arg("block_q"),
              "bagel_rt.plan.build_plan for segments it has checked: (G, order, limits, slots, blocks).");
 }

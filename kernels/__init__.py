@@ -9,6 +9,9 @@ than everything else they do. They know tensors only: no model, no checkpoint, n
 from bagel_rt.kernels.attention import attention, attention_dense_reference
 from bagel_rt.kernels.attention_backward import attention_backward
 from bagel_rt.kernels.decode_attention import decode_attention
+from bagel_rt.kernels.decode_linear import decode_linear
+from bagel_rt.kernels.decode_qkv import decode_qkv
+from bagel_rt.kernels.group_norm import group_norm, group_norm_moments
 from bagel_rt.kernels.guidance import guided_step, guided_velocity
 from bagel_rt.kernels.linear import linear
 from bagel_rt.kernels.norm import rms_norm
@@ -20,6 +23,10 @@ __all__ = [
     "attention_backward",
     "attention_dense_reference",
     "decode_attention",
+    "decode_linear",
+    "decode_qkv",
+    "group_norm",
+    "group_norm_moments",
     "guided_step",
     "guided_velocity",
     "linear",

@@ -8,18 +8,28 @@ from bagel_rt.kernels import configs
 from bagel_rt.kernels.triton_language import INTERPRETED, triton
 
 OPS = {
-    "rms_norm": True,
-    "add_rms_norm": True,
-    "linear": True,
-    "qk_norm_rope": True,
-    "attention": True,
-    "attention_lse": True,
-    "attention_backward": True,
-    "decode_attention": True,
-    "guided_step": True,
-    "sample": False,
+    "rms_norm": "triton",
+    "add_rms_norm": "triton",
+    "linear": "triton",
+    "qk_norm_rope": "triton",
+    "attention": "triton",
+    "attention_lse": "triton",
+    "attention_backward": "triton",
+    "decode_attention": "cuda",
+    "decode_linear": "cuda",
+    "decode_qkv": "cuda",
+    "guided_step": "triton",
+    "group_norm": "triton",
+    "group_norm_moments": "triton",
+    "sample": "cuda",
 }
-"""Every op of the ``bagel_rt`` namespace of ``torch.ops`` -> whether it has a Triton kernel."""
+"""Every op of the ``bagel_rt`` namespace of ``torch.ops`` -> what its kernel is written in, "triton" or "cuda".
+
+"cuda" kernels are in the extension (:mod:`bagel_rt.kernels.extension`).
+"""
+
+ALSO_TRITON = {"decode_attention"}
+"""The "cuda" ops that have a Triton kernel too, for where there is no extension."""
 
 CHOICES = ("auto", "reference", "triton")
 
@@ -45,9 +55,10 @@ def _check_choice(choice: str | None) -> None:
 def backend() -> str:
     """Name the choice in force: what was chosen, else the environment variable ``BAGEL_RT_BACKEND``, else "auto".
 
-    ``auto`` runs Triton kernels on GPUs from sm_80 on and PyTorch references elsewhere. ``reference`` forces references
-    on every device, which tells a kernel bug from a model bug. ``triton`` insists on kernels: on the CPU they run in
-    Triton's interpreter, thousands of times slower, if the process was started with ``TRITON_INTERPRET=1``.
+    ``auto`` runs kernels on GPUs from sm_80 on and PyTorch references elsewhere. ``reference`` forces references on
+    every device, which tells a kernel bug from a model bug. ``triton`` insists on kernels: on the CPU they run in
+    Triton's interpreter, thousands of times slower, if the process was started with ``TRITON_INTERPRET=1``. Ops whose
+    kernel is CUDA run it on a GPU under either of the two that run kernels, if the extension was built with it.
 
     Raises:
         ValueError: the variable has any other value.
@@ -91,16 +102,52 @@ def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = F
     choice = backend()
     if choice == "reference" or (choice == "auto" and not (x.is_cuda and configs.supports(x.device))):
         return False
-    if torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in (x, *others)):
+    if wants_gradient(x, *others):
         return False
+    check_current_device(x)
+    return True
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether PyTorch would have to differentiate what is made of ``tensors``."""
+    return torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in tensors)
+
+
+def check_current_device(x: torch.Tensor) -> None:
+    """Refuse ``x`` of another GPU than the current one.
+
+    Raises:
+        RuntimeError: it is.
+    """
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         raise RuntimeError(
             f"the tensors are on {x.device}, but kernels are launched on cuda:{torch.cuda.current_device()}; call "
             f"torch.cuda.set_device({x.device.index}) first"
         )
-    return True
+
+
+def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse, in the name of ``op``, tensors that are not where the first of them is.
+
+    The extension's kernels are given addresses, which do not tell of what memory.
+
+    Raises:
+        ValueError: the name and device of the first one elsewhere.
+    """
+    (first, x), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {x.device}; move {name} there")
 
 
 def implementation(op: str, device: torch.device) -> str:
-    """Name what runs ``op`` on ``device`` under the choice in force: "triton" or "reference"."""
-    return "triton" if OPS[op] and runs_kernel(torch.empty(0, device=device)) else "reference"
+    """Name what runs ``op`` on ``device`` under the choice in force: "cuda", "triton" or "reference".
+
+    The last of them for a "cuda" op without the extension may be composed of other ops, which have Triton kernels.
+    """
+    from bagel_rt.kernels.extension import runs_extension  # here, because it imports this file
+
+    x, kernel = torch.empty(0, device=device), OPS[op]
+    if kernel == "cuda" and runs_extension(x):
+        return "cuda"
+    return "triton" if (kernel == "triton" or op in ALSO_TRITON) and runs_kernel(x) else "reference"

@@ -3,6 +3,7 @@
 import os
 from importlib.metadata import version
 
+import cuda_on_host
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -49,6 +50,40 @@ def device(request):
     choose_backend(request.param)
     yield DEVICE if request.param == "triton" else torch.device("cpu")
     choose_backend(None)
+
+
+@pytest.fixture(scope="session")
+def _emulated_module():
+    return cuda_on_host.load(cuda_on_host.build())
+
+
+@pytest.fixture
+def emulated_extension(_emulated_module, monkeypatch):
+    """The extension whose CUDA kernels run on CPU tensors; the ops take them, as the backend is "triton"."""
+    from bagel_rt.kernels.backend import choose_backend
+
+    monkeypatch.setattr("bagel_rt.kernels.extension.EXTENSION", _emulated_module)
+    _emulated_module.set_schedule(0)
+    choose_backend("triton")
+    yield _emulated_module
+    choose_backend(None)
+    _emulated_module.set_schedule(0)
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def extension_device(request):
+    """The device of a test that runs twice: with the extension's kernels emulated on the CPU, and on a GPU."""
+    from bagel_rt.kernels.extension import cuda_error
+
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_extension")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if error := cuda_error(device):
+        pytest.skip(f"the extension has no kernels for this GPU: {error.splitlines()[0]}")
+    return device
 
 
 def _interpret_dynamic_ranges():

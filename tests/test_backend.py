@@ -10,7 +10,15 @@ import torch
 
 from bagel_rt import Bagel
 from bagel_rt.kernels import linear, rms_norm
-from bagel_rt.kernels.backend import OPS, backend, check_backend, choose_backend, implementation, runs_kernel
+from bagel_rt.kernels.backend import (
+    OPS,
+    backend,
+    check_backend,
+    check_devices,
+    choose_backend,
+    implementation,
+    runs_kernel,
+)
 
 CPU = torch.device("cpu")
 
@@ -35,7 +43,16 @@ def test_the_cpu_runs_references_unless_kernels_are_asked_for(monkeypatch):
         assert backend() == choice and not runs_kernel(x)
     monkeypatch.setenv("BAGEL_RT_BACKEND", "triton")
     assert runs_kernel(x) and not runs_kernel(x.double())
-    assert [op for op in OPS if implementation(op, CPU) == "reference"] == ["sample"]
+    found = {op: implementation(op, CPU) for op in OPS}
+    assert {op for op in OPS if found[op] == "reference"} == {"decode_linear", "decode_qkv", "sample"}
+    assert set(found.values()) == {"triton", "reference"}, "no CUDA kernel runs on a CPU"
+
+
+def test_the_extension_goes_before_triton(emulated_extension):
+    assert {op for op in OPS if implementation(op, CPU) == "cuda"} == {op for op in OPS if OPS[op] == "cuda"}
+    assert implementation("linear", CPU) == "triton"
+    choose_backend("reference")
+    assert {implementation(op, CPU) for op in OPS} == {"reference"}
 
 
 def test_tensors_that_want_a_gradient_get_the_reference_which_has_one():
@@ -48,6 +65,13 @@ def test_tensors_that_want_a_gradient_get_the_reference_which_has_one():
     assert linear(x, square, square, G=0).requires_grad
     with torch.no_grad():
         assert runs_kernel(x, square) and not linear(x, square, square, G=0).requires_grad
+
+
+def test_names_the_tensor_that_is_on_another_device():
+    x = torch.zeros(1)
+    check_devices("sum", x=x, w=x, bias=None)
+    with pytest.raises(ValueError, match="sum: w is on meta, x on cpu; move w there"):
+        check_devices("sum", x=x, bias=None, w=x.to("meta"))
 
 
 def test_refuses_what_it_does_not_know(monkeypatch):
@@ -103,6 +127,9 @@ except ValueError as error:
 
 def test_info_names_what_runs_each_op():
     code = "from bagel_rt.cli import app; app(['info', '--json'])"
-    for choice, kernels in (("triton", "triton"), ("reference", "reference")):
+    for choice in ("triton", "reference"):
         report = json.loads(python(code, BAGEL_RT_BACKEND=choice).stdout)
-        assert report["ops"] == {op: kernels if written else "reference" for op, written in OPS.items()}
+        choose_backend(choice)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        assert report["ops"] == {op: implementation(op, device) for op in OPS}
+        assert (report["ops"]["linear"], set(report["ops"]) - set(OPS)) == (choice, set())

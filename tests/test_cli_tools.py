@@ -35,6 +35,9 @@ def test_info_says_why_the_extension_is_absent(monkeypatch):
     assert "\nextension: absent: no compiler\n" in good("info")
     monkeypatch.setattr("bagel_rt.plan.EXTENSION", object())
     assert "\nextension: compiled\n" in good("info")
+    monkeypatch.setattr("bagel_rt.kernels.extension.EXTENSION", object())
+    monkeypatch.setattr("bagel_rt.kernels.extension._build_log", lambda: "nvcc is broken\n")
+    assert "\ncuda_kernels: absent: nvcc is broken\n" in good("info")
 
 
 def test_info_reports_a_wrong_backend_instead_of_failing():

@@ -1,6 +1,7 @@
 """What pip builds from a clean tree, with a C++ compiler and without; and which Python the sources are written in."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from bagel_rt import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_FROM = ("bagel_rt", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+HAS_NVCC = shutil.which("nvcc") is not None and os.environ.get("BAGEL_RT_CUDA") != "0"
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++")))
 
 
@@ -46,7 +48,8 @@ def pip(command: str, tree: Path, *options: str, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", copy_sources(folder / "tree"), "--wheel-dir", str(folder))
+    one = {"BAGEL_RT_CUDA_ARCHITECTURES": "90a-real"}  # of the four that it would be, for the time it takes
+    pip("wheel", copy_sources(folder / "tree"), "--wheel-dir", str(folder), **one)
     (path,) = folder.glob("bagel_rt-*.whl")
     with ZipFile(path) as archive:
         yield archive
@@ -77,22 +80,57 @@ def test_the_wheel_says_what_it_needs_and_offers(wheel):
     assert "Apache License" in read["LICENSE"]
 
 
+def installed(site: Path, folder: Path, expression: str) -> str:
+    """What an expression over ``e``, the module bagel_rt.kernels.extension of an installation, comes to."""
+    # -S: without site, so that an editable install of this tree cannot supply the module that is missing.
+    paths = os.pathsep.join([str(site), str(Path(np.__file__).parents[1])])
+    script = f"import bagel_rt.plan, json; import bagel_rt.kernels.extension as e; print(json.dumps({expression}))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": paths, "BAGEL_RT_EXTENSION": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+def test_the_extension_has_cuda_kernels_where_there_is_a_compiler_for_them(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    has_cuda, emulated, error = installed(
+        tmp_path / "site", tmp_path, "[e.EXTENSION.has_cuda, e.EXTENSION.emulated, e.cuda_error()]"
+    )
+    assert (has_cuda, emulated) == (HAS_NVCC, False)
+    assert error == ("" if HAS_NVCC else "it was built without a CUDA compiler")
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+def test_an_install_whose_cuda_compiler_fails_keeps_the_planner_and_the_reason(tmp_path):
+    tree, site, broken = copy_sources(tmp_path / "tree"), tmp_path / "site", tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\necho this compiler is broken\nexit 1\n")
+    broken.chmod(0o755)
+    one = {"CUDACXX": str(broken), "BAGEL_RT_CUDA_ARCHITECTURES": "90a-real", "BAGEL_RT_CUDA": ""}
+    printed = pip("install", tree, "--target", str(site), **one)
+    assert "Installing without them" in printed
+    has_cuda, error, planned = installed(
+        site, tmp_path, "[e.EXTENSION.has_cuda, e.cuda_error(), len(bagel_rt.plan.build_plan([]).order)]"
+    )
+    assert not has_cuda and planned == 0
+    assert error.startswith(f"the CUDA kernels did not build with {broken} for 90a-real: ")
+
+
 def test_an_install_without_a_compiler_works_and_says_why_there_is_no_extension(tmp_path):
     tree, site = copy_sources(tmp_path / "tree"), tmp_path / "site"
-    hidden = {"CXX": "/nonexistent/c++", "PATH": sysconfig.get_path("scripts")}
+    hidden = {"CXX": "/nonexistent/c++", "PATH": sysconfig.get_path("scripts"), "BAGEL_RT_CUDA": "0"}
     printed = pip("install", tree, "--target", str(site), **hidden)
     assert "Installing without it: numpy makes the plans" in printed
     assert not list(site.rglob("_C*.so"))
 
-    script = "import bagel_rt.plan as p; p.build_plan([]); print(p.__file__, p.EXTENSION, p.EXTENSION_ERROR)"
-    # -S: without site, so that an editable install of this tree cannot supply the module that is missing.
-    paths = os.pathsep.join([str(site), str(Path(np.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": paths, "BAGEL_RT_EXTENSION": ""},
-    )  # fmt: skip
-    assert done.stdout.startswith(f"{site / 'bagel_rt/plan.py'} None not built (it needs a C++17 compiler): ")
-    assert "/nonexistent/c++" in done.stdout
+    path, missing, error = installed(
+        site, tmp_path, "[bagel_rt.plan.__file__, bagel_rt.plan.EXTENSION, bagel_rt.plan.EXTENSION_ERROR]"
+    )
+    assert (path, missing) == (str(site / "bagel_rt/plan.py"), None)
+    assert error.startswith("not built (it needs a C++17 compiler): ") and "/nonexistent/c++" in error
+    assert installed(site, tmp_path, "e.cuda_error()") == error.strip()
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")

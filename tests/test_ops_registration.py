@@ -8,6 +8,10 @@ from bagel_rt.kernels import (
     attention,
     attention_backward,
     decode_attention,
+    decode_linear,
+    decode_qkv,
+    group_norm,
+    group_norm_moments,
     guided_step,
     linear,
     qk_norm_rope,
@@ -33,9 +37,14 @@ def calls(T, G, dtype=torch.float32):
     x, weight, w, bias = values(T, H), values(2, H), values(2, N, H), values(2, N)
     qkv, norm, tables = values(T, (HQ + 2 * HKV) * D), values(2, HQ + HKV, D), values(2, T, D // 2, dtype=torch.float32)
     q, caches, number = values(T, HQ, D), values(2, S, HKV, D).unbind(0), torch.arange(T)
+    qkv_layer = values((HQ + 2 * HKV) * D, H), values((HQ + 2 * HKV) * D)
     full = int32([S] * T, T), int32([[i, i + 1, 0, S, S, 0, 0] for i in range(T)], T, 7)
     causal = int32(range(1, T + 1), T), int32([[0, T, 0, 1, T, 0, 0]] * bool(T), -1, 7)
-    velocities = values(3, T, H)
+    velocities = values(3 * T, H)
+    images = int32([[0, G, 0, T, 2 * T], [G, T - G, G, T + G, 2 * T + G]], 2, 5)
+    parameters = torch.tensor([[0.1, 4.0, 2.0, 0.0, 2.0], [0.2, 3.0, 1.0, 0.1, 0.0]])
+    maps, affine = values(T, H, 7, 6), (*values(2, H), 32, 1e-6, True)
+    strip = maps.contiguous(memory_format=torch.channels_last)[:, :, 2 * bool(T) :]
     routed = {"G": G}
     return {
         "rms_norm": (rms_norm, (x, None, *weight, G, 1e-6), {}),
@@ -54,10 +63,16 @@ def calls(T, G, dtype=torch.float32):
             {},
         ),
         "decode_attention": (decode_attention, (q, *caches, number, S - number), {}),
-        "guided_step": (guided_step, (x.float(), *velocities, 4.0, 2.0, "text_channel", 0.0, 0.1), {}),
-        "guided_step-off": (guided_step, (x.float(), velocities[0], None, None, 1.0, 1.0, "global", 0.0, 0.1), {}),
-        "sample": (sample, (x, 0.7, number, number), {}),
-        "sample-greedy": (sample, (x, 0.0), {}),
+        "decode_linear": (decode_linear, (x, w[0]), {"norm": weight[0], "residual": values(T, N)}),
+        "decode_linear-swiglu": (decode_linear, (x, w[0]), {"swiglu": True}),
+        "decode_qkv": (decode_qkv, (x, weight[0], *qkv_layer, norm[0], *tables, number, *caches, 1e-6), {}),
+        "guided_step": (guided_step, (x.to(wide, copy=True), velocities, images, parameters, T), {}),
+        "guided_step-off": (guided_step, (x.to(wide, copy=True), velocities, images, parameters, T, False), {}),
+        "group_norm": (group_norm, (maps, *affine), {}),
+        "group_norm-strip": (group_norm, (strip, *affine, values(T, 32, 2, dtype=wide)), {}),
+        "group_norm_moments": (group_norm_moments, (maps, 32, 1e-6), {}),
+        "sample": (sample, (x, torch.tensor([[0.7, 9, 0.9]]).repeat(T, 1), number, number), {}),
+        "sample-greedy": (sample, (x,), {}),
     }
 
 
@@ -110,6 +125,8 @@ def test_an_eager_call_skips_the_dispatcher_and_computes_the_same(name):
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setitem(function.__globals__, "is_compiling", lambda: True)
         torch.testing.assert_close(eager, function(*same_args, **same_kwargs), rtol=0, atol=0)
+    written, same = ([a for a in given if isinstance(a, torch.Tensor)] for given in (args, same_args))
+    torch.testing.assert_close(written, same, rtol=0, atol=0)
     assert not record.ours
 
 
@@ -175,9 +192,15 @@ BUDGET = {
     "attention_lse": (20, 20, 25),
     "attention_backward": (37, 37, 48),
     "decode_attention": (1, 6, 6),  # one for each of five sequences, and one to join them
-    "guided_step": (11, 11, 14),
-    "guided_step-off": (1, 1, 2),
-    "sample": (132, 132, 133),
+    "decode_linear": (3, 3, 3),
+    "decode_linear-swiglu": (4, 4, 4),
+    "decode_qkv": (10, 11, 13),
+    "guided_step": (12, 20, 15),  # of two images, the first without rows where no row is generation's
+    "guided_step-off": (2, 2, 4),
+    "group_norm": (2, 2, 2),
+    "group_norm-strip": (9, 9, 10),
+    "group_norm_moments": (13, 13, 13),
+    "sample": (155, 155, 156),
     "sample-greedy": (1, 1, 1),
 }
 

@@ -12,11 +12,21 @@ from test_gpu_check import broken, table_cells
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagel_rt.config import TransformerConfig
-from bagel_rt.kernels import attention, decode_attention, guided_step, linear, qk_norm_rope, rms_norm
+from bagel_rt.kernels import (
+    attention,
+    decode_attention,
+    decode_linear,
+    decode_qkv,
+    group_norm,
+    linear,
+    qk_norm_rope,
+    rms_norm,
+    sample,
+)
 from bagel_rt.kernels.backend import backend
 from bagel_rt.plan import Segment, build_plan
 from benchmarks import forward, kernels, measure, peers, peers_attention
-from benchmarks.workloads import WORKLOADS, Workload, attention_gradients
+from benchmarks.workloads import WORKLOADS, Workload, _guided_step, attention_gradients
 
 CPU = torch.device("cpu")
 HAS_LIGER, HAS_VLLM_OMNI = (importlib.util.find_spec(name) is not None for name in ("liger_kernel", "vllm_omni"))
@@ -70,12 +80,38 @@ def decodes(tensors):
     return decode_attention, (tensors(2, 4, 16), tensors(9, 2, 16), tensors(9, 2, 16), *spans), {}
 
 
+def decoded_linears(tensors, norm, epilogue):
+    options = {"norm": tensors(16) if norm else None, "eps": 1e-6, "swiglu": epilogue == "swiglu"}
+    options["residual"] = tensors(2, 12) if epilogue == "residual" else None
+    return decode_linear, (tensors(2, 16), tensors(12, 16)), options
+
+
+def decoded_qkv(tensors):
+    layer = tensors(24), tensors(128, 24), tensors(128), tensors(6, 16)
+    tables = [tensors(2, 8, dtype=torch.float32) for _ in range(2)]
+    caches = tensors(5, 2, 16), tensors(5, 2, 16)
+    return decode_qkv, (tensors(2, 24), *layer, *tables, tensors.of(np.array([4, 1])), *caches, 1e-6), {}
+
+
+def samples(tensors, settings):
+    if settings is None:
+        return sample, (tensors(3, 40),), {}
+    number = tensors.of(np.arange(3))
+    return sample, (tensors(3, 40), tensors.of(np.array([settings] * 3, np.float32)), number, number), {}
+
+
 def steps(tensors):
-    return guided_step, (*(tensors(6, 64) for _ in range(4)), 4.0, 2.0, "global", 0.0, 0.02), {}
+    return _guided_step(tensors, latents=6, renorm="global", branches=3)
+
+
+def group_norms(tensors):
+    x = tensors(2, 3, 5, 8).permute(0, 3, 1, 2)
+    return group_norm, (x, tensors(8), tensors(8), 4, 1e-6, True), {}
 
 
 SDPA = {"torch, K and V gathered", "official, SDPA", "SDPA FLASH", "SDPA MATH", "FlexAttention"}
 LINEAR = {"torch on row ranges", "official", "official, torch.compile"}
+DECODED = {"torch", "torch.compile"}
 TINY = {  # name -> what builds it, the peers that a CPU runs
     "linear": (lambda t: linears(t, 7, "none"), LINEAR),
     "linear with a bias": (lambda t: linears(t, 7, "bias"), LINEAR),
@@ -97,7 +133,14 @@ TINY = {  # name -> what builds it, the peers that a CPU runs
     ),
     "gradients": (lambda t: attentions(t, "training", attention_gradients), {"SDPA FLASH"}),
     "decode_attention": (decodes, {"torch, lengths on the host", "SDPA FLASH", "SDPA MATH"}),
+    "decode_linear": (lambda t: decoded_linears(t, False, "none"), DECODED),
+    "decode_linear with a norm and SwiGLU": (lambda t: decoded_linears(t, True, "swiglu"), DECODED),
+    "decode_linear with a residual": (lambda t: decoded_linears(t, False, "residual"), DECODED),
+    "decode_qkv": (decoded_qkv, DECODED),
+    "sample the most likely": (lambda t: samples(t, None), DECODED),
+    "sample": (lambda t: samples(t, (0.7, 9, 0.9)), DECODED),
     "guided_step": (steps, {"official", "official, torch.compile"}),
+    "group_norm": (group_norms, {"official", "official, channels first", "official, torch.compile"}),
 }
 WORKLOAD = {name: Workload(name, "", 2000, 3000, build, torch.float32) for name, (build, _) in TINY.items()}
 
@@ -125,6 +168,22 @@ def test_peers_compute_what_the_op_does(name):
 def test_kernels_are_judged_as_the_references_are(name, kernels_run):
     (ours, *_) = kernels.measure(WORKLOAD[name], measure.Clock(kernels_run, 0, 1))
     assert (ours.who, ours.note) == (kernels.OURS, "") and ours.error < 1e-6
+
+
+@pytest.mark.parametrize("name", ["decode_linear with a norm and SwiGLU", "decode_qkv"])
+def test_what_runs_without_the_extension_is_a_peer_of_its_kernels(name, emulated_extension):
+    rows = {row.who: row for row in kernels.measure(WORKLOAD[name], measure.Clock(CPU, 0, 1))}
+    for who in (kernels.OURS, kernels.WITHOUT_EXTENSION):
+        assert rows[who].note == "" and rows[who].error < 1e-6, rows[who]
+
+
+def test_a_token_that_is_not_the_one_drawn_is_wrong(monkeypatch):
+    def second(logits, *_):
+        return peers.Contender(lambda: logits.topk(2).indices[:, 1], peers.one)
+
+    monkeypatch.setitem(kernels.PEERS, "sample", {"second": second})
+    ours, other = kernels.measure(WORKLOAD["sample the most likely"], measure.Clock(CPU, 0, 1))
+    assert (ours.note, other.note) == ("", "WRONG")
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
 
-from bagel_rt.kernels import sample
-from bagel_rt.kernels.sample import philox4x32
+from bagel_rt.kernels import extension, sample
+from bagel_rt.kernels.sample import philox4x32, scores_reference
+
+op = import_module("bagel_rt.kernels.sample")  # the package has the function under this name
 
 MASK = 0xFFFFFFFF
 
@@ -23,14 +26,33 @@ def philox_in_integers(counter, key):
     return c0, c1, c2, c3
 
 
-def by_the_book(logits, temperature, seed, step):
+def kept_by_the_book(scaled, top_k, top_p):
+    """Whether each token is kept, of scaled logits as Python numbers."""
+    lowest = sorted(scaled, reverse=True)[int(top_k) - 1] if 1 <= top_k < len(scaled) else -math.inf
+    weights = [math.exp(x - max(scaled)) if x >= lowest else 0.0 for x in scaled]
+    if top_p < 1:
+        for tau in sorted(set(scaled), reverse=True):
+            if math.fsum(w for x, w in zip(scaled, weights, strict=True) if x >= tau) >= top_p * math.fsum(weights):
+                lowest = max(lowest, tau)
+                break
+    return [x >= lowest for x in scaled]
+
+
+def by_the_book(logits, settings, seed, step):
     """One row, in Python numbers."""
+    temperature, top_k, top_p = settings
+    scaled = [logit / temperature for logit in logits.tolist()]
     scores = []
-    for column, logit in enumerate(logits.tolist()):
+    for column, (x, kept) in enumerate(zip(scaled, kept_by_the_book(scaled, top_k, top_p), strict=True)):
         word = philox_in_integers((column, step & MASK, 0, 0), (seed & MASK, (seed >> 32) & MASK))[0]
         u = ((word >> 9) + 0.5) / 2**23
-        scores.append(logit / temperature - math.log(-math.log(u)))
+        scores.append(x - math.log(-math.log(u)) if kept else -math.inf)
     return max(range(len(scores)), key=scores.__getitem__)
+
+
+def each(rows, temperature, top_k=0.0, top_p=1.0, device="cpu"):
+    """The same settings for all rows."""
+    return torch.tensor([[temperature, top_k, top_p]], device=device).repeat(rows, 1)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +78,48 @@ def test_draws_the_documented_token(dtype):
     logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(1)).mul(2).to(dtype)
     seeds = (0, 1, -1, MASK, 1 << 32, (1 << 63) - 1, -(1 << 63), 12345, 12345)
     steps = (0, 7, 7, MASK, 1 << 32, 3, 2, 5, 6)
-    drawn = sample(logits, 0.7, int64(*seeds), int64(*steps))
-    assert drawn.tolist() == [by_the_book(*row) for row in zip(logits.float(), [0.7] * 9, seeds, steps, strict=True)]
+    settings = each(9, 0.7)
+    drawn = sample(logits, settings, int64(*seeds), int64(*steps))
+    rows = zip(logits.float(), settings.tolist(), seeds, steps, strict=True)
+    assert drawn.tolist() == [by_the_book(*row) for row in rows]
+
+
+SETTINGS = {
+    "temperature": (0.7, 0, 1),
+    "top-k": (1.0, 5, 1),
+    "top-p": (1.3, 0, 0.8),
+    "both": (2.0, 12, 0.6),
+    "one-token": (0.5, 1, 1),
+    "the-largest": (3.0, 0, 0),
+    "fraction-of-a-token": (1.0, 2.9, 1),
+    "nearly-all": (1.0, 49, 0.9999),
+    "more-tokens-than-there-are": (1.5, 99, 1.5),
+    "less-than-none": (1.5, -3, 0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_draws_the_documented_token_of_those_kept(settings, dtype):
+    """In bfloat16 there are equals among 50 logits; elsewhere they are made."""
+    logits = torch.randn(30, 50, generator=torch.Generator().manual_seed(2)).mul(2)
+    logits[:10] = logits[:10].round()
+    logits, seeds, steps = logits.to(dtype), range(30), range(7, 37)
+    settings = each(30, *map(float, settings))
+    drawn = sample(logits, settings, int64(*seeds), int64(*steps))
+    rows = zip(logits.double(), settings.tolist(), seeds, steps, strict=True)
+    assert drawn.tolist() == [by_the_book(*row) for row in rows]
+
+
+@pytest.mark.parametrize("top_k, top_p, kept", [(0, 1, 6), (3, 1, 4), (1, 1, 1), (2, 1, 4), (5, 1, 5), (0, 0.7, 1),
+                                                (0, 0.72, 4), (4, 0.95, 4), (0, 0.995, 5), (3, 0.0, 1)])  # fmt: skip
+def test_equals_are_kept_or_left_together(top_k, top_p, kept):
+    """Of shares 0.705, 3 x 0.0954, 0.0077 and 0.0008."""
+    logits = torch.tensor([1.0, 3.0, 1.0, -3.8, 1.0, -1.52])
+    settings = each(1, 1.0, top_k, top_p)
+    scores = scores_reference(logits[None], settings, int64(0), int64(0))
+    assert scores.isfinite().sum() == kept == sum(kept_by_the_book(logits.tolist(), top_k, top_p))
+    assert scores.isfinite()[0].tolist() == kept_by_the_book(logits.tolist(), top_k, top_p)
 
 
 def test_noise_is_finite_at_both_ends():
@@ -67,79 +129,247 @@ def test_noise_is_finite_at_both_ends():
     assert (words >> 9).tolist() == [0, 2**23 - 1]
     # The noise is -2.8 at the lowest word, 16.6 at the highest; the logits of column 1 hang in between.
     for seed, logit, token in ((lowest, -20.0, 0), (lowest, 20.0, 1), (highest, 5.0, 0), (highest, 40.0, 1)):
-        assert sample(torch.tensor([[0.0, logit]]), 1.0, int64(seed), int64(0)).item() == token
+        assert sample(torch.tensor([[0.0, logit]]), each(1, 1.0), int64(seed), int64(0)).item() == token
+
+
+def chi_square(drawn, shares):
+    """Of counts of tokens against their expected shares, over those expected more than five times; no other is drawn
+    without a share, or more than a few times."""
+    counts, expected = drawn.cpu().bincount(minlength=len(shares)), shares * len(drawn)
+    seen = expected > 5
+    assert counts[shares == 0].sum() == 0 and counts[~seen].sum() <= 20
+    return ((counts - expected)[seen] ** 2 / expected[seen]).sum().item()
+
+
+DRAWN = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -3.0])
+CHI_SQUARE = 20.5
+"""Above it once in a thousand at 5 degrees of freedom, less often at fewer."""
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 def test_tokens_follow_the_softmax(temperature):
-    logits, draws = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -3.0]), 20000
-    drawn = sample(logits.expand(draws, -1), temperature, int64(99).expand(draws), torch.arange(draws))
-    expected = (logits / temperature).softmax(0) * draws
-    seen = expected > 5
-    counts = drawn.bincount(minlength=6)
-    chi_square = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
-    assert chi_square < 20.5, f"{counts.tolist()} drawn, {expected.tolist()} expected"  # p = 0.001 at 5 degrees
-    assert counts[~seen].sum() <= 20
+    drawn = sample(DRAWN.expand(20000, -1), each(20000, temperature), int64(99).expand(20000), torch.arange(20000))
+    assert chi_square(drawn, (DRAWN / temperature).softmax(0)) < CHI_SQUARE
+
+
+def shares_kept(temperature, top_k, top_p):
+    scaled = DRAWN / temperature
+    return scaled.masked_fill(~torch.tensor(kept_by_the_book(scaled.tolist(), top_k, top_p)), -torch.inf).softmax(0)
+
+
+@pytest.mark.parametrize("settings", [(1.0, 3, 1.0), (1.5, 0, 0.8), (2.0, 4, 0.7)], ids=["top-k", "top-p", "both"])
+def test_tokens_follow_the_softmax_of_those_kept(settings):
+    drawn = sample(DRAWN.expand(20000, -1), each(20000, *settings), int64(7).expand(20000), torch.arange(20000))
+    shares = shares_kept(*settings)
+    assert (shares == 0).sum() >= 2
+    assert chi_square(drawn, shares) < CHI_SQUARE
 
 
 def test_seeds_and_steps_are_independent_streams():
     draws, flat = 4000, torch.zeros(4000, 2)
-    by_seed = sample(flat, 1.0, torch.arange(draws), int64(0).expand(draws)).double()
-    by_step = sample(flat, 1.0, int64(0).expand(draws), torch.arange(draws)).double()
-    high_word = sample(flat, 1.0, torch.arange(draws) << 32, int64(0).expand(draws)).double()
+    by_seed = sample(flat, each(draws, 1.0), torch.arange(draws), int64(0).expand(draws)).double()
+    by_step = sample(flat, each(draws, 1.0), int64(0).expand(draws), torch.arange(draws)).double()
+    high_word = sample(flat, each(draws, 1.0), torch.arange(draws) << 32, int64(0).expand(draws)).double()
     for stream in (by_seed, by_step, high_word):
         assert abs(stream.mean() - 0.5) < 0.03
         assert abs(torch.corrcoef(torch.stack([stream[1:], stream[:-1]]))[0, 1]) < 0.06
     assert abs(torch.corrcoef(torch.stack([by_seed, by_step, high_word])) - torch.eye(3)).max() < 0.06
 
 
+MIXED = torch.tensor([[0.0, 0, 1], [1.0, 0, 1], [0.7, 50, 1], [1.0, 0, 0.9], [1.5, 40, 0.8], [0.9, 0, 0.0],
+                      [-1.0, 3, 0.5], [3.0, 200, 0.5]])  # fmt: skip
+"""A request's settings each: temperature, top_k, top_p."""
+
+
+def check_batch(device, dtype, V=300):
+    """A row of a batch is drawn as it is alone."""
+    logits = torch.randn(8, V, generator=torch.Generator().manual_seed(1)).mul(3).to(device, dtype)
+    inputs = logits, MIXED.to(device), torch.arange(8, device=device) * 1000, torch.arange(8, device=device)
+    together = sample(*inputs)
+    alone = [sample(*(given[row : row + 1] for given in inputs)) for row in range(8)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, sample(*(given.flip(0) for given in inputs)).flip(0))
+    assert together[0] == logits[0].argmax() and together[5] == logits[5].argmax() and together[6] == logits[6].argmax()
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
-    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(1))
-    seeds, steps = torch.arange(8) * 1000, torch.arange(8)
-    together = sample(logits, 1.0, seeds, steps)
-    alone = [sample(logits[row : row + 1], 1.0, seeds[row : row + 1], steps[row : row + 1]) for row in range(8)]
-    backwards = sample(logits.flip(0), 1.0, seeds.flip(0), steps.flip(0))
-    assert torch.equal(together, torch.cat(alone)) and torch.equal(together, backwards.flip(0))
+    check_batch("cpu", torch.float32)
 
 
-def test_temperature_zero_takes_the_first_largest_logit_and_needs_no_seed():
-    logits = torch.tensor([[1.0, 3.0, 3.0, -1.0], [-5.0, -5.0, -7.0, -5.0], [0.0, 0.0, 0.0, 1.0]])
-    assert sample(logits, 0.0).tolist() == [1, 0, 3]
-    assert sample(logits.bfloat16(), 0, int64(1, 2, 3), int64(0, 0, 0)).tolist() == [1, 0, 3]
+def check_greedy(device):
+    logits = torch.tensor([[1.0, 3.0, 3.0, -1.0], [-5.0, -5.0, -7.0, -5.0], [0.0, 0.0, 0.0, 1.0], [-0.0, 0.0, -1, -1]])
+    settings, number = each(4, 0.0, 2, 0.5, device), int64(1, 2, 3, 4).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = logits.to(device, dtype)
+        assert sample(given).tolist() == [1, 0, 3, 0]
+        assert sample(given, settings, number, number).tolist() == [1, 0, 3, 0]
 
 
-def test_impossible_tokens_are_never_drawn():
+def test_temperature_zero_takes_the_first_largest_logit_and_none_needs_no_seed():
+    check_greedy("cpu")
+
+
+def check_infinite(device):
+    inf, nan = torch.inf, torch.nan
+    rows = {(-inf, -20.0, -inf): 1, (0.0, inf, inf): 1, (0.0, nan, inf): 1, (nan, nan, 1.0): 0, (-inf, -inf, -inf): 0}
+    for settings in ((1.0,), (1.0, 1), (1.0, 2, 0.5), (0.01, 0, 0.5), (0.0,)):
+        for logits, token in rows.items():
+            logits = torch.tensor([logits] * 4, device=device)
+            number = torch.arange(4, device=device)
+            assert (sample(logits, each(4, *settings, device=device), number, number) == token).all(), settings
+            assert (sample(logits) == token).all()
+
+
+def test_impossible_tokens_are_never_drawn_and_nan_always():
+    check_infinite("cpu")
     logits = torch.full((1000, 3), -torch.inf)
     logits[:, 1] = -20.0
-    assert (sample(logits, 1.0, torch.arange(1000), torch.arange(1000)) == 1).all()
+    assert (sample(logits, each(1000, 1.0), torch.arange(1000), torch.arange(1000)) == 1).all()
+
+
+def check_few(device):
+    number = torch.arange(2, device=device)
+    for V in (1, 2):
+        drawn = sample(torch.zeros(2, V, device=device), each(2, 1.0, 1, 0.5, device), number, number)
+        assert drawn.tolist() == [0, 0] or V == 2 and ((drawn == 0) | (drawn == 1)).all()
+    none = torch.zeros(0, 5, device=device)
+    for settings in (None, each(0, 1.0, device=device)):
+        assert sample(none, settings, number[:0], number[:0]).shape == (0,)
 
 
 def test_one_column_and_no_rows_work():
-    assert sample(torch.zeros(2, 1), 1.0, int64(0, 1), int64(0, 0)).tolist() == [0, 0]
-    assert sample(torch.zeros(0, 5), 1.0, int64(), int64()).shape == (0,)
-    assert sample(torch.zeros(0, 5), 0.0).shape == (0,)
+    check_few("cpu")
 
 
-def test_logits_need_not_be_contiguous_and_are_left_alone():
-    logits = torch.randn(4, 60, generator=torch.Generator().manual_seed(1))
-    strided, before = logits[:, ::3], logits.clone()
-    seeds, steps = torch.arange(8)[::2], torch.arange(8)[1::2]
-    assert torch.equal(sample(strided, 1.0, seeds, steps), sample(strided.contiguous(), 1.0, seeds, steps))
+def check_strides(device):
+    logits = torch.randn(4, 60, generator=torch.Generator().manual_seed(1)).to(device)
+    before, seeds, steps = logits.clone(), torch.arange(8, device=device)[::2], torch.arange(8, device=device)[1::2]
+    settings = torch.tensor([[1.0, 0.8], [9.0, 5.0], [0.9, 0.7]], device=device).mT.repeat(2, 1)
+    for given in (logits[:, ::3], logits[:, 1:], logits[:, :-1].mT.contiguous().mT):
+        want = sample(given.contiguous(), settings.contiguous(), seeds.clone(), steps.clone())
+        assert torch.equal(sample(given, settings, seeds, steps), want)
+        assert torch.equal(sample(given), given.argmax(-1))
     assert torch.equal(logits, before)
 
 
+def test_arguments_need_not_be_contiguous_and_are_left_alone():
+    check_strides("cpu")
+
+
+@pytest.fixture
+def cuda_kernel(extension_device, monkeypatch):
+    """The device on which the op runs the extension's kernel, and nothing else."""
+    monkeypatch.setattr(op, "sample_reference", lambda *_: pytest.fail("the CUDA kernel was passed over"))
+    yield extension_device
+    used = extension.counters(torch.empty(0, device=extension_device), extension.COUNTERS)
+    assert not used.any(), "counters are left that are not zero"
+
+
+def check_drawn(device, logits, settings, seeds, steps):
+    """The kernel's tokens are kept and have the largest score, but for the last bits of a logarithm."""
+    drawn = sample(*(given.to(device) for given in (logits, settings, seeds, steps))).cpu()
+    scores = scores_reference(logits, settings, seeds, steps)
+    found = scores.gather(1, drawn[:, None])
+    assert (found >= scores.max(1, keepdim=True).values - 1e-5).all(), (drawn, scores.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 7, 31, 300, 2049, 20003])
+def test_the_cuda_kernel_draws_what_the_reference_draws(cuda_kernel, V, dtype):
+    """20003 columns need several blocks a row; odd numbers make rows begin off 16 bytes."""
+    for seed in range(3):
+        logits = torch.randn(8, V, generator=torch.Generator().manual_seed(seed)).mul(1 + 2 * seed).to(dtype)
+        check_drawn(cuda_kernel, logits, MIXED, torch.arange(8) * 77 + seed, torch.arange(8) + 5)
+        assert torch.equal(sample(logits.to(cuda_kernel)).cpu(), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_cuda_kernel_draws_what_the_reference_draws_at(cuda_kernel, settings, dtype):
+    logits = torch.randn(24, 50, generator=torch.Generator().manual_seed(3)).mul(2)
+    logits[:8] = logits[:8].round()
+    check_drawn(cuda_kernel, logits.to(dtype), each(24, *settings), torch.arange(24), torch.arange(24) * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cuda_kernel_draws_from_bagels_vocabulary(cuda_kernel, dtype):
+    logits = torch.randn(4, 152064, generator=torch.Generator().manual_seed(4)).mul(3).to(dtype)
+    settings = torch.tensor([[1.0, 0, 1], [0.7, 50, 0.9], [1.2, 0, 0.95], [1.0, 1000, 1]])
+    check_drawn(cuda_kernel, logits, settings, torch.arange(4), torch.arange(4) + 9)
+    assert torch.equal(sample(logits[:2].to(cuda_kernel)).cpu(), logits[:2].argmax(-1))
+
+
+FLAT = {"all-equal": lambda V: torch.zeros(V), "two-values": lambda V: torch.arange(V) % 2 * 0.5,
+        "rising": lambda V: torch.arange(V) / V, "falling": lambda V: -torch.arange(V) / 1000.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", FLAT.values(), ids=FLAT)
+def test_the_cuda_kernel_finds_the_k_th_largest_where_there_is_no_short_list(cuda_kernel, row):
+    """k beyond the number of warps, thousands of equals, and all of the largest in a few warps."""
+    settings = torch.tensor([[1.0, k, p] for k in (1, 2, 600, 4500, 5998) for p in (1, 0.5)])
+    logits = row(6001).float().expand(10, -1).contiguous()
+    check_drawn(cuda_kernel, logits, settings, torch.arange(10), torch.arange(10))
+
+
+def test_the_cuda_kernel_finds_the_first_of_equals_across_blocks(cuda_kernel):
+    logits = torch.zeros(3, 20003)
+    logits[0, [7, 9000, 20002]] = 1.0
+    logits[1, [8192, 20002]] = 1.0
+    logits[2, 20002] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        assert sample(logits.to(cuda_kernel, dtype)).tolist() == [7, 8192, 20002]
+
+
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (1.5, 0, 0.8), (2.0, 4, 0.7)], ids=["all", "top-p", "both"])
+def test_the_cuda_kernels_tokens_follow_the_softmax_of_those_kept(cuda_kernel, settings):
+    draws = 4000 if cuda_kernel.type == "cuda" else 200  # the emulation takes milliseconds for one
+    logits, number = DRAWN.to(cuda_kernel).expand(draws, -1), torch.arange(draws, device=cuda_kernel)
+    drawn = sample(logits, each(draws, *settings, device=cuda_kernel), number * 0 + 5, number)
+    assert chi_square(drawn, shares_kept(*settings)) < CHI_SQUARE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cuda_kernel_draws_a_row_alone_as_in_a_batch(cuda_kernel, dtype):
+    check_batch(cuda_kernel, dtype, 9001)
+
+
+def test_the_cuda_kernel_agrees_on_what_is_special(cuda_kernel):
+    check_greedy(cuda_kernel)
+    check_infinite(cuda_kernel)
+    check_few(cuda_kernel)
+    check_strides(cuda_kernel)
+
+
+def test_no_order_of_blocks_and_threads_changes_a_token(emulated_extension):
+    logits = torch.randn(8, 20003, generator=torch.Generator().manual_seed(1)).mul(2)
+    inputs = logits, MIXED, torch.arange(8), torch.arange(8)
+    want = op._run_extension(*inputs)
+    for seed in range(1, 4):
+        emulated_extension.set_schedule(seed)
+        assert torch.equal(op._run_extension(*inputs), want)
+
+
+def test_what_the_cuda_kernel_does_not_take_is_drawn_all_the_same(extension_device, monkeypatch):
+    monkeypatch.setattr(op, "_run_extension", lambda *_: pytest.fail("the CUDA kernel cannot take this"))
+    for dtype in (torch.float16, torch.float64):
+        assert sample(torch.tensor([[0.0, 2.0, 1.0]], dtype=dtype, device=extension_device)).item() == 1
+    monkeypatch.setattr(op, "MAX_COLUMNS", 2)
+    assert sample(torch.tensor([[0.0, 2.0, 1.0]], device=extension_device)).item() == 1
+
+
 def test_names_the_argument_that_does_not_fit():
-    logits, number = torch.zeros(2, 5), int64(0, 0)
-    with pytest.raises(ValueError, match="temperature=-1.0; use 0 for the most likely token or a positive number"):
-        sample(logits, -1.0, number, number)
-    for temperature in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"temperature={temperature}"):
-            sample(logits, temperature, number, number)
+    logits, number, settings = torch.zeros(2, 5), int64(0, 0), each(2, 1.0)
+    with pytest.raises(ValueError, match=r"settings is \(1, 3\) torch.float32, expected \(2, 3\) torch.float32"):
+        sample(logits, each(1, 1.0), number, number)
+    with pytest.raises(ValueError, match=r"settings is \(2, 3\) torch.float64, expected \(2, 3\) torch.float32"):
+        sample(logits, settings.double(), number, number)
     with pytest.raises(ValueError, match=r"seed is None, expected \(2,\) torch.int64"):
-        sample(logits, 1.0)
+        sample(logits, settings)
     with pytest.raises(ValueError, match=r"step is \(2,\) torch.int32, expected \(2,\) torch.int64"):
-        sample(logits, 1.0, number, number.int())
+        sample(logits, settings, number, number.int())
     with pytest.raises(ValueError, match=r"seed is \(1,\) torch.int64, expected \(2,\)"):
-        sample(logits, 1.0, number[:1], number)
+        sample(logits, settings, number[:1], number)
+    with pytest.raises(ValueError, match="step is on meta, logits on cpu; move step there"):
+        sample(logits, settings, number, number.to("meta"))
     with pytest.raises(ValueError, match="no columns"):
-        sample(torch.zeros(2, 0), 0.0)
+        sample(torch.zeros(2, 0))

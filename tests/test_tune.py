@@ -289,7 +289,9 @@ def test_workloads_have_names_of_their_own_and_inputs_that_their_ops_accept():
     for workload in WORKLOADS:
         known = smallest.setdefault(workload.op, workload)
         smallest[workload.op] = min(known, workload, key=lambda w: (w.flops, w.bytes))
-    for op in ("rms_norm", "qk_norm_rope", "attention", "decode_attention", "guided_step"):
+    decoded = ("decode_attention", "decode_qkv", "decode_linear", "sample")
+    for op in ("rms_norm", "qk_norm_rope", "attention", *decoded, "group_norm", "guided_step"):
         function, arguments, options = smallest[op].build(Tensors("cpu", torch.bfloat16))
         outputs = function(*arguments, **options)
+        outputs = arguments[:1] if outputs is None else outputs  # guided_step works in place
         assert all(output.isfinite().all() for output in (outputs if isinstance(outputs, tuple) else [outputs]))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bagel_rt.kernels import backend, configs
+from bagel_rt.kernels import backend, configs, extension
 from benchmarks import tune_measure
 from benchmarks.tune_measure import TORCH, measure_class, measurements, relative_error
 from benchmarks.workloads import Workload
@@ -65,6 +65,31 @@ def test_what_a_call_leaves_unwritten_is_not_taken_from_the_call_before():
     tiles = {0: {"ROWS": 1, "num_warps": 4}, 1: {"ROWS": 2, "num_warps": 4}}
     results = dict(measurements(("rms_norm", "wide"), workload, tiles, configs.architecture(device), device))
     assert results[0] > 0 and results[1].startswith("ValueError: wrong by")
+
+
+def test_what_moves_its_latents_is_judged_by_one_step_from_where_they_began():
+    def moves(x):
+        if backend.backend() == "reference" or configs.tiles("guided_step", "narrow", x.device)["ELEMENTS"] == 64:
+            x.add_(1)
+
+    workload = Workload("moves", "guided_step", 0, 8, lambda tensors: (moves, (tensors(8),), {}), torch.float32)
+    device, tiles = torch.device("cpu"), {0: {"ELEMENTS": 64}, 1: {"ELEMENTS": 128}, 2: {"ELEMENTS": 64}}
+    results = dict(measurements(("guided_step", "narrow"), workload, tiles, configs.architecture(device), device))
+    assert results[0] > 0 and results[1].startswith("ValueError: wrong by") and results[2] > 0
+
+
+def test_tiles_of_triton_kernels_are_tried_without_the_extension(monkeypatch):
+    loaded, seen = object(), []
+    monkeypatch.setattr(extension, "EXTENSION", loaded)
+
+    def look(x):
+        seen.append(extension.EXTENSION)
+        return x + 1
+
+    workload = Workload("looks", "decode_attention", 0, 8, lambda tensors: (look, (tensors(8),), {}), torch.float32)
+    device, tiles = torch.device("cpu"), {0: {"ROWS": 1, "num_warps": 4}}
+    list(measurements(("rms_norm", "wide"), workload, tiles, configs.architecture(device), device))
+    assert seen[0] is loaded and seen[-1] is None and extension.EXTENSION is loaded
 
 
 def test_memory_that_happens_to_hold_the_right_values_does_not_make_a_kernel_right():

@@ -1,0 +1,70 @@
+"""What a workload is: one call of an op, made at the sizes of BAGEL-7B-MoT.
+
+A layer has hidden size 3584, 28 query heads and 4 key/value heads of 128 channels, SwiGLU width 18944; its vision tower
+16 heads of 72.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 3584, 18944, 28, 4, 128, 152064
+VIT_HEADS, VIT_HEAD_DIM = 16, 72
+EPS = 1e-6
+
+
+class Tensors:
+    """Makes the tensors of a workload on ``device``, floating ones in ``dtype`` unless told otherwise.
+
+    ``random`` ones are normal; others are left unwritten, so that on the CPU even gigabytes take no memory.
+    """
+
+    def __init__(self, device, dtype: torch.dtype, random: bool = True):
+        self.device, self.dtype, self.random = torch.device(device), dtype, random
+
+    def __call__(self, *shape: int, deviation: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+        return tensor.normal_(0.0, deviation) if self.random else tensor
+
+    def of(self, array: np.ndarray) -> torch.Tensor:
+        """The values of ``array``."""
+        return torch.from_numpy(array).to(self.device)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of an op.
+
+    Attributes:
+        name: op and size, unique.
+        op: the public op's name; "attention_backward" is attention and its gradients.
+        flops: multiplications and additions of the formula; 0 where memory is the limit.
+        bytes: least traffic in ``dtype``, each input read and each output written once.
+        build: Tensors -> (public function, arguments, keyword arguments).
+        dtype: what the model runs it in.
+    """
+
+    name: str
+    op: str
+    flops: int
+    bytes: int
+    build: Callable[[Tensors], tuple[Callable, tuple, dict]]
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The ops of the table of tiles (``bagel_rt.kernels.configs``) that the workload is about.
+
+        None for ops whose kernels are CUDA: what runs in their place has workloads of its own.
+        """
+        others = {
+            "decode_linear": (),
+            "decode_qkv": (),
+            "sample": (),
+            "decode_attention": ("attention",),
+            "attention_backward": ("attention_dq", "attention_dk_dv"),
+            "group_norm": ("group_norm_moments", "group_norm"),
+        }
+        return others.get(self.op, (self.op,))

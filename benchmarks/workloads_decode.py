@@ -1,0 +1,84 @@
+"""Calls of the ops of the one-token path: every decoded token runs all of them, most in each layer."""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from bagel_rt.kernels import decode_attention, decode_linear, decode_qkv, sample
+from benchmarks.workload import EPS, FEED_FORWARD, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, Tensors, Workload
+
+CONTEXTS = (1000, 9064)
+TEXTS = (1, 4)
+
+
+def _decode_attention(tensors: Tensors, length: int):
+    caches = [tensors(length, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    spans = [tensors.of(np.array([value])) for value in (0, length)]
+    return decode_attention, (tensors(1, HEADS, HEAD_DIM), *caches, *spans), {}
+
+
+def _decode_linear(tensors: Tensors, B: int, K: int, N: int, norm: bool, epilogue: str):
+    options = {
+        "norm": tensors(K) if norm else None,
+        "eps": EPS,
+        "residual": tensors(B, N) if epilogue == "residual" else None,
+        "swiglu": epilogue == "swiglu",
+    }
+    return decode_linear, (tensors(B, K), tensors(N, K, deviation=K**-0.5)), options
+
+
+def _decode_linear_workload(name: str, B: int, K: int, N: int, norm: bool, epilogue: str) -> Workload:
+    width = N // 2 if epilogue == "swiglu" else N * (2 if epilogue == "residual" else 1)
+    traffic = 2 * (N * K + B * K + B * width + K * norm)
+    build = partial(_decode_linear, B=B, K=K, N=N, norm=norm, epilogue=epilogue)
+    return Workload(name, "decode_linear", 2 * B * K * N, traffic, build)
+
+
+def _decode_qkv(tensors: Tensors, B: int):
+    heads, rows = HEADS + KV_HEADS, (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    layer = tensors(HIDDEN), tensors(rows, HIDDEN, deviation=HIDDEN**-0.5), tensors(rows), tensors(heads, HEAD_DIM)
+    tables = [tensors(B, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
+    caches = [tensors(B, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    return decode_qkv, (tensors(B, HIDDEN), *layer, *tables, tensors.of(np.arange(B)), *caches, EPS), {}
+
+
+def _decode_qkv_workload(name: str, B: int) -> Workload:
+    rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    traffic = 2 * (rows * HIDDEN + HIDDEN + rows + B * (HIDDEN + rows)) + B * HEAD_DIM * 4
+    return Workload(name, "decode_qkv", 2 * B * HIDDEN * rows, traffic, partial(_decode_qkv, B=B))
+
+
+def _sample(tensors: Tensors, B: int, settings: tuple[float, float, float] | None):
+    """Logits are spread as a language model's are, or top-k and top-p would have next to everything to keep."""
+    logits, number = tensors(B, VOCABULARY, deviation=3.0), tensors.of(np.arange(B))
+    if settings is None:
+        return sample, (logits,), {}
+    return sample, (logits, tensors.of(np.array([settings] * B, np.float32)), number, number), {}
+
+
+def _of_texts(B: int) -> list[Workload]:
+    """What a token of B texts takes beside attention."""
+    forward = f"decode, {B} text{'s' * (B > 1)}"
+    products = {
+        "o": (HEADS * HEAD_DIM, HIDDEN, False, "residual"),
+        "gate_up": (HIDDEN, 2 * FEED_FORWARD, True, "swiglu"),
+        "down": (FEED_FORWARD, HIDDEN, False, "residual"),
+        "lm_head": (HIDDEN, VOCABULARY, True, "none"),
+    }
+    found = [_decode_qkv_workload(f"decode_qkv, {forward}", B)]
+    found += [_decode_linear_workload(f"decode_linear {name}, {forward}", B, *to) for name, to in products.items()]
+    for name, settings in (("the most likely token", None), ("top-k and top-p", (0.7, 50, 0.9))):
+        build = partial(_sample, B=B, settings=settings)
+        found.append(Workload(f"sample {name}, {forward}", "sample", 0, 2 * B * VOCABULARY, build))
+    return found
+
+
+def decode_workloads() -> list[Workload]:
+    """Attention to contexts of some lengths, then everything else for some numbers of texts."""
+    found = []
+    for length in CONTEXTS:
+        flops, traffic = 4 * HEADS * HEAD_DIM * length, 4 * HEAD_DIM * (length * KV_HEADS + HEADS)
+        build = partial(_decode_attention, length=length)
+        found.append(Workload(f"decode_attention, {length} keys", "decode_attention", flops, traffic, build))
+    return found + [workload for texts in TEXTS for workload in _of_texts(texts)]

@@ -1,0 +1,51 @@
+// kernels/decode_linear.py: a product of a few rows with RMSNorm before it, and a residual or SwiGLU after it.
+#include "gemv.h"
+
+namespace bagel_rt {
+namespace {
+
+// y [B, N], with swiglu [B, N / 2], both contiguous; residual [B, N] or null.
+template <class T, int MOST, bool NORM>
+__global__ void __launch_bounds__(WARPS * WARP, MOST == 1 ? 4 : MOST == 2 ? 3 : 2)
+    decode_linear_kernel(Matrices<T> given, const T* residual, bool swiglu, T* y) {
+  const int lane = static_cast<int>(threadIdx.x) % WARP, b = lane / ROWS, r = lane % ROWS;
+  const auto addend = [&](int row) {
+    if (residual == nullptr || b >= given.B || row + r >= given.N) return 0.0f;
+    return to_float(residual[static_cast<std::int64_t>(b) * given.N + row + r]);
+  };
+  const auto finish = [&](int row, const float (&sums)[ROWS][MOST], float added) {
+    const float sum = own_sum(sums);
+    const float up = __shfl_xor_sync(ALL_LANES, sum, 1);
+    if (b >= given.B || row + r >= given.N) return;
+    if (!swiglu) {
+      y[static_cast<std::int64_t>(b) * given.N + row + r] = from_float<T>(sum + added);
+    } else if (r == 0) {
+      y[static_cast<std::int64_t>(b) * (given.N / 2) + row / 2] = from_float<T>(sum / (1 + expf(-sum)) * up);
+    }
+  };
+  multiply<T, MOST, NORM>(given, addend, finish);
+}
+
+}  // namespace
+
+std::size_t normalised_bytes(const Product& product) {
+  std::size_t bytes = 0;
+  dispatch(product, [&](auto type, auto most, auto) { bytes = shared_bytes<decltype(type), most()>(product); });
+  return bytes;
+}
+
+void decode_linear(const Product& product, std::uintptr_t residual, bool swiglu, std::uintptr_t y,
+                   std::uintptr_t stream) {
+  dispatch(product, [&](auto type, auto most, auto norm) {
+    using T = decltype(type);
+    const auto kernel = decode_linear_kernel<T, most(), norm()>;
+    const std::size_t bytes = shared_bytes<T, most()>(product);
+    const unsigned groups = static_cast<unsigned>((product.N + BLOCK_ROWS - 1) / BLOCK_ROWS);
+    const unsigned blocks = min(groups, resident_blocks(kernel, WARPS * WARP, bytes));
+    launch([&] { return text("decode_linear of [%d, %d] by [%d, %d]", product.B, product.K, product.N, product.K); },
+           kernel, blocks, WARPS * WARP, bytes, stream, matrices<T>(product), reinterpret_cast<const T*>(residual),
+           swiglu, reinterpret_cast<T*>(y));
+  });
+}
+
+}  // namespace bagel_rt

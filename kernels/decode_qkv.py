@@ -1,0 +1,132 @@
+"""The QKV projection of a decoded token: RMSNorm, product, bias, QK-norm, RoPE and the cache write, in one launch.
+
+    h   = RMSNorm(x) with weight norm              as in bagel_rt.kernels.norm
+    qkv = h w^T + bias, rounded                    as in bagel_rt.kernels.linear
+    q   = rotated and normalised query heads       as in bagel_rt.kernels.qk_norm_rope;
+    keys, likewise, and values go to slot slots[b] of the caches
+
+The kernel (csrc/decode_qkv.cu) takes up to 8 rows and heads of 16 i <= 128 channels: each block makes 16 channels of a
+head, and the last block of a head to finish does what needs the whole head. Other calls are composed of the three ops,
+which is also the reference. A row's results do not depend on the rows beside it, bit for bit.
+
+Traffic: w once; memory-bound.
+"""
+
+import torch
+from torch.compiler import is_compiling
+
+from bagel_rt.kernels import extension
+from bagel_rt.kernels.backend import check_devices
+from bagel_rt.kernels.decode_linear import product
+from bagel_rt.kernels.linear import linear
+from bagel_rt.kernels.norm import rms_norm
+from bagel_rt.kernels.qk_norm_rope import qk_norm_rope
+
+BLOCK_CHANNELS = 16  # of a head, made by one block of the kernel
+MAX_CHANNELS = 128
+
+
+def decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+    """The formula, composed of other ops, for any device and dtype. Shapes as in :func:`decode_qkv`."""
+    h, _ = rms_norm(x, None, norm, norm, 0, eps)
+    qkv = linear(h, w, w, bias, bias, G=0)
+    return qk_norm_rope(qkv, qk_norm, qk_norm, cos, sin, slots, k_cache, v_cache, 0, eps)
+
+
+torch.library.define(
+    "bagel_rt::decode_qkv",
+    "(Tensor x, Tensor norm, Tensor w, Tensor bias, Tensor qk_norm, Tensor cos, Tensor sin, Tensor slots, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, float eps) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _launch(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+    S, Hkv, D = k_cache.shape
+    if (
+        extension.runs_extension(x, norm, w, bias, qk_norm, k_cache, v_cache)
+        and D % BLOCK_CHANNELS == 0
+        and D <= MAX_CHANNELS
+        and k_cache.stride(2) == v_cache.stride(2) == 1
+        and (made := product(x, norm, w, eps))
+    ):
+        given, held = made
+        B, heads = x.shape[0], qk_norm.shape[0] + Hkv
+        others = [tensor.contiguous() for tensor in (bias, qk_norm, cos, sin, slots)]
+        q, workspace = x.new_empty(B, heads - 2 * Hkv, D), x.new_empty(B, heads * D)
+        described = extension.EXTENSION.Heads(
+            heads - 2 * Hkv, Hkv, D, *[tensor.data_ptr() for tensor in (*others, q, k_cache, v_cache)],
+            S, *k_cache.stride()[:2], *v_cache.stride()[:2],
+        )  # fmt: skip
+        counters = extension.counters(x, heads)
+        extension.EXTENSION.decode_qkv(given, described, workspace.data_ptr(), counters.data_ptr(), extension.stream(x))
+        del held, others  # until here: a copy among them must not be freed before its kernel is in the stream
+        return q
+    return decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)
+
+
+torch.library.impl("bagel_rt::decode_qkv", "default", _launch)
+
+
+@torch.library.register_fake("bagel_rt::decode_qkv")
+def _fake(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+    _, Hkv, D = k_cache.shape
+    return x.new_empty(x.shape[0], qk_norm.shape[0] - Hkv, D)
+
+
+_decode_qkv = torch.ops.bagel_rt.decode_qkv.default
+
+
+def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+    """Make one query row per sequence, and store its key and value in the cache.
+
+    Args:
+        x: [B, H], floating point; the kernel takes B <= 8 in float32 or bfloat16.
+        norm: [H], dtype of ``x``: the weight of the RMSNorm of ``x``.
+        w, bias: [(Hq + 2 Hkv) * D, H] and [(Hq + 2 Hkv) * D], dtype of ``x``: query, key, value heads.
+        qk_norm: [Hq + Hkv, D], dtype of ``x``: one weight row per query head, then per key head.
+        cos, sin: [B, D / 2] float32 (or float64 with float64 ``x``), at each row's RoPE position.
+        slots: [B] int64, distinct: the cache slot each row's key and value go to.
+        k_cache, v_cache: [S, Hkv, D], dtype of ``x``; written in place.
+        eps: added to the mean squares.
+
+    Returns:
+        q: [B, Hq, D], contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; the message names the offender.
+        IndexError: a slot outside [0, S), from the reference. The kernel stores neither key nor value of such a row.
+    """
+    B, H = x.shape
+    _, Hkv, D = k_cache.shape
+    dtype = x.dtype
+    if D == 0 or D % 2:
+        raise ValueError(f"decode_qkv: head_dim D={D} is not a positive even number; RoPE rotates pairs of channels")
+    N = w.shape[0]
+    heads = N // D - Hkv
+    if heads <= Hkv or N % D:
+        raise ValueError(f"decode_qkv: w has {N} rows, expected (Hq + 2*{Hkv}) * {D} with Hq >= 1")
+    for name, tensor, shape in (
+        ("norm", norm, (H,)),
+        ("w", w, (N, H)),
+        ("bias", bias, (N,)),
+        ("qk_norm", qk_norm, (heads, D)),
+        ("k_cache", k_cache, k_cache.shape),
+        ("v_cache", v_cache, k_cache.shape),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"decode_qkv: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} {dtype}"
+            )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (B, D // 2) or table.dtype not in (torch.float32, wide):
+            raise ValueError(
+                f"decode_qkv: {name} is {tuple(table.shape)} {table.dtype}, expected {(B, D // 2)} torch.float32"
+            )
+    if slots.shape != (B,) or slots.dtype != torch.int64:
+        raise ValueError(f"decode_qkv: slots is {tuple(slots.shape)} {slots.dtype}, expected {(B,)} torch.int64")
+    check_devices("decode_qkv", x=x, norm=norm, w=w, bias=bias, qk_norm=qk_norm, k_cache=k_cache, v_cache=v_cache)
+    check_devices("decode_qkv", x=x, cos=cos, sin=sin, slots=slots)
+    run = _decode_qkv if is_compiling() else _launch
+    return run(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)

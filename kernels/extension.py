@@ -1,0 +1,116 @@
+"""The compiled extension ``bagel_rt._C``, and whether its CUDA kernels run an op.
+
+The extension holds the planner and, where it was built with a CUDA compiler, the kernels of the one-token path. They
+take addresses and a stream as integers; nothing of torch is compiled in. The tests load another build of the same
+sources, whose kernels run on the host, thread by thread (tests/cuda_on_host).
+"""
+
+import functools
+import os
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+import bagel_rt
+from bagel_rt.kernels.backend import backend, check_current_device, wants_gradient
+from bagel_rt.kernels.configs import supports
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the kernels take."""
+
+COUNTERS = 4096
+"""How many counters there are on a device: a decoded row needs fewer than a hundred."""
+
+
+def _load_extension():
+    """(``bagel_rt._C``, "") or (None, why it is missing)."""
+    if os.environ.get("BAGEL_RT_EXTENSION") == "0":
+        return None, "disabled by BAGEL_RT_EXTENSION=0"
+    try:
+        return import_module("bagel_rt._C"), ""
+    except ImportError as error:
+        return None, _build_log() or f"{error}; pip install builds it"
+
+
+def _build_log() -> str:
+    """What setup.py left beside the package about what it could not build."""
+    log = Path(bagel_rt.__file__).with_name("_C.log")
+    return log.read_text() if log.exists() else ""
+
+
+EXTENSION, EXTENSION_ERROR = _load_extension()
+"""The compiled module, or None and the reason."""
+
+
+def cuda_error(device: torch.device | None = None) -> str:
+    """Why the extension's CUDA kernels do not run on ``device``, on any GPU by default; empty if they do."""
+    if EXTENSION is None:
+        return EXTENSION_ERROR.strip()
+    if not getattr(EXTENSION, "has_cuda", False):
+        return _build_log().strip() or "it was built without a CUDA compiler"
+    return "" if device is None else _device_error(EXTENSION, device)
+
+
+@functools.cache
+def _device_error(extension, device) -> str:
+    if not supports(device):
+        return "the GPU is older than sm_80"
+    with torch.cuda.device(device):
+        return extension.cuda_error()  # no code for this GPU, or a driver older than the compiler
+
+
+def runs_extension(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether an op given ``x`` (and ``others``) launches its CUDA kernel; otherwise it composes other ops.
+
+    That takes float32 or bfloat16 on a GPU for which the extension has code; under the backend ``triton`` the CPU
+    will do, if the loaded extension is the tests' emulation. Tensors that want a gradient go to the other ops.
+
+    Raises:
+        RuntimeError: ``x`` is on another GPU than the current one, where kernels would be launched.
+    """
+    if EXTENSION is None or x.dtype not in DTYPES:
+        return False
+    choice = backend()
+    if x.is_cuda:
+        if choice == "reference" or cuda_error(x.device):
+            return False
+    elif choice != "triton" or not getattr(EXTENSION, "emulated", False) or x.device.type != "cpu":
+        return False
+    if wants_gradient(x, *others):
+        return False
+    check_current_device(x)
+    return True
+
+
+def stream(x: torch.Tensor) -> int:
+    """The current stream of ``x``'s device, as kernels take it."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Bytes of shared memory that a block may have on ``x``'s device; in the emulation, as on sm_90."""
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 232448
+
+
+_counters: dict[torch.device, torch.Tensor] = {}  # never replaced: captured graphs hold the address
+
+
+def counters(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The int32 counters of ``x``'s device, at least n, all zero between kernels, which leave them so.
+
+    They serve one stream at a time: kernels of two streams may not run side by side on one device.
+
+    Raises:
+        ValueError: n is above ``COUNTERS``.
+        RuntimeError: the first call for a device comes while a CUDA graph is captured, which would keep them.
+    """
+    if n > COUNTERS:
+        raise ValueError(f"{n} counters are asked for, but a device has {COUNTERS}; use a smaller batch")
+    found = _counters.get(x.device)
+    if found is None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph is captured before its kernels ever ran; run them once before the capture")
+        with torch.inference_mode(False):
+            found = _counters[x.device] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
+    return found

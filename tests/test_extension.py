@@ -1,0 +1,244 @@
+"""The compiled extension: what its kernels take on a GPU, that the emulation proves what it claims, who is served."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import cuda_on_host
+import pytest
+import torch
+
+from bagel_rt import check
+from bagel_rt.kernels import extension
+from bagel_rt.kernels.backend import choose_backend
+
+SOURCES = sorted(path.name for path in (cuda_on_host.ROOT / "csrc").glob("*.cu"))
+SHARED_MEMORY = 48 * 1024  # of a block, without asking
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler here")
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_keep_everything_in_registers(source, architecture, tmp_path):
+    """Neither spills nor local memory, and no warning."""
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra", "-Werror", "all-warnings",
+         f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-c", source, "-o", tmp_path / "kernel.o"],
+        cwd=cuda_on_host.ROOT / "csrc", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    kernels = re.split(r"Compiling entry function '(\w+)'", done.stdout)[1:]
+    assert kernels
+    for name, said in zip(kernels[::2], kernels[1::2], strict=True):
+        found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        assert found and set(found.groups()) == {"0"}, f"{name}: {said}"
+        shared = re.search(r"(\d+) bytes smem", said)
+        assert shared is None or int(shared[1]) <= SHARED_MEMORY, f"{name}: {said}"
+
+
+TRIAL = """
+#include "device.h"
+using namespace bagel_rt;
+
+template <class T>
+__global__ void trial(int what, T* y) {
+  DYNAMIC_SHARED(float, held);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % WARP;
+  if (what == 0) {  // every block adds up what its threads hold; the last one, what the blocks hold
+    held[thread] = static_cast<float>(thread + blockIdx.x * blockDim.x);
+    __syncthreads();
+    const float sum = warp_sum(held[blockDim.x - 1 - thread]), most = warp_max(held[thread], 8);
+    if (thread % 8 == 0 && most != held[thread + 7]) y[0] = from_float<T>(-1);
+    __syncthreads();
+    if (lane == 0) held[thread / WARP] = sum;
+    __syncthreads();
+    if (thread == 0) y[1 + blockIdx.x] = from_float<T>(held[0] + held[1]);
+    if (is_last_block(reinterpret_cast<int*>(y + 15), gridDim.x) && thread == 0) {
+      float all = 0;
+      for (unsigned b = 0; b < gridDim.x; ++b) all += to_float(load_shared_by_blocks(y + 1 + b));
+      y[0] = from_float<T>(all);
+    }
+  }
+  if (what == 1 && thread < 40) __syncthreads();
+  if (what == 2 && lane != 3) warp_sum(1.0f);
+  if (what == 3 && lane == 3) __shfl_sync(0xfu, 1.0f, 9);
+  if (what == 4 && thread == 0) load_vector(y + 1);
+  if (what == 5 && thread == 0) y[0] = from_float<T>(held[0] == held[0] ? 1.0f : 2.0f);
+  if (what == 6 && thread == 5) y[blockDim.x] = from_float<T>(held[100000]);
+}
+
+int main(int, char** given) {
+  alignas(16) float y[16] = {};
+  const int what = given[1][0] - '0';
+  cuda_on_host::schedule = static_cast<unsigned>(given[1][1] - '0');
+  try {
+    launch([&] { return text("trial %d", what); }, trial<float>, 3, 64, what == 7 ? 300000 : 256, 0, what, y);
+  } catch (const std::runtime_error& error) {
+    std::printf("%s", error.what());
+    return 0;
+  }
+  std::printf("%g %g", y[0], y[15]);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """Runs the kernel above; returns what the program printed."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++ here")
+    folder = tmp_path_factory.mktemp("trial")
+    (folder / "trial.cu").write_text(TRIAL)
+    include = [f"-I{cuda_on_host.ROOT / part}" for part in ("csrc", "tests/cuda_on_host")]
+    options = ["-std=c++17", "-O1", "-x", "c++", "-Wno-unknown-pragmas", *include]
+    subprocess.run(["g++", *options, "trial.cu", "-o", "trial"], cwd=folder, check=True)
+    return lambda case: subprocess.run([folder / "trial", case], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("schedule", "012")
+def test_the_emulation_runs_barriers_shuffles_and_the_last_block(trial, schedule):
+    assert trial("0" + schedule) == f"{sum(range(192))} 0"
+
+
+@pytest.mark.parametrize(
+    "case, error",
+    [
+        pytest.param("1", "threads wait at a barrier or a shuffle that others have not reached", id="barrier"),
+        pytest.param("2", "threads wait at a barrier or a shuffle that others have not reached", id="shuffle"),
+        pytest.param("3", "threads wait at a barrier or a shuffle that others have not reached", id="mask"),
+        pytest.param("4", "a vector at an address that is not a multiple of its size", id="alignment"),
+        pytest.param("7", "too much shared memory", id="shared-memory"),
+    ],
+)
+def test_the_emulation_refuses_what_a_gpu_leaves_undefined(trial, case, error):
+    assert trial(case + "0") == f"trial {case}: {error}"
+
+
+def test_the_emulation_begins_with_nan_in_shared_memory(trial):
+    assert trial("50") == "2 0"
+
+
+def test_a_launch_that_fails_names_kernel_and_shapes(emulated_extension):
+    x, w = torch.zeros(1, 64), torch.zeros(4, 64)
+    product = emulated_extension.Product(False, x.data_ptr() + 4, 0, w.data_ptr(), 64, 64, 1, 64, 4, 1e-6)
+    with pytest.raises(RuntimeError, match=r"decode_linear of \[1, 64\] by \[4, 64\]: a vector at an address"):
+        emulated_extension.decode_linear(product, 0, False, w.data_ptr(), 0)
+
+
+def test_more_rows_than_kernels_take_are_an_error(emulated_extension):
+    with pytest.raises(RuntimeError, match="9 rows; the kernel takes at most 8"):
+        emulated_extension.normalised_bytes(emulated_extension.Product(True, 0, 16, 0, 64, 64, 9, 64, 4, 1e-6))
+
+
+def test_check_covers_the_emulated_kernels(emulated_extension, monkeypatch):
+    cases = check.choose_cases(["decode_linear", "decode_qkv"])
+    results = list(check.run(CPU, cases))
+    assert {result.op for result in results} == {"decode_linear", "decode_qkv"}
+    assert {result.result for result in results} == {"pass"}
+    wrong = emulated_extension.decode_linear
+
+    def doubled(product, residual, swiglu, y, stream):
+        wrong(product, 0, swiglu, y, stream)  # loses the residual
+
+    class Wrong:
+        decode_linear = staticmethod(doubled)
+
+        def __getattr__(self, name):
+            return getattr(emulated_extension, name)
+
+    monkeypatch.setattr(extension, "EXTENSION", Wrong())
+    results = {result.case: result.result for result in check.run(CPU, check.choose_cases(["decode_linear"]))}
+    assert results["8 rows with residual, 72 to 17"] == "FAIL"
+    assert list(results.values()).count("FAIL") == 1
+
+
+def test_check_leaves_out_what_there_is_no_extension_for(monkeypatch):
+    monkeypatch.setattr(extension, "EXTENSION", None)
+    assert list(check.run(CPU, check.choose_cases(["decode_linear", "decode_qkv"]))) == []
+
+
+def test_who_is_served(emulated_extension, monkeypatch):
+    x = torch.zeros(2)
+    assert extension.runs_extension(x) and extension.runs_extension(x.bfloat16(), None, x)
+    assert not extension.runs_extension(x.half()) and not extension.runs_extension(x.double())
+    assert not extension.runs_extension(x, torch.zeros(2, requires_grad=True))
+    with torch.no_grad():
+        assert extension.runs_extension(x, torch.zeros(2, requires_grad=True))
+    assert not extension.runs_extension(torch.zeros(2, device="meta"))
+    for choice in ("reference", "auto"):
+        choose_backend(choice)
+        assert not extension.runs_extension(x)
+    choose_backend("triton")
+    monkeypatch.setattr(extension, "EXTENSION", object())  # the planner alone, of an older build
+    assert not extension.runs_extension(x)
+    monkeypatch.setattr(extension, "EXTENSION", None)
+    assert not extension.runs_extension(x)
+
+
+def test_why_there_are_no_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(extension, "EXTENSION", None)
+    monkeypatch.setattr(extension, "EXTENSION_ERROR", "no compiler\n")
+    assert extension.cuda_error() == "no compiler"
+    monkeypatch.setattr(extension, "EXTENSION", object())
+    monkeypatch.setattr(extension, "_build_log", lambda: "")
+    assert extension.cuda_error() == "it was built without a CUDA compiler"
+    monkeypatch.setattr(extension, "_build_log", lambda: "nvcc is broken\n")
+    assert extension.cuda_error() == "nvcc is broken"
+
+
+def test_counters_are_kept_and_few():
+    x = torch.zeros(1)
+    first = extension.counters(x, 4)
+    assert first is extension.counters(x, extension.COUNTERS) and first.dtype == torch.int32
+    assert len(first) == extension.COUNTERS and not first.any()
+    with pytest.raises(ValueError, match="4097 counters are asked for, but a device has 4096"):
+        extension.counters(x, 4097)
+
+
+SANITIZED = """
+import sys
+from pathlib import Path
+import torch
+import cuda_on_host
+from bagel_rt.kernels import backend, decode_linear, decode_qkv, extension
+extension.EXTENSION = cuda_on_host.load(Path(sys.argv[1]))
+backend.choose_backend("triton")
+for dtype in (torch.float32, torch.bfloat16):
+    for B, K, N in ((1, 8, 2), (3, 264, 49), (8, 1032, 18)):
+        x, w, residual = torch.randn(B, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(B, N).to(dtype)
+        decode_linear(x, w, norm=w[0], residual=residual)
+        decode_linear(x, w, residual=residual)
+        decode_linear(x, w[: N // 2 * 2], norm=w[0], swiglu=True)
+        shapes = (128, K), (128,), (3, 32), (2, B, 1, 32)
+        w, bias, qk_norm, caches = (torch.randn(*shape).to(dtype) for shape in shapes)
+        tables = torch.randn(2, B, 16)
+        decode_qkv(x, w[0], w, bias, qk_norm, *tables, torch.arange(B), *caches, 1e-6)
+print("right")
+sys.stdout.flush()
+x, w, y = torch.randn(1, 64), torch.randn(4, 64), torch.randn(1, 8)
+wrong = extension.EXTENSION.Product(False, x.data_ptr(), 0, w.data_ptr(), 64, 64, 1, 64, 8, 1e-6)  # w has 4 rows
+extension.EXTENSION.decode_linear(wrong, 0, False, y.data_ptr(), 0)
+print("not reached")
+"""
+
+
+def test_the_kernels_touch_nothing_outside_of_what_they_are_given():
+    """A few calls under -fsanitize=address; then one past the end of a tensor, which it must stop."""
+    found = [
+        subprocess.run([shutil.which("g++") or "false", f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    preloaded = [one.stdout.strip() for one in found]
+    if not all(map(os.path.isabs, preloaded)):
+        pytest.skip("g++ has no sanitizer here")
+    module = cuda_on_host.build("-DBAGEL_RT_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_COMPILER=g++")
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(module)], cwd=cuda_on_host.ROOT / "tests", capture_output=True, text=True,
+        env=os.environ | {"LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0",
+                          "PYTHONPATH": os.pathsep.join([str(cuda_on_host.ROOT), str(cuda_on_host.ROOT / "tests")])},
+    )  # fmt: skip
+    assert done.stdout == "right\n" and done.returncode != 0, done.stderr
+    assert "heap-buffer-overflow" in done.stderr
