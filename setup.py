@@ -4,7 +4,8 @@ Environment variables of the build:
 
     BAGEL_RT_CUDA=0                  leave the CUDA kernels out, though there is a compiler for them
     BAGEL_RT_CUDA_ARCHITECTURES      GPUs to compile for, as CMake names them, e.g. "90a-real"; by default those that
-                                     nvidia-smi reports, and where it reports none, all that the compiler knows
+                                     nvidia-smi reports, and where it reports none, all that the compiler knows;
+                                     for newer ones than it knows, PTX
     CUDACXX, CUDA_HOME               where nvcc is, if not on PATH
 """
 
@@ -45,14 +46,14 @@ def cuda_architectures(nvcc: str) -> str:
     """The GPUs to compile for; empty if those of this machine are all older than sm_80."""
     if named := os.environ.get("BAGEL_RT_CUDA_ARCHITECTURES"):
         return named
+    known = sorted(map(int, re.findall(r"^sm_(\d+)$", output_of(nvcc, "--list-gpu-code"), re.MULTILINE))) or [80, 90]
     reported = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    found = re.findall(r"^(\d+)\.(\d)$", reported, re.MULTILINE)
-    if found:
-        here = sorted({10 * int(major) + int(minor) for major, minor in found})
-        return ";".join("90a-real" if number == 90 else f"{number}-real" for number in here if number >= 80)
-    version = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
-    newest = version is not None and (int(version[1]), int(version[2])) >= (12, 8)
-    return "80-real;90a-real;100-real;120" if newest else "80-real;90a-real"  # sm_86 and sm_89 run sm_80's code
+    here = {10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", reported, re.MULTILINE)}
+    wanted = {number for number in here if number >= 80} if here else {80, 90, 100, 120}  # sm_86 and 89 run sm_80's code
+    code = [f"{number}a-real" if number == 90 else f"{number}-real" for number in sorted(wanted & set(known))]
+    if not here or wanted - set(known):  # newer GPUs: their driver compiles PTX when it first loads a kernel
+        code.append(f"{max(number for number in known if number <= max(wanted))}-virtual")
+    return ";".join(code)
 
 
 class CMakeBuild(build_ext):
@@ -76,7 +77,10 @@ class CMakeBuild(build_ext):
         module = Path(self.get_ext_fullpath(extension.name)).resolve()
         module.unlink(missing_ok=True)  # from an earlier build, of other sources
         nvcc = None if os.environ.get("BAGEL_RT_CUDA") == "0" else find_nvcc()
-        if nvcc and (architectures := cuda_architectures(nvcc)):
+        architectures = cuda_architectures(nvcc) if nvcc else ""
+        if nvcc and not architectures:
+            self.failure = "built without CUDA kernels, as all GPUs here are older than sm_80"
+        if architectures:
             compiler = f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"
             try:
                 return self.cmake(module, "-DBAGEL_RT_CUDA=ON", *compiler)

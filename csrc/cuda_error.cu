@@ -17,7 +17,7 @@ std::string cuda_error() {
   cudaGetLastError();
   return text("%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
 #else
-  launch([] { return "no_work"; }, no_work, 1, 1, 0, 0);
+  launch(no_work, 1, 1, 0, 0);
   return "";
 #endif
 }

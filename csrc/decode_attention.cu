@@ -74,8 +74,8 @@ static_assert(SPLITS * MOST_HEADS <= THREADS && WARPS <= SPLITS);
 template <class T, int HEADS>
 __global__ void __launch_bounds__(THREADS, 1)
     decode_attention_kernel(Attended given, int runs, float* workspace, int* counters) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
+  wait_for_previous_kernel();
   const int split = static_cast<int>(blockIdx.x), sequence = static_cast<int>(blockIdx.z);
   const int kv_head = static_cast<int>(blockIdx.y) / runs, run = static_cast<int>(blockIdx.y) % runs;
   const int group = given.Hq / given.Hkv, heads = min(HEADS, group - run * HEADS), D = given.D;
@@ -95,10 +95,11 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int lanes = D / WIDTH<T>;  // that share a key
   const int channel = static_cast<int>(threadIdx.x) % lanes * WIDTH<T>;
   const int worker = static_cast<int>(threadIdx.x) / lanes, workers = THREADS / lanes;
-  const T* const k =
-      reinterpret_cast<const T*>(given.k) + first_slot * given.k_slot + kv_head * given.k_head + channel;
-  const T* const v =
-      reinterpret_cast<const T*>(given.v) + first_slot * given.v_slot + kv_head * given.v_head + channel;
+  const std::int64_t k_step = workers * given.k_slot, v_step = workers * given.v_slot;
+  const T* k =  // of the key that this thread asks for next
+      reinterpret_cast<const T*>(given.k) + (first_slot + worker) * given.k_slot + kv_head * given.k_head + channel;
+  const T* v =
+      reinterpret_cast<const T*>(given.v) + (first_slot + worker) * given.v_slot + kv_head * given.v_head + channel;
 
   float q[HEADS][WIDTH<T>], sums[HEADS][WIDTH<T>] = {}, total[HEADS] = {}, largest[HEADS];
 #pragma unroll
@@ -112,15 +113,17 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < WIDTH<T>; ++i) q[head][i] *= given.scale_log2;
   }
 
-  for (int begin = 0; begin < count; begin += workers * KEYS) {  // as often in all threads: they exchange numbers
-    uint4 k_words[KEYS], v_words[KEYS];
+  // Values are on their way while their keys are multiplied, and the next keys while these values are.
+  uint4 k_words[KEYS], v_words[KEYS];
+  const auto ask = [&](uint4(&words)[KEYS], const T*& from, std::int64_t step, int begin) {
 #pragma unroll
-    for (int i = 0; i < KEYS; ++i) {
-      const int key = begin + i * workers + worker;
-      const bool seen = key < count;
-      k_words[i] = seen ? load_vector(k + key * given.k_slot) : make_uint4(0, 0, 0, 0);
-      v_words[i] = seen ? load_vector(v + key * given.v_slot) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < KEYS; ++i, from += step) {
+      words[i] = begin + i * workers + worker < count ? load_once(from) : make_uint4(0, 0, 0, 0);
     }
+  };
+  ask(k_words, k, k_step, 0);
+  for (int begin = 0; begin < count; begin += workers * KEYS) {  // as often in all threads: they exchange numbers
+    ask(v_words, v, v_step, begin);
     float scores[KEYS][HEADS];
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) {
@@ -134,6 +137,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         scores[i][head] = product;
       }
     }
+    ask(k_words, k, k_step, begin + workers * KEYS);
 #pragma unroll 1
     for (int apart = lanes / 2; apart > 0; apart /= 2) {
 #pragma unroll
@@ -256,12 +260,8 @@ void launch_kernel(const Attended& given, std::uintptr_t workspace, std::uintptr
   const int group = given.Hq / given.Hkv, runs = (group + HEADS - 1) / HEADS;
   const dim3 grid(SPLITS, static_cast<unsigned>(given.Hkv * runs), static_cast<unsigned>(given.B));
   const std::size_t shared_bytes = sizeof(float) * WARPS * HEADS * static_cast<std::size_t>(given.D);
-  launch(
-      [&] {
-        return text("decode_attention of [%d, %d, %d] queries over %d KV heads", given.B, given.Hq, given.D, given.Hkv);
-      },
-      decode_attention_kernel<T, HEADS>, grid, dim3(THREADS), shared_bytes, stream, given, runs,
-      reinterpret_cast<float*>(workspace), reinterpret_cast<int*>(counters));
+  launch(decode_attention_kernel<T, HEADS>, grid, dim3(THREADS), shared_bytes, stream, given, runs,
+         reinterpret_cast<float*>(workspace), reinterpret_cast<int*>(counters));
 }
 
 // Kernels for groups of 1, up to 4, up to 7 and more: fewer to compile, and 7 is BAGEL's.
@@ -279,8 +279,11 @@ void launch_for(const Attended& given, std::uintptr_t workspace, std::uintptr_t 
 
 void decode_attention(const Attended& given, std::uintptr_t workspace, std::uintptr_t counters,
                       std::uintptr_t stream) {
+  const auto describe = [&] {
+    return text("decode_attention of [%d, %d, %d] queries over %d KV heads", given.B, given.Hq, given.D, given.Hkv);
+  };
   const auto run = given.is_bfloat16 ? launch_for<bfloat16> : launch_for<float>;
-  run(given, workspace, counters, stream);
+  named(describe, [&] { run(given, workspace, counters, stream); });
 }
 
 }  // namespace bagel_rt

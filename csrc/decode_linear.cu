@@ -36,16 +36,19 @@ std::size_t normalised_bytes(const Product& product) {
 
 void decode_linear(const Product& product, std::uintptr_t residual, bool swiglu, std::uintptr_t y,
                    std::uintptr_t stream) {
-  dispatch(product, [&](auto type, auto most, auto norm) {
+  const auto describe = [&] {
+    return text("decode_linear of [%d, %d] by [%d, %d]", product.B, product.K, product.N, product.K);
+  };
+  const auto start = [&](auto type, auto most, auto norm) {
     using T = decltype(type);
     const auto kernel = decode_linear_kernel<T, most(), norm()>;
     const std::size_t bytes = shared_bytes<T, most()>(product);
     const unsigned groups = static_cast<unsigned>((product.N + BLOCK_ROWS - 1) / BLOCK_ROWS);
     const unsigned blocks = min(groups, resident_blocks(kernel, WARPS * WARP, bytes));
-    launch([&] { return text("decode_linear of [%d, %d] by [%d, %d]", product.B, product.K, product.N, product.K); },
-           kernel, blocks, WARPS * WARP, bytes, stream, matrices<T>(product), reinterpret_cast<const T*>(residual),
+    launch(kernel, blocks, WARPS * WARP, bytes, stream, matrices<T>(product), reinterpret_cast<const T*>(residual),
            swiglu, reinterpret_cast<T*>(y));
-  });
+  };
+  named(describe, [&] { dispatch(product, start); });
 }
 
 }  // namespace bagel_rt

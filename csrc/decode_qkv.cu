@@ -106,19 +106,23 @@ Tensors<T> tensors(const Heads& heads, std::uintptr_t workspace, std::uintptr_t 
 
 void decode_qkv(const Product& product, const Heads& heads, std::uintptr_t workspace, std::uintptr_t counters,
                 std::uintptr_t stream) {
-  if (heads.D % BLOCK_ROWS != 0 || heads.D > MOST_CHANNELS) {
-    throw std::runtime_error(text("decode_qkv: heads of %d channels; a multiple of %d up to %d is needed", heads.D,
-                                  BLOCK_ROWS, MOST_CHANNELS));
-  }
-  dispatch(product, [&](auto type, auto most, auto) {
+  const auto describe = [&] {
+    return text("decode_qkv of [%d, %d] by [%d, %d]", product.B, product.K, product.N, product.K);
+  };
+  const auto start = [&](auto type, auto most, auto) {
     using T = decltype(type);
     const auto kernel = decode_qkv_kernel<T, most()>;
     const std::size_t bytes = shared_bytes<T, most()>(product);
-    const unsigned blocks =
-        min(static_cast<unsigned>(product.N / BLOCK_ROWS), resident_blocks(kernel, WARPS * WARP, bytes));
-    launch([&] { return text("decode_qkv of [%d, %d] by [%d, %d]", product.B, product.K, product.N, product.K); },
-           kernel, blocks, WARPS * WARP, bytes, stream, matrices<T>(product),
-           tensors<T>(heads, workspace, counters));
+    const unsigned groups = static_cast<unsigned>(product.N / BLOCK_ROWS);
+    const unsigned blocks = min(groups, resident_blocks(kernel, WARPS * WARP, bytes));
+    launch(kernel, blocks, WARPS * WARP, bytes, stream, matrices<T>(product), tensors<T>(heads, workspace, counters));
+  };
+  named(describe, [&] {
+    if (heads.D % BLOCK_ROWS != 0 || heads.D > MOST_CHANNELS) {
+      throw std::runtime_error(text("heads of %d channels; a multiple of %d up to %d is needed", heads.D, BLOCK_ROWS,
+                                    MOST_CHANNELS));
+    }
+    dispatch(product, start);
   });
 }
 

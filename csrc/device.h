@@ -99,6 +99,20 @@ __device__ inline uint4 load_streaming(const void* address) {
 #endif
 }
 
+// 16 bytes that this kernel reads once and that an earlier kernel may have written. They take no room in L1 either.
+__device__ inline uint4 load_once(const void* address) {
+#ifdef __CUDACC__
+  uint4 words;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(address)
+               : "memory");
+  return words;
+#else
+  return cuda_on_host::aligned<uint4>(address);
+#endif
+}
+
 // 16 bytes by way of L1.
 __device__ inline uint4 load_vector(const void* address) {
 #ifdef __CUDACC__
@@ -200,6 +214,8 @@ __device__ inline V warp_max(V value, int lanes = WARP) {
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cuda_on_host::wait_for_previous_kernel();
 #endif
 }
 

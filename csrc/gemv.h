@@ -51,7 +51,7 @@ __device__ void fetch_norm(const Matrices<T>& given, T* normed) {
 // the block takes part. The sum of squares of a row is the same whatever B is.
 template <class T, int MOST>
 __device__ void normalise(const Matrices<T>& given, T* normed) {
-  __shared__ float squares[MOST][WARPS];
+  __shared__ float squares[MOST][WARPS], scales[MOST];
   const int thread = static_cast<int>(threadIdx.x), stride = WARPS * WARP * WIDTH<T>;
 #pragma unroll
   for (int b = 0; b < MOST; ++b) {
@@ -68,24 +68,23 @@ __device__ void normalise(const Matrices<T>& given, T* normed) {
     if (thread % WARP == 0) squares[b][thread / WARP] = sum;
   }
   __syncthreads();
-  float scale[MOST];
-#pragma unroll
-  for (int b = 0; b < MOST; ++b) {
+  if (thread < MOST) {
     float sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) sum += squares[b][warp];
-    scale[b] = rsqrtf(sum / static_cast<float>(given.K) + given.eps);
+    for (int warp = 0; warp < WARPS; ++warp) sum += squares[thread][warp];
+    scales[thread] = rsqrtf(sum / static_cast<float>(given.K) + given.eps);
   }
+  __syncthreads();
 #pragma unroll 1
   for (int at = thread * WIDTH<T>; at < given.K; at += stride) {
     float weight[WIDTH<T>];
     unpack<T>(load_vector(normed + at), weight);
-#pragma unroll
+#pragma unroll 4
     for (int b = 0; b < MOST; ++b) {
       float x[WIDTH<T>];
       unpack<T>(load_vector(given.x + min(b, given.B - 1) * given.x_stride + at), x);
 #pragma unroll
-      for (int i = 0; i < WIDTH<T>; ++i) x[i] = rounded<T>(x[i] * scale[b]) * weight[i];
+      for (int i = 0; i < WIDTH<T>; ++i) x[i] = rounded<T>(x[i] * scales[b]) * weight[i];
       store_vector(normed + b * given.K + at, pack<T>(x));
     }
   }

@@ -54,7 +54,7 @@ class KernelFacts {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, KernelFacts> known;
     int device = 0;
-    check_cuda(cudaGetDevice(&device), "bagel_rt: no current device");
+    check_cuda(cudaGetDevice(&device), "no current device");
     const std::lock_guard<std::mutex> lock(mutex);
     KernelFacts& facts = known[{kernel, device}];
     facts.prepare(kernel, shared_bytes);
@@ -68,7 +68,7 @@ class KernelFacts {
   void prepare(const void* kernel, std::size_t shared_bytes) {
     if (!asked_) {
       cudaFuncAttributes attributes;
-      check_cuda(cudaFuncGetAttributes(&attributes, kernel), "bagel_rt: no code of a kernel for this GPU");
+      check_cuda(cudaFuncGetAttributes(&attributes, kernel), "no code for this GPU");
       overlaps = attributes.ptxVersion >= 90;  // not the GPU's: code of sm_80 has no instruction to wait with
       allowed_ -= std::min(allowed_, attributes.sharedSizeBytes);
       asked_ = true;
@@ -76,7 +76,7 @@ class KernelFacts {
     if (shared_bytes > allowed_) {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(shared_bytes)),
-                 text("bagel_rt: %zu bytes of shared memory a block", shared_bytes));
+                 text("%zu bytes of shared memory a block", shared_bytes));
       allowed_ = shared_bytes;
     }
   }
@@ -90,13 +90,13 @@ unsigned resident_blocks(void (*kernel)(Parameters...), unsigned threads, std::s
   const void* const address = reinterpret_cast<const void*>(kernel);
   KernelFacts::of(address, shared_bytes);  // allows the shared memory
   int device = 0, multiprocessors = 0, blocks = 0;
-  check_cuda(cudaGetDevice(&device), "bagel_rt: no current device");
+  check_cuda(cudaGetDevice(&device), "no current device");
   const std::lock_guard<std::mutex> lock(mutex);
   unsigned& found = known[{address, device, threads, shared_bytes}];
   if (found == 0) {
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "bagel_rt");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "no multiprocessors");
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), shared_bytes),
-               "bagel_rt: occupancy");
+               "no occupancy");
     found = static_cast<unsigned>(std::max(1, blocks) * multiprocessors);
   }
   return found;
@@ -106,27 +106,21 @@ unsigned resident_blocks(void (*kernel)(Parameters...), unsigned threads, std::s
 //
 // On sm_90 and newer the launch is programmatically serialised: blocks may start when all blocks of the kernel before
 // have called let_next_kernel_start() or ended, and must call wait_for_previous_kernel() before they touch anything
-// that a kernel wrote (device.h). `describe` gives the kernel's name and shapes, for the message of an error:
-//
-//     launch([&] { return text("decode_linear [%d, %d]", B, K); }, kernel, grid, block, shared_bytes, stream, ...);
-template <class Describe, class... Parameters, class... Arguments>
-void launch(const Describe& describe, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
-            std::uintptr_t stream, Arguments&&... arguments) {
-  try {
-    cudaLaunchAttribute serialised{};
-    serialised.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    serialised.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = reinterpret_cast<cudaStream_t>(stream);
-    config.attrs = &serialised;
-    config.numAttrs = KernelFacts::of(reinterpret_cast<const void*>(kernel), shared_bytes).overlaps ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "not launched");
-  } catch (const std::runtime_error& error) {
-    throw std::runtime_error(std::string(describe()) + ": " + error.what());
-  }
+// that a kernel wrote (device.h). All that can go wrong goes wrong inside of named(), for the message.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, std::uintptr_t stream,
+            Arguments&&... arguments) {
+  cudaLaunchAttribute serialised{};
+  serialised.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  serialised.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.attrs = &serialised;
+  config.numAttrs = KernelFacts::of(reinterpret_cast<const void*>(kernel), shared_bytes).overlaps ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "not launched");
 }
 
 #else
@@ -137,16 +131,24 @@ unsigned resident_blocks(void (*)(Parameters...), unsigned, std::size_t) {
   return 3;
 }
 
-template <class Describe, class... Parameters, class... Arguments>
-void launch(const Describe& describe, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
-            std::uintptr_t, Arguments&&... arguments) {
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, std::uintptr_t,
+            Arguments&&... arguments) {
+  cuda_on_host::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+}
+
+#endif
+
+// run(), whose errors then begin with what describe() says of the kernel and its shapes:
+//
+//     named([&] { return text("decode_linear [%d, %d]", B, K); }, [&] { launch(kernel, grid, block, ...); });
+template <class Describe, class Run>
+void named(const Describe& describe, const Run& run) {
   try {
-    cuda_on_host::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+    run();
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(describe()) + ": " + error.what());
   }
 }
-
-#endif
 
 }  // namespace bagel_rt

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "decode.h"
@@ -108,6 +109,15 @@ PYBIND11_MODULE(_C, module) {
 #ifdef BAGEL_RT_EMULATE
   module.def("set_schedule", [](unsigned seed) { cuda_on_host::schedule = seed; },
              "Another order of blocks and threads; 0 for the usual one.");
+  module.def(
+      "set_unfinished",
+      [](const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {
+        cuda_on_host::unfinished.clear();
+        for (const auto& [begin, bytes] : spans) {
+          cuda_on_host::unfinished.push_back({reinterpret_cast<void*>(begin), bytes});
+        }
+      },
+      "Addresses and numbers of bytes that the kernel before is still writing when the next ones start.");
 #endif
   module.def("build_plan", &build_plan, py::arg("segments"), py::arg("block_q"),
              "bagel_rt.plan.build_plan for segments it has checked: (G, order, limits, slots, blocks).");

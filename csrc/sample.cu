@@ -215,8 +215,8 @@ __device__ Scored best_kept(const Row<T>& row, Scored best, unsigned k, float to
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
     sample_kernel(Logits given, Drawing drawing, std::int64_t* token, Scored* found, unsigned* largest, int* counters) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
+  wait_for_previous_kernel();
   const int number = static_cast<int>(blockIdx.y);
   const Row<T> row(given, drawing, number);
   found += static_cast<std::int64_t>(number) * THREADS;
@@ -258,10 +258,12 @@ void sample(const Logits& given, std::uintptr_t settings, std::uintptr_t seed, s
   unsigned* const largest = reinterpret_cast<unsigned*>(found + static_cast<std::int64_t>(given.rows) * THREADS);
   const int columns = THREADS * (given.is_bfloat16 ? WIDTH<bfloat16> : WIDTH<float>);  // a vector for every thread
   const int blocks = std::min((given.columns + columns - 1) / columns, MOST_BLOCKS);
-  launch([&] { return text("sample of [%d, %d] logits", given.rows, given.columns); },
-         given.is_bfloat16 ? sample_kernel<bfloat16> : sample_kernel<float>,
-         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(given.rows)), dim3(THREADS), 0, stream, given,
-         drawing, reinterpret_cast<std::int64_t*>(token), found, largest, reinterpret_cast<int*>(counters));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(given.rows));
+  const auto kernel = given.is_bfloat16 ? sample_kernel<bfloat16> : sample_kernel<float>;
+  named([&] { return text("sample of [%d, %d] logits", given.rows, given.columns); }, [&] {
+    launch(kernel, grid, dim3(THREADS), 0, stream, given, drawing, reinterpret_cast<std::int64_t*>(token), found,
+           largest, reinterpret_cast<int*>(counters));
+  });
 }
 
 }  // namespace bagel_rt

@@ -95,7 +95,8 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; the message names the offender.
-        IndexError: a slot outside [0, S), from the reference. The kernel stores neither key nor value of such a row.
+        IndexError: a slot outside [0, S), from the reference on the CPU. Kernels cannot tell: they store neither the
+            key nor the value of such a row.
     """
     B, H = x.shape
     _, Hkv, D = k_cache.shape

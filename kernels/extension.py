@@ -6,6 +6,7 @@ sources, whose kernels run on the host, thread by thread (tests/cuda_on_host).
 """
 
 import functools
+import itertools
 import os
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels take."""
 
 COUNTERS = 4096
-"""How many counters there are on a device: a decoded row needs fewer than a hundred."""
+"""How many counters a stream has: a decoded row needs fewer than a hundred."""
+
+STREAMS = 32
+"""How many streams of a device have counters of their own; one more shares those of the first."""
 
 
 def _load_extension():
@@ -93,24 +97,35 @@ def shared_memory(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 232448
 
 
-_counters: dict[torch.device, torch.Tensor] = {}  # never replaced: captured graphs hold the address
+_counters: dict[torch.device, torch.Tensor] = {}  # never replaced: captured graphs hold the addresses
+_streams: dict[tuple[torch.device, int], int] = {}
+_next_stream = itertools.count()
 
 
 def counters(x: torch.Tensor, n: int) -> torch.Tensor:
-    """The int32 counters of ``x``'s device, at least n, all zero between kernels, which leave them so.
+    """The int32 counters of the current stream of ``x``'s device, at least n, all zero between kernels, which leave
+    them so.
 
-    They serve one stream at a time: kernels of two streams may not run side by side on one device.
+    Kernels of several streams may run side by side. Captured graphs hold the counters of the stream they were captured
+    on, so two of them may not.
 
     Raises:
         ValueError: n is above ``COUNTERS``.
         RuntimeError: the first call for a device comes while a CUDA graph is captured, which would keep them.
     """
     if n > COUNTERS:
-        raise ValueError(f"{n} counters are asked for, but a device has {COUNTERS}; use a smaller batch")
+        raise ValueError(f"{n} counters are asked for, but a stream has {COUNTERS}; use a smaller batch")
     found = _counters.get(x.device)
     if found is None:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a CUDA graph is captured before its kernels ever ran; run them once before the capture")
         with torch.inference_mode(False):
-            found = _counters[x.device] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
-    return found
+            found = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=x.device)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)  # once: other streams do not wait for the zeros
+        _counters[x.device] = found
+    key = x.device, stream(x)
+    number = _streams.get(key)
+    if number is None:
+        number = _streams.setdefault(key, next(_next_stream))
+    return found[number % STREAMS]

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from email import message_from_string
 from importlib.metadata import distributions
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -101,6 +102,33 @@ def test_the_extension_has_cuda_kernels_where_there_is_a_compiler_for_them(wheel
     )
     assert (has_cuda, emulated) == (HAS_NVCC, False)
     assert error == ("" if HAS_NVCC else "it was built without a CUDA compiler")
+
+
+OLD, NEW = "sm_80\nsm_86\nsm_89\nsm_90\n", "sm_80\nsm_86\nsm_89\nsm_90\nsm_100\nsm_103\nsm_120\nsm_121\n"
+
+
+@pytest.mark.parametrize(
+    "gpus, known, architectures",
+    [
+        pytest.param("", NEW, "80-real;90a-real;100-real;120-real;120-virtual", id="no-gpu"),
+        pytest.param("", OLD, "80-real;90a-real;90-virtual", id="no-gpu-and-an-older-compiler"),
+        pytest.param("9.0\n9.0\n", NEW, "90a-real", id="hopper"),
+        pytest.param("8.6\n8.9\n7.5\n", OLD, "86-real;89-real", id="several-gpus"),
+        pytest.param("8.0\n12.0\n", OLD, "80-real;90-virtual", id="a-gpu-newer-than-the-compiler"),
+        pytest.param("7.5\n", NEW, "", id="only-older-gpus"),
+        pytest.param("9.0\n", "", "90a-real", id="a-compiler-that-does-not-say"),
+    ],
+)
+def test_the_build_compiles_for_the_gpus_here(monkeypatch, gpus, known, architectures):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.delenv("BAGEL_RT_CUDA_ARCHITECTURES", raising=False)
+    spec = spec_from_file_location("bagel_rt_setup", ROOT / "setup.py")
+    build = module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setattr(build, "output_of", lambda command, *_: gpus if command == "nvidia-smi" else known)
+    assert build.cuda_architectures("nvcc") == architectures
+    monkeypatch.setenv("BAGEL_RT_CUDA_ARCHITECTURES", "75")
+    assert build.cuda_architectures("nvcc") == "75"
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")

@@ -277,7 +277,7 @@ def check_drawn(device, logits, settings, seeds, steps):
 @pytest.mark.parametrize("V", [1, 7, 31, 300, 2049, 20003])
 def test_the_cuda_kernel_draws_what_the_reference_draws(cuda_kernel, V, dtype):
     """20003 columns need several blocks a row; odd numbers make rows begin off 16 bytes."""
-    for seed in range(3):
+    for seed in range(2):
         logits = torch.randn(8, V, generator=torch.Generator().manual_seed(seed)).mul(1 + 2 * seed).to(dtype)
         check_drawn(cuda_kernel, logits, MIXED, torch.arange(8) * 77 + seed, torch.arange(8) + 5)
         assert torch.equal(sample(logits.to(cuda_kernel)).cpu(), logits.argmax(-1))
@@ -286,9 +286,9 @@ def test_the_cuda_kernel_draws_what_the_reference_draws(cuda_kernel, V, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_cuda_kernel_draws_what_the_reference_draws_at(cuda_kernel, settings, dtype):
-    logits = torch.randn(24, 50, generator=torch.Generator().manual_seed(3)).mul(2)
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(3)).mul(2)
     logits[:8] = logits[:8].round()
-    check_drawn(cuda_kernel, logits.to(dtype), each(24, *settings), torch.arange(24), torch.arange(24) * 3)
+    check_drawn(cuda_kernel, logits.to(dtype), each(16, *settings), torch.arange(16), torch.arange(16) * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -322,7 +322,7 @@ def test_the_cuda_kernel_finds_the_first_of_equals_across_blocks(cuda_kernel):
 
 @pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (1.5, 0, 0.8), (2.0, 4, 0.7)], ids=["all", "top-p", "both"])
 def test_the_cuda_kernels_tokens_follow_the_softmax_of_those_kept(cuda_kernel, settings):
-    draws = 4000 if cuda_kernel.type == "cuda" else 200  # the emulation takes milliseconds for one
+    draws = 4000 if cuda_kernel.type == "cuda" else 120  # the emulation takes 50 ms for one
     logits, number = DRAWN.to(cuda_kernel).expand(draws, -1), torch.arange(draws, device=cuda_kernel)
     drawn = sample(logits, each(draws, *settings, device=cuda_kernel), number * 0 + 5, number)
     assert chi_square(drawn, shares_kept(*settings)) < CHI_SQUARE

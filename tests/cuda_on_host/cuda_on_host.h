@@ -7,6 +7,8 @@
 // and is a piece of heap of its own, so that -fsanitize=address finds what is read past its end.
 //
 // `schedule` changes the order of the blocks and of the threads between barriers, which a right kernel does not notice.
+// `unfinished` is what the kernel before would still be writing: until a block has waited for that kernel the bytes are
+// 0xff, not a number, and what the block writes there is lost.
 #pragma once
 
 #include <ucontext.h>
@@ -31,10 +33,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ static
 #define __shared__ static
-#define __forceinline__ inline
-#define __restrict__
 #define __launch_bounds__(...)
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(cuda_on_host::dynamic_shared())
 
@@ -43,18 +42,8 @@ struct dim3 {
   constexpr dim3(unsigned columns = 1, unsigned rows = 1, unsigned layers = 1) : x(columns), y(rows), z(layers) {}
 };
 
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -64,7 +53,13 @@ constexpr unsigned LANES = 32;
 constexpr std::size_t STACK_BYTES = 256 * 1024;
 constexpr std::size_t MOST_SHARED_BYTES = 232448;  // a block's on sm_90
 
+struct Span {
+  void* begin;
+  std::size_t bytes;
+};
+
 inline unsigned schedule = 0;  // 0: blocks and threads in order; otherwise the seed of another order
+inline std::vector<Span> unfinished;
 
 template <class V, class Address>
 auto& aligned(Address* address) {
@@ -105,6 +100,7 @@ struct Block {
   void* sanitizer = nullptr;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
+  std::vector<std::vector<char>> finished;  // what `unfinished` will hold; empty when the block has waited
 };
 
 inline Block* block = nullptr;
@@ -216,6 +212,21 @@ inline void run_block(std::mt19937& random) {
   }
 }
 
+inline void hide_unfinished() {
+  for (const Span& span : unfinished) {
+    const char* const begin = static_cast<const char*>(span.begin);
+    block->finished.emplace_back(begin, begin + span.bytes);
+    std::memset(span.begin, 0xff, span.bytes);
+  }
+}
+
+inline void wait_for_previous_kernel() {
+  for (std::size_t i = block->finished.size(); i-- > 0;) {  // backwards, as spans may overlap
+    std::memcpy(unfinished[i].begin, block->finished[i].data(), unfinished[i].bytes);
+  }
+  block->finished.clear();
+}
+
 // kernel() by every thread of every block.
 inline void run(dim3 grid, dim3 threads, std::size_t shared_bytes, std::function<void()> kernel) {
   const std::size_t count = std::size_t{threads.x} * threads.y * threads.z;
@@ -228,7 +239,10 @@ inline void run(dim3 grid, dim3 threads, std::size_t shared_bytes, std::function
   running.kernel = std::move(kernel);
   running.fibers = std::vector<Fiber>(count);
   struct Cleared {
-    ~Cleared() { block = nullptr; }
+    ~Cleared() {
+      wait_for_previous_kernel();
+      block = nullptr;
+    }
   } cleared;
   block = &running;
   gridDim = grid;
@@ -254,8 +268,10 @@ inline void run(dim3 grid, dim3 threads, std::size_t shared_bytes, std::function
                     static_cast<unsigned>(index / grid.x / grid.y));
     running.shared.reset(new float[words]);
     std::fill_n(running.shared.get(), words, NAN);
+    hide_unfinished();
     run_block(random);
     if (running.failure) std::rethrow_exception(running.failure);
+    if (!running.finished.empty()) throw std::runtime_error("a block that did not wait for the kernel before");
   }
 }
 
@@ -284,14 +300,7 @@ inline int __syncthreads_count(int predicate) {
   const auto& values = cuda_on_host::meet_block(predicate != 0);
   return static_cast<int>(std::count(values.begin(), values.end(), 1u));
 }
-inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) > 0; }
-inline int __syncthreads_and(int predicate) {
-  return __syncthreads_count(predicate) == static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-}
-
-inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_host::meet_warp(mask, 0); }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <class V>
 V __shfl_sync(unsigned mask, V value, int source, int width = 32) {
@@ -306,91 +315,18 @@ V __shfl_xor_sync(unsigned mask, V value, int apart, int width = 32) {
   return cuda_on_host::shuffled(mask, value, source < lane / size * size + size ? source : lane);
 }
 
-template <class V>
-V __shfl_down_sync(unsigned mask, V value, unsigned apart, int width = 32) {
-  const unsigned size = static_cast<unsigned>(width), lane = cuda_on_host::lane();
-  return cuda_on_host::shuffled(mask, value, lane % size + apart < size ? lane + apart : lane);
-}
-
-template <class V>
-V __shfl_up_sync(unsigned mask, V value, unsigned apart, int width = 32) {
-  const unsigned size = static_cast<unsigned>(width), lane = cuda_on_host::lane();
-  return cuda_on_host::shuffled(mask, value, lane % size >= apart ? lane - apart : lane);
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const auto& values = cuda_on_host::meet_warp(mask, predicate != 0);
-  unsigned votes = 0;
-  for (unsigned lane = 0; lane < cuda_on_host::LANES; ++lane) {
-    if (mask >> lane & 1u) votes |= static_cast<unsigned>(values[lane]) << lane;
-  }
-  return votes;
-}
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
-
 template <class V, class W>
 V atomicAdd(V* address, W value) {
   const V before = *address;
   *address = static_cast<V>(before + static_cast<V>(value));
   return before;
 }
-template <class V, class W>
-V atomicMax(V* address, W value) {
-  const V before = *address;
-  *address = std::max(before, static_cast<V>(value));
-  return before;
-}
-template <class V, class W>
-V atomicMin(V* address, W value) {
-  const V before = *address;
-  *address = std::min(before, static_cast<V>(value));
-  return before;
-}
-template <class V, class W>
-V atomicOr(V* address, W value) {
-  const V before = *address;
-  *address = before | static_cast<V>(value);
-  return before;
-}
-template <class V, class W>
-V atomicExch(V* address, W value) {
-  const V before = *address;
-  *address = static_cast<V>(value);
-  return before;
-}
-template <class V>
-V atomicCAS(V* address, std::common_type_t<V> compared, std::common_type_t<V> value) {
-  const V before = *address;
-  if (before == compared) *address = value;
-  return before;
-}
-
 inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(cuda_on_host::as_word(value)); }
-inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
 inline float __uint_as_float(unsigned word) {
   float value;
   std::memcpy(&value, &word, sizeof value);
   return value;
 }
-inline float __int_as_float(int word) { return __uint_as_float(static_cast<unsigned>(word)); }
-inline int __popc(unsigned word) { return __builtin_popcount(word); }
-inline int __ffs(int word) { return __builtin_ffs(word); }
-inline int __clz(int word) { return word == 0 ? 32 : __builtin_clz(static_cast<unsigned>(word)); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
-}
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
-}
-template <class V>
-V __ldg(const V* address) {
-  return *address;
-}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
-inline float __expf(float value) { return std::exp(value); }
-inline float __logf(float value) { return std::log(value); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float value) { return 1.0f / value; }
 using std::max;
 using std::min;
