@@ -49,7 +49,8 @@ def cuda_architectures(nvcc: str) -> str:
     known = sorted(map(int, re.findall(r"^sm_(\d+)$", output_of(nvcc, "--list-gpu-code"), re.MULTILINE))) or [80, 90]
     reported = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     here = {10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", reported, re.MULTILINE)}
-    wanted = {number for number in here if number >= 80} if here else {80, 90, 100, 120}  # sm_86 and 89 run sm_80's code
+    # Without a GPU for all there are: sm_86 and sm_89 run the code of sm_80, sm_103 that of sm_100, sm_121 of sm_120.
+    wanted = {number for number in here if number >= 80} if here else {80, 90, 100, 120}
     code = [f"{number}a-real" if number == 90 else f"{number}-real" for number in sorted(wanted & set(known))]
     if not here or wanted - set(known):  # newer GPUs: their driver compiles PTX when it first loads a kernel
         code.append(f"{max(number for number in known if number <= max(wanted))}-virtual")

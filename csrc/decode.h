@@ -14,6 +14,8 @@ namespace bagel_rt {
 std::string cuda_error();
 
 // What decode_linear.py and decode_qkv.py share: y [B, N] = rms_norm(x) w^T; x [B, K], w [N, K], norm [K] or null.
+// On sm_90 and newer w and norm are read while kernels before it in the stream still run, so none of those may write
+// them: they are weights, not copies made for the call.
 struct Product {
   bool is_bfloat16;
   std::uintptr_t x, norm, w;
@@ -29,7 +31,8 @@ std::size_t normalised_bytes(const Product& product);
 void decode_linear(const Product& product, std::uintptr_t residual, bool swiglu, std::uintptr_t y,
                    std::uintptr_t stream);
 
-// Where decode_qkv puts what it made: query heads in q [B, Hq, D], key and value heads in slots of the caches [S, Hkv, D].
+// Where decode_qkv puts what it made: query heads in q [B, Hq, D], key and value heads in slots of the caches
+// [S, Hkv, D].
 struct Heads {
   int Hq, Hkv, D;
   std::uintptr_t bias, qk_norm;   // [(Hq + 2 Hkv) D], [Hq + Hkv, D]

@@ -119,8 +119,8 @@ __device__ float own_sum(const float (&sums)[ROWS][MOST]) {
 }
 
 // Call finish(row, sums, addend(row)) for every pair of rows of w that is this warp's: sums[r][b] is the product of row
-// `row` + r with row b of x, the same in all lanes. What is to be added is asked for first and used last. All warps of a
-// block call it equally often; for some, in the last round, row >= N.
+// `row` + r with row b of x, the same in all lanes. What is to be added is asked for first and used last. All warps of
+// a block call it equally often; for some, in the last round, row >= N.
 template <class T, int MOST, bool NORM, class Addend, class Finish>
 __device__ void multiply(const Matrices<T>& given, const Addend& addend, const Finish& finish) {
   DYNAMIC_SHARED(T, normed);
@@ -188,8 +188,8 @@ Matrices<T> matrices(const Product& product) {
 template <int MOST>
 using Rows = std::integral_constant<int, MOST>;
 
-// start(T{}, Rows<MOST>{}, NORM) for a product's type, its number of rows rounded up, and whether it has a norm. float32
-// is for small models and for comparison: fewer kernels, not the fastest.
+// start(T{}, Rows<MOST>{}, NORM) for a product's type, its number of rows rounded up, and whether it has a norm.
+// float32 is for small models and for comparison: fewer kernels, not the fastest.
 template <class Start>
 void dispatch(const Product& product, const Start& start) {
   const auto with_norm = [&](auto type, auto most) {

@@ -303,7 +303,7 @@ import sys
 from pathlib import Path
 import torch
 import cuda_on_host
-from bagel_rt.kernels import backend, decode_linear, decode_qkv, extension
+from bagel_rt.kernels import backend, decode_attention, decode_linear, decode_qkv, extension, sample
 extension.EXTENSION = cuda_on_host.load(Path(sys.argv[1]))
 backend.choose_backend("triton")
 for dtype in (torch.float32, torch.bfloat16):
@@ -316,6 +316,10 @@ for dtype in (torch.float32, torch.bfloat16):
         w, bias, qk_norm, caches = (torch.randn(*shape).to(dtype) for shape in shapes)
         tables = torch.randn(2, B, 16)
         decode_qkv(x, w[0], w, bias, qk_norm, *tables, torch.arange(B), *caches, 1e-6)
+    q, keys = torch.randn(2, 7, 16).to(dtype), torch.randn(2, 150, 1, 16).to(dtype)
+    bounds = torch.tensor([[0, 7], [150, 3]])
+    decode_attention(q, *keys, *bounds)
+    sample(torch.randn(2, 4099).to(dtype)[:, 1:], torch.tensor([[0.0, 0, 1], [1, 9, 0.5]]), *bounds)
 print("right")
 sys.stdout.flush()
 x, w, y = torch.randn(1, 64), torch.randn(4, 64), torch.randn(1, 8)

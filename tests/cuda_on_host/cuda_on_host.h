@@ -1,7 +1,7 @@
 // CUDA kernels as ordinary C++, to prove their arithmetic and their indices where there is no GPU.
 //
-// Each thread of a block is a fiber. A fiber runs until it needs the others, at a barrier or a shuffle, and goes on when
-// all whom it waits for are there. Blocks run one after another, on one thread of the host. What a GPU would leave
+// Each thread of a block is a fiber. A fiber runs until it needs the others, at a barrier or a shuffle, and goes on
+// when all whom it waits for are there. Blocks run one after another, on one thread of the host. What a GPU would leave
 // undefined is an error here: a barrier that some threads never reach, a shuffle that a lane of the mask does not
 // execute, a vector that is not aligned, more shared memory than a block may have. Dynamic shared memory begins as NaN
 // and is a piece of heap of its own, so that -fsanitize=address finds what is read past its end.
