@@ -37,8 +37,8 @@ def decode_linear_reference(x, w, norm, eps, residual, swiglu):
 def product(x, norm, w, eps):
     """``h w^T`` as the extension's kernels take it, and the tensors whose addresses it holds.
 
-    None if they do not: too many rows, rows that 16-byte loads cannot read, or more normalised rows than a block's
-    shared memory holds.
+    None if they do not: too many rows, rows that 16-byte loads cannot read, a norm that would have to be copied (it is
+    read before the copy need be done), or more normalised rows than a block's shared memory holds.
     """
     (B, K), N, size = x.shape, w.shape[0], x.itemsize
     if not (0 < B <= MAX_ROWS and N and K and K * size % 16 == 0 and w.stride(1) == 1 and w.stride(0) * size % 16 == 0):
@@ -46,7 +46,8 @@ def product(x, norm, w, eps):
     x = rows_contiguous(x)
     if x.stride(0) * size % 16:
         x = x.contiguous()
-    norm = None if norm is None else norm.contiguous()
+    if norm is not None and not norm.is_contiguous():
+        return None
     held = (x, w) if norm is None else (x, w, norm)
     if any(tensor.data_ptr() % 16 for tensor in held):
         return None
@@ -97,7 +98,8 @@ def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
 
     Args:
         x: [B, K], floating point; the kernel takes B <= 8 in float32 or bfloat16.
-        w: [N, K], dtype of ``x``; with ``swiglu`` rows alternate gate and up.
+        w: [N, K], dtype of ``x``; with ``swiglu`` rows alternate gate and up. On CUDA ``w`` and ``norm`` are read while
+            work queued before may still run, so none of that may write them.
         norm: [K], dtype of ``x``: the weight of an RMSNorm of ``x``; None multiplies ``x`` as it is.
         eps: of the norm, added to the mean square.
         residual: [B, N] like ``x``, added to the product.

@@ -172,6 +172,7 @@ def test_other_calls_are_composed_of_other_ops(extension_device, launches):
     check(x[:2, :36], w[:, :36].contiguous(), given["norm"][:36])  # rows of 72 bytes
     shifted = torch.cat([w.flatten()[:1], w.flatten()])[1:].view_as(w)
     check(x[:2], shifted)  # not aligned
+    check(x[:2], w, given["norm"].repeat_interleave(2)[::2])  # a norm that would have to be copied
     deep, wide, narrow = arguments(8, 16384, 2, device=extension_device)
     assert decode_linear(deep, wide, **narrow).shape == (8, 2)  # 256 KiB of normalised rows
     want = w.clone().requires_grad_()
