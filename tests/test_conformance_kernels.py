@@ -1,6 +1,7 @@
 """Recorded behaviour of the official code, with every op's Triton kernel: on a GPU, or in Triton's interpreter.
 
-A case of each kind, because the interpreter takes a minute for one.
+A case of each kind, because the interpreter takes a minute for one; and the autoencoder's kernel in one of them alone,
+because it takes longest.
 """
 
 import pytest
@@ -25,7 +26,9 @@ def bagel():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_case(bagel, case):
+def test_case(bagel, case, monkeypatch):
+    if DEVICE.type == "cpu" and case != CASES[0]:
+        monkeypatch.setattr("bagel_rt.kernels.group_norm.runs_kernel", lambda *_: False)
     report = run_case(bagel, PACK, PACK / "cases" / case)
     failed = [f"{c.name}: {c.error:.1e} > {c.tolerance:.0e} {c.note}" for c in report.comparisons if not c.passed]
     assert report.comparisons and not failed, "\n".join(failed)
