@@ -178,7 +178,10 @@ def test_ctrl_c_ends_the_work_with_130_and_no_file(tmp_path):
     out = tmp_path / "out.png"
     arguments = ["generate", "x", "-o", str(out), "--num-timesteps", "1000", "--progress", "--device", "cpu"]
     worker = subprocess.Popen(
-        [sys.executable, "-m", "bagel_rt.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "bagel_rt.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
     )
     seen = b""
     while b"image:" not in seen:
