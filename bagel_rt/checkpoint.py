@@ -218,12 +218,12 @@ def save_sharded(
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        with _appearing(folder / file_name) as file:
+        with appearing(folder / file_name) as file:
             _write_shard(file, shard)
         weight_map |= dict.fromkeys((planned.name for planned in shard), file_name)
     total = sum(planned.size for shard in shards for planned in shard)
     index = folder / f"{stem}.safetensors.index.json"
-    with _appearing(index) as file:
+    with appearing(index) as file:
         file.write(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode())
     return index
 
@@ -357,7 +357,7 @@ def _bytes(planned: _Planned):
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
+def appearing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that gets its name when it is complete, and never exists if it is not completed."""
     partial = path.with_name(path.name + ".partial")
     try:

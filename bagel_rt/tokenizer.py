@@ -184,6 +184,17 @@ class TextStream:
         return text[:cut]
 
 
+def qwen2_backend(model: models.BPE) -> tokenizers.Tokenizer:
+    """Qwen2's steps around a BPE: NFC, the split into words, and bytes as characters. No special tokens yet."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 def _special(backend: tokenizers.Tokenizer, name: str, source: Path | str) -> int:
     token = backend.token_to_id(name)
     if token is None:
@@ -202,14 +213,9 @@ def _read_whole(path: Path) -> tokenizers.Tokenizer:
 
 def _read_parts(vocab: Path, merges: Path, config: Path) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        backend = qwen2_backend(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # as above
         raise CheckpointError(f"{vocab} and {merges.name} are not a BPE vocabulary: {error}. {_REMEDY}.") from None
-    backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    backend.decoder = decoders.ByteLevel()
     for token, added in _added_tokens(config):
         backend.add_tokens([added])
         if backend.token_to_id(added.content) != token:

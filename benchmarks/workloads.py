@@ -12,7 +12,7 @@ import torch
 from bagel_rt.kernels import attention, group_norm, guided_step, linear, qk_norm_rope, rms_norm
 from bagel_rt.kernels.guidance import RENORMS
 from bagel_rt.plan import Plan, Segment, build_plan
-from bagel_rt.training import training_segments
+from bagel_rt.train.batch import training_segments
 from benchmarks.workload import (
     EPS,
     FEED_FORWARD,

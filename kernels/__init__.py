@@ -14,7 +14,9 @@ from bagel_rt.kernels.decode_qkv import decode_qkv
 from bagel_rt.kernels.group_norm import group_norm, group_norm_moments
 from bagel_rt.kernels.guidance import guided_step, guided_velocity
 from bagel_rt.kernels.linear import linear
+from bagel_rt.kernels.linear_backward import linear_backward
 from bagel_rt.kernels.norm import rms_norm
+from bagel_rt.kernels.norm_backward import rms_norm_backward
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope
 from bagel_rt.kernels.sample import sample
 
@@ -30,7 +32,9 @@ __all__ = [
     "guided_step",
     "guided_velocity",
     "linear",
+    "linear_backward",
     "qk_norm_rope",
     "rms_norm",
+    "rms_norm_backward",
     "sample",
 ]

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.compiler import is_compiling
 
 from bagel_rt.kernels import configs
+from bagel_rt.kernels.attention_batched import attention_batched
 from bagel_rt.kernels.attention_tiles import (
     MAX_BLOCK_ROWS,
     block_of_channels,
@@ -42,7 +43,7 @@ from bagel_rt.kernels.attention_tiles import (
     whole_tiles,
     wide_dtype,
 )
-from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.backend import runs_kernel, wants_gradient
 from bagel_rt.kernels.triton_language import INTERPRETED, dot, jit, tl, triton
 
 MAX_HEAD_DIM = 128
@@ -314,13 +315,14 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
     if blocks.dim() != 2 or blocks.shape[1] != 7 or blocks.dtype != torch.int32:
         raise ValueError(f"attention: blocks is {tuple(blocks.shape)} {blocks.dtype}, expected (n, 7) torch.int32")
     scale = check_scale("attention", scale, D)
-    differentiated = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
-    through_dispatcher = is_compiling() or differentiated
-    if return_lse or differentiated:
-        run = _attention_lse if through_dispatcher else _launch_lse
+    differentiated = wants_gradient(q, k_cache, v_cache)
+    if return_lse or (differentiated and (is_compiling() or runs_attention_kernel(q.detach()))):
+        run = _attention_lse if is_compiling() or differentiated else _launch_lse
         out, lse = run(q, k_cache, v_cache, limits, blocks, scale)
         return (out, lse) if return_lse else out
-    run = _attention if through_dispatcher else _launch
+    if differentiated:
+        return attention_batched(q, k_cache, v_cache, limits, blocks, scale)
+    run = _attention if is_compiling() else _launch
     return run(q, k_cache, v_cache, limits, blocks, scale)
 
 

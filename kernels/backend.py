@@ -92,7 +92,8 @@ def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = F
     """Whether an op given ``x`` (and ``others``) launches its Triton kernel; otherwise it runs its PyTorch reference.
 
     float64, for which there is no tensor core, goes to the reference unless ``float64`` says the kernel takes it. So do
-    tensors that want a gradient: PyTorch differentiates the reference.
+    tensors that want a gradient: PyTorch differentiates the reference. An op with a gradient of its own asks with
+    gradients off, and launches its kernel.
 
     Raises:
         RuntimeError: ``x`` is on another GPU than the current one, where kernels would be launched.

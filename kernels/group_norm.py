@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.compiler import is_compiling
 
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.backend import runs_kernel, wants_gradient
 from bagel_rt.kernels.triton_language import jit, tl, triton
 
 LARGEST_GROUP = 4096
@@ -37,17 +37,69 @@ def group_norm_moments_reference(x, groups, eps):
     return torch.stack([mean, torch.rsqrt(variance + eps)], dim=2)
 
 
+def affine_of_moments(moments, weight, bias):
+    """(scale, shift) of each channel, [B, C] in the moments' dtype: normalising x is x * scale + shift."""
+    mean, inverse = moments.repeat_interleave(len(weight) // moments.shape[1], dim=1).unbind(2)
+    scale = inverse * weight
+    return scale, bias - mean * scale
+
+
 def group_norm_reference(x, weight, bias, groups, eps, silu, moments=None):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`group_norm`."""
     if moments is None and x.is_contiguous():
         y = torch.group_norm(x, groups, weight, bias, eps)  # of channels-last maps it cancels: E[x^2] - E[x]^2
     else:
         moments = group_norm_moments_reference(x, groups, eps) if moments is None else moments
-        mean, inverse = moments.repeat_interleave(x.shape[1] // groups, dim=1).unbind(2)
-        scale = inverse * weight
-        shift = bias - mean * scale
+        scale, shift = affine_of_moments(moments, weight, bias)
         y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
     return F.silu(y, inplace=True) if silu else y
+
+
+class _Differentiated(torch.autograd.Function):
+    """The formula with its gradient, in PyTorch, for any device and dtype; scale and shift are of the dtype of x.
+
+    With n numbers in a group, x^ = (x - mean) / sqrt(var + eps), u = weight x^ + bias, y = silu(u):
+
+        du = dy silu'(u),   g = weight du,   dx = (g - sum(g) / n - x^ sum(g x^) / n) / sqrt(var + eps).
+
+    u is made again from x, which is all that is kept: one map in the place of the three that differentiating the
+    reference keeps, and in bfloat16 a training step of the autoencoder takes three quarters of the time.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        moments = group_norm_moments_reference(x, groups, eps)
+        ctx.save_for_backward(x, weight, bias, moments)
+        ctx.silu = silu
+        u = _affine(x, *affine_of_moments(moments, weight, bias))
+        return F.silu(u, inplace=True) if silu else u
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, moments = ctx.saved_tensors
+        groups, count = moments.shape[1], x[0].numel() // moments.shape[1]
+        scale, shift = affine_of_moments(moments, weight, bias)
+        du = torch.ops.aten.silu_backward(dy, _affine(x, scale, shift)) if ctx.silu else dy
+        mean, inverse = moments.repeat_interleave(x.shape[1] // groups, dim=1).unbind(2)
+        sums = du.sum((2, 3), dtype=moments.dtype)
+        sums_normed = ((du * x).sum((2, 3), dtype=moments.dtype) - mean * sums) * inverse  # of du x^
+
+        def group_mean(of_channels):
+            means = (of_channels * weight).unflatten(1, (groups, -1)).sum(2) / count
+            return means.repeat_interleave(x.shape[1] // groups, dim=1)
+
+        slope = -inverse.square() * group_mean(sums_normed)
+        dx = _affine(x, slope, -slope * mean - inverse * group_mean(sums)).addcmul_(du, _cells(scale, x))
+        return dx, sums_normed.sum(0).to(weight.dtype), sums.sum(0).to(bias.dtype), None, None, None
+
+
+def _cells(of_channels, x):
+    """[B, C] -> [B, C, 1, 1] in the dtype of ``x``."""
+    return of_channels.to(x.dtype)[:, :, None, None]
+
+
+def _affine(x, scale, shift):
+    return torch.addcmul(_cells(shift, x), x, _cells(scale, x))
 
 
 @jit
@@ -242,7 +294,7 @@ _group_norm_moments = torch.ops.bagel_rt.group_norm_moments.default
 
 
 def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
-    """Normalise the groups of channels of each picture.
+    """Normalise the groups of channels of each picture. Differentiable in x, weight and bias, and in moments.
 
     Args:
         x: [B, C, H, W], floating point; kernels take channels-last ones, also strips of rows of such.
@@ -270,6 +322,8 @@ def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
             raise ValueError(
                 f"group_norm: moments are {tuple(moments.shape)} {moments.dtype}, expected {shape} {dtype}"
             )
+    if moments is None and wants_gradient(x, weight, bias) and not is_compiling():
+        return _Differentiated.apply(x, weight, bias, groups, eps, silu)
     run = _group_norm if is_compiling() else _launch_group_norm
     return run(x, weight, bias, groups, eps, silu, moments)
 

@@ -14,7 +14,8 @@ Work: 2 T K N flops; traffic: both experts' weights once, x and y once.
 
 The kernel is one persistent launch over both experts: a tile of the output belongs to one of them and takes its weight
 by a choice between two descriptors (or pointers), once per tile. Tiles of ``und`` are spread evenly among those of
-``gen``, so that an expert of two rows, all weight traffic, streams while the other one, all arithmetic, computes.
+``gen``, so that an expert of two rows, all weight traffic, streams while the other one, all arithmetic, computes. The
+gradient is in :mod:`bagel_rt.kernels.linear_backward`.
 """
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch.compiler import is_compiling
 
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.backend import runs_kernel, wants_gradient
 from bagel_rt.kernels.triton_language import TensorDescriptor, descriptor_memory, dot, jit, tl, triton
 
 
@@ -244,7 +245,7 @@ _linear = torch.ops.bagel_rt.linear.default
 
 
 def linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
-    """Multiply packed rows, each with its expert's weight.
+    """Multiply packed rows, each with its expert's weight. Differentiable.
 
     Args:
         x: [T, K], floating point.
@@ -281,5 +282,19 @@ def linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, s
             raise ValueError(f"linear: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, N)} {dtype}")
     if swiglu and N % 2:
         raise ValueError(f"linear: swiglu pairs weight rows (gate, up), but there are {N} rows")
-    run = _linear if is_compiling() else _launch
+    differentiated = wants_gradient(x, w_gen, w_und, bias_gen, bias_und, residual)
+    if differentiated and swiglu:
+        return _differentiable_swiglu(x, w_gen, w_und, bias_gen, bias_und, G)
+    run = _linear if is_compiling() or differentiated else _launch
     return run(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
+
+
+def _differentiable_swiglu(x, w_gen, w_und, bias_gen, bias_und, G):
+    """Gates and ups are told apart in the weights, which are smaller than the products and need no strides then."""
+    half = w_gen.shape[0] // 2
+    parts = [
+        None if t is None else t.unflatten(0, (half, 2)).transpose(0, 1).flatten(0, 1)
+        for t in (w_gen, w_und, bias_gen, bias_und)
+    ]
+    gate, up = _linear(x, *parts, None, G, False).split_with_sizes((half, half), 1)
+    return F.silu(gate) * up

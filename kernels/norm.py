@@ -6,7 +6,7 @@ rounded to the input dtype *before* the weight, as in Qwen2 (Zhang & Sennrich 20
 transformers Qwen2RMSNorm).
 
 The kernel holds whole rows in registers: one row a program, a few if rows are narrow. Traffic: reads x and r, writes y
-and x + r, each [T, H]; memory-bound.
+and x + r, each [T, H]; memory-bound. The gradient is in :mod:`bagel_rt.kernels.norm_backward`.
 """
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.compiler import is_compiling
 
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.backend import runs_kernel, wants_gradient
 from bagel_rt.kernels.triton_language import jit, tl, triton
 
 
@@ -127,7 +127,7 @@ _add_rms_norm = torch.ops.bagel_rt.add_rms_norm.default
 
 
 def rms_norm(x, residual, w_gen, w_und, G, eps):
-    """Normalise packed rows, each with its expert's weight.
+    """Normalise packed rows, each with its expert's weight. Differentiable.
 
     Args:
         x: [T, H], floating point.
@@ -149,9 +149,11 @@ def rms_norm(x, residual, w_gen, w_und, G, eps):
         if w.shape != (H,) or w.dtype != x.dtype:
             raise ValueError(f"rms_norm: {name} is {tuple(w.shape)} {w.dtype}, expected {(H,)} {x.dtype}")
     if residual is None:
-        run = _rms_norm if is_compiling() else _launch_rms_norm
+        through_dispatcher = is_compiling() or wants_gradient(x, w_gen, w_und)
+        run = _rms_norm if through_dispatcher else _launch_rms_norm
         return run(x, w_gen, w_und, G, eps), x
     if residual.shape != shape or residual.dtype != x.dtype:
         raise ValueError(f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, H)} {x.dtype}")
-    run = _add_rms_norm if is_compiling() else _launch_add_rms_norm
+    through_dispatcher = is_compiling() or wants_gradient(x, residual, w_gen, w_und)
+    run = _add_rms_norm if through_dispatcher else _launch_add_rms_norm
     return run(x, residual, w_gen, w_und, G, eps)

@@ -11,7 +11,7 @@ as in GPT-NeoX and Qwen2). All of it in float32 (float64 for float64 rows), roun
 Values pass untouched. Keys and values of row r go to slot ``slots[r]`` of the caches; other slots stay as they are.
 
 One program of the kernel takes one row; every number is read once and written once. Traffic: reads qkv, writes q, k
-and v; memory-bound.
+and v; memory-bound. The gradient is in :mod:`bagel_rt.kernels.qk_norm_rope_backward`.
 """
 
 import torch
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch.compiler import is_compiling
 
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel
+from bagel_rt.kernels.backend import runs_kernel, wants_gradient
 from bagel_rt.kernels.norm import rows_contiguous, scale_rows_
+from bagel_rt.kernels.qk_norm_rope_backward import qk_norm_rope_backward
 from bagel_rt.kernels.triton_language import jit, tl, triton
 
 
@@ -136,11 +137,34 @@ def _fake(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
     return qkv.new_empty(qkv.shape[0], norm_gen.shape[0] - Hkv, D)
 
 
+class _Differentiable(torch.autograd.Function):
+    """The op with its gradient. Torch's registry takes no gradient of an op that writes to what it is given."""
+
+    @staticmethod
+    def forward(ctx, qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+        q = _launch(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+        ctx.save_for_backward(qkv, norm_gen, norm_und, cos, sin, slots)
+        ctx.numbers = (G, eps)
+        ctx.mark_dirty(k_cache, v_cache)
+        return q, k_cache, v_cache
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, norm_gen, norm_und, cos, sin, slots = ctx.saved_tensors
+        gradients = qk_norm_rope_backward(dq, dk, dv, qkv, norm_gen, norm_und, cos, sin, slots, *ctx.numbers)
+        before = [None, None]  # what was in the written slots no longer matters
+        if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
+            before = [grad.index_fill(0, slots, 0) for grad in (dk, dv)]
+        return *gradients, None, None, None, *before, None, None
+
+
 _qk_norm_rope = torch.ops.bagel_rt.qk_norm_rope.default
 
 
 def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
     """Normalise and rotate query and key heads; store keys and values in the cache.
+
+    Differentiable, also through the caches, if those are neither leaves that want a gradient nor views of others.
 
     Args:
         qkv: [T, (Hq + 2 Hkv) * D], floating point: query heads, key heads, value heads.
@@ -188,5 +212,7 @@ def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, 
             )
     if slots.shape != (T,) or slots.dtype != torch.int64:
         raise ValueError(f"qk_norm_rope: slots is {tuple(slots.shape)} {slots.dtype}, expected {(T,)} torch.int64")
+    if wants_gradient(qkv, norm_gen, norm_und, k_cache, v_cache):
+        return _Differentiable.apply(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)[0]
     run = _qk_norm_rope if is_compiling() else _launch
     return run(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from bagel_rt.conformance.training import sequence_mask
 from bagel_rt.pipeline import Bagel
 from bagel_rt.plan import build_plan
-from bagel_rt.training import (
-    TrainingBatch,
-    encode_padded,
-    flow_pair,
-    flow_timesteps,
-    latent_tokens,
-    training_losses,
-    training_segments,
-)
+from bagel_rt.train.batch import TrainingBatch, training_segments
+from bagel_rt.train.objective import encode_padded, flow_pair, flow_timesteps, latent_tokens, training_losses
 
 CHECKPOINT = Path(__file__).parent / "conformance" / "bagel" / "checkpoint"
 

@@ -1,7 +1,6 @@
-"""Conformance of the training forward: a recorded packed batch through the runtime's packed forward."""
+"""Conformance of a training step: a recorded packed batch forward and backward through the runtime's ops."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bagel_rt.config import BagelConfig
-from bagel_rt.conformance.compare import TOLERANCE, Comparison, compare
+from bagel_rt.conformance.compare import TOLERANCE, Comparison, agree, compare
 from bagel_rt.conversation import encode_patches
 from bagel_rt.images import image_to_tensor, to_rgb
 from bagel_rt.models.bagel.embed import position_ids
 from bagel_rt.plan import Plan, visibility
-from bagel_rt.training import TrainingBatch, encode_padded, latent_tokens, training_losses
+from bagel_rt.train.batch import TrainingBatch
+from bagel_rt.train.objective import encode_padded, latent_tokens, training_losses
+from bagel_rt.train.parameters import Parameters
 
 # Sample name -> its pictures: the letters of those the autoencoder encodes and of those the ViT sees, in packing order.
 # A pack records which pictures a batch was made of in prose only.
@@ -35,22 +36,25 @@ _INTEGERS = (
 )  # fmt: skip
 
 
-@torch.inference_mode()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
-    """Run the forward of a recorded training step; compare mask, hidden states, per-token losses and losses.
-
-    Recorded gradients are listed as not compared.
-    """
+    """Run a recorded training step; compare mask, hidden states, per-token losses, losses and gradients."""
     meta, golden = json.loads((case / "meta.json").read_text("utf-8")), load_file(case / "tensors.safetensors")
-    model, packing, inputs = bagel.model, meta["packing"], meta["inputs"]
-    config = model.config
+    packing, inputs = meta["packing"], meta["inputs"]
+    parameters = Parameters(bagel.model)
+    model, config = parameters.model(), bagel.model.config
     for_vae, for_vit = _pictures(config, pack, packing["samples"])
     grids = [tuple(side // config.latent_stride for side in picture.shape[1:]) for picture in for_vae]
     batch = _batch(golden, packing, for_vit)
     plan = batch.plan()
-    padded = encode_padded(model, for_vae, golden["vae_eps"])
+    with torch.no_grad():
+        padded = encode_padded(model, for_vae, golden["vae_eps"])
     latents = latent_tokens(padded, grids, config.latent_patch_size)
     losses = training_losses(model, batch, latents, golden["flow_noise"], inputs["timestep_shift"])
+    total = inputs["ce_weight"] * losses.ce + inputs["mse_weight"] * losses.mse
+    total.backward()
+    gradients = parameters.official_gradients()
 
     patches = [(content.rows, content.columns) for content in for_vit]
     every = -(-len(batch) // len(golden["last_hidden_rows"]))  # a pack stores every 7th row, or every 11th
@@ -62,12 +66,13 @@ def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
         "last_hidden_rows": losses.last_hidden[::every],
         "ce_per_token": losses.ce_per_token,
         "mse_per_token_channel_mean": losses.mse_per_token,
+        **{f"grad.{name}": gradient for name, gradient in gradients.items() if f"grad.{name}" in golden},
     }
     results = [compare(name, tensor, golden[name]) for name, tensor in found.items()]
     scalars = {
         "ce": losses.ce,
         "mse": losses.mse,
-        "total": inputs["ce_weight"] * losses.ce + inputs["mse_weight"] * losses.mse,
+        "total": total,
         "ce_reweighted": losses.ce_reweighted,
         "num_ce_tokens": torch.tensor(len(losses.ce_per_token)),
         "num_mse_tokens": torch.tensor(len(losses.mse_per_token)),
@@ -75,7 +80,9 @@ def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
     for name, want in meta["losses"].items():
         got = scalars.get(name)
         results.append(compare(f"losses.{name}", torch.empty(0) if got is None else got, torch.tensor(want)))
-    return results + _not_compared(golden, meta, {*found, "vae_eps", "flow_noise"})
+    results += _compare_norms(gradients, meta["grad_norms"])
+    left = sorted(name for name in set(golden) - {*found, "vae_eps", "flow_noise"} if not name.startswith("batch."))
+    return results + [Comparison(name, 1.0, TOLERANCE, False, "recorded, but nothing computes it") for name in left]
 
 
 def sequence_mask(plan: Plan) -> np.ndarray:
@@ -84,18 +91,19 @@ def sequence_mask(plan: Plan) -> np.ndarray:
     return visibility(plan)[inverse][:, plan.slots[inverse]]
 
 
-def _not_compared(golden: dict, meta: dict, used: set[str]) -> list[Comparison]:
-    """Lines for what was recorded and not looked at: gradients with the reason, anything else as a failure."""
-    reason = "not compared: gradients come with training"
-    results = []
-    for name in sorted(set(golden) - used):
-        if name.startswith("grad."):
-            results.append(Comparison(name, math.nan, TOLERANCE, True, reason))
-        elif not name.startswith("batch."):
-            results.append(Comparison(name, 1.0, TOLERANCE, False, "recorded, but nothing computes it"))
-    if "grad_norms" in meta:
-        name = f"grad_norms of {len(meta['grad_norms'])} parameters"
-        results.append(Comparison(name, math.nan, TOLERANCE, True, reason))
+def _compare_norms(gradients: dict[str, torch.Tensor], recorded: dict[str, float | None]) -> list[Comparison]:
+    """Norm of every parameter's gradient, relative to the recorded one.
+
+    A norm that is nothing beside the largest is relative to a millionth of that: a key's bias has no gradient, because
+    it adds the same to all scores of a softmax, and what was recorded of it is rounding.
+    """
+    norms = {name: norm for name, norm in recorded.items() if norm is not None}  # the others are not trained
+    least = max(norms.values()) * 1e-6
+    results = [agree("parameters with a gradient", sorted(gradients), sorted(norms))]
+    for name in sorted(gradients.keys() & norms.keys()):
+        error = abs(float(gradients[name].norm()) - norms[name]) / max(norms[name], least)
+        tolerance = TOLERANCE if norms[name] > least else 1.0
+        results.append(Comparison(f"grad_norms.{name}", error, tolerance, error <= tolerance))
     return results
 
 

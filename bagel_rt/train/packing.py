@@ -1,0 +1,322 @@
+"""Samples of texts and pictures -> a :class:`TrainingBatch`, packed as the official loader packs them.
+
+A sample is a list of parts. A text is framed by its two markers, a picture's tokens by the markers of an image:
+
+    part    rows             mode     RoPE positions   next part's position
+    Text    bos, ids, eos    causal   p, p + 1, ...    p + rows
+    ViT     markers, patches full     all p            p + 1
+    Clean   markers, latents full     all p            p + 1
+    Noised  markers, latents noise    all p            p        (its clean copy takes the same position)
+
+Frames of a video (``frame_delta``) are one split with one timestep; each frame advances the position by its delta.
+Conditions are dropped at random, so that the model learns the distributions that guidance subtracts: of a dropped text
+nothing is left, of a dropped picture its position. Timesteps are logit-normal, one draw a noised split: diffusion
+forcing (Chen et al. 2024, arXiv:2407.01392) where a sample has several.
+
+Sources: Deng et al. 2025 (arXiv:2505.14683) and the official BAGEL data packing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bagel_rt.config import BagelConfig
+from bagel_rt.models.bagel.embed import position_ids
+from bagel_rt.tokenizer import Tokenizer
+from bagel_rt.train.batch import TrainingBatch
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of the markers, named as in :class:`bagel_rt.tokenizer.Tokenizer`."""
+
+    bos: int
+    eos: int
+    start_of_image: int
+    end_of_image: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
+        """The markers of a tokenizer."""
+        return cls(*(getattr(tokenizer, name) for name in cls._fields))
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A text: ids without bos and eos, which packing adds. With ``loss`` every row but the last predicts the next."""
+
+    ids: Sequence[int]
+    loss: bool = False
+    droppable: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ViT:
+    """A picture for the understanding expert: patches [rows * columns, patch features], pixels in [-1, 1]."""
+
+    patches: torch.Tensor
+    rows: int
+    columns: int
+    droppable: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """A picture for the generation expert: latents [rows * columns, features], after scale and shift.
+
+    With ``frame_delta`` the next part is the video's next frame, that many positions later.
+    """
+
+    latents: torch.Tensor
+    rows: int
+    columns: int
+    droppable: bool = False
+    frame_delta: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """A picture to be generated: its clean latents [rows * columns, features]; the noise is drawn later.
+
+    With ``frame_delta`` the next part is the video's next frame, that many positions later, at the same timestep.
+    Later parts see a noised video, which the official packing labels "full", but no noised picture.
+    """
+
+    latents: torch.Tensor
+    rows: int
+    columns: int
+    frame_delta: int | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What is left of a dropped picture: its position."""
+
+
+Part = Text | ViT | Clean | Noised | Dropped
+Draw = Callable[[np.random.Generator], "Sample"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Parts in order. ValueError if a part's tensor does not fit its grid, or a video has no next frame."""
+
+    parts: Sequence[Part]
+
+    def __post_init__(self):
+        for number, part in enumerate(self.parts):
+            _check_part(number, part, self.parts[number + 1] if number + 1 < len(self.parts) else None)
+
+    def __len__(self) -> int:
+        """Rows that the sample takes in a batch."""
+        return sum(map(_rows, self.parts))
+
+
+class DropRates(NamedTuple):
+    """Probability of dropping each droppable part of a kind; defaults from Deng et al. 2025."""
+
+    text: float = 0.1
+    vit: float = 0.5
+    clean: float = 0.1
+
+
+def drop_conditions(sample: Sample, rates: DropRates, rng: np.random.Generator) -> Sample:
+    """The sample without some of its droppable parts, each dropped by itself; a video's frames are not droppable."""
+    probability = {Text: rates.text, ViT: rates.vit, Clean: rates.clean}
+    kept: list[Part] = []
+    for part in sample.parts:
+        if getattr(part, "droppable", False) and rng.random() < probability[type(part)]:
+            kept += [] if isinstance(part, Text) else [Dropped()]
+        else:
+            kept.append(part)
+    return replace(sample, parts=kept)
+
+
+def fill(draw: Draw, rates: DropRates, tokens: int, rng: np.random.Generator) -> list[Sample]:
+    """Samples for one batch: drawn, and conditions dropped, until they have at least ``tokens`` rows.
+
+    Raises:
+        ValueError: ``tokens`` is not positive, or a drawn sample has no rows.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}, must be at least 1")
+    samples, rows = [], 0
+    while rows < tokens:
+        samples.append(drop_conditions(draw(rng), rates, rng))
+        if not len(samples[-1]):
+            raise ValueError("a sample has no rows: give every sample a part that is not droppable")
+        rows += len(samples[-1])
+    return samples
+
+
+def noised_splits(samples: Sequence[Sample]) -> int:
+    """How many timesteps :func:`pack` needs: one for each noised picture or video."""
+    return sum(isinstance(part, Noised) and part.frame_delta is None for sample in samples for part in sample.parts)
+
+
+def pack(
+    samples: Sequence[Sample], config: BagelConfig, tokens: SpecialTokens, timesteps: torch.Tensor
+) -> tuple[TrainingBatch, torch.Tensor]:
+    """Pack samples into one batch.
+
+    Args:
+        samples: each with at least one row.
+        config: of the model: position tables and sizes of tokens.
+        tokens: the markers.
+        timesteps: floating [noised_splits(samples)], before sigmoid and shift; standard normal in training.
+
+    Returns:
+        The batch, with weights 1 / sqrt(targets of the text) for the reweighted cross-entropy; and the clean latents
+        of all its VAE tokens, [latents, features].
+
+    Raises:
+        ValueError: another number of timesteps, a grid larger than the model's table, or features of another size.
+    """
+    if timesteps.shape != (noised_splits(samples),):
+        raise ValueError(
+            f"timesteps is {tuple(timesteps.shape)}, the samples have {noised_splits(samples)} noised splits"
+        )
+    builder = _Builder(config, tokens, timesteps.tolist())
+    for number, sample in enumerate(samples):
+        if not len(sample):
+            raise ValueError(f"sample {number} has no rows; leave it out")
+        builder.add(sample)
+    return builder.batch()
+
+
+def _rows(part: Part) -> int:
+    if isinstance(part, Dropped):
+        return 0
+    return 2 + (len(part.ids) if isinstance(part, Text) else part.rows * part.columns)
+
+
+def _check_part(number: int, part: Part, following: Part | None) -> None:
+    if not isinstance(part, Part):
+        kinds = "Text, ViT, Clean, Noised or Dropped"
+        raise ValueError(f"part {number} is a {type(part).__name__}, must be a {kinds} of bagel_rt.train.packing")
+    if isinstance(part, ViT | Clean | Noised):
+        tensor = part.patches if isinstance(part, ViT) else part.latents
+        if part.rows < 1 or part.columns < 1 or tensor.dim() != 2 or len(tensor) != part.rows * part.columns:
+            raise ValueError(
+                f"part {number}, {type(part).__name__}, has a tensor of {tuple(tensor.shape)} for a grid of "
+                f"{part.rows} x {part.columns}; must be [rows * columns, features]"
+            )
+    if isinstance(part, Clean | Noised) and part.frame_delta is not None:
+        if type(following) is not type(part) or part.frame_delta < 0 or getattr(part, "droppable", False):
+            raise ValueError(
+                f"part {number}, {type(part).__name__}, has frame_delta {part.frame_delta}; it must not be negative, "
+                "the part not droppable, and its next frame must follow: a part of the same kind"
+            )
+
+
+class _Builder:
+    """The fields of a batch, growing by samples."""
+
+    def __init__(self, config: BagelConfig, tokens: SpecialTokens, timesteps: list[float]):
+        self.config, self.tokens, self.timesteps = config, tokens, iter(timesteps)
+        self.sample_lens, self.split_lens, self.modes, self.vit_lens = [], [], [], []
+        self.positions, self.text_rows, self.text_ids, self.vit_rows, self.vae_rows = [], [], [], [], []
+        self.target_rows, self.labels, self.weights = [], [], []
+        self.patches, self.latents, self.vit_ids, self.vae_ids, self.raws = [], [], [], [], []
+
+    def add(self, sample: Sample) -> None:
+        first, position = len(self.positions), 0
+        frame = None  # the timestep of the video whose next frame this is
+        for part in sample.parts:
+            if isinstance(part, Dropped):
+                position += 1
+            elif isinstance(part, Text):
+                position = self._add_text(part, position)
+            elif isinstance(part, ViT):
+                self._add_vit(part, position)
+                position += 1
+            else:
+                frame = self._add_latents(part, position, frame)
+                advance = part.frame_delta
+                position += isinstance(part, Clean) if advance is None else advance
+        self.sample_lens.append(len(self.positions) - first)
+
+    def _add_text(self, part: Text, position: int) -> int:
+        ids, start = [self.tokens.bos, *part.ids, self.tokens.eos], len(self.positions)
+        self.text_rows += range(start, start + len(ids))
+        self.text_ids += ids
+        self.positions += range(position, position + len(ids))
+        if part.loss:
+            targets = len(ids) - 1
+            self.target_rows += range(start, start + targets)
+            self.labels += ids[1:]
+            self.weights += [targets**-0.5] * targets
+        self._add_split(len(ids), "causal")
+        return position + len(ids)
+
+    def _add_vit(self, part: ViT, position: int) -> None:
+        self.vit_rows += self._frame(part, position)
+        self.vit_lens.append(part.rows * part.columns)
+        self.patches.append(part.patches)
+        self.vit_ids.append(self._ids(part, self.config.vit.max_patches_per_side))
+        self._add_split(_rows(part), "full")
+
+    def _add_latents(self, part: Clean | Noised, position: int, video: float | None) -> float | None:
+        """Returns the timestep for the next part if that is the next frame of the same video, else None."""
+        raw = video
+        if raw is None:
+            raw = next(self.timesteps) if isinstance(part, Noised) else -math.inf
+        self.vae_rows += self._frame(part, position)
+        self.raws += [raw] * (part.rows * part.columns)
+        self.latents.append(part.latents)
+        self.vae_ids.append(self._ids(part, self.config.max_latent_size))
+        if video is not None:
+            self.split_lens[-1] += _rows(part)
+        else:
+            still = isinstance(part, Noised) and part.frame_delta is None
+            self._add_split(_rows(part), "noise" if still else "full")
+        return None if part.frame_delta is None else raw
+
+    def _frame(self, part: ViT | Clean | Noised, position: int) -> range:
+        """Rows of a picture's own tokens, between its markers."""
+        start, end = len(self.positions), len(self.positions) + _rows(part) - 1
+        self.text_rows += [start, end]
+        self.text_ids += [self.tokens.start_of_image, self.tokens.end_of_image]
+        self.positions += [position] * _rows(part)
+        return range(start + 1, end)
+
+    def _ids(self, part: ViT | Clean | Noised, side: int) -> torch.Tensor:
+        return position_ids(part.rows, part.columns, side, self.config.interpolate_pos)
+
+    def _add_split(self, rows: int, mode: str) -> None:
+        self.split_lens.append(rows)
+        self.modes.append(mode)
+
+    def batch(self) -> tuple[TrainingBatch, torch.Tensor]:
+        """The batch and its clean latents."""
+
+        def integers(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64)
+
+        def joined(tensors: list[torch.Tensor], *empty: int, dtype=torch.float32) -> torch.Tensor:
+            return torch.cat([torch.empty(*empty, dtype=dtype), *tensors])
+
+        raws, vae_rows = torch.tensor(self.raws, dtype=torch.float32), integers(self.vae_rows)
+        batch = TrainingBatch(
+            sample_lens=self.sample_lens,
+            split_lens=self.split_lens,
+            attn_modes=self.modes,
+            packed_position_ids=integers(self.positions),
+            packed_text_indexes=integers(self.text_rows),
+            packed_text_ids=integers(self.text_ids),
+            packed_vit_token_indexes=integers(self.vit_rows),
+            packed_vit_position_ids=joined(self.vit_ids, 0, dtype=torch.int64),
+            packed_vit_tokens=joined(self.patches, 0, self.config.patch_features),
+            vit_token_seqlens=self.vit_lens,
+            packed_vae_token_indexes=vae_rows,
+            packed_latent_position_ids=joined(self.vae_ids, 0, dtype=torch.int64),
+            packed_timesteps=raws,
+            ce_loss_indexes=integers(self.target_rows),
+            packed_label_ids=integers(self.labels),
+            mse_loss_indexes=vae_rows[raws > -math.inf],
+            ce_loss_weights=torch.tensor(self.weights, dtype=torch.float32),
+        )
+        return batch, joined(self.latents, 0, self.config.latent_features)

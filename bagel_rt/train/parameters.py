@@ -1,0 +1,99 @@
+"""The trained parameters of a model: float32 leaves, and the model of another dtype that is made of them.
+
+A leaf is a tensor of :class:`bagel_rt.models.bagel.weights.BagelWeights`, fused as there, but for QK-norm: where the
+runtime repeats the official vector of [head_dim] for each head, the leaf has it once, or the heads would grow apart.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+
+import torch
+
+from bagel_rt.config import BagelConfig
+from bagel_rt.models.bagel.model import BagelModel
+
+FROZEN = {"latent_positions": "latent_pos_embed.pos_embed", "vit_positions": "vit_pos_embed.pos_embed"}
+"""Leaf -> official name of the sin-cos tables, which the official trainer does not train either."""
+
+
+class Parameters:
+    """Leaves that a model is made of.
+
+    Attributes:
+        leaves: name -> float32 (float64 of a float64 model) tensor on the model's device; it wants a gradient, unless
+            it is :data:`FROZEN`.
+    """
+
+    def __init__(self, model: BagelModel):
+        """Copies of the weights of ``model``."""
+        self._model = model
+        self._wide = torch.promote_types(model.dtype, torch.float32)
+        self.leaves: dict[str, torch.Tensor] = {}
+
+        def copy(name: str, tensor: torch.Tensor) -> None:
+            once = self._once(name, tensor).detach()
+            self.leaves[name] = once.to(self._wide, copy=True).contiguous().requires_grad_(name not in FROZEN)
+
+        _mapped(model.weights, copy)
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The leaves that want a gradient."""
+        return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
+
+    def model(self, leaves: Mapping[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> BagelModel:
+        """The model of ``leaves``, by default of these; gradients flow through it to them.
+
+        Args:
+            leaves: tensors of the same names and shapes, as of their average.
+            dtype: that it computes in; by default that of the leaves.
+        """
+        leaves, dtype = leaves or self.leaves, dtype or self._wide
+        weights = _mapped(self._model.weights, lambda name, _: self._repeated(name, leaves[name]).to(dtype))
+        return BagelModel(self._model.config, weights, self._model.vae, self._model.markers)
+
+    def official_gradients(self) -> dict[str, torch.Tensor]:
+        """Official name -> gradient of that tensor; without the tables that are :data:`FROZEN`."""
+        places = _mapped(self._model.weights, self._gradient).destinations(self.config)
+        return {
+            name: place.view.sum_to_size(place.shape) for name, place in places.items() if name not in FROZEN.values()
+        }
+
+    @property
+    def config(self) -> BagelConfig:
+        """The model's configuration."""
+        return self._model.config
+
+    def _once(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[[0, self.config.llm.num_heads]] if ".qk_norm." in name else tensor
+
+    def _repeated(self, name: str, leaf: torch.Tensor) -> torch.Tensor:
+        if ".qk_norm." not in name:
+            return leaf
+        heads = (self.config.llm.num_heads, self.config.llm.num_kv_heads)
+        return torch.cat([row.expand(count, -1) for row, count in zip(leaf, heads, strict=True)])
+
+    def _gradient(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """In the shape of the model's tensor; of repeated rows the first has all of it."""
+        gradient = self.leaves[name].grad
+        gradient = torch.zeros_like(self.leaves[name]) if gradient is None else gradient
+        if ".qk_norm." not in name:
+            return gradient
+        rows = gradient.new_zeros(like.shape)
+        rows[[0, self.config.llm.num_heads]] = gradient
+        return rows
+
+
+def _mapped(node, visit: Callable[[str, torch.Tensor], torch.Tensor | None], name: str = ""):
+    """A copy of ``node``, weights or a part of them, with ``visit(name, tensor)`` for every tensor."""
+    if isinstance(node, torch.Tensor):
+        return visit(name, node)
+    if is_dataclass(node):
+        keys = [field.name for field in fields(node)]
+        return type(node)(**{key: _mapped(getattr(node, key), visit, _joined(name, key)) for key in keys})
+    keys = getattr(node, "_fields", range(len(node)))
+    parts = [_mapped(part, visit, _joined(name, key)) for key, part in zip(keys, node, strict=True)]
+    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
+
+
+def _joined(name: str, key: str | int) -> str:
+    return f"{name}.{key}" if name else str(key)

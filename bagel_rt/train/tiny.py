@@ -1,0 +1,169 @@
+"""Train the small model of the world of shapes: ``python -m bagel_rt.train.tiny OUT``.
+
+Stages, each skipped where its results are in OUT, and resumed where it was stopped:
+
+    tokenizer/     a byte-level BPE of the world's texts
+    autoencoder/   trained on the world's pictures, then measured: scale and shift of its latents
+    latents/       posteriors of a pool of pictures
+    training/      of the model
+    model/         the model folder, in the official layout
+
+``curves.png`` and ``report.json`` (seconds of each stage, figures of the autoencoder, bytes of every file) tell of it.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from bagel_rt.checkpoint import appearing
+from bagel_rt.config import BagelConfig, VAEConfig
+from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.shapes.examples import texts
+from bagel_rt.tokenizer import Tokenizer
+from bagel_rt.train.autoencoder import AutoencoderSettings
+from bagel_rt.train.curves import draw_curves
+from bagel_rt.train.export import save_checkpoint
+from bagel_rt.train.packing import SpecialTokens
+from bagel_rt.train.tiny_autoencoder import load_autoencoder, save_autoencoder, train_autoencoder
+from bagel_rt.train.tiny_data import Shares, World, encode_pool
+from bagel_rt.train.tiny_model import initialize_, tiny_config
+from bagel_rt.train.tokenizer import learn_tokenizer, write_tokenizer
+from bagel_rt.train.trainer import Trainer, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the model.
+
+    Attributes:
+        texts: that the tokenizer is learnt on.
+        vocabulary: its size at most.
+        vae: shape of the autoencoder.
+        autoencoder: its training.
+        measured: pictures that scale and shift of its latents, and its reconstructions, are measured on.
+        pool: examples whose pictures are encoded once.
+        shares: of the tasks in training.
+        widths: of the model, as :func:`tiny_config` takes them.
+        training: of the model.
+        seed: of texts, pool and weights; the settings have their own.
+    """
+
+    texts: int = 20_000
+    vocabulary: int = 600
+    vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1)
+    autoencoder: AutoencoderSettings = AutoencoderSettings(steps=8000)
+    measured: int = 512
+    pool: int = 9_000
+    shares: Shares = field(default_factory=Shares)
+    widths: dict[str, int] = field(default_factory=dict)
+    training: TrainingSettings = TrainingSettings(
+        steps=16_000, tokens=2048, warmup_steps=200, decay_steps=4_000, bfloat16=True
+    )
+    seed: int = 0
+
+
+class Run:
+    """A recipe carried out in a folder."""
+
+    def __init__(self, folder: Path, recipe: Recipe, progress: bool = True):
+        self.folder, self.recipe, self.progress = folder, recipe, progress
+
+    def run(self, seconds: float | None = None) -> bool:
+        """Carry on until all is done (True) or ``seconds`` are over (False)."""
+        start = time.monotonic()
+        for stage in (self._tokenizer, self._autoencoder, self._latents, self._model):
+            began = time.monotonic()
+            left = None if seconds is None else max(0.0, seconds - (began - start))
+            try:
+                done = stage(left)
+            finally:
+                self._report(stage.__name__.strip("_"), time.monotonic() - began)
+            if not done:
+                return False
+        return True
+
+    def _tokenizer(self, seconds: float | None) -> bool:
+        folder, rng = self.folder / "tokenizer", np.random.default_rng(self.recipe.seed)
+        if not (folder / "generation_config.json").exists():  # the last one that is written
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tokenizer(folder, learn_tokenizer(texts(rng, self.recipe.texts), self.recipe.vocabulary))
+        return True
+
+    def _autoencoder(self, seconds: float | None) -> bool:
+        recipe = self.recipe
+        return train_autoencoder(
+            self.folder / "autoencoder", recipe.vae, recipe.autoencoder, recipe.measured, seconds, self.progress
+        )
+
+    def _latents(self, seconds: float | None) -> bool:
+        autoencoder = load_autoencoder(self.folder / "autoencoder", self.recipe.vae)
+        return encode_pool(
+            autoencoder, self.folder / "latents", self.recipe.pool, self.recipe.seed, seconds, self.progress
+        )
+
+    def _model(self, seconds: float | None) -> bool:
+        recipe, tokenizer = self.recipe, Tokenizer.from_folder(self.folder / "tokenizer")
+        model = untrained_model(recipe, tokenizer, self.folder / "autoencoder")
+        world = World(model.config, tokenizer, self.folder / "latents", recipe.pool, recipe.seed, recipe.shares)
+        trainer = Trainer(model, SpecialTokens.of(tokenizer), world.draw, recipe.training, self.folder / "training")
+        if not trainer.run(seconds, self.progress):
+            return False
+        trained, folder = trainer.averaged(), self.folder / "model"
+        save_checkpoint(trained, folder, self.folder / "tokenizer")
+        save_autoencoder(trained.vae, folder / "ae.safetensors")  # in the place of a float32 one of twice the size
+        return True
+
+    def _report(self, stage: str, seconds: float) -> None:
+        """Add a stage's time to ``report.json``, bring its figures up to date, and draw the curves."""
+        file, measured = self.folder / "report.json", self.folder / "autoencoder" / "ae.json"
+        report = json.loads(file.read_text()) if file.exists() else {"recipe": repr(self.recipe), "seconds": {}}
+        report["seconds"][stage] = round(report["seconds"].get(stage, 0.0) + seconds, 1)
+        if measured.exists():
+            report["autoencoder"] = json.loads(measured.read_text())
+        report["bytes"] = {path.name: path.stat().st_size for path in sorted(self.folder.glob("model/*"))}
+        with appearing(file) as partial:
+            partial.write(json.dumps(report, indent=2).encode())
+        draw_curves(self.folder / "curves.png", _curves(self.folder))
+
+
+def untrained_model(recipe: Recipe, tokenizer: Tokenizer, autoencoder: Path) -> BagelModel:
+    """The model before training, float32 on the CPU, with the trained autoencoder of that folder."""
+    vae = load_autoencoder(autoencoder, recipe.vae)
+    config: BagelConfig = tiny_config(len(tokenizer), vae.config, **recipe.widths)
+    markers = (tokenizer.start_of_image, tokenizer.end_of_image)
+    model = BagelModel.allocate(config, markers, torch.device("cpu"), torch.float32)
+    model.vae.load_state_dict(vae.state_dict())
+    initialize_(model, recipe.seed)
+    return model
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every positive number in the logs of the two trainings, by stage and name."""
+    curves = {}
+    for stage in ("autoencoder", "training"):
+        log = folder / stage / "log.jsonl"
+        for line in log.read_text().splitlines() if log.exists() else ():
+            entry = json.loads(line)
+            for name, value in entry.items():
+                if name != "step" and isinstance(value, float) and value > 0:
+                    curves.setdefault(f"{stage}: {name}", []).append((entry["step"], value))
+    return curves
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the run; made if it is not there, carried on if it is.")],
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many; the same command carries on.")] = None,
+) -> None:
+    """Train the small model of the world of shapes."""
+    done = Run(out, Recipe()).run(None if minutes is None else 60 * minutes)
+    typer.echo(f"the model is in {out / 'model'}" if done else f"stopped; carry on with the same command on {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,192 @@
+"""The data of the small model: tasks of the world of shapes, as the samples that its runtime would make of them.
+
+    generate    text                                   -> the picture, noised
+    edit        picture (clean latents, ViT), text     -> the picture after the edit, noised
+    ask         picture (ViT), question                -> the answer, with loss
+
+A picture's posterior is encoded once and kept on disk; its latents are sampled anew at each use. Questions and captions
+are made anew too, instructions belong to a pair of pictures.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+
+from bagel_rt.checkpoint import appearing
+from bagel_rt.config import BagelConfig
+from bagel_rt.images import image_to_tensor
+from bagel_rt.models.bagel.embed import patchify
+from bagel_rt.models.bagel.vae import AutoEncoder
+from bagel_rt.shapes.examples import Example, make_example
+from bagel_rt.shapes.language import caption
+from bagel_rt.shapes.render import render
+from bagel_rt.shapes.scene import Scene, pick
+from bagel_rt.tokenizer import Tokenizer
+from bagel_rt.train.packing import Clean, Noised, Sample, Text, ViT
+from bagel_rt.train.tiny_model import SIDE
+
+_SHARD = 512  # examples of a file of posteriors
+_PICTURES = 4  # encoded together: more leave a CPU's cache
+
+
+def pool_example(seed: int, index: int) -> Example:
+    """The ``index``-th example of the pool, a function of the seed: two of three are edits, the others scenes."""
+    rng = np.random.default_rng((seed, index))
+    return make_example(rng, "generate" if index % 3 == 0 else "edit", "train")
+
+
+def pictures_of(example: Example) -> list[Scene]:
+    """What there is to encode of an example, in order."""
+    return [scene for scene in (example.before, example.after) if scene is not None]
+
+
+@torch.inference_mode()
+def encode_pool(
+    autoencoder: AutoEncoder, folder: Path, size: int, seed: int, seconds: float | None = None, progress: bool = True
+) -> bool:
+    """Write the posteriors of the pool's pictures; files that are there are left alone.
+
+    Args:
+        autoencoder: float32.
+        folder: made if it is not there.
+        size: examples of the pool.
+        seed: of the pool.
+        seconds: after which it stops; called again it carries on.
+        progress: show a bar on stderr.
+
+    Returns:
+        Whether all are there.
+    """
+    stop = time.monotonic() + (math.inf if seconds is None else seconds)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=size, unit="example", desc="latents", disable=not progress) as bar:
+        for number, file in enumerate(_shard_files(folder, size)):
+            indexes = range(number * _SHARD, min((number + 1) * _SHARD, size))
+            if not file.exists():
+                if time.monotonic() > stop:
+                    return False
+                scenes = [scene for index in indexes for scene in pictures_of(pool_example(seed, index))]
+                with appearing(file) as partial:
+                    partial.write(save({"posterior": encode_scenes(autoencoder, scenes)}))
+            bar.update(len(indexes))
+    return True
+
+
+def encode_scenes(autoencoder: AutoEncoder, scenes: Sequence[Scene]) -> torch.Tensor:
+    """Mean and standard deviation of each scene's posterior, float16 [n, 2, z, h, w], neither shifted nor scaled."""
+    posteriors = []
+    for first in range(0, len(scenes), _PICTURES):
+        pixels = torch.stack([pixels_of(scene) for scene in scenes[first : first + _PICTURES]])
+        mean, logvar = autoencoder.moments(pixels)
+        posteriors.append(torch.stack([mean, torch.exp(logvar / 2)], dim=1).half())
+    return torch.cat(posteriors)
+
+
+def pixels_of(scene: Scene) -> torch.Tensor:
+    """[3, SIDE, SIDE] in [-1, 1]."""
+    return image_to_tensor(render(scene, SIDE))
+
+
+class Shares(NamedTuple):
+    """How often each task is drawn, in proportion."""
+
+    generate: float = 5
+    edit: float = 3
+    ask: float = 2
+
+
+class World:
+    """Samples of the training split. ``world.draw`` makes one from a generator and from nothing else."""
+
+    def __init__(self, config: BagelConfig, tokenizer: Tokenizer, folder: Path, size: int, seed: int, shares: Shares):
+        """
+        Args:
+            config: of the model; its autoencoder's scale and shift are applied here.
+            tokenizer: of the model.
+            folder, size, seed: as given to :func:`encode_pool`.
+            shares: of the tasks.
+
+        Raises:
+            ValueError: the folder holds another pool.
+        """
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self._limits = np.cumsum(shares) / sum(shares)
+        self._posteriors = torch.cat([load_file(file)["posterior"] for file in _shard_files(folder, size)])
+        # Example i has its pictures from row _rows[i] on.
+        self._rows = np.cumsum([0, *(len(pictures_of(pool_example(seed, index))) for index in range(size))])
+        if self._rows[-1] != len(self._posteriors):
+            raise ValueError(
+                f"{folder} holds {len(self._posteriors)} posteriors, but {size} examples of seed {seed} have "
+                f"{self._rows[-1]} pictures: remove the folder, so that it is made anew"
+            )
+        self._edits = [index for index in range(size) if self._rows[index + 1] - self._rows[index] == 2]
+
+    def draw(self, rng: np.random.Generator) -> Sample:
+        """One sample of a random task."""
+        tasks = (self.generate, self.edit, self.ask)
+        return tasks[int(np.searchsorted(self._limits, rng.random(), side="right"))](rng)
+
+    def generate(self, rng: np.random.Generator) -> Sample:
+        """A new caption of any of the pool's pictures."""
+        row = int(rng.integers(len(self._posteriors)))
+        index = int(np.searchsorted(self._rows, row, side="right")) - 1
+        scene = pictures_of(pool_example(self.seed, index))[row - self._rows[index]]
+        return generate_sample(self._ids(caption(rng, scene)[0]), self._latents(row, rng))
+
+    def edit(self, rng: np.random.Generator) -> Sample:
+        """Any of the pool's edits."""
+        index = pick(rng, self._edits)
+        row, example = self._rows[index], pool_example(self.seed, index)
+        before, after = self._latents(row, rng), self._latents(row + 1, rng)
+        return edit_sample(before, self._patches(example.before), self._ids(example.text), after)
+
+    def ask(self, rng: np.random.Generator) -> Sample:
+        """A new question about a new picture."""
+        example = make_example(rng, "ask", "train")
+        return ask_sample(self._patches(example.before), self._ids(example.text), self._ids(example.answer))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def _patches(self, scene: Scene) -> torch.Tensor:
+        return patchify(pixels_of(scene), self.config.vit.patch_size)
+
+    def _latents(self, row: int, rng: np.random.Generator) -> torch.Tensor:
+        """Tokens of a sample of a posterior, after shift and scale."""
+        vae = self.config.vae
+        mean, deviation = self._posteriors[row].float()
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32))
+        latent = (mean + deviation * noise - vae.shift_factor) * vae.scale_factor
+        return patchify(latent, self.config.latent_patch_size)
+
+
+def generate_sample(text: Sequence[int], picture: torch.Tensor) -> Sample:
+    """A text, and the picture to be generated: ids without frame, latent tokens [n * n, features]."""
+    return Sample([Text(text, droppable=True), Noised(picture, *_grid(picture))])
+
+
+def edit_sample(before: torch.Tensor, patches: torch.Tensor, text: Sequence[int], after: torch.Tensor) -> Sample:
+    """A picture, as latent tokens and as ViT patches, an instruction, and the picture to be generated."""
+    shown = [Clean(before, *_grid(before), droppable=True), ViT(patches, *_grid(patches), droppable=True)]
+    return Sample([*shown, Text(text, droppable=True), Noised(after, *_grid(after))])
+
+
+def ask_sample(patches: torch.Tensor, question: Sequence[int], answer: Sequence[int]) -> Sample:
+    """A picture as ViT patches, a question, and the answer to be written."""
+    return Sample([ViT(patches, *_grid(patches)), Text(question), Text(answer, loss=True)])
+
+
+def _grid(tokens: torch.Tensor) -> tuple[int, int]:
+    """(rows, columns) of a square picture."""
+    return math.isqrt(len(tokens)), math.isqrt(len(tokens))
+
+
+def _shard_files(folder: Path, size: int) -> list[Path]:
+    return [folder / f"pool-{start:06}.safetensors" for start in range(0, size, _SHARD)]

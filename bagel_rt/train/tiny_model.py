@@ -1,0 +1,77 @@
+"""The small model of the world of shapes: its sizes, and its weights before training."""
+
+import math
+
+import torch
+
+from bagel_rt.config import BagelConfig, TransformerConfig, VAEConfig, ViTConfig
+from bagel_rt.images import ResizeRule
+from bagel_rt.models.bagel.embed import sincos_table
+from bagel_rt.models.bagel.model import BagelModel
+
+SIDE = 128  # pixels of a picture
+_GRID = 8  # tokens of a picture per side, of the ViT and of the latents
+_INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")  # modules whose outputs are added up, layer by layer
+
+
+def tiny_config(
+    vocabulary: int, vae: VAEConfig, hidden: int = 192, layers: int = 6, vit_hidden: int = 128, vit_layers: int = 3
+) -> BagelConfig:
+    """The configuration for pictures of 128 x 128 pixels: a token is 16 x 16 of them, for either expert.
+
+    Args:
+        vocabulary: tokens of the tokenizer; rounded up to a multiple of 8.
+        vae: of downsample 8, its scale and shift measured.
+        hidden, layers: of the transformer; heads of 32, three query heads for each KV head.
+        vit_hidden, vit_layers: of the vision tower; heads of 32.
+    """
+    rule = ResizeRule(SIDE, SIDE, SIDE // _GRID)  # the one size that it learns
+    return BagelConfig(
+        llm=TransformerConfig(
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=hidden // 32,
+            num_kv_heads=hidden // 96,
+            head_dim=32,
+            intermediate_size=2 * hidden,
+            vocab_size=-(-vocabulary // 8) * 8,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=4096,
+        ),
+        vit=ViTConfig(
+            hidden_size=vit_hidden,
+            num_layers=vit_layers,
+            num_heads=vit_hidden // 32,
+            intermediate_size=2 * vit_hidden,
+            patch_size=SIDE // _GRID,
+            max_patches_per_side=_GRID,
+        ),
+        vae=vae,
+        max_latent_size=_GRID,
+        vae_transform=rule,
+        vit_transform=rule,
+    )
+
+
+@torch.no_grad()
+def initialize_(model: BagelModel, seed: int) -> None:
+    """Fill all but the autoencoder with the values from which training starts.
+
+    Norms are 1, biases 0, matrices normal of deviation 1 / sqrt(inputs); those whose outputs are added to the residual
+    stream are smaller by sqrt(2 layers) (Radford et al. 2019). The velocity starts at 0, as officially.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, place in model.destinations()["ema"].items():
+        *_, module, kind = name.split(".")
+        if kind == "pos_embed":
+            place.view.copy_(sincos_table(place.shape[1], math.isqrt(place.shape[0])))
+        elif kind == "bias" or module == "llm2vae":
+            place.view.zero_()
+        elif len(place.shape) == 1:
+            place.view.fill_(1.0)
+        else:
+            layers = model.config.vit.num_layers if name.startswith("vit_model") else model.config.llm.num_layers
+            scale = 1 / math.sqrt(2 * layers) if module.removesuffix("_moe_gen") in _INTO_RESIDUAL else 1.0
+            values = torch.randn(place.shape, generator=generator) * (scale / math.sqrt(math.prod(place.shape[1:])))
+            place.view.copy_(values)

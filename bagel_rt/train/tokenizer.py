@@ -1,0 +1,97 @@
+"""A byte-level BPE learnt on given texts, written as the files of Qwen2's tokenizer.
+
+The vocabulary begins with the 256 bytes, goes on with the merges in the order in which they were learnt (Sennrich et
+al. 2016, arXiv:1508.07909), and ends with Qwen2's special tokens in their order.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
+
+from bagel_rt.tokenizer import qwen2_backend
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+"""Qwen2.5's, in the order of their ids."""
+
+_SMALLEST = 256 + len(SPECIAL_TOKENS)
+
+
+def learn_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """Learn a tokenizer of at most ``size`` tokens, special ones included.
+
+    It has fewer where the texts hold no pair of tokens that occurs twice any more.
+
+    Args:
+        texts: what it is to spell in few tokens. Their order plays no part.
+        size: at least 270: the bytes and the special tokens.
+
+    Raises:
+        ValueError: a smaller size.
+    """
+    if size < _SMALLEST:
+        raise ValueError(f"size is {size}; allowed: at least {_SMALLEST}, the bytes and the special tokens")
+    backend = qwen2_backend(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
+    return backend
+
+
+def write_tokenizer(folder: Path | str, backend: tokenizers.Tokenizer) -> None:
+    """Write ``vocab.json``, ``merges.txt``, ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json``.
+
+    Args:
+        folder: exists.
+        backend: as :func:`learn_tokenizer` returns it.
+    """
+    folder = Path(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    backend.model.save(str(folder))  # vocab.json and merges.txt
+    ids = {name: backend.token_to_id(name) for name in SPECIAL_TOKENS}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(token): {"content": name, **flags} for name, token in ids.items()},
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    generation = {
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+        "pad_token_id": ids["<|endoftext|>"],
+        "do_sample": False,
+    }
+    for name, content in (("tokenizer_config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,255 @@
+"""The training loop: a step is a function of the seed, its number and the state, so that a run can stop anywhere.
+
+The data of step n is drawn from generators that are seeded with (seed, n). What a step changes is the weights, their
+average, the optimizer's moments and the step's number, and these are what is saved: a resumed run goes on as if it had
+not been stopped.
+
+AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101), with the official trainer's betas, epsilon and no decay of weights.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bagel_rt.config import CheckpointError
+from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.train.batch import TrainingBatch
+from bagel_rt.train.objective import Losses, training_losses
+from bagel_rt.train.packing import Draw, DropRates, SpecialTokens, fill, noised_splits, pack
+from bagel_rt.train.parameters import Parameters
+from bagel_rt.train.state import load_state, save_state
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_LIMITS = {  # of settings: (least, most, whether the least is allowed)
+    "steps": (1, float("inf"), True),
+    "tokens": (1, float("inf"), True),
+    "learning_rate": (0, float("inf"), False),
+    "warmup_steps": (0, float("inf"), True),
+    "decay_steps": (0, float("inf"), True),
+    "clip": (0, float("inf"), False),
+    "ema": (0, 1, True),
+    "ce_weight": (0, float("inf"), True),
+    "mse_weight": (0, float("inf"), True),
+    "timestep_shift": (0, float("inf"), False),
+    "seed": (0, float("inf"), True),
+}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What decides a run, beside model and data.
+
+    Attributes:
+        steps: of the whole run.
+        tokens: rows of a packed batch, at least.
+        learning_rate: the largest.
+        warmup_steps: in which the rate grows linearly from 0.
+        decay_steps: the last ones, in which it falls linearly to 0.
+        clip: largest global norm of the gradient.
+        ema: decay of the average of the weights, a step; while there are few steps, less: (1 + step) / (10 + step).
+        ce_weight, mse_weight: of the two losses in the total.
+        timestep_shift: s in t = s u / (1 + (s - 1) u).
+        drop: probabilities of dropping conditions.
+        seed: of everything that is drawn.
+        bfloat16: the forward and its gradient are computed in bfloat16; weights, moments and losses stay float32.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    steps: int
+    tokens: int = 4096
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    clip: float = 1.0
+    ema: float = 0.999
+    ce_weight: float = 1.0
+    mse_weight: float = 1.0
+    timestep_shift: float = 1.0
+    drop: DropRates = DropRates()
+    seed: int = 0
+    bfloat16: bool = False
+
+    def __post_init__(self):
+        for name, (least, most, inclusive) in _LIMITS.items():
+            value = getattr(self, name)
+            if not (least <= value <= most) or (value == least and not inclusive):
+                most = "" if most == float("inf") else f" and at most {most}"
+                raise ValueError(f"{name} is {value}, must be {'at least' if inclusive else 'above'} {least}{most}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of the step with this number, from 0 on."""
+        warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        left = min(1.0, (self.steps - step) / max(self.decay_steps, 1)) if self.decay_steps else 1.0
+        return self.learning_rate * warm * max(left, 0.0)
+
+    def ema_at(self, step: int) -> float:
+        """Decay of the average after the step with this number, from 0 on."""
+        return min(self.ema, (1 + step) / (10 + step))
+
+
+class Trainer:
+    """A run in a folder: ``state.safetensors`` (resumed from if it is there) and ``log.jsonl``, a line a step.
+
+    Attributes:
+        step: steps done.
+        parameters: the weights being trained.
+    """
+
+    def __init__(
+        self, model: BagelModel, tokens: SpecialTokens, draw: Draw, settings: TrainingSettings, folder: str | Path
+    ):
+        """
+        Args:
+            model: where training starts; not changed. Its autoencoder is not used.
+            tokens: the markers of texts and pictures.
+            draw: makes one sample from a generator, and from nothing else; called in order, in one thread.
+            settings: of the run; a resumed run may only have other ``steps`` and ``decay_steps``.
+            folder: made if it is not there.
+
+        Raises:
+            CheckpointError: the folder holds the state of a run of another model or other settings.
+        """
+        self.settings, self.tokens, self.draw, self.folder = settings, tokens, draw, Path(folder)
+        self.parameters, self.step = Parameters(model), 0
+        self._updating = False  # whether some of what a step changes is changed and some is not
+        self._trained = self.parameters.trained()
+        self._average = {name: leaf.detach().clone() for name, leaf in self._trained.items()}
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(), lr=0.0, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=True
+        )
+        self._moments = self._allocate_moments()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = self.folder / "log.jsonl"
+        if (self.folder / "state.safetensors").exists():
+            self._resume()
+
+    def run(self, seconds: float | None = None, progress: bool = True, save_every: float = 300.0) -> bool:
+        """Train until all steps are done or the time is over; the state is saved then, every so often, and on Ctrl-C.
+
+        Args:
+            seconds: time after which no further step is begun; by default there is no end to it.
+            progress: show a bar on stderr.
+            save_every: seconds between saves.
+
+        Returns:
+            Whether all steps are done.
+        """
+        begun = saved = time.monotonic()
+        bar = tqdm(total=self.settings.steps, initial=self.step, desc="training", unit="step", disable=not progress)
+        self._shorten_log()
+        try:
+            with bar, open(self._log, "a", encoding="utf-8") as log:
+                while self.step < self.settings.steps and (seconds is None or time.monotonic() - begun < seconds):
+                    record = self.train_step()
+                    log.write(json.dumps(record) + "\n")
+                    bar.update()
+                    bar.set_postfix(ce=f"{record['ce']:.3f}", mse=f"{record['mse']:.3f}")
+                    if time.monotonic() - saved > save_every:
+                        log.flush()
+                        self.save()
+                        saved = time.monotonic()
+        finally:
+            if not self._updating:  # half a step would be worse than the steps since the last save
+                self.save()
+        return self.step >= self.settings.steps
+
+    def train_step(self) -> dict:
+        """One step; what it says of itself, for the log."""
+        settings, begun = self.settings, time.perf_counter()
+        batch, latents, noise = self.data(self.step)
+        model = self.parameters.model(dtype=torch.bfloat16 if settings.bfloat16 else None)
+        losses = training_losses(model, batch, latents, noise, settings.timestep_shift)
+        (settings.ce_weight * losses.ce + settings.mse_weight * losses.mse).backward()
+        for leaf in self._trained.values():  # AdamW would pass over those that this batch had no use for
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip, error_if_nonfinite=True)
+        rate = settings.learning_rate_at(self.step)
+        self._updating = True
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._update_average()
+        self.step += 1
+        self._updating = False
+        return {"step": self.step, **_shown(losses), "norm": float(norm), "rate": rate, "tokens": len(batch),
+                "seconds": round(time.perf_counter() - begun, 4)}  # fmt: skip
+
+    def data(self, step: int) -> tuple[TrainingBatch, torch.Tensor, torch.Tensor]:
+        """(batch, clean latents, noise) of the step with this number: a function of the seed and the number."""
+        rng = np.random.default_rng((self.settings.seed, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        samples = fill(self.draw, self.settings.drop, self.settings.tokens, rng)
+        timesteps = torch.randn(noised_splits(samples), generator=generator)
+        batch, latents = pack(samples, self.parameters.config, self.tokens, timesteps)
+        return batch, latents, torch.randn(latents.shape, generator=generator)
+
+    def averaged(self) -> BagelModel:
+        """A model of the averaged weights, float32, that later steps do not change."""
+        with torch.no_grad():
+            leaves = {**self.parameters.leaves, **self._average}
+            return self.parameters.model({name: leaf.detach().clone() for name, leaf in leaves.items()})
+
+    def save(self) -> None:
+        """Write the state, atomically."""
+        save_state(self.folder / "state.safetensors", self._tensors(), {"step": self.step, **self._identity()})
+
+    def _resume(self) -> None:
+        path = self.folder / "state.safetensors"
+        facts = load_state(path, self._tensors())
+        for name, value in self._identity().items():
+            if facts.get(name) != value:
+                raise CheckpointError(
+                    f"{path} was trained with {name} {facts.get(name)}, this run has {value}. Continue with the "
+                    "settings it was begun with, or take another folder."
+                )
+        self.step = facts["step"]
+        for state in self._optimizer.state.values():
+            state["step"].fill_(self.step)
+
+    def _identity(self) -> dict:
+        """The settings that a resumed run must share, as JSON has them."""
+        settings = {
+            name: value for name, value in asdict(self.settings).items() if name not in ("steps", "decay_steps")
+        }
+        return json.loads(json.dumps(settings))
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a step changes, under the names it is saved by."""
+        groups = {"weight": {name: leaf.detach() for name, leaf in self._trained.items()}, "average": self._average}
+        return {
+            f"{kind}/{name}": tensor
+            for kind, group in (groups | self._moments).items()
+            for name, tensor in group.items()
+        }
+
+    def _allocate_moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The optimizer's state before its first step, so that a saved one has a place to go."""
+        moments = {kind: {} for kind in _MOMENTS}
+        for name, leaf in self._trained.items():
+            state = {kind: torch.zeros_like(leaf) for kind in _MOMENTS}
+            self._optimizer.state[leaf] = {"step": torch.zeros((), dtype=torch.float32, device=leaf.device), **state}
+            for kind in _MOMENTS:
+                moments[kind][name] = state[kind]
+        return moments
+
+    def _update_average(self) -> None:
+        weight = 1 - self.settings.ema_at(self.step)
+        leaves = [leaf.detach() for leaf in self._trained.values()]
+        torch._foreach_lerp_(list(self._average.values()), leaves, weight)
+
+    def _shorten_log(self) -> None:
+        """Forget the steps after the last save, which will be done again."""
+        if self._log.exists():
+            lines = self._log.read_text("utf-8").splitlines(keepends=True)
+            self._log.write_text("".join(lines[: self.step]), "utf-8")
+
+
+def _shown(losses: Losses) -> dict[str, float]:
+    return {"ce": float(losses.ce.detach()), "mse": float(losses.mse.detach())}
