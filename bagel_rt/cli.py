@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from bagel_rt import __version__, cli_options
+from bagel_rt.cli_eval import evaluate
 from bagel_rt.cli_memory import memory
 from bagel_rt.cli_options import read_images, read_part, read_seed, read_size, with_hyperparameters
 from bagel_rt.cli_report import CASE_LINE, CHECK_LINE, case_lines, case_result, check_line, finite
@@ -263,6 +264,7 @@ def info(model: cli_options.Model = None, as_json: cli_options.Json = False) -> 
 
 
 app.command()(memory)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -23,9 +23,8 @@ def partial_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
-def _writable_png(path: Path) -> Path:
-    if path.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{path}: pictures are written as PNG, give a name that ends in .png")
+def writable_file(path: Path) -> Path:
+    """The path, if a file can be written there; else typer.BadParameter."""
     try:
         if path.is_dir():
             raise typer.BadParameter(f"{path} is a folder, give the name of a file in it")
@@ -36,8 +35,15 @@ def _writable_png(path: Path) -> Path:
     return path
 
 
+def writable_png(path: Path) -> Path:
+    """The path, if a picture can be written there; else typer.BadParameter."""
+    if path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{path}: pictures are written as PNG, give a name that ends in .png")
+    return writable_file(path)
+
+
 def _output(help: str):
-    return typer.Option("--output", "-o", metavar="FILE.png", callback=_writable_png, help=help)
+    return typer.Option("--output", "-o", metavar="FILE.png", callback=writable_png, help=help)
 
 
 Output = Annotated[Path, _output("Where to write the picture. A file of that name is replaced.")]

@@ -1,0 +1,182 @@
+"""A contact sheet: small pictures in rows, the text each was made from under it, marked as right or wrong.
+
+All lengths are pixels. Pictures stand in columns; a pair, before and after, takes the room of two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS = 8
+PICTURE, PADDING, GAP, MARGIN = 128, 8, 12, 32
+COLUMN = PICTURE + 2 * PADDING
+WIDTH = 2 * MARGIN + COLUMNS * COLUMN + (COLUMNS - 1) * GAP
+FRAME, BADGE = 3, 22
+BAR = (160, 8)
+PAGE, CARD, EDGE, TRACK = "#f6f5f1", "#ffffff", "#e1dfd8", "#dcd9d0"
+INK, FAINT, RIGHT, WRONG = "#24292f", "#6b7178", "#2c8a4b", "#c8373f"
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One picture, or two of which the second was made from the first, and what is written below.
+
+    Attributes:
+        pictures: one or two; shown as squares.
+        lines: (text, colour), each wrapped to the tile's width.
+        correct: which mark the last picture gets.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    lines: tuple[tuple[str, str], ...]
+    correct: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """Tiles under a heading, with a bar that shows a share and how sure it is.
+
+    Attributes:
+        title, note: the heading, and what stands small behind the bar.
+        share: (low, share, high), each in [0, 1].
+        tiles: at least one.
+    """
+
+    title: str
+    note: str
+    share: tuple[float, float, float]
+    tiles: Sequence[Tile]
+
+
+def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
+    """The sheet as an RGB picture, ``WIDTH`` wide and as high as it must be."""
+    blocks = [_heading(title, note)]
+    for section in sections:
+        blocks.append(_section_heading(section))
+        blocks += [_row(tiles) for tiles in _rows(section.tiles)]
+    height = sum(block.height + GAP for block in blocks) + 2 * MARGIN - GAP
+    sheet = Image.new("RGB", (WIDTH, height), PAGE)
+    top = MARGIN
+    for block in blocks:
+        sheet.paste(block, (MARGIN, top))
+        top += block.height + GAP
+    return sheet
+
+
+def wrapped(text: str, font, width: int) -> list[str]:
+    """The text in lines of at most ``width``; a word that is longer is broken."""
+    lines, line = [], ""
+    for word in text.split():
+        while font.getlength(word) > width:
+            fits = max(1, sum(font.getlength(word[:end]) <= width for end in range(1, len(word))))
+            lines += [line] if line else []
+            lines.append(word[:fits])
+            line, word = "", word[fits:]
+        joined = f"{line} {word}".strip()
+        if font.getlength(joined) > width:
+            lines.append(line)
+            joined = word
+        line = joined
+    return [*lines, line] if line else lines
+
+
+def _font(size: int):
+    return ImageFont.load_default(size)  # carried by Pillow itself, so that sheets look alike everywhere
+
+
+def _block(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A strip of the page between its margins."""
+    image = Image.new("RGB", (WIDTH - 2 * MARGIN, height), PAGE)
+    return image, ImageDraw.Draw(image)
+
+
+def _heading(title: str, note: str) -> Image.Image:
+    image, draw = _block(62)
+    draw.text((0, 0), title, INK, _font(30))
+    draw.text((0, 42), note, FAINT, _font(14))
+    return image
+
+
+def _section_heading(section: Section) -> Image.Image:
+    image, draw = _block(40)
+    draw.text((0, 32), section.title, INK, _font(19), anchor="ls")
+    left = max(2 * (COLUMN + GAP), int(draw.textlength(section.title, _font(19))) + 2 * GAP)
+    low, share, high = (round(value * BAR[0]) for value in section.share)
+    top = 32 - BAR[1] - 3
+    draw.rounded_rectangle((left, top, left + BAR[0], top + BAR[1]), BAR[1] // 2, TRACK)
+    if share:
+        draw.rounded_rectangle((left, top, left + max(share, BAR[1]), top + BAR[1]), BAR[1] // 2, RIGHT)
+    middle = top + BAR[1] // 2
+    draw.line((left + low, middle, left + high, middle), INK)
+    for end in (low, high):
+        draw.line((left + end, middle - 3, left + end, middle + 3), INK)
+    draw.text((left + BAR[0] + GAP, 32), section.note, FAINT, _font(14), anchor="ls")
+    return image
+
+
+def _rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
+    """Tiles in rows of ``COLUMNS`` columns."""
+    rows, taken = [[]], 0
+    for tile in tiles:
+        if taken + len(tile.pictures) > COLUMNS:
+            rows.append([])
+            taken = 0
+        rows[-1].append(tile)
+        taken += len(tile.pictures)
+    return rows
+
+
+def _row(tiles: Sequence[Tile]) -> Image.Image:
+    """Cards side by side, all as high as the highest must be."""
+    texts = [_lines(tile) for tile in tiles]
+    height = max(map(len, texts)) * 16 + PICTURE + 3 * PADDING + 4
+    image, draw = _block(height)
+    left = 0
+    for tile, lines in zip(tiles, texts, strict=True):
+        width = _width(tile)
+        draw.rounded_rectangle((left, 0, left + width - 1, height - 1), 8, CARD, EDGE)
+        _draw_pictures(image, draw, tile, left + PADDING)
+        for number, (line, colour) in enumerate(lines):
+            draw.text((left + PADDING, PICTURE + 2 * PADDING + 4 + 16 * number), line, colour, _font(13))
+        left += width + GAP
+    return image
+
+
+def _width(tile: Tile) -> int:
+    return len(tile.pictures) * (COLUMN + GAP) - GAP
+
+
+def _lines(tile: Tile) -> list[tuple[str, str]]:
+    width = _width(tile) - 2 * PADDING
+    return [(line, colour) for text, colour in tile.lines for line in wrapped(text, _font(13), width)]
+
+
+def _draw_pictures(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int) -> None:
+    colour = RIGHT if tile.correct else WRONG
+    for number, picture in enumerate(tile.pictures):
+        shown = picture.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+        image.paste(shown, (left, PADDING))
+        if number < len(tile.pictures) - 1:
+            draw.rectangle((left, PADDING, left + PICTURE - 1, PADDING + PICTURE - 1), outline=EDGE)
+            start, middle = left + PICTURE + 7, PADDING + PICTURE // 2
+            left += PICTURE + 2 * PADDING + GAP
+            draw.line((start, middle, left - 8, middle), FAINT, 2)
+            draw.line((left - 13, middle - 5, left - 8, middle, left - 13, middle + 5), FAINT, 2, joint="curve")
+    edge = FRAME // 2
+    box = (left - edge, PADDING - edge, left + PICTURE - 1 + edge, PADDING + PICTURE - 1 + edge)
+    draw.rounded_rectangle(box, 3, None, colour, FRAME)
+    badge = _badge(tile.correct)
+    image.paste(badge, (left + PICTURE - BADGE + 5, PADDING - 5), badge)
+
+
+def _badge(correct: bool) -> Image.Image:
+    """A round mark with a tick or a cross in it; drawn four times as large, for smooth edges."""
+    side = 4 * BADGE
+    image = Image.new("RGBA", (side, side))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((2, 2, side - 3, side - 3), RIGHT if correct else WRONG, "white", 6)
+    strokes = [((26, 46), (39, 59), (63, 31))] if correct else [((30, 30), (58, 58)), ((58, 30), (30, 58))]
+    for points in strokes:
+        draw.line(points, "white", 10, joint="curve")
+    return image.resize((BADGE, BADGE), Image.Resampling.LANCZOS)
