@@ -19,15 +19,14 @@ from pathlib import Path
 import torch
 
 from bagel_rt.cli_report import finite
-from bagel_rt.config import BAGEL_7B_MOT, BagelConfig
+from bagel_rt.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.pipeline import DEFAULT_MODEL
 from bagel_rt.tokenizer import Tokenizer
 from bagel_rt.workload import Workload
 from benchmarks import roofline
 from benchmarks.contenders import CASES, TINY_CASES, WHO, Case, Contender
 from benchmarks.measure import ceilings, machine, markdown
-from benchmarks.random_model import random_model
+from benchmarks.random_model import THREE_LAYERS, random_model
 from benchmarks.timeline import Timeline, Window, wake_profiler
 
 WRONG = 3e-2
@@ -341,7 +340,7 @@ def main() -> None:
     """Measure, print the table, and write rows as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
-    parser.add_argument("--tiny", action="store_true", help="shapes of the embedded model; runs on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="a model of three narrow layers; runs on a CPU")
     parser.add_argument("--cases", metavar="LIST", default=",".join(names), help=f"default: {','.join(names)}")
     parser.add_argument("--who", metavar="LIST", default=",".join(WHO), help=f"default: {','.join(WHO)}")
     parser.add_argument("--batches", metavar="LIST", default="1,4", help="default: 1,4")
@@ -355,7 +354,7 @@ def main() -> None:
     if not (cuda or arguments.tiny):
         parser.exit(2, "end_to_end: error: PyTorch finds no CUDA device here; --tiny runs on a CPU\n")
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    config = BagelConfig.from_folder(DEFAULT_MODEL) if arguments.tiny else BAGEL_7B_MOT
+    config = THREE_LAYERS if arguments.tiny else BAGEL_7B_MOT
     known = TINY_CASES if arguments.tiny else CASES
     runs = EndToEnd(*random_model(config, device, dtype), Effort(seconds=arguments.seconds))
     rows, failed = [], []

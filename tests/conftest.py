@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 import cuda_on_host
 import numpy as np
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
 import torch  # noqa: E402
 
+CHECKPOINT = Path(__file__).parent / "conformance" / "bagel" / "checkpoint"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything defines a kernel
@@ -26,10 +28,10 @@ settings.load_profile("bagel_rt")
 
 @pytest.fixture(scope="session")
 def bagel():
-    """The embedded default model, in float32 on the CPU."""
+    """The recorded small model of random weights, in float32 on the CPU."""
     from bagel_rt import Bagel  # imports torch, which reads the environment set above
 
-    return Bagel.from_pretrained(device="cpu")
+    return Bagel.from_pretrained(CHECKPOINT, device="cpu")
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import CHECKPOINT
 from safetensors import safe_open
 from test_cli import PACK, good, run
 
 from bagel_rt import __version__
-from bagel_rt.pipeline import DEFAULT_MODEL
 
 # info
 
@@ -51,15 +51,15 @@ def test_info_works_where_triton_cannot_be_imported():
 
 
 def test_info_about_a_model_counts_its_parameters(tmp_path):
-    report = json.loads(good("info", "--json", "--model", DEFAULT_MODEL))["model"]
+    report = json.loads(good("info", "--json", "--model", CHECKPOINT))["model"]
     total = 0
     for file in ("ema.safetensors", "ae.safetensors"):
-        with safe_open(DEFAULT_MODEL / file, "pt") as tensors:
+        with safe_open(CHECKPOINT / file, "pt") as tensors:
             total += sum(np.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     assert report["parameters"]["total"] == total == sum(report["parameters"].values()) - total
     assert (report["name"], report["layers"], report["weights"]) == ("tiny", 3, "complete")
 
-    shutil.copytree(DEFAULT_MODEL, tmp_path / "cut")
+    shutil.copytree(CHECKPOINT, tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "ema.safetensors", 5000)
     assert "ema.safetensors" in json.loads(good("info", "--json", "--model", tmp_path / "cut"))["model"]["weights"]
 
@@ -73,7 +73,7 @@ def spoiled_pack(tmp_path):
     pack = tmp_path / "pack"
     for case in ("00_tokenizer", "01_wrong", "02_unsupported"):
         (pack / "cases" / case).mkdir(parents=True)
-    (pack / "checkpoint").symlink_to(DEFAULT_MODEL)
+    (pack / "checkpoint").symlink_to(CHECKPOINT)
     meta = json.loads((PACK / "cases" / "00_tokenizer" / "meta.json").read_text("utf-8"))
     (pack / "cases" / "00_tokenizer" / "meta.json").write_text(json.dumps(meta))
     meta["encode"][3]["ids"] = [0]

@@ -98,7 +98,7 @@ def counted(emulated_extension, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_cuda_kernels_write_the_same_texts(counted, dtype, sampling):
     choose_backend("reference")
-    bagel = Bagel.from_pretrained(device="cpu", dtype=dtype)
+    bagel = Bagel.from_pretrained(PACK / "checkpoint", device="cpu", dtype=dtype)
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS)
     expected = decode(bagel, contexts, sampling, length=LENGTH)

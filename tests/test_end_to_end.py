@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import CHECKPOINT
 from torch.autograd import DeviceType
 
 from bagel_rt import Progress
 from bagel_rt.config import BAGEL_7B_MOT, BagelConfig
-from bagel_rt.pipeline import DEFAULT_MODEL
 from bagel_rt.workload import Workload
 from benchmarks import end_to_end, timeline
 from benchmarks.contenders import CASES, TINY_CASES, WHO, Contender
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 H200 = (790e12, 4.3e12)
 SMALL = {case.name: replace(case, size=(32, 32), timesteps=6, tokens=case.tokens and 28) for case in TINY_CASES}
 QUICK = Effort(timesteps=(3, 6), tokens=(2, 4))
-TINY_CONFIG = BagelConfig.from_folder(DEFAULT_MODEL)
+TINY_CONFIG = BagelConfig.from_folder(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")

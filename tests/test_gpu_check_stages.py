@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from conftest import CHECKPOINT
 
 from bagel_rt.config import BagelConfig
-from bagel_rt.pipeline import DEFAULT_MODEL
 from benchmarks import end_to_end, gpu_check, measure, report, worker
 from benchmarks.contenders import TINY_CASES
 from benchmarks.end_to_end import EndToEndRow
@@ -29,7 +29,7 @@ def deadline(seconds=60):
 
 
 def end_to_end_tasks(**options):
-    return worker.end_to_end_tasks(CPU, BagelConfig.from_folder(DEFAULT_MODEL), CASES, torch.float32, **options)
+    return worker.end_to_end_tasks(CPU, BagelConfig.from_folder(CHECKPOINT), CASES, torch.float32, **options)
 
 
 def test_whole_requests_are_tasks_over_one_model(monkeypatch):

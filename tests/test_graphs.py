@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import CHECKPOINT, DEVICE
 from recording import Recording, dispatch_ops
 
 from bagel_rt import Bagel, Cancelled
@@ -21,7 +21,7 @@ FAST = {"num_timesteps": 7, "cfg_interval": (0.7, 1.0)}  # steps of both kinds, 
 @pytest.fixture(scope="module")
 def eager():
     """The model run as it is."""
-    return Bagel.from_pretrained(device=DEVICE, dtype=torch.float32, graphs=False)
+    return Bagel.from_pretrained(CHECKPOINT, device=DEVICE, dtype=torch.float32, graphs=False)
 
 
 @pytest.fixture

@@ -1,15 +1,24 @@
 """The operator calls of a step and of a token stay under a quarter of the official code's. Times are not asserted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import CHECKPOINT
 
-from bagel_rt import Bagel
+from bagel_rt.config import BagelConfig
 from bagel_rt.kernels import rms_norm, sample
-from benchmarks.host import OFFICIAL, calls, measure, table
+from benchmarks.host import OFFICIAL, calls, measure, model_as_recorded, table
+from benchmarks.random_model import THREE_LAYERS
+
+
+def test_the_model_has_the_shapes_of_the_recorded_one():
+    recorded = BagelConfig.from_folder(CHECKPOINT)
+    assert replace(THREE_LAYERS, llm=replace(THREE_LAYERS.llm, vocab_size=recorded.llm.vocab_size)) == recorded
 
 
 def test_operator_calls_are_under_a_quarter_of_the_official_code():
-    results = measure(Bagel.from_pretrained(device="cpu"), repeats=3)
+    results = measure(model_as_recorded(), repeats=3)
     assert list(results) == list(OFFICIAL)
     print(table(results))  # pytest -s shows it
     for name, (count, _) in results.items():

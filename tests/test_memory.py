@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import CHECKPOINT
 from PIL import Image
 from safetensors import safe_open
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,7 +24,6 @@ from bagel_rt.denoise import Denoiser, ImageTask
 from bagel_rt.graphs import Graphs
 from bagel_rt.memory import cache_slots, expected_memory
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.pipeline import DEFAULT_MODEL
 from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from bagel_rt.settings import EDIT, GENERATE
 from bagel_rt.workload import Workload
@@ -271,7 +271,7 @@ def test_a_token_takes_what_is_expected(published, as_ops, count):
 def test_weights_are_counted_to_the_byte(bagel):
     stored = 0
     for name in ("ema.safetensors", "ae.safetensors"):
-        with safe_open(DEFAULT_MODEL / name, "pt") as tensors:
+        with safe_open(CHECKPOINT / name, "pt") as tensors:
             stored += sum(4 * math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     for layer in bagel.model.weights.layers:  # QK-norm vectors are stored once for each head
         stored += sum(4 * (norm.numel() - 2 * norm.shape[1]) for norm in layer.qk_norm)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CHECKPOINT
 from test_cli import good, run
 
 from bagel_rt.config import BAGEL_7B_MOT
 from bagel_rt.memory import RUNTIME, expected_memory, explain
-from bagel_rt.pipeline import DEFAULT_MODEL
 from bagel_rt.settings import EDIT
 
 
@@ -154,7 +154,7 @@ def test_command_as_json():
 
 
 def test_command_reads_a_model_without_its_weights(tmp_path, bagel):
-    for file in DEFAULT_MODEL.glob("*.json"):
+    for file in CHECKPOINT.glob("*.json"):
         shutil.copy(file, tmp_path)
     report = json.loads(good("memory", "--model", tmp_path, "--dtype", "float32", "--size", "96x64", "--json"))
     estimate = expected_memory(bagel.model.config, dtype=torch.float32, size=(64, 96))

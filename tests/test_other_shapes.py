@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CHECKPOINT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,11 +21,10 @@ from bagel_rt.context import Prefill
 from bagel_rt.conversation import Conversation, Noise
 from bagel_rt.denoise import Denoiser, ImageTask
 from bagel_rt.images import ResizeRule
-from bagel_rt.pipeline import DEFAULT_MODEL
 from bagel_rt.random_checkpoint import make_random_checkpoint
 from bagel_rt.settings import ImageSettings
 
-TINY = BagelConfig.from_folder(DEFAULT_MODEL)
+TINY = BagelConfig.from_folder(CHECKPOINT)
 LLM = replace(TINY.llm, rope_theta=1e4)
 
 

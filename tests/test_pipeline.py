@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CHECKPOINT
 from safetensors.torch import load_file, save_file
 
 from bagel_rt import Bagel, Cancelled, ImageResult
@@ -331,10 +332,9 @@ def test_one_error_lists_what_is_wrong_with_both_files(bagel, tmp_path):
     import shutil
 
     from bagel_rt import CheckpointError
-    from bagel_rt.pipeline import DEFAULT_MODEL
 
     folder = tmp_path / "model"
-    shutil.copytree(DEFAULT_MODEL, folder)
+    shutil.copytree(CHECKPOINT, folder)
     weights = load_file(folder / "ema.safetensors")
     del weights["llm2vae.bias"]
     save_file(weights, folder / "ema.safetensors")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import CHECKPOINT
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -17,10 +18,9 @@ from bagel_rt.cli import app
 from bagel_rt.config import BAGEL_7B_MOT, BagelConfig, ResizeRule
 from bagel_rt.models.bagel.embed import sincos_table
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.pipeline import DEFAULT_MODEL
 from bagel_rt.random_checkpoint import make_random_checkpoint, official_json, random_tensor, randomize_
 
-TINY = BagelConfig.from_folder(DEFAULT_MODEL)
+TINY = BagelConfig.from_folder(CHECKPOINT)
 ODD = replace(
     TINY,
     llm=replace(TINY.llm, num_layers=1, rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=77),
@@ -128,7 +128,7 @@ def test_the_folder_is_official(folder):
                 stored[name] = tensors.get_slice(name)
     published = {}
     for file in ("ema.safetensors", "ae.safetensors"):
-        with safe_open(DEFAULT_MODEL / file, "pt") as tensors:
+        with safe_open(CHECKPOINT / file, "pt") as tensors:
             published |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
     assert stored.keys() == published.keys()
     for name, part in published.items():
@@ -204,7 +204,7 @@ def test_the_command_writes_a_model_that_generates(tmp_path):
         assert result.exit_code == 0, result.output
         return result
 
-    made = run("make-random-checkpoint", tmp_path / "m", "--like", DEFAULT_MODEL, "--seed", 2, "--json", "--progress")
+    made = run("make-random-checkpoint", tmp_path / "m", "--like", CHECKPOINT, "--seed", 2, "--json", "--progress")
     assert "random weights: 100%" in made.stderr
     report = json.loads(made.stdout)
     assert (report["folder"], report["seed"]) == (str(tmp_path / "m"), 2) and report["bytes"] > 2_900_000

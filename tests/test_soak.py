@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import CHECKPOINT
 
 from bagel_rt import Bagel, Cancelled
 from bagel_rt.cache import Storage
@@ -15,7 +16,7 @@ from benchmarks.soak import Asked, Requests
 @pytest.fixture
 def runtime():
     """A runtime of its own: others hold slots."""
-    return Bagel.from_pretrained(device="cpu")
+    return Bagel.from_pretrained(CHECKPOINT, device="cpu")
 
 
 def test_many_requests_leave_nothing_and_repeat(runtime):

@@ -1,0 +1,251 @@
+"""The small model's data against the runtime that the model is for, and its whole recipe at toy size."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from bagel_rt import Bagel
+from bagel_rt.config import BagelConfig, VAEConfig
+from bagel_rt.context import Prefill, Text
+from bagel_rt.conversation import Conversation, Noise
+from bagel_rt.denoise import Denoiser, ImageTask
+from bagel_rt.models.bagel.embed import patchify
+from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.random_checkpoint import randomize_
+from bagel_rt.settings import ImageSettings
+from bagel_rt.shapes.examples import make_example, texts
+from bagel_rt.shapes.render import render
+from bagel_rt.shapes.scene import split_of
+from bagel_rt.tokenizer import Tokenizer
+from bagel_rt.train import tiny_data
+from bagel_rt.train.autoencoder import AutoencoderSettings
+from bagel_rt.train.objective import training_losses
+from bagel_rt.train.packing import Clean, Noised, Sample, SpecialTokens, ViT, pack
+from bagel_rt.train.packing import Text as TextPart
+from bagel_rt.train.tiny import Recipe, Run
+from bagel_rt.train.tiny_data import Shares, World, ask_sample, edit_sample, encode_pool, generate_sample, pixels_of
+from bagel_rt.train.tiny_model import initialize_, tiny_config
+from bagel_rt.train.tokenizer import learn_tokenizer, write_tokenizer
+from bagel_rt.train.trainer import TrainingSettings
+
+VAE = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4, scale_factor=0.8, shift_factor=0.1)
+WIDTHS = {"hidden": 96, "layers": 2, "vit_hidden": 64, "vit_layers": 1}
+T = 0.5  # the timestep of a raw draw of 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, learn_tokenizer(texts(np.random.default_rng(0), 300), 320))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> BagelModel:
+    markers = (tokenizer.start_of_image, tokenizer.end_of_image)
+    model = BagelModel.allocate(tiny_config(len(tokenizer), VAE, **WIDTHS), markers, torch.device("cpu"), torch.float32)
+    randomize_(model)
+    return model
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conversation(model, tokenizer, guided: bool, noise=()) -> Conversation:
+    """As the engine opens one; what is said reaches the cache when ``conversation.prefill.run()`` is called."""
+    cache = model.make_cache()
+    prefill = Prefill(model, cache)
+    return Conversation(model, tokenizer, cache, prefill, Noise(0, list(noise)), guided, expects_images=bool(noise))
+
+
+@torch.inference_mode()
+def runtime_velocities(model, talk: Conversation, x: torch.Tensor):
+    """(cond, no_text) velocities of the state ``x`` at T, as the runtime's denoiser computes them."""
+    talk.prefill.run()
+    settings = ImageSettings(num_timesteps=3, timestep_shift=1.0, cfg_text_scale=2.0, cfg_interval=(0.0, 1.0))
+    denoiser = Denoiser(model, talk.prefill.cache, [ImageTask(8, 8, x, talk.gen, talk.no_text, talk.no_img, settings)])
+    assert denoiser.timesteps[1] == T
+    denoiser.latents.copy_(x)
+    return denoiser.branch_velocities(1)[0][:2]
+
+
+@torch.inference_mode()
+def trained_velocity(model, tokenizer, sample: Sample, noise: torch.Tensor) -> torch.Tensor:
+    """The velocity of the noised picture in a training forward at T; noise [64, features]."""
+    batch, latents = pack([sample], model.config, SpecialTokens.of(tokenizer), torch.zeros(1))
+    padded = torch.cat([torch.zeros(len(latents) - len(noise), noise.shape[1]), noise])
+    losses = training_losses(model, batch, latents, padded)
+    velocity = F.linear(losses.last_hidden[batch.mse_loss_indexes], *model.weights.llm2vae)
+    target = noise - latents[-len(noise) :]
+    torch.testing.assert_close((velocity - target).square().mean(1), losses.mse_per_token)
+    return velocity
+
+
+def test_a_caption_and_its_picture_are_what_the_runtime_denoises(model, tokenizer):
+    picture, noise = normal(1, 64, 16), normal(2, 64, 16)
+    text = "two green squares above a red circle"
+    talk = conversation(model, tokenizer, True)
+    talk.add_text(text)
+    want, without_text = runtime_velocities(model, talk, (1 - T) * picture + T * noise)
+    sample = generate_sample(tokenizer.encode(text), picture)
+    torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), want, rtol=1e-4, atol=1e-5)
+    dropped = Sample(sample.parts[1:])
+    torch.testing.assert_close(trained_velocity(model, tokenizer, dropped, noise), without_text, rtol=1e-4, atol=1e-5)
+    assert (want - without_text).abs().max() > 0.01
+
+
+def test_an_edit_is_what_the_runtime_denoises(model, tokenizer):
+    example = make_example(np.random.default_rng(3), "edit", "train")
+    before, eps, after, noise = render(example.before), normal(4, 1, 4, 16, 16), normal(5, 64, 16), normal(6, 64, 16)
+    talk = conversation(model, tokenizer, True, [eps])
+    with torch.inference_mode():
+        talk.add_image(before)
+        talk.add_text(example.text)
+    want, without_text = runtime_velocities(model, talk, (1 - T) * after + T * noise)
+    pixels = pixels_of(example.before)
+    with torch.inference_mode():
+        shown = patchify(model.vae.encode(pixels[None], eps)[0], 2)
+    sample = edit_sample(shown, patchify(pixels, 16), tokenizer.encode(example.text), after)
+    torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), want, rtol=1e-4, atol=1e-5)
+    dropped = Sample([*sample.parts[:2], sample.parts[3]])
+    torch.testing.assert_close(trained_velocity(model, tokenizer, dropped, noise), without_text, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_an_answer_is_what_the_runtime_would_write(model, tokenizer):
+    example = make_example(np.random.default_rng(7), "ask", "train")
+    question, answer = tokenizer.encode(example.text), tokenizer.encode("two red things")
+    talk = conversation(model, tokenizer, False)
+    talk.add_image(render(example.before), generates=False)
+    talk.add_text(example.text)
+    talk.prefill.run()
+    fed = (tokenizer.bos, *answer)  # token by token in the runtime; a forward of all is the same
+    talk.prefill.append(talk.gen, Text(fed))
+    hidden, plan = talk.prefill.run()
+    logits = model.logits(hidden[torch.from_numpy(np.argsort(plan.order))])
+    want = F.cross_entropy(logits, torch.tensor([*answer, tokenizer.eos]), reduction="none")
+    sample = ask_sample(patchify(pixels_of(example.before), 16), question, answer)
+    batch, latents = pack([sample], model.config, SpecialTokens.of(tokenizer), torch.empty(0))
+    found = training_losses(model, batch, latents, latents).ce_per_token
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+# The pool and the samples drawn from it
+
+
+@pytest.fixture(scope="module")
+def pool(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_data, "_SHARD", 4)
+        assert not encode_pool(model.vae, folder, 6, 0, seconds=-1, progress=False)
+        assert encode_pool(model.vae, folder, 6, 0, progress=False)
+        first = sorted(file.stat().st_mtime_ns for file in folder.iterdir())
+        assert encode_pool(model.vae, folder, 6, 0, progress=False)
+        assert sorted(file.stat().st_mtime_ns for file in folder.iterdir()) == first and len(first) == 2
+        yield folder
+
+
+def parts_of(sample: Sample) -> list:
+    return [type(part) for part in sample.parts]
+
+
+def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
+    kinds = {
+        "generate": [TextPart, Noised],
+        "edit": [Clean, ViT, TextPart, Noised],
+        "ask": [ViT, TextPart, TextPart],
+    }
+    for task, kind in kinds.items():
+        shares = Shares(**{name: float(name == task) for name in kinds})
+        world = World(model.config, tokenizer, pool, 6, 0, shares)
+        rng = np.random.default_rng(0)
+        assert all(parts_of(world.draw(rng)) == kind for _ in range(20))
+    world = World(model.config, tokenizer, pool, 6, 0, Shares(1, 1, 2))
+    rng = np.random.default_rng(0)
+    drawn = [parts_of(world.draw(rng)) for _ in range(400)]
+    assert 170 < drawn.count(kinds["ask"]) < 230 and 70 < drawn.count(kinds["edit"]) < 130
+
+
+def test_a_sample_is_a_function_of_the_generator(model, tokenizer, pool):
+    world = World(model.config, tokenizer, pool, 6, 0, Shares())
+    for seed in range(10):
+        one, two = (world.draw(np.random.default_rng(seed)) for _ in range(2))
+        for first, second in zip(one.parts, two.parts, strict=True):
+            for name, value in vars(first).items():
+                assert torch.equal(value, vars(second)[name]) if isinstance(value, torch.Tensor) else True
+        assert str(one.parts[-1])[:20] == str(two.parts[-1])[:20]
+
+
+def test_latents_are_samples_of_the_pictures_posterior(model, tokenizer, pool):
+    world = World(model.config, tokenizer, pool, 6, 0, Shares())
+    rng = np.random.default_rng(1)
+    drawn = torch.stack([world.edit(rng).parts[3].latents for _ in range(400)])
+    wanted = []
+    for index in (1, 2, 4, 5):  # the edits
+        scene = tiny_data.pool_example(0, index).after
+        assert split_of(scene) == "train"
+        with torch.inference_mode():
+            mean, logvar = model.vae.moments(pixels_of(scene)[None])
+        wanted.append((patchify((mean[0] - 0.1) * 0.8, 2), patchify(torch.exp(logvar[0] / 2) * 0.8, 2)))
+    means, deviations = (torch.stack(parts) for parts in zip(*wanted, strict=True))
+    distances = ((drawn[:, None] - means) / deviations).square().mean((2, 3))
+    assert (distances.min(1).values - 1).abs().max() < 0.2  # chi-squared of 1024 numbers
+    assert set(distances.argmin(1).tolist()) == {0, 1, 2, 3}
+
+
+def test_a_folder_of_another_pool_is_refused(model, tokenizer, pool):
+    with pytest.raises(ValueError, match="10 posteriors, but 5 examples of seed 0 have"):
+        World(model.config, tokenizer, pool, 5, 0, Shares())
+
+
+# The recipe
+
+TOY = Recipe(
+    texts=300,
+    vocabulary=320,
+    vae=replace(VAE, scale_factor=1.0, shift_factor=0.0),
+    autoencoder=AutoencoderSettings(steps=3, warmup_steps=1),
+    measured=2,
+    pool=6,
+    widths=WIDTHS,
+    training=TrainingSettings(steps=3, tokens=400, warmup_steps=1),
+)
+DONE = ("tokenizer", "autoencoder", "latents")  # stages of which nothing is written once they are done
+
+
+def test_the_recipe_makes_a_model_folder_that_draws(tmp_path):
+    assert not Run(tmp_path, TOY, progress=False).run(seconds=0)
+    assert (tmp_path / "tokenizer" / "vocab.json").exists() and not (tmp_path / "autoencoder" / "ae.json").exists()
+    assert Run(tmp_path, TOY, progress=False).run()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["seconds"]) == {"tokenizer", "autoencoder", "latents", "model"}
+    assert report["bytes"]["ema.safetensors"] > 0 and {"psnr", "agreement"} < set(report["autoencoder"])
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.width > 500
+    config = BagelConfig.from_folder(tmp_path / "model")
+    assert config.vae.scale_factor == pytest.approx(report["autoencoder"]["scale_factor"])
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*") if path.parent.name in DONE}
+    assert Run(tmp_path, TOY, progress=False).run()
+    assert len(done) > 8 and all(path.stat().st_mtime_ns == changed for path, changed in done.items())
+    bagel = Bagel.from_pretrained(tmp_path / "model", device="cpu")
+    assert bagel.generate("a red circle", num_timesteps=3).image.size == (128, 128)
+    picture = Image.new("RGB", (128, 128), "red")
+    assert isinstance(bagel.chat("what color is the circle", picture, max_think_token_n=3), str)
+    assert bagel.edit(picture, "make the circle blue", num_timesteps=3).image.size == (128, 128)
+
+
+def test_the_model_starts_from_the_usual_values(model):
+    start = BagelModel.allocate(model.config, model.markers, torch.device("cpu"), torch.float32)
+    initialize_(start, 0)
+    assert (start.weights.llm2vae.weight == 0).all() and (start.weights.norm.gen == 1).all()
+    assert start.weights.layers[0].qkv.gen.std() == pytest.approx(96**-0.5, rel=0.05)
+    assert start.weights.layers[0].down.und.std() == pytest.approx((2 * 2 * 192) ** -0.5, rel=0.05)
+    assert not torch.equal(start.weights.layers[0].qkv.gen, start.weights.layers[0].qkv.und)
+    torch.testing.assert_close(start.weights.latent_positions, model.weights.latent_positions, rtol=0, atol=0.004)
