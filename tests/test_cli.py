@@ -177,12 +177,9 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
 def test_ctrl_c_ends_the_work_with_130_and_no_file(tmp_path):
     out = tmp_path / "out.png"
     arguments = ["generate", "x", "-o", str(out), "--num-timesteps", "1000", "--progress", "--device", "cpu"]
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "bagel_rt.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
-    )
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
+    command = [sys.executable, "-m", "bagel_rt.cli", *arguments]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
     seen = b""
     while b"image:" not in seen:
         byte = worker.stderr.read(1)
