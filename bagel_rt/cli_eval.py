@@ -68,7 +68,7 @@ def evaluate(
 ) -> None:
     """Measure how often a model draws, edits and answers right, on examples of a world of coloured shapes.
 
-    No example's combination of shapes, colours and places was in the built-in model's training. A program judges: a
+    Combinations of shapes, colours and places are those that training on this world leaves out. A program judges: a
     picture is right if everything that its text says is there, and nothing else; an edit, if also all the rest was
     kept. Shares have 95% intervals. Equal seeds give equal examples, and --prompts 20 the first 20 of --prompts 100.
     Ctrl-C ends the measurement; what was done until then is reported.
