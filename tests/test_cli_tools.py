@@ -57,7 +57,7 @@ def test_info_about_a_model_counts_its_parameters(tmp_path):
         with safe_open(CHECKPOINT / file, "pt") as tensors:
             total += sum(np.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     assert report["parameters"]["total"] == total == sum(report["parameters"].values()) - total
-    assert (report["name"], report["layers"], report["weights"]) == ("tiny", 3, "complete")
+    assert (report["name"], report["layers"], report["weights"]) == ("checkpoint", 3, "complete")
 
     shutil.copytree(CHECKPOINT, tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "ema.safetensors", 5000)
