@@ -1,12 +1,14 @@
-"""Gradient of the routed linear layer without SwiGLU. With x, w and dy of each expert's rows:
+"""Gradient of the routed linear layer. With x, w and dy of each expert's rows:
 
     dx = dy w        dw = dy^T x        dbias = sum of dy over the rows        dresidual = dy
 
-Each product is made where it belongs, without gathers or copies. SwiGLU is differentiated by PyTorch, behind a linear
-layer whose weight holds all gates before all ups (:func:`bagel_rt.kernels.linear.linear`).
+Each product is made where it belongs, without gathers or copies. With SwiGLU dy is that of the product before it,
+which is computed again. (:func:`bagel_rt.kernels.linear.linear` keeps it instead: its layer has all gates before all
+ups in the weight, and PyTorch differentiates SwiGLU behind it.)
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def linear_backward(grad, x, w_gen, w_und, G, needs_dx=True):
@@ -33,18 +35,24 @@ def linear_backward(grad, x, w_gen, w_und, G, needs_dx=True):
 
 
 def _keep(ctx, inputs, output):
-    x, w_gen, w_und, bias, _, residual, ctx.G, swiglu = inputs
-    if swiglu:
-        raise NotImplementedError("the op bagel_rt::linear has no gradient with swiglu; the function linear has")
-    ctx.save_for_backward(x, w_gen, w_und)
-    ctx.adds_bias, ctx.adds_residual = bias is not None, residual is not None
+    *given, residual, ctx.G, ctx.swiglu = inputs
+    ctx.save_for_backward(*given)
+    ctx.adds_residual = residual is not None
+
+
+def _before_swiglu(grad, *given, G):
+    """The gradient [T, N] of the product that SwiGLU folds in pairs of columns, from its result's, [T, N // 2]."""
+    gate, up = torch.ops.bagel_rt.linear(*given, None, G, False).unflatten(1, (-1, 2)).unbind(2)
+    return torch.stack([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], 2).flatten(1)
 
 
 def _backward(ctx, grad):
-    x, w_gen, w_und = ctx.saved_tensors
+    x, w_gen, w_und, bias, _ = given = ctx.saved_tensors
+    if ctx.swiglu:
+        grad = _before_swiglu(grad, *given, G=ctx.G)
     dx, dw_gen, dw_und = linear_backward(grad, x, w_gen, w_und, ctx.G, ctx.needs_input_grad[0])
     biases = [None, None]
-    if ctx.adds_bias:
+    if bias is not None:
         biases = [own.sum(0) for own in grad.split_with_sizes((ctx.G, len(grad) - ctx.G))]
     return dx, dw_gen, dw_und, *biases, grad if ctx.adds_residual else None, None, None
 

@@ -61,6 +61,13 @@ def test_gradient_of_swiglu_without_a_bias(G):
 
 
 @EXPERTS
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradient_of_the_op_with_swiglu_is_that_of_the_function(G, biased):
+    inputs = (draw(5, 3), draw(4, 3), draw(4, 3, seed=1), *((draw(4), draw(4, seed=1)) if biased else (None, None)))
+    assert gradcheck(lambda *given: torch.ops.bagel_rt.linear(*given, None, G, True), inputs)
+
+
+@EXPERTS
 def test_gradient_of_qk_norm_rope_through_queries_and_caches(G):
     slots, angles = torch.tensor([4, 0, 6, 1, 3]), draw(5, 2, seed=7).detach()
 
