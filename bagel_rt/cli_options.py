@@ -62,7 +62,11 @@ Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the mo
 Model = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER", show_default="the built-in one", help="Official checkpoint folder.", rich_help_panel="Model"
+        metavar="FOLDER",
+        envvar="BAGEL_RT_MODEL",
+        show_default="the built-in one",
+        help="Official checkpoint folder.",
+        rich_help_panel="Model",
     ),
 ]
 Device = Annotated[

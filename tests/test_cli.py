@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CHECKPOINT
 from PIL import Image
 from typer.testing import CliRunner
 
 from bagel_rt import Bagel, ImageResult, __version__
 from bagel_rt.cli import app
-from bagel_rt.pipeline import DEFAULT_MODEL
 from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_ROUNDS
 
 PACK = Path(__file__).parent / "conformance" / "bagel"
@@ -46,9 +46,10 @@ def pixels(source):
     return np.asarray(Image.open(source) if isinstance(source, Path) else source)
 
 
-@pytest.fixture(scope="module")
-def bagel():
-    return Bagel.from_pretrained(device="cpu")
+@pytest.fixture(autouse=True)
+def model(monkeypatch):
+    """The commands take the model of the fixture ``bagel``, which is faster than the embedded one."""
+    monkeypatch.setenv("BAGEL_RT_MODEL", str(CHECKPOINT))
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_a_mistake_is_one_line_before_any_work(args, message, tmp_path, photo, m
     ],
 )  # fmt: skip
 def test_a_bad_model_folder_is_bad_input(spoil, message, tmp_path):
-    shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
     spoil(tmp_path / "model")
     result = run("chat", "hello", "--model", tmp_path / "model")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -177,8 +178,8 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
 def test_ctrl_c_ends_the_work_with_130_and_no_file(tmp_path):
     out = tmp_path / "out.png"
     arguments = ["generate", "x", "-o", str(out), "--num-timesteps", "1000", "--progress", "--device", "cpu"]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
     command = [sys.executable, "-m", "bagel_rt.cli", *arguments]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
     seen = b""
     while b"image:" not in seen:
@@ -206,13 +207,13 @@ def test_generate_writes_what_the_library_draws(bagel, tmp_path):
 def test_a_picture_tells_how_to_draw_it_again(tmp_path):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     options = (*SMALL, "--negative-prompt", "dull", "--cfg-interval", 0.1, 0.9, "--cfg-renorm-type", "channel")
-    thought = ("--timestep-shift", 2.5, "--think", "--max-think-token-n", 6, "--do-sample")
-    good("generate", "ein Käfig 🦊", "-o", first, *options, *thought)
+    options += ("--timestep-shift", 2.5, "--think", "--max-think-token-n", 6, "--do-sample")
+    good("generate", "ein Käfig 🦊", "-o", first, *options)
     image = Image.open(first)
     told = json.loads(image.text["parameters"])
     assert image.text["Software"] == f"bagel_rt {__version__}"
-    assert (told.pop("task"), told.pop("version"), told.pop("model")) == ("generate", __version__, "tiny")
-    assert str(tmp_path) not in str(image.text) and str(DEFAULT_MODEL) not in str(image.text)
+    assert (told.pop("task"), told.pop("version"), told.pop("model")) == ("generate", __version__, "checkpoint")
+    assert str(tmp_path) not in str(image.text) and str(CHECKPOINT) not in str(image.text)
     assert told.pop("thought")
     prompt, options = told.pop("prompt"), []
     for name, value in told.items():
@@ -246,11 +247,8 @@ def test_several_prompts_make_numbered_pictures_with_seeds_in_order(bagel, tmp_p
 
 
 def test_a_random_seed_is_told_and_differs(tmp_path):
-    seeds = set()
-    for _ in range(2):
-        report = json.loads(good("generate", "a", "-o", tmp_path / "x.png", *SMALL, "--json"))
-        seeds.add(report["outputs"][0]["seed"])
-    assert len(seeds) == 2
+    reports = [json.loads(good("generate", "a", "-o", tmp_path / "x.png", *SMALL, "--json")) for _ in range(2)]
+    assert len({report["outputs"][0]["seed"] for report in reports}) == 2
 
 
 def test_one_side_leaves_the_other_at_the_model_s_own(tmp_path):

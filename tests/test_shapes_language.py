@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bagel_rt.shapes.claims import is_at
-from bagel_rt.shapes.examples import SPLITS, TASKS, make_example, texts
+from bagel_rt.shapes.examples import SPLITS, TASKS, make_example, make_questions, texts
 from bagel_rt.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -279,6 +279,16 @@ def test_one_seed_gives_the_same_examples_and_texts():
         make_example(other, None, "train") for _ in range(30)
     ]
     assert list(texts(one, 50)) == list(texts(other, 50))
+
+
+def test_questions_about_one_scene_differ_and_suit_it():
+    rng, kinds = np.random.default_rng(0), Counter()
+    for _ in range(300):
+        scene, questions = make_questions(rng, "train", 6)
+        assert split_of(scene) == "train" and len(set(text for text, _ in questions)) == 6
+        kinds.update((len(groups_of(scene.things)), text.split()[0]) for text, _ in questions)
+    assert kinds[1, "where"] > 100 and kinds[2, "where"] == 0  # a place is asked of a single group
+    assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are"}
 
 
 def test_texts_yields_as_many_as_asked_for():

@@ -18,7 +18,7 @@ from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.random_checkpoint import randomize_
 from bagel_rt.settings import ImageSettings
-from bagel_rt.shapes.examples import make_example, texts
+from bagel_rt.shapes.examples import make_example, make_questions, texts
 from bagel_rt.shapes.render import render
 from bagel_rt.shapes.scene import split_of
 from bagel_rt.tokenizer import Tokenizer
@@ -119,21 +119,25 @@ def test_an_edit_is_what_the_runtime_denoises(model, tokenizer):
 
 @torch.inference_mode()
 def test_an_answer_is_what_the_runtime_would_write(model, tokenizer):
-    example = make_example(np.random.default_rng(7), "ask", "train")
-    question, answer = tokenizer.encode(example.text), tokenizer.encode("two red things")
+    """The first one, and a later one about the same picture."""
+    scene, questions = make_questions(np.random.default_rng(7), "train", 3)
+    questions = [(text, "two red things") for text, _ in questions]
     talk = conversation(model, tokenizer, False)
-    talk.add_image(render(example.before), generates=False)
-    talk.add_text(example.text)
-    talk.prefill.run()
-    fed = (tokenizer.bos, *answer)  # token by token in the runtime; a forward of all is the same
-    talk.prefill.append(talk.gen, Text(fed))
-    hidden, plan = talk.prefill.run()
-    logits = model.logits(hidden[torch.from_numpy(np.argsort(plan.order))])
-    want = F.cross_entropy(logits, torch.tensor([*answer, tokenizer.eos]), reduction="none")
-    sample = ask_sample(patchify(pixels_of(example.before), 16), question, answer)
+    talk.add_image(render(scene), generates=False)
+    want = []
+    for text, answer in questions:
+        talk.add_text(text)
+        talk.prefill.run()
+        ids = tokenizer.encode(answer)  # token by token in the runtime; a forward of all is the same
+        talk.prefill.append(talk.gen, Text((tokenizer.bos, *ids, tokenizer.eos)))
+        hidden, plan = talk.prefill.run()
+        logits = model.logits(hidden[torch.from_numpy(np.argsort(plan.order))])[:-1]
+        want.append(F.cross_entropy(logits, torch.tensor([*ids, tokenizer.eos]), reduction="none"))
+    encoded = [(tokenizer.encode(text), tokenizer.encode(answer)) for text, answer in questions]
+    sample = ask_sample(patchify(pixels_of(scene), 16), encoded)
     batch, latents = pack([sample], model.config, SpecialTokens.of(tokenizer), torch.empty(0))
     found = training_losses(model, batch, latents, latents).ce_per_token
-    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, torch.cat(want), rtol=1e-4, atol=1e-5)
 
 
 # The pool and the samples drawn from it
@@ -160,7 +164,7 @@ def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
     kinds = {
         "generate": [TextPart, Noised],
         "edit": [Clean, ViT, TextPart, Noised],
-        "ask": [ViT, TextPart, TextPart],
+        "ask": [ViT, *[TextPart, TextPart] * 6],
     }
     for task, kind in kinds.items():
         shares = Shares(**{name: float(name == task) for name in kinds})

@@ -12,8 +12,8 @@ import numpy as np
 from bagel_rt.shapes.claims import Claims
 from bagel_rt.shapes.edits import EDITS
 from bagel_rt.shapes.language import caption
-from bagel_rt.shapes.questions import QUESTIONS
-from bagel_rt.shapes.scene import Scene, draw_scene, pick, split_of
+from bagel_rt.shapes.questions import QUESTIONS, Question
+from bagel_rt.shapes.scene import Scene, draw_scene, groups_of, pick, split_of
 
 TASKS = ("generate", "edit", "ask")
 SPLITS = ("train", "test")
@@ -91,6 +91,17 @@ def _ask(rng: np.random.Generator, split: str) -> Example:
         scene = _scene_of(rng, split, pick(rng, QUESTIONS[ask]))
         if (question := ask(rng, scene)) is not None:
             return Example("ask", question[0], scene, None, question[1], Claims())
+
+
+def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Scene, list[Question]]:
+    """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it."""
+    scene = _scene_of(rng, split, pick(rng, (1, 2)))
+    suitable = [ask for ask, groups in QUESTIONS.items() if len(groups_of(scene.things)) in groups]
+    found: dict[str, str] = {}
+    while len(found) < count:
+        if (question := pick(rng, suitable)(rng, scene)) is not None:
+            found.setdefault(*question)
+    return scene, list(found.items())
 
 
 def texts(rng: np.random.Generator, n: int) -> Iterator[str]:

@@ -59,11 +59,17 @@ class Recipe:
     vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1)
     autoencoder: AutoencoderSettings = AutoencoderSettings(steps=8000)
     measured: int = 512
-    pool: int = 9_000
+    pool: int = 18_000
     shares: Shares = field(default_factory=Shares)
     widths: dict[str, int] = field(default_factory=dict)
     training: TrainingSettings = TrainingSettings(
-        steps=16_000, tokens=2048, warmup_steps=200, decay_steps=4_000, bfloat16=True
+        steps=16_000,
+        tokens=2048,
+        warmup_steps=200,
+        decay_steps=6_000,
+        ce_weight=0.25,
+        timestep_shift=3.0,  # what is where is decided near the noise
+        bfloat16=True,
     )
     seed: int = 0
 

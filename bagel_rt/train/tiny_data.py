@@ -2,7 +2,7 @@
 
     generate    text                                   -> the picture, noised
     edit        picture (clean latents, ViT), text     -> the picture after the edit, noised
-    ask         picture (ViT), question                -> the answer, with loss
+    ask         picture (ViT), question                -> the answer, with loss; then further questions about it
 
 A picture's posterior is encoded once and kept on disk; its latents are sampled anew at each use. Questions and captions
 are made anew too, instructions belong to a pair of pictures.
@@ -24,14 +24,15 @@ from bagel_rt.config import BagelConfig
 from bagel_rt.images import image_to_tensor
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.vae import AutoEncoder
-from bagel_rt.shapes.examples import Example, make_example
+from bagel_rt.shapes.examples import Example, make_example, make_questions
 from bagel_rt.shapes.language import caption
 from bagel_rt.shapes.render import render
 from bagel_rt.shapes.scene import Scene, pick
 from bagel_rt.tokenizer import Tokenizer
-from bagel_rt.train.packing import Clean, Noised, Sample, Text, ViT
+from bagel_rt.train.packing import Clean, Noised, Part, Sample, Text, ViT
 from bagel_rt.train.tiny_model import SIDE
 
+_QUESTIONS = 6  # about a picture: its patches are most of the tokens, its answers all of the loss
 _SHARD = 512  # examples of a file of posteriors
 _PICTURES = 4  # encoded together: more leave a CPU's cache
 
@@ -97,8 +98,8 @@ def pixels_of(scene: Scene) -> torch.Tensor:
 class Shares(NamedTuple):
     """How often each task is drawn, in proportion."""
 
-    generate: float = 5
-    edit: float = 3
+    generate: float = 6
+    edit: float = 2
     ask: float = 2
 
 
@@ -148,9 +149,9 @@ class World:
         return edit_sample(before, self._patches(example.before), self._ids(example.text), after)
 
     def ask(self, rng: np.random.Generator) -> Sample:
-        """A new question about a new picture."""
-        example = make_example(rng, "ask", "train")
-        return ask_sample(self._patches(example.before), self._ids(example.text), self._ids(example.answer))
+        """New questions about a new picture."""
+        scene, questions = make_questions(rng, "train", _QUESTIONS)
+        return ask_sample(self._patches(scene), [(self._ids(text), self._ids(answer)) for text, answer in questions])
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
@@ -178,9 +179,12 @@ def edit_sample(before: torch.Tensor, patches: torch.Tensor, text: Sequence[int]
     return Sample([*shown, Text(text, droppable=True), Noised(after, *_grid(after))])
 
 
-def ask_sample(patches: torch.Tensor, question: Sequence[int], answer: Sequence[int]) -> Sample:
-    """A picture as ViT patches, a question, and the answer to be written."""
-    return Sample([ViT(patches, *_grid(patches)), Text(question), Text(answer, loss=True)])
+def ask_sample(patches: torch.Tensor, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sample:
+    """A picture as ViT patches, and (question, answer to be written) in turn, as ids without frame."""
+    parts: list[Part] = [ViT(patches, *_grid(patches))]
+    for question, answer in questions:
+        parts += [Text(question), Text(answer, loss=True)]
+    return Sample(parts)
 
 
 def _grid(tokens: torch.Tensor) -> tuple[int, int]:
