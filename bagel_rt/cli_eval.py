@@ -197,7 +197,7 @@ def _contact_sheet(report: dict, trials: Sequence):
         tiles = [_tile(trial) for trial in chosen[: _SHOWN[task]]]
         note = f"{score['correct']} of {score['total']} right, 95% interval {_interval(score)}"
         share = (score["low"], score["share"], score["high"])
-        sections.append(Section(category or _SECTIONS[task], note, share, tiles))
+        sections.append(Section(category or _SECTIONS[task], note, tiles, share))
     right = sum(trial.correct for trial in trials)
     title = f"{report['model']}: {right} of {len(trials)} right"
     return contact_sheet(title, _circumstances(report), sections)

@@ -1,4 +1,4 @@
-"""A contact sheet: small pictures in rows, the text each was made from under it, marked as right or wrong.
+"""A contact sheet: small pictures in rows, the text each was made from under it; if judged, marked as right or wrong.
 
 All lengths are pixels. Pictures stand in columns; a pair, before and after, takes the room of two.
 """
@@ -25,28 +25,28 @@ class Tile:
     Attributes:
         pictures: one or two; shown as squares.
         lines: (text, colour), each wrapped to the tile's width.
-        correct: which mark the last picture gets.
+        correct: which mark the last picture gets; None for no mark.
     """
 
     pictures: tuple[Image.Image, ...]
     lines: tuple[tuple[str, str], ...]
-    correct: bool
+    correct: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """Tiles under a heading, with a bar that shows a share and how sure it is.
+    """Tiles under a heading, if there is one with a bar that shows a share and how sure it is.
 
     Attributes:
-        title, note: the heading, and what stands small behind the bar.
-        share: (low, share, high), each in [0, 1].
+        title, note: the heading, and what stands small behind it and the bar.
         tiles: at least one.
+        share: (low, share, high), each in [0, 1]; None for no bar.
     """
 
     title: str
     note: str
-    share: tuple[float, float, float]
     tiles: Sequence[Tile]
+    share: tuple[float, float, float] | None = None
 
 
 def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
@@ -102,17 +102,23 @@ def _section_heading(section: Section) -> Image.Image:
     image, draw = _block(40)
     draw.text((0, 32), section.title, INK, _font(19), anchor="ls")
     left = max(2 * (COLUMN + GAP), int(draw.textlength(section.title, _font(19))) + 2 * GAP)
-    low, share, high = (round(value * BAR[0]) for value in section.share)
+    if section.share is not None:
+        _draw_share(draw, left, section.share)
+        left += BAR[0] + GAP
+    draw.text((left, 32), section.note, FAINT, _font(14), anchor="ls")
+    return image
+
+
+def _draw_share(draw: ImageDraw.ImageDraw, left: int, share: tuple[float, float, float]) -> None:
+    low, filled, high = (round(value * BAR[0]) for value in share)
     top = 32 - BAR[1] - 3
     draw.rounded_rectangle((left, top, left + BAR[0], top + BAR[1]), BAR[1] // 2, TRACK)
-    if share:
-        draw.rounded_rectangle((left, top, left + max(share, BAR[1]), top + BAR[1]), BAR[1] // 2, RIGHT)
+    if filled:
+        draw.rounded_rectangle((left, top, left + max(filled, BAR[1]), top + BAR[1]), BAR[1] // 2, RIGHT)
     middle = top + BAR[1] // 2
     draw.line((left + low, middle, left + high, middle), INK)
     for end in (low, high):
         draw.line((left + end, middle - 3, left + end, middle + 3), INK)
-    draw.text((left + BAR[0] + GAP, 32), section.note, FAINT, _font(14), anchor="ls")
-    return image
 
 
 def _rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
@@ -153,7 +159,6 @@ def _lines(tile: Tile) -> list[tuple[str, str]]:
 
 
 def _draw_pictures(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int) -> None:
-    colour = RIGHT if tile.correct else WRONG
     for number, picture in enumerate(tile.pictures):
         shown = picture.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
         image.paste(shown, (left, PADDING))
@@ -163,7 +168,10 @@ def _draw_pictures(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, le
             left += PICTURE + 2 * PADDING + GAP
             draw.line((start, middle, left - 8, middle), FAINT, 2)
             draw.line((left - 13, middle - 5, left - 8, middle, left - 13, middle + 5), FAINT, 2, joint="curve")
-    edge = FRAME // 2
+    if tile.correct is None:
+        draw.rectangle((left, PADDING, left + PICTURE - 1, PADDING + PICTURE - 1), outline=EDGE)
+        return
+    colour, edge = RIGHT if tile.correct else WRONG, FRAME // 2
     box = (left - edge, PADDING - edge, left + PICTURE - 1 + edge, PADDING + PICTURE - 1 + edge)
     draw.rounded_rectangle(box, 3, None, colour, FRAME)
     badge = _badge(tile.correct)

@@ -222,7 +222,7 @@ def test_right_and_wrong_are_marked_on_the_sheet():
     picture = Image.new("RGB", (40, 30), "navy")
 
     def sheet(*tiles):
-        return contact_sheet("a model", "how", [Section("all", "none of them", (0, 0, 0.2), tiles)])
+        return contact_sheet("a model", "how", [Section("all", "none of them", tiles, (0, 0, 0.2))])
 
     right, wrong = Tile((picture,), (), True), Tile((picture, picture), (), False)
     assert RIGHT in colours(sheet(right)) and WRONG not in colours(sheet(right))

@@ -59,7 +59,7 @@ class Recipe:
     vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1)
     autoencoder: AutoencoderSettings = AutoencoderSettings(steps=8000)
     measured: int = 512
-    pool: int = 18_000
+    pool: int = 12_000
     shares: Shares = field(default_factory=Shares)
     widths: dict[str, int] = field(default_factory=dict)
     training: TrainingSettings = TrainingSettings(

@@ -1,0 +1,54 @@
+"""The pictures of the documentation, made by the embedded model: ``python docs/pictures.py``.
+
+Every one is the first that its seed gives. Nothing is chosen by hand but the texts.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from bagel_rt import Bagel
+from bagel_rt.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
+
+HERE = Path(__file__).parent
+DRAWN = (
+    "two green squares above a red circle",
+    "a large blue star in the center on white",
+    "a small pink circle left of a yellow triangle on black",
+    "three orange triangles at the bottom",
+    "a purple square in the top right corner on beige",
+    "a red star under two blue circles on a grey background",
+    "two yellow stars on the left on black",
+    "a green triangle to the right of an orange square",
+)
+EDITED = ("make the squares blue", "remove the circle", "turn the circle into a star", "use a black background")
+ASKED = (
+    "what color are the squares",
+    "how many shapes are there",
+    "what is below the squares",
+    "is there a yellow star",
+)
+
+
+def default_model(bagel: Bagel) -> Image.Image:
+    """Drawing, editing and answering: the first thing that a reader of the project sees."""
+    drawn = [result.image for result in bagel.generate(list(DRAWN), seed=list(range(len(DRAWN))))]
+    first = drawn[0]
+    edited = [bagel.edit(first, text, seed=0).image for text in EDITED]
+    answers = [bagel.chat(text, [first]) for text in ASKED]
+    sections = [
+        Section("draws", "", [Tile((image,), ((text, INK),)) for image, text in zip(drawn, DRAWN, strict=True)]),
+        Section(
+            "edits", "", [Tile((first, image), ((text, INK),)) for image, text in zip(edited, EDITED, strict=True)]
+        ),
+        Section(
+            "answers",
+            "",
+            [Tile((first,), ((text, FAINT), (said, INK))) for text, said in zip(ASKED, answers, strict=True)],
+        ),
+    ]
+    return contact_sheet("What the embedded model draws, edits and answers", "128 x 128 pixels, on a CPU", sections)
+
+
+if __name__ == "__main__":
+    default_model(Bagel.from_pretrained(device="cpu")).save(HERE / "default-model.png", optimize=True)
