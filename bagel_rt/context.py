@@ -168,7 +168,7 @@ class Prefill:
         images = [(c.patches, c.rows, c.columns) for c in contents if isinstance(c, ViTImage)]
         seen = model.embed_patches(images).split([r * c for _, r, c in images]) if images else ()
         seen = iter(seen)
-        start, end = model.embed_markers().split(1)
+        start, end = model.embed_markers().split(1) if any(not isinstance(c, Text) for c in contents) else (None, None)
         parts = []
         for content in contents:
             if isinstance(content, Text):

@@ -164,7 +164,7 @@ class Bagel:
         )
         requests = [
             self._request(
-                [text], self._check_size(size), seed, settings, noise, _system(THINK_BEFORE_IMAGE, think), negative
+                [text], self.check_size(size), seed, settings, noise, _system(THINK_BEFORE_IMAGE, think), negative
             )
             for text, size, seed, settings, noise, think, negative in zip(*columns, strict=True)
         ]
@@ -261,7 +261,7 @@ class Bagel:
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
         system = _system(THINK_INTERLEAVED, think)
         request = self._request(
-            inputs, self._check_size(size), seeds_for(seed, 1)[0], settings, noise, system, rounds=max_rounds
+            inputs, self.check_size(size), seeds_for(seed, 1)[0], settings, noise, system, rounds=max_rounds
         )
         return self.engine.run_interleaved(request, progress)
 
@@ -281,26 +281,34 @@ class Bagel:
         negative_prompt=None,
         rounds: int | None = None,
     ) -> Request:
-        """A request that fits the model's positions: its own texts, its images, and the tokens that the model writes
-        (of ``rounds`` texts and pictures, if the model decides when it draws)."""
+        """A request that :meth:`check` has nothing against."""
         image, text = settings
-        limit = self.model.config.llm.max_position_embeddings
-        given = [*inputs, *(part for part in (negative_prompt, system) if part is not None)]
-        texts = [check_text("a text", part) for part in given if not isinstance(part, Image.Image)]
         request = Request(inputs, size, seed, image, text, noise, system, negative_prompt, rounds)
-        written = text.max_think_token_n if request.writes else 0
-        if rounds is not None:
-            written = rounds * (text.max_think_token_n + 4)  # a text in its frame, a picture in two blocks
-        positions = count_tokens(self.model.config, self.tokenizer, texts, False)[0] + 2 * len(inputs) + written
+        self.check(request)
+        return request
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that does not fit the model: texts, images, and the tokens that the model writes (of
+        ``rounds`` texts and pictures, if the model decides when it draws) beyond its positions; noise of another shape.
+
+        Raises:
+            ValueError: says what does not fit.
+        """
+        config, limit = self.model.config, self.model.config.llm.max_position_embeddings
+        parts = [*request.inputs, *(part for part in (request.negative_prompt, request.system) if part is not None)]
+        texts = [check_text("a text", part) for part in parts if not isinstance(part, Image.Image)]
+        written = request.text.max_think_token_n if request.writes else 0
+        if request.rounds is not None:
+            written = request.rounds * (written + 4)  # a text in its frame, a picture in two blocks
+        positions = count_tokens(config, self.tokenizer, texts, False)[0] + 2 * len(request.inputs) + written
         if positions > limit:
             raise ValueError(
                 f"the request takes up to {positions} positions, {written} of them for text to be written; the model "
                 f"has {limit}: shorten the prompt or lower max_think_token_n"
             )
-        self._check_grids(inputs)
-        if noise is not None:
-            _check_noise(noise, noise_shapes(self.model.config, inputs, size), exact=rounds is None)
-        return request
+        self._check_grids(request.inputs)
+        if request.noise is not None:
+            _check_noise(request.noise, noise_shapes(config, request.inputs, request.size), request.rounds is None)
 
     def _check_grids(self, inputs) -> None:
         """Refuse images that the resize rules make larger than the position tables."""
@@ -315,7 +323,8 @@ class Bagel:
                     f"position tables hold ({config.largest_side} and {patches} pixels): use one of another shape"
                 )
 
-    def _check_size(self, size) -> tuple[int, int]:
+    def check_size(self, size) -> tuple[int, int]:
+        """(height, width) of a picture to draw, by default the usual square; ValueError if the model has no such."""
         config = self.model.config
         stride, largest = config.latent_stride, config.largest_side
         if size is None:

@@ -4,13 +4,13 @@ A leaf is a tensor of :class:`bagel_rt.models.bagel.weights.BagelWeights`, fused
 runtime repeats the official vector of [head_dim] for each head, the leaf has it once, or the heads would grow apart.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 
 import torch
 
 from bagel_rt.config import BagelConfig
 from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.models.bagel.weights import map_weights
 
 FROZEN = {"latent_positions": "latent_pos_embed.pos_embed", "vit_positions": "vit_pos_embed.pos_embed"}
 """Leaf -> official name of the sin-cos tables, which the official trainer does not train either."""
@@ -34,7 +34,7 @@ class Parameters:
             once = self._once(name, tensor).detach()
             self.leaves[name] = once.to(self._wide, copy=True).contiguous().requires_grad_(name not in FROZEN)
 
-        _mapped(model.weights, copy)
+        map_weights(model.weights, copy)
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The leaves that want a gradient."""
@@ -48,12 +48,12 @@ class Parameters:
             dtype: that it computes in; by default that of the leaves.
         """
         leaves, dtype = leaves or self.leaves, dtype or self._wide
-        weights = _mapped(self._model.weights, lambda name, _: self._repeated(name, leaves[name]).to(dtype))
+        weights = map_weights(self._model.weights, lambda name, _: self._repeated(name, leaves[name]).to(dtype))
         return BagelModel(self._model.config, weights, self._model.vae, self._model.markers)
 
     def official_gradients(self) -> dict[str, torch.Tensor]:
         """Official name -> gradient of that tensor; without the tables that are :data:`FROZEN`."""
-        places = _mapped(self._model.weights, self._gradient).destinations(self.config)
+        places = map_weights(self._model.weights, self._gradient).destinations(self.config)
         return {
             name: place.view.sum_to_size(place.shape) for name, place in places.items() if name not in FROZEN.values()
         }
@@ -81,19 +81,3 @@ class Parameters:
         rows = gradient.new_zeros(like.shape)
         rows[[0, self.config.llm.num_heads]] = gradient
         return rows
-
-
-def _mapped(node, visit: Callable[[str, torch.Tensor], torch.Tensor | None], name: str = ""):
-    """A copy of ``node``, weights or a part of them, with ``visit(name, tensor)`` for every tensor."""
-    if isinstance(node, torch.Tensor):
-        return visit(name, node)
-    if is_dataclass(node):
-        keys = [field.name for field in fields(node)]
-        return type(node)(**{key: _mapped(getattr(node, key), visit, _joined(name, key)) for key in keys})
-    keys = getattr(node, "_fields", range(len(node)))
-    parts = [_mapped(part, visit, _joined(name, key)) for key, part in zip(keys, node, strict=True)]
-    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
-
-
-def _joined(name: str, key: str | int) -> str:
-    return f"{name}.{key}" if name else str(key)

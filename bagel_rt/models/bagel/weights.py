@@ -5,8 +5,8 @@ blocks of one matrix; gate and up projections are its even and odd rows, so that
 neighbouring columns; the two QK-norm vectors are repeated to one row per head.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import NamedTuple
 
 import torch
@@ -215,3 +215,19 @@ def _vit_places(vit: ViTWeights, config: ViTConfig) -> Iterator:
         weights, biases = (tensor.split(config.hidden_size) for tensor in layer.qkv)
         for name, weight, bias in zip("qkv", weights, biases, strict=True):
             yield from _affine_places(f"{module}self_attn.{name}_proj", Affine(weight, bias)).items()
+
+
+def map_weights(node, visit: Callable[[str, torch.Tensor], torch.Tensor | None], name: str = ""):
+    """A copy of ``node``, a :class:`BagelWeights` or a part of one, with ``visit(name, tensor)`` for every tensor."""
+    if isinstance(node, torch.Tensor):
+        return visit(name, node)
+    if is_dataclass(node):
+        keys = [field.name for field in fields(node)]
+        return type(node)(**{key: map_weights(getattr(node, key), visit, _joined(name, key)) for key in keys})
+    keys = getattr(node, "_fields", range(len(node)))
+    parts = [map_weights(part, visit, _joined(name, key)) for key, part in zip(keys, node, strict=True)]
+    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
+
+
+def _joined(name: str, key: str | int) -> str:
+    return f"{name}.{key}" if name else str(key)
