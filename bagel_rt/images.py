@@ -18,20 +18,21 @@ MAX_IMAGE_SIDE = 1 << 16  # bounds what resizing a thin picture allocates betwee
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, and starts Ghostscript for some of them
 
 
-def open_image(source: Image.Image | str | Path | bytes) -> Image.Image:
+def open_image(source: Image.Image | str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """A picture, decoded, its mode and pixels as stored; of an animation, the first frame.
 
     Args:
         source: a PIL image (returned itself), a path, or the bytes of an encoded file.
+        max_pixels: that it may have.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a picture in one of ``FORMATS``, is cut short or damaged, has no pixels, more than
-            ``MAX_IMAGE_PIXELS`` of them or a side over ``MAX_IMAGE_SIDE`` (found before decoding). The message names
+            ``max_pixels`` of them or a side over ``MAX_IMAGE_SIDE`` (found before decoding). The message names
             the source.
     """
     if isinstance(source, Image.Image):
-        return _decoded(source, f"the given {source.mode} image")
+        return _decoded(source, f"the given {source.mode} image", max_pixels)
     if isinstance(source, bytes):
         name, file = f"the given {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
@@ -49,14 +50,14 @@ def open_image(source: Image.Image | str | Path | bytes) -> Image.Image:
     except Exception as error:  # Pillow raises whatever its parsers do: OSError, ValueError, struct.error, ...
         raise ValueError(f"{name} cannot be opened: {error}; save or download it again") from error
     with image:
-        return _decoded(image, name)
+        return _decoded(image, name, max_pixels)
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
+def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
-    if not 1 <= width * height <= MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
+    if not 1 <= width * height <= max_pixels or max(width, height) > MAX_IMAGE_SIDE:
         raise ValueError(
-            f"{name} has {width} x {height} pixels; allowed: 1 to {MAX_IMAGE_PIXELS}, a side up to {MAX_IMAGE_SIDE}. "
+            f"{name} has {width} x {height} pixels; allowed: 1 to {max_pixels}, a side up to {MAX_IMAGE_SIDE}. "
             "Resize it before"
         )
     try:

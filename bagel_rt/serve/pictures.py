@@ -1,0 +1,117 @@
+"""Pictures in requests and in answers.
+
+A request brings pictures as data URLs or as files; addresses on the network are fetched only from hosts that the server
+was told to allow, over HTTPS, without redirects, and never from an address that is not public.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import time
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from bagel_rt.images import open_image
+from bagel_rt.serve.limits import Limits
+
+_MEDIA = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+_FETCH_SECONDS = 10.0
+
+
+def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> Image.Image:
+    """The picture of a data URL, or of an address on one of these hosts. Blocks while it is fetched and decoded.
+
+    Raises:
+        ValueError: it is another kind of address, no picture, or too large.
+    """
+    if url[:5].lower() == "data:":
+        return read_picture(_data(url), limits)
+    parts = urlsplit(url)
+    if parts.scheme != "https" or parts.hostname is None or parts.hostname.lower() not in hosts:
+        allowed = f", or https addresses on {', '.join(sorted(hosts))}" if hosts else ""
+        raise ValueError(f"image_url is {url[:60]!r}: allowed are data: URLs{allowed}")
+    return read_picture(_fetch(parts, limits.body), limits)
+
+
+def read_picture(data: bytes, limits: Limits) -> Image.Image:
+    """An encoded picture; its size is looked at before it is decoded.
+
+    Raises:
+        ValueError: it is no picture, damaged, or has more pixels than are allowed.
+    """
+    return open_image(data, limits.pixels)
+
+
+def encode(image: Image.Image, form: str) -> str:
+    """Base64 of a picture as "png", "jpeg" or "webp"."""
+    out = io.BytesIO()
+    image.save(out, _MEDIA[form], **({"quality": 95} if form != "png" else {}))
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def _data(url: str) -> bytes:
+    header, comma, content = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise ValueError("image_url is a data URL without base64 content: write data:image/png;base64,...")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"image_url is a data URL whose base64 is damaged: {error}") from None
+
+
+class _Pinned(http.client.HTTPSConnection):
+    """A connection to an address that was looked at, under the name that the certificate is for."""
+
+    def __init__(self, host: str, port: int, address: str):
+        super().__init__(host, port, timeout=_FETCH_SECONDS, context=ssl.create_default_context())
+        self._address = address
+
+    def connect(self) -> None:
+        raw = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock = self._context.wrap_socket(raw, server_hostname=self.host)
+
+
+def _fetch(parts, limit: int) -> bytes:
+    """What an allowed address gives."""
+    host, port = parts.hostname, parts.port or 443
+    connection = _Pinned(host, port, public_address(host, port))
+    end = time.monotonic() + _FETCH_SECONDS
+    try:
+        path = parts.path or "/"
+        connection.request("GET", f"{path}?{parts.query}" if parts.query else path, headers={"Accept": "image/*"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ValueError(f"{host} answers {response.status} {response.reason}: redirects are not followed")
+        data = bytearray()
+        while chunk := response.read(1 << 16):
+            data += chunk
+            if len(data) > limit or time.monotonic() > end:
+                raise ValueError(f"the picture on {host} has over {limit} bytes, or takes over {_FETCH_SECONDS:g} s")
+        return bytes(data)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"{host} gives no picture: {error}") from None
+    finally:
+        connection.close()
+
+
+def public_address(host: str, port: int) -> str:
+    """An address of a host, if all that it has are public.
+
+    Raises:
+        ValueError: one is private, of this machine, or otherwise not on the public network; or there is none.
+    """
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{host} has no address: {error}") from None
+    for address in found:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+        if not parsed.is_global or parsed.is_multicast:
+            raise ValueError(f"{host} has the address {address}, which is not public")
+    return sorted(found)[0]
