@@ -366,7 +366,7 @@ def make_random_checkpoint(
 ) -> None:
     """Write a model folder of random weights (29 GB by default), to measure speed and memory with.
 
-    Its tokenizer is the built-in model's, of 366 tokens. Equal seeds give equal weights.
+    Its tokenizer is the built-in model's, of a few hundred tokens. Equal seeds give equal weights.
     """
     from bagel_rt.config import BAGEL_7B_MOT, BagelConfig
     from bagel_rt.random_checkpoint import make_random_checkpoint as make

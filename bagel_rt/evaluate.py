@@ -24,7 +24,18 @@ from bagel_rt.shapes.scene import COLORS, SHAPES, SIZES
 CATEGORIES = {
     "generate": ("one object", "two or three alike", "two with a relation", "groups with a relation"),
     "edit": ("recolor", "reshape", "resize", "move", "add", "remove", "background"),
-    "ask": ("color", "shape", "size", "count", "existence", "background", "place", "relation", "neighbor"),
+    "ask": (
+        "color",
+        "shape",
+        "size",
+        "count",
+        "existence",
+        "background",
+        "place",
+        "relation",
+        "neighbor",
+        "description",
+    ),
 }
 """Task -> its categories."""
 
@@ -139,6 +150,8 @@ def _kind_of_question(example: Example) -> str:
         ("where ", "place"),
         ("is there ", "existence"),
         ("are there ", "existence"),
+        ("describe ", "description"),
+        ("what is in the picture", "description"),
     ):
         if text.startswith(words):
             return kind

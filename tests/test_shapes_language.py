@@ -144,6 +144,8 @@ def test_captions_leave_out_now_and_then(examples):
 def answer_to(question, scene):
     """The answer, worked out from the words of the question alone."""
     words = question.split()
+    if "picture" in words:
+        return described(scene)
     if "background" in words:
         return scene.background
     if words[1] == "color":
@@ -171,9 +173,26 @@ def answer_to(question, scene):
         return "yes" if holds else "no"
     if not holds:
         return "nothing"
-    number = ("a", "two", "three")[len(other) - 1]
-    number = "an" if len(other) == 1 and other[0].color == "orange" else number
-    return f"{number} {other[0].color} {other[0].shape}{'s' if len(other) > 1 else ''}"
+    return named(other, other[0].color)
+
+
+def named(group, adjectives):
+    number = ("an" if adjectives.startswith("orange") else "a", "two", "three")[len(group) - 1]
+    return f"{number} {adjectives} {group[0].shape}{'s' if len(group) > 1 else ''}"
+
+
+def described(scene):
+    """Everything, of two groups the upper or left one first."""
+    groups = sorted(groups_of(scene.things), key=lambda group: min((thing.y, thing.x) for thing in group))
+    if len(groups) == 2 and relation_between(*groups) == "right of":
+        groups.reverse()
+    names = [named(group, f"{group[0].size} {group[0].color}") for group in groups]
+    if len(groups) == 2:
+        return f"{names[0]} {relation_between(*groups)} {names[1]} on {scene.background}"
+    place = place_of(groups[0])
+    where = {"center": "in the center", "left": "on the left", "right": "on the right"}
+    where |= {"top": "at the top", "bottom": "at the bottom"}
+    return f"{names[0]} {where.get(place, f'in the {place}')} on {scene.background}"
 
 
 def test_questions_have_the_answer_that_their_words_ask_for(examples):
@@ -286,9 +305,10 @@ def test_questions_about_one_scene_differ_and_suit_it():
     for _ in range(300):
         scene, questions = make_questions(rng, "train", 6)
         assert split_of(scene) == "train" and len(set(text for text, _ in questions)) == 6
+        assert questions[-1][1] == described(scene) and described(scene) not in [said for _, said in questions[:-1]]
         kinds.update((len(groups_of(scene.things)), text.split()[0]) for text, _ in questions)
     assert kinds[1, "where"] > 100 and kinds[2, "where"] == 0  # a place is asked of a single group
-    assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are"}
+    assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are", "describe"}
 
 
 def test_texts_yields_as_many_as_asked_for():

@@ -164,7 +164,7 @@ def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
     kinds = {
         "generate": [TextPart, Noised],
         "edit": [Clean, ViT, TextPart, Noised],
-        "ask": [ViT, *[TextPart, TextPart] * 6],
+        "ask": [ViT, *[TextPart, TextPart] * 7],
     }
     for task, kind in kinds.items():
         shares = Shares(**{name: float(name == task) for name in kinds})

@@ -56,18 +56,19 @@ def assert_equal(one, other):
 # Steps
 
 
-def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path):
-    settings = replace(SETTINGS, clip=0.1, ce_weight=0.25, mse_weight=2.0, timestep_shift=3.0)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts):
+    settings = replace(SETTINGS, parts=parts, clip=0.1, ce_weight=0.25, mse_weight=2.0, timestep_shift=3.0)
     run = trainer(model, tmp_path, settings)
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in run.parameters.trained().items()}
     optimizer = torch.optim.AdamW(leaves.values(), betas=(0.9, 0.95), eps=1e-15, weight_decay=0)
     average = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     clear = {name: torch.ones_like(leaf, dtype=torch.bool) for name, leaf in leaves.items()}
     for step in range(3):
-        losses = training_losses(run.parameters.model(run.parameters.leaves | leaves), *run.data(step), 3.0)
-        gradients = torch.autograd.grad(
-            0.25 * losses.ce + 2 * losses.mse, list(leaves.values()), materialize_grads=True
-        )
+        current = run.parameters.model(run.parameters.leaves | leaves)
+        losses = [training_losses(current, *run.data(step, part), 3.0) for part in range(parts)]
+        total = sum(0.25 * loss.ce + 2 * loss.mse for loss in losses) / parts
+        gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             leaf.grad = gradient * min(1.0, 0.1 / float(norm + 1e-6))
@@ -77,7 +78,7 @@ def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path):
         record = run.train_step()
         assert record["norm"] == pytest.approx(float(norm), rel=1e-5)
         assert record["rate"] == pytest.approx(rate)
-        assert record["ce"] == pytest.approx(float(losses.ce.detach()), rel=1e-5)
+        assert record["ce"] == pytest.approx(sum(float(loss.ce.detach()) for loss in losses) / parts, rel=1e-5)
         decay, compared = (1 + step) / (10 + step), 0
         for name, leaf in leaves.items():
             trained = run.parameters.leaves[name].detach()
@@ -109,7 +110,16 @@ def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(model, tmp_pa
         assert torch.equal(batch.packed_text_ids, same.packed_text_ids)
         assert torch.equal(batch.packed_timesteps, same.packed_timesteps)
     assert len({tuple(one.data(step)[0].packed_text_ids.tolist()) for step in range(5)}) == 5
-    assert not torch.equal(trainer(model, tmp_path / "a", replace(SETTINGS, seed=8)).data(0)[2][:2], one.data(0)[2][:2])
+    other = trainer(model, tmp_path / "a", replace(SETTINGS, seed=8))
+    assert not any(torch.equal(data[2][:2], one.data(0)[2][:2]) for data in (other.data(0), one.data(0, part=1)))
+
+
+def test_parts_in_threads_give_the_same_bits_every_time(model, tmp_path):
+    runs = [trainer(model, tmp_path / name, replace(SETTINGS, parts=4)) for name in "ab"]
+    for _ in range(3):
+        records = [run.train_step() | {"seconds": 0} for run in runs]
+        assert records[0] == records[1]
+    assert_equal(*map(everything, runs))
 
 
 def test_a_batch_without_pictures_trains_too(model, tmp_path):

@@ -26,6 +26,7 @@ from bagel_rt.shapes.scene import (
     center_of,
     fits,
     groups_of,
+    line_up,
     pick,
     relation_between,
 )
@@ -83,19 +84,21 @@ def reshape(rng: np.random.Generator, before: Scene) -> Edit | None:
 
 
 def resize(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """One or two things become small or large; two of them move apart or together so that the gap stays."""
+    """One or two things become small or large, on cells around those that they had."""
     group = pick(rng, groups_of(before.things))
     if len(group) == 3:
         return None  # three large things fit nowhere
     size = next(size for size in SIZES if size != group[0].size)
-    scaled = tuple(replace(thing, size=size) for thing in group)
-    if len(group) == 2:
-        x, y = center_of(group)
-        apart = abs(group[0].x - group[1].x) + abs(group[0].y - group[1].y)  # one of the two is 0
-        stretch = 1 + 2 * (scaled[0].reach - group[0].reach) / apart
-        scaled = tuple(replace(thing, x=x + (thing.x - x) * stretch, y=y + (thing.y - y) * stretch) for thing in scaled)
     word = pick(rng, ("bigger", "larger", "large") if size == "large" else ("smaller", "small"))
+    scaled = _line_up_again(group, size, center_of(group))
     return _replace_group(before, group, scaled, f"make {refer(rng, group, before)} {word}")
+
+
+def _line_up_again(group: Group, size: str, center: tuple[float, float]) -> Group:
+    """The things of a group in their order at another place, or of another size."""
+    first = group[0]
+    vertical = len(group) > 1 and first.x == group[1].x
+    return line_up((first.shape, first.color, size), len(group), center, vertical)
 
 
 def remove(rng: np.random.Generator, before: Scene) -> Edit:
@@ -115,7 +118,7 @@ def add(rng: np.random.Generator, before: Scene) -> Edit | None:
     ]
     shape, color = pick(rng, kinds)
     size = pick(rng, list(SIZES))
-    things = (*group, Thing(shape, color, size, *_beside(group, relation, size)))
+    things = group + line_up((shape, color, size), 1, _beside(group, relation, size))
     if not _valid(things, 2) or relation_between(things[-1:], group) != relation:
         return None
     say = rng.random() < 0.5
@@ -156,9 +159,8 @@ def move(rng: np.random.Generator, before: Scene) -> Edit | None:
     x, y = center_of(group)
     if is_at(place, x, y):
         return None
-    to_x, to_y = anchor(rng, place)
-    things = tuple(replace(thing, x=thing.x + to_x - x, y=thing.y + to_y - y) for thing in group)
-    if not _valid(things, 1):
+    things = _line_up_again(group, group[0].size, anchor(rng, place))
+    if not _valid(things, 1) or not is_at(place, *center_of(things)):
         return None
     where = f"{place} side" if place in ("left", "right") else f"{place} corner" if " " in place else place
     claims = Claims((claim_group(things, place=place),), background=before.background)

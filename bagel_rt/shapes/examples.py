@@ -12,7 +12,7 @@ import numpy as np
 from bagel_rt.shapes.claims import Claims
 from bagel_rt.shapes.edits import EDITS
 from bagel_rt.shapes.language import caption
-from bagel_rt.shapes.questions import QUESTIONS, Question
+from bagel_rt.shapes.questions import QUESTIONS, Question, ask_description
 from bagel_rt.shapes.scene import Scene, draw_scene, groups_of, pick, split_of
 
 TASKS = ("generate", "edit", "ask")
@@ -94,14 +94,18 @@ def _ask(rng: np.random.Generator, split: str) -> Example:
 
 
 def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Scene, list[Question]]:
-    """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it."""
+    """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it.
+
+    The last one asks for everything; before others, its answer would be theirs.
+    """
     scene = _scene_of(rng, split, pick(rng, (1, 2)))
     suitable = [ask for ask, groups in QUESTIONS.items() if len(groups_of(scene.things)) in groups]
+    suitable.remove(ask_description)
     found: dict[str, str] = {}
-    while len(found) < count:
+    while len(found) < count - 1:
         if (question := pick(rng, suitable)(rng, scene)) is not None:
             found.setdefault(*question)
-    return scene, list(found.items())
+    return scene, [*found.items(), ask_description(rng, scene)]
 
 
 def texts(rng: np.random.Generator, n: int) -> Iterator[str]:

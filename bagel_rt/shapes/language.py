@@ -70,6 +70,15 @@ def refer(rng: np.random.Generator, group: Group, scene: Scene) -> str:
     return pick(rng, ways)
 
 
+def describe(scene: Scene) -> str:
+    """All that there is to say of a scene, always in the same words: at most 14 of them."""
+    groups = groups_of(scene.things)
+    named = [name_group(group, group[0].size) for group in groups]
+    if len(groups) == 1:
+        return f"{named[0]} {_PLACE_WORDS[place_of(groups[0])][0]} on {scene.background}"
+    return f"{named[0]} {relation_between(*groups)} {named[1]} on {scene.background}"
+
+
 def _caption_of_one(rng: np.random.Generator, group: Group) -> tuple[str, Claims]:
     """A noun phrase without prefix and background."""
     size = rng.random() < 0.5

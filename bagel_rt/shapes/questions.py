@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bagel_rt.shapes.language import COUNT_WORDS, article, be, name_group, plural, refer, say_relation
+from bagel_rt.shapes.language import COUNT_WORDS, article, be, describe, name_group, plural, refer, say_relation
 from bagel_rt.shapes.scene import COLORS, OPPOSITE, SHAPES, Group, Scene, groups_of, pick, place_of, relation_between
 
 Question = tuple[str, str]
@@ -120,6 +120,11 @@ def ask_neighbor(rng: np.random.Generator, scene: Scene) -> Question:
     return f"what is {say_relation(rng, asked)} {refer(rng, second, scene)}", answer
 
 
+def ask_description(rng: np.random.Generator, scene: Scene) -> Question:
+    """Of everything."""
+    return pick(rng, ("describe the picture", "what is in the picture")), describe(scene)
+
+
 # Each question with the numbers of groups that a scene may have.
 QUESTIONS: dict[Callable[[np.random.Generator, Scene], Question | None], tuple[int, ...]] = {
     ask_color: (1, 2),
@@ -131,4 +136,5 @@ QUESTIONS: dict[Callable[[np.random.Generator, Scene], Question | None], tuple[i
     ask_place: (1,),
     ask_relation: (2,),
     ask_neighbor: (2,),
+    ask_description: (1, 2),
 }

@@ -4,7 +4,9 @@ A scene is a plain background with one or two groups. A group is one to three eq
 A single group stands at a named place (the centre, a side, a corner); of two groups one is above or left of the
 other. Two groups never agree in both colour and shape, so "the red circle" has one meaning in every scene.
 
-Lengths are fractions of the picture's side; x grows to the right and y downwards.
+Lengths are fractions of the picture's side; x grows to the right and y downwards. Things stand on a grid of 8 x 8
+cells, a small one on 2 x 2 of them, a large one on 3 x 3. So a model that sees and draws in patches of a cell has to
+know few of them, and can be small.
 """
 
 import hashlib
@@ -25,7 +27,9 @@ COLORS = {
     "pink": (255, 130, 190),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (18, 18, 22), "grey": (128, 128, 128), "beige": (232, 212, 172)}
-SIZES = {"small": 0.09, "large": 0.16}  # the radius of a circle; render.OUTLINES says how the others compare
+SIZES = {"small": 0.09, "large": 0.15}  # the radius of a circle; render.OUTLINES says how the others compare
+CELLS = {"small": 2, "large": 3}  # that a thing takes, each way
+GRID = 8  # cells each way
 PLACES = {  # name -> (column, row): 0 is left or top, 1 the middle, 2 right or bottom
     "center": (1, 1),
     "left": (0, 1),
@@ -43,7 +47,7 @@ MOST_THINGS = 4
 REACH = 1.15  # no outline reaches further than this, in radii, from its centre along x or y
 _ANCHORS = (0.25, 0.5, 0.75)
 _BORDER = 0.015
-_GAP = 0.03
+_GAP = 0.025
 _ONE_GROUP = ((1, "small"), (1, "large"), (2, "small"), (2, "large"), (3, "small"))  # three large ones do not fit
 _TWO_GROUPS = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 
@@ -119,7 +123,7 @@ def relation_between(first, second) -> str | None:
 def fits(things: Group) -> bool:
     """Whether all things are inside the border and apart from each other, and not too many."""
     inside = all(
-        min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) - thing.reach > _BORDER - 1e-6  # line_up puts some on the edge
+        min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) - thing.reach > _BORDER - 1e-6  # large ones touch it
         for thing in things
     )
     return (
@@ -159,17 +163,20 @@ def split_of(scene: Scene) -> str:
 
 
 def line_up(
-    kind: tuple[str, str, str], count: int, center: tuple[float, float], gap: float, vertical: bool
+    kind: tuple[str, str, str], count: int, center: tuple[float, float], vertical: bool = False
 ) -> tuple[Thing, ...]:
-    """``count`` things of a kind (shape, color, size) in a row or column, ``gap`` between them, moved inside."""
-    reach = REACH * SIZES[kind[2]]
-    step = 2 * reach + gap
-    across, along = reach + _BORDER, reach + _BORDER + step * (count - 1) / 2
-    x_room, y_room = (across, along) if vertical else (along, across)
-    x = min(max(center[0], x_room), 1 - x_room)
-    y = min(max(center[1], y_room), 1 - y_room)
-    offsets = [step * (index - (count - 1) / 2) for index in range(count)]
-    return tuple(Thing(*kind, x, y + offset) if vertical else Thing(*kind, x + offset, y) for offset in offsets)
+    """``count`` things of a kind (shape, color, size) side by side or one below the other, on the cells next to a
+    centre that leave them inside."""
+    cells = CELLS[kind[2]]
+    along, across = center[::-1] if vertical else center
+    first, row = _cell(along, cells * count), _cell(across, cells)
+    places = [((first + cells * (index + 0.5)) / GRID, (row + cells / 2) / GRID) for index in range(count)]
+    return tuple(Thing(*kind, *(place[::-1] if vertical else place)) for place in places)
+
+
+def _cell(center: float, cells: int) -> int:
+    """The first of so many cells around a centre."""
+    return min(max(round(center * GRID - cells / 2), 0), GRID - cells)
 
 
 def _jitter(rng: np.random.Generator, around: float, by: float) -> float:
@@ -177,9 +184,9 @@ def _jitter(rng: np.random.Generator, around: float, by: float) -> float:
 
 
 def anchor(rng: np.random.Generator, place: str) -> tuple[float, float]:
-    """A point of a place, up to 0.04 from its middle along each axis."""
+    """A point of a place, up to 0.1 from its middle along each axis."""
     column, row = PLACES[place]
-    return _jitter(rng, _ANCHORS[column], 0.04), _jitter(rng, _ANCHORS[row], 0.04)
+    return _jitter(rng, _ANCHORS[column], 0.1), _jitter(rng, _ANCHORS[row], 0.1)
 
 
 def _one_group(rng: np.random.Generator) -> Group:
@@ -188,7 +195,7 @@ def _one_group(rng: np.random.Generator) -> Group:
     place = pick(rng, places)
     vertical = place in ("left", "right") or (place == "center" and rng.random() < 0.5)
     kind = (pick(rng, SHAPES), pick(rng, list(COLORS)), size)
-    return line_up(kind, count, anchor(rng, place), 0.04 + 0.03 * rng.random(), vertical)
+    return line_up(kind, count, anchor(rng, place), vertical)
 
 
 def _two_groups(rng: np.random.Generator) -> Group:
@@ -202,7 +209,7 @@ def _two_groups(rng: np.random.Generator) -> Group:
         size = "small" if count == 3 else pick(rng, ("small", "large"))
         along, across = _jitter(rng, along, 0.025), _jitter(rng, 0.5, 0.1)
         center = (along, across) if beside else (across, along)
-        things += line_up((*kind, size), count, center, 0.04 + 0.03 * rng.random(), beside)
+        things += line_up((*kind, size), count, center, beside)
     return things
 
 

@@ -32,7 +32,7 @@ from bagel_rt.tokenizer import Tokenizer
 from bagel_rt.train.packing import Clean, Noised, Part, Sample, Text, ViT
 from bagel_rt.train.tiny_model import SIDE
 
-_QUESTIONS = 6  # about a picture: its patches are most of the tokens, its answers all of the loss
+_QUESTIONS = 7  # about a picture: its patches are most of the tokens, its answers all of the loss
 _SHARD = 512  # examples of a file of posteriors
 _PICTURES = 4  # encoded together: more leave a CPU's cache
 
@@ -100,7 +100,7 @@ class Shares(NamedTuple):
 
     generate: float = 6
     edit: float = 2
-    ask: float = 2
+    ask: float = 3
 
 
 class World:

@@ -59,13 +59,17 @@ def initialize_(model: BagelModel, seed: int) -> None:
     """Fill all but the autoencoder with the values from which training starts.
 
     Norms are 1, biases 0, matrices normal of deviation 1 / sqrt(inputs); those whose outputs are added to the residual
-    stream are smaller by sqrt(2 layers) (Radford et al. 2019). The velocity starts at 0, as officially.
+    stream are smaller by sqrt(2 layers) (Radford et al. 2019). The velocity starts at 0, as officially. The vision
+    tower's positions start as sines as loud as the patches: from quiet random ones it is thousands of steps before a
+    model can say where a thing is.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, place in model.destinations()["ema"].items():
         *_, module, kind = name.split(".")
         if kind == "pos_embed":
             place.view.copy_(sincos_table(place.shape[1], math.isqrt(place.shape[0])))
+        elif module == "position_embedding":
+            place.view.copy_(2 * sincos_table(place.shape[1], math.isqrt(place.shape[0])))
         elif kind == "bias" or module == "llm2vae":
             place.view.zero_()
         elif len(place.shape) == 1:

@@ -1,16 +1,18 @@
 """The training loop: a step is a function of the seed, its number and the state, so that a run can stop anywhere.
 
-The data of step n is drawn from generators that are seeded with (seed, n). What a step changes is the weights, their
-average, the optimizer's moments and the step's number, and these are what is saved: a resumed run goes on as if it had
-not been stopped.
+The data of step n is drawn from generators that are seeded with (seed, n, part). What a step changes is the weights,
+their average, the optimizer's moments and the step's number, and these are what is saved: a resumed run goes on as if
+it had not been stopped.
 
 AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101), with the official trainer's betas, epsilon and no decay of weights.
 """
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from bagel_rt.config import CheckpointError
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.train.batch import TrainingBatch
-from bagel_rt.train.objective import Losses, training_losses
+from bagel_rt.train.objective import training_losses
 from bagel_rt.train.packing import Draw, DropRates, SpecialTokens, fill, noised_splits, pack
 from bagel_rt.train.parameters import Parameters
 from bagel_rt.train.state import load_state, save_state
@@ -28,6 +30,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _LIMITS = {  # of settings: (least, most, whether the least is allowed)
     "steps": (1, float("inf"), True),
     "tokens": (1, float("inf"), True),
+    "parts": (1, 64, True),
     "learning_rate": (0, float("inf"), False),
     "warmup_steps": (0, float("inf"), True),
     "decay_steps": (0, float("inf"), True),
@@ -47,6 +50,9 @@ class TrainingSettings:
     Attributes:
         steps: of the whole run.
         tokens: rows of a packed batch, at least.
+        parts: batches of a step, whose losses and gradients are averaged. On a CPU they are computed side by side, each
+            by its share of the threads: two batches of a thousand rows by a thread each are done in 0.6 of the time
+            that two threads take for one of two thousand.
         learning_rate: the largest.
         warmup_steps: in which the rate grows linearly from 0.
         decay_steps: the last ones, in which it falls linearly to 0.
@@ -64,6 +70,7 @@ class TrainingSettings:
 
     steps: int
     tokens: int = 4096
+    parts: int = 1
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay_steps: int = 0
@@ -109,7 +116,7 @@ class Trainer:
         Args:
             model: where training starts; not changed. Its autoencoder is not used.
             tokens: the markers of texts and pictures.
-            draw: makes one sample from a generator, and from nothing else; called in order, in one thread.
+            draw: makes one sample from a generator, and from nothing else. With ``parts``, several threads call it.
             settings: of the run; a resumed run may only have other ``steps`` and ``decay_steps``.
             folder: made if it is not there.
 
@@ -127,6 +134,7 @@ class Trainer:
         self._moments = self._allocate_moments()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = self.folder / "log.jsonl"
+        self._pool = self._threads() if settings.parts > 1 and model.device.type == "cpu" else None
         if (self.folder / "state.safetensors").exists():
             self._resume()
 
@@ -163,12 +171,11 @@ class Trainer:
     def train_step(self) -> dict:
         """One step; what it says of itself, for the log."""
         settings, begun = self.settings, time.perf_counter()
-        batch, latents, noise = self.data(self.step)
-        model = self.parameters.model(dtype=torch.bfloat16 if settings.bfloat16 else None)
-        losses = training_losses(model, batch, latents, noise, settings.timestep_shift)
-        (settings.ce_weight * losses.ce + settings.mse_weight * losses.mse).backward()
-        for leaf in self._trained.values():  # AdamW would pass over those that this batch had no use for
-            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        parts = list((map if self._pool is None else self._pool.map)(self._part, range(settings.parts)))
+        for leaf, *gradients in zip(self._trained.values(), *(part.gradients for part in parts), strict=True):
+            given = [gradient for gradient in gradients if gradient is not None]
+            # AdamW would pass over those that this batch had no use for.
+            leaf.grad = torch.stack(given).sum(0) / settings.parts if given else torch.zeros_like(leaf)
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip, error_if_nonfinite=True)
         rate = settings.learning_rate_at(self.step)
         self._updating = True
@@ -178,12 +185,29 @@ class Trainer:
         self._update_average()
         self.step += 1
         self._updating = False
-        return {"step": self.step, **_shown(losses), "norm": float(norm), "rate": rate, "tokens": len(batch),
+        losses = {name: sum(getattr(part, name) for part in parts) / settings.parts for name in ("ce", "mse")}
+        return {"step": self.step, **losses, "norm": float(norm), "rate": rate, "tokens": sum(p.rows for p in parts),
                 "seconds": round(time.perf_counter() - begun, 4)}  # fmt: skip
 
-    def data(self, step: int) -> tuple[TrainingBatch, torch.Tensor, torch.Tensor]:
-        """(batch, clean latents, noise) of the step with this number: a function of the seed and the number."""
-        rng = np.random.default_rng((self.settings.seed, step))
+    def _part(self, part: int) -> "_Part":
+        """One batch of the step to be done."""
+        settings = self.settings
+        batch, latents, noise = self.data(self.step, part)
+        model = self.parameters.model(dtype=torch.bfloat16 if settings.bfloat16 else None)
+        losses = training_losses(model, batch, latents, noise, settings.timestep_shift)
+        total = settings.ce_weight * losses.ce + settings.mse_weight * losses.mse
+        gradients = torch.autograd.grad(total, list(self._trained.values()), allow_unused=True)
+        return _Part(gradients, float(losses.ce.detach()), float(losses.mse.detach()), len(batch))
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """One for each part of a step."""
+        count = self.settings.parts
+        share = max(1, torch.get_num_threads() // count)
+        return ThreadPoolExecutor(count, "part", initializer=torch.set_num_threads, initargs=(share,))
+
+    def data(self, step: int, part: int = 0) -> tuple[TrainingBatch, torch.Tensor, torch.Tensor]:
+        """(batch, clean latents, noise) of a part of the step with this number: a function of the seed and the two."""
+        rng = np.random.default_rng((self.settings.seed, step, part))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         samples = fill(self.draw, self.settings.drop, self.settings.tokens, rng)
         timesteps = torch.randn(noised_splits(samples), generator=generator)
@@ -251,5 +275,10 @@ class Trainer:
             self._log.write_text("".join(lines[: self.step]), "utf-8")
 
 
-def _shown(losses: Losses) -> dict[str, float]:
-    return {"ce": float(losses.ce.detach()), "mse": float(losses.mse.detach())}
+class _Part(NamedTuple):
+    """What one batch gives: a gradient, or None, for each trained leaf; its losses; its rows."""
+
+    gradients: tuple[torch.Tensor | None, ...]
+    ce: float
+    mse: float
+    rows: int
