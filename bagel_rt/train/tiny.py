@@ -129,7 +129,8 @@ class Run:
     def _report(self, stage: str, seconds: float) -> None:
         """Add a stage's time to ``report.json``, bring its figures up to date, and draw the curves."""
         file, measured = self.folder / "report.json", self.folder / "autoencoder" / "ae.json"
-        report = json.loads(file.read_text()) if file.exists() else {"recipe": repr(self.recipe), "seconds": {}}
+        report = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
+        report["recipe"] = repr(self.recipe)
         report["seconds"][stage] = round(report["seconds"].get(stage, 0.0) + seconds, 1)
         if measured.exists():
             report["autoencoder"] = json.loads(measured.read_text())
