@@ -63,11 +63,11 @@ class Recipe:
     shares: Shares = field(default_factory=Shares)
     widths: dict[str, int] = field(default_factory=dict)
     training: TrainingSettings = TrainingSettings(
-        steps=22_000,
+        steps=20_000,
         tokens=1024,
         parts=2,
         warmup_steps=200,
-        decay_steps=8_000,
+        decay_steps=7_000,
         ce_weight=0.25,
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
