@@ -227,6 +227,8 @@ def test_right_and_wrong_are_marked_on_the_sheet():
     right, wrong = Tile((picture,), (), True), Tile((picture, picture), (), False)
     assert RIGHT in colours(sheet(right)) and WRONG not in colours(sheet(right))
     assert WRONG in colours(sheet(wrong)) and RIGHT not in colours(sheet(wrong))
+    unmarked = contact_sheet("a model", "how", [Section("all", "", [Tile((picture,), ())])])
+    assert not {RIGHT, WRONG} & colours(unmarked)
     one_row, two_rows = sheet(*[right] * 6, wrong), sheet(*[right] * 7, wrong)
     assert one_row.width == two_rows.width == WIDTH and one_row.height < two_rows.height
     assert sheet(right).tobytes() == sheet(right).tobytes()

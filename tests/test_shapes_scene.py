@@ -5,10 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from bagel_rt.shapes.examples import make_example
 from bagel_rt.shapes.render import OUTLINES, render
 from bagel_rt.shapes.scene import (
     BACKGROUNDS,
+    CELLS,
     COLORS,
+    GRID,
     PLACES,
     REACH,
     SHAPES,
@@ -166,3 +169,12 @@ def test_renders_at_any_size_and_always_the_same(side):
 def test_refuses_a_picture_without_pixels():
     with pytest.raises(ValueError, match="side=0, expected at least 1 pixel"):
         render(Scene("grey", (RED_CIRCLE,)), 0)
+
+
+def test_things_stand_on_whole_cells_before_and_after_edits():
+    rng = np.random.default_rng(4)
+    examples = [make_example(rng, "edit", "train") for _ in range(400)]
+    for thing in (thing for e in examples for scene in (e.before, e.after) for thing in scene.things):
+        for at in (thing.x, thing.y):
+            first = at * GRID - CELLS[thing.size] / 2
+            assert first == round(first) and 0 <= first <= GRID - CELLS[thing.size], thing

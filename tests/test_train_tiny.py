@@ -253,3 +253,10 @@ def test_the_model_starts_from_the_usual_values(model):
     assert start.weights.layers[0].down.und.std() == pytest.approx((2 * 2 * 192) ** -0.5, rel=0.05)
     assert not torch.equal(start.weights.layers[0].qkv.gen, start.weights.layers[0].qkv.und)
     torch.testing.assert_close(start.weights.latent_positions, model.weights.latent_positions, rtol=0, atol=0.004)
+
+
+def test_sight_begins_with_a_place_for_every_patch(model):
+    fresh = BagelModel.allocate(model.config, model.markers, torch.device("cpu"), torch.float32)
+    initialize_(fresh, 0)
+    table = fresh.weights.vit.position_embedding
+    assert torch.cdist(table, table).add(torch.eye(64)).min() > 0.5 and table.square().mean().sqrt() > 1

@@ -63,11 +63,11 @@ class Recipe:
     shares: Shares = field(default_factory=Shares)
     widths: dict[str, int] = field(default_factory=dict)
     training: TrainingSettings = TrainingSettings(
-        steps=22_000,
+        steps=20_000,
         tokens=1024,
         parts=2,
         warmup_steps=200,
-        decay_steps=8_000,
+        decay_steps=7_000,
         ce_weight=0.25,
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
@@ -129,7 +129,8 @@ class Run:
     def _report(self, stage: str, seconds: float) -> None:
         """Add a stage's time to ``report.json``, bring its figures up to date, and draw the curves."""
         file, measured = self.folder / "report.json", self.folder / "autoencoder" / "ae.json"
-        report = json.loads(file.read_text()) if file.exists() else {"recipe": repr(self.recipe), "seconds": {}}
+        report = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
+        report["recipe"] = repr(self.recipe)
         report["seconds"][stage] = round(report["seconds"].get(stage, 0.0) + seconds, 1)
         if measured.exists():
             report["autoencoder"] = json.loads(measured.read_text())

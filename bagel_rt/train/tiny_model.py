@@ -60,8 +60,7 @@ def initialize_(model: BagelModel, seed: int) -> None:
 
     Norms are 1, biases 0, matrices normal of deviation 1 / sqrt(inputs); those whose outputs are added to the residual
     stream are smaller by sqrt(2 layers) (Radford et al. 2019). The velocity starts at 0, as officially. The vision
-    tower's positions start as sines as loud as the patches: from quiet random ones it is thousands of steps before a
-    model can say where a thing is.
+    tower's positions start as sines as loud as the patches, for sight to tell places; random ones are a 16th of that.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, place in model.destinations()["ema"].items():

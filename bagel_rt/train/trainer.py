@@ -51,8 +51,7 @@ class TrainingSettings:
         steps: of the whole run.
         tokens: rows of a packed batch, at least.
         parts: batches of a step, whose losses and gradients are averaged. On a CPU they are computed side by side, each
-            by its share of the threads: two batches of a thousand rows by a thread each are done in 0.6 of the time
-            that two threads take for one of two thousand.
+            by its share of the threads: the gradients of twice as many rows in 1.15 times a thread's time.
         learning_rate: the largest.
         warmup_steps: in which the rate grows linearly from 0.
         decay_steps: the last ones, in which it falls linearly to 0.
@@ -134,6 +133,7 @@ class Trainer:
         self._moments = self._allocate_moments()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = self.folder / "log.jsonl"
+        self._share = max(1, torch.get_num_threads() // settings.parts)  # of a part
         self._pool = self._threads() if settings.parts > 1 and model.device.type == "cpu" else None
         if (self.folder / "state.safetensors").exists():
             self._resume()
@@ -152,6 +152,9 @@ class Trainer:
         begun = saved = time.monotonic()
         bar = tqdm(total=self.settings.steps, initial=self.step, desc="training", unit="step", disable=not progress)
         self._shorten_log()
+        threads = torch.get_num_threads()
+        if self._pool is not None:
+            torch.set_num_threads(self._share)  # more would spin between their turns, in the way of the parts
         try:
             with bar, open(self._log, "a", encoding="utf-8") as log:
                 while self.step < self.settings.steps and (seconds is None or time.monotonic() - begun < seconds):
@@ -164,6 +167,7 @@ class Trainer:
                         self.save()
                         saved = time.monotonic()
         finally:
+            torch.set_num_threads(threads)
             if not self._updating:  # half a step would be worse than the steps since the last save
                 self.save()
         return self.step >= self.settings.steps
@@ -202,8 +206,7 @@ class Trainer:
     def _threads(self) -> ThreadPoolExecutor:
         """One for each part of a step."""
         count = self.settings.parts
-        share = max(1, torch.get_num_threads() // count)
-        return ThreadPoolExecutor(count, "part", initializer=torch.set_num_threads, initargs=(share,))
+        return ThreadPoolExecutor(count, "part", initializer=torch.set_num_threads, initargs=(self._share,))
 
     def data(self, step: int, part: int = 0) -> tuple[TrainingBatch, torch.Tensor, torch.Tensor]:
         """(batch, clean latents, noise) of a part of the step with this number: a function of the seed and the two."""
