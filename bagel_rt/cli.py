@@ -24,8 +24,9 @@ from bagel_rt import __version__, cli_options
 from bagel_rt.cli_eval import evaluate
 from bagel_rt.cli_memory import memory
 from bagel_rt.cli_options import read_images, read_part, read_seed, read_size, with_hyperparameters
-from bagel_rt.cli_serve import serve
 from bagel_rt.cli_report import CASE_LINE, CHECK_LINE, case_lines, case_result, check_line, finite
+from bagel_rt.cli_serve import serve
+from bagel_rt.cli_ui import ui
 from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_ROUNDS, check_seed, override
 
 _INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -267,6 +268,7 @@ def info(model: cli_options.Model = None, as_json: cli_options.Json = False) -> 
 app.command()(memory)
 app.command("eval")(evaluate)
 app.command()(serve)
+app.command()(ui)
 
 
 @app.command()

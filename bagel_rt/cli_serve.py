@@ -1,6 +1,8 @@
 """``bagel-rt serve``: the OpenAI-compatible server."""
 
 import os
+import socket
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -44,10 +46,9 @@ def serve(
     under way finish, for the time of --grace.
     """
     try:
-        import uvicorn
-
         from bagel_rt.serve.app import create_app
         from bagel_rt.serve.limits import Limits
+        from bagel_rt.serve.run import make_server
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING.format(error.name)) from None
     from bagel_rt.pipeline import DEFAULT_MODEL, Bagel
@@ -63,8 +64,21 @@ def serve(
         "steps": steps,
     }
     limits = Limits(**{key: value for key, value in given.items() if value is not None})
+    key = os.environ.get(_KEY)
+    if key is not None and not key.strip():
+        raise ValueError(f"{_KEY} is set but empty: set it to the key that clients must send, or unset it")
+    _check_address(host, port)
     folder = Path(model or DEFAULT_MODEL)
     bagel = Bagel.from_pretrained(folder, cli_options.read_device(device), cli_options.read_dtype(dtype))
     hosts = frozenset(entry.lower() for entry in image_host or ())
-    app = create_app(bagel, name or folder.resolve().name, limits, os.environ.get(_KEY) or None, hosts)
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=max(1, round(limits.grace)), log_level="info")
+    app = create_app(bagel, name or folder.resolve().name, limits, key and key.strip(), hosts)
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged pictures: clients could fill the log with them
+    make_server(app, host, port).run()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened at before a model is loaded, which may take minutes."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"{host}, port {port} cannot be listened at: {error.strerror or error}") from None

@@ -144,6 +144,7 @@ class Denoiser:
         dts: float32 [steps, images], from there down to the next.
         guided: for each step, whether any image is guided.
         latents: float32 [sum n, features] on the device, the state, overwritten by every step.
+        closed: whether the state may be another's.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class Denoiser:
             return self._allocate(capacity, schedules, packed, alone)
 
         self._workspace = self._graphs.workspace(key, make, self)
-        self._buffers = self._workspace.buffers
+        self._buffers, self.closed = self._workspace.buffers, False
         self._fill(schedules, guided, branches, plain)
 
     def __len__(self) -> int:
@@ -206,6 +207,7 @@ class Denoiser:
 
     def close(self) -> None:
         """Give the buffers back; the latents are no longer this denoising's."""
+        self.closed = True
         self._workspace.give_back()
 
     def branch_velocities(self, index: int) -> list[tuple[torch.Tensor | None, ...]]:
@@ -229,6 +231,18 @@ class Denoiser:
     def images(self) -> tuple[torch.Tensor, ...]:
         """The latents of each image, [n, features] views of the state."""
         return self.latents.split([task.rows * task.columns for task in self.tasks])
+
+    def estimates(self) -> list[torch.Tensor]:
+        """The clean latents that each image is heading for, float32 [n, features]; after a step, and before the close.
+
+        The state is (1 - t) z + t noise of the z at which the straight line from the noise through the state ends. It
+        is the average of what the model took for clean at every step so far, those at s weighing 1 / s^2; at t = 0 it
+        is the state. It takes the state and the noise alone, so that steps keep nothing for it.
+        """
+        ends = torch.cat([self.timesteps, torch.zeros_like(self.timesteps[:1])])[self._next].tolist()
+        return [
+            (x - t * task.noise.to(x)) / (1 - t) for x, t, task in zip(self.images(), ends, self.tasks, strict=True)
+        ]
 
     def _step(self, guided: bool) -> None:
         """One step, on buffers alone."""

@@ -23,6 +23,8 @@ from bagel_rt.request import ImageResult, Progress, ProgressCallback, Request
 from bagel_rt.settings import ImageSettings, TextSettings
 from bagel_rt.tokenizer import TextStream, Tokenizer
 
+Report = Callable[[int, Callable[[], list]], None]  # takes the steps done, and what tells what each request has by then
+
 
 def _attempted(run):
     """Run requests under :meth:`Engine._working`; where memory runs out, once more without what was only kept."""
@@ -68,7 +70,7 @@ class Engine:
         groups = list(_grouped(thinking, lambda i: requests[i].text.max_think_token_n, lambda i: 1, MAX_TEXTS))
         lengths = [requests[group[0]].text.max_think_token_n - 1 for group in groups]
         for number, group in enumerate(groups):
-            report = _reporter(progress, "text", lengths, number)
+            report = _reporter(progress, "text", lengths, number, group)
             texts = self._write([conversations[i] for i in group], [requests[i] for i in group], report)
             for index, text in zip(group, texts, strict=True):
                 thoughts[index] = text
@@ -219,7 +221,7 @@ class Engine:
                 conversation.add_image(part, generates=guided)
         return conversation
 
-    def _write(self, conversations, requests: Sequence[Request], report: Callable[[int], None]) -> list[str]:
+    def _write(self, conversations, requests: Sequence[Request], report: Report) -> list[str]:
         """The next text of each conversation, decoded together; the lengths allowed are equal."""
         if len(requests) == 1:
             [conversation], [request] = conversations, requests
@@ -230,21 +232,20 @@ class Engine:
         with closing(self._tokens(conversations, settings)) as tokens:
             for number, token in tokens:
                 counts[number] += 1
-                if counts[number] > max(counts[:number] + counts[number + 1 :]):  # the first text to get that far
-                    report(counts[number])
                 texts[number].append(streams[number].feed(token))
+                if counts[number] > max(counts[:number] + counts[number + 1 :]):  # the first text to get that far
+                    report(counts[number], lambda: list(map("".join, texts)))
         return ["".join([*pieces, stream.finish()]) for pieces, stream in zip(texts, streams, strict=True)]
 
-    def _decode(
-        self, conversation: Conversation, text: TextSettings, seed: int, report: Callable[[int], None]
-    ) -> Iterator[str]:
+    def _decode(self, conversation: Conversation, text: TextSettings, seed: int, report: Report) -> Iterator[str]:
         """The next text of a conversation, piece by piece."""
-        stream = TextStream(self.tokenizer)
+        stream, pieces = TextStream(self.tokenizer), []
         with closing(self._tokens([conversation], [(text, seed)])) as tokens:
             for count, (_, token) in enumerate(tokens, start=1):
-                report(count)
-                if piece := stream.feed(token):
-                    yield piece
+                pieces.append(stream.feed(token))
+                report(count, lambda: ["".join(pieces)])
+                if pieces[-1]:
+                    yield pieces[-1]
         if piece := stream.finish():
             yield piece
 
@@ -281,22 +282,34 @@ class Engine:
         steps = [tasks[group[0]].settings.num_timesteps - 1 for group in groups]
         drawn: list[tuple[Image.Image, torch.Tensor] | None] = [None] * len(tasks)
         for number, group in enumerate(groups):
-            report = _reporter(progress, "image", steps, number)
+            report = _reporter(progress, "image", steps, number, group)
             for index, result in zip(group, self._draw([tasks[index] for index in group], report), strict=True):
                 drawn[index] = result
         return drawn
 
-    def _draw(self, tasks: list[ImageTask], report: Callable[[int], None]) -> list[tuple[Image.Image, torch.Tensor]]:
+    def _draw(self, tasks: list[ImageTask], report: Report) -> list[tuple[Image.Image, torch.Tensor]]:
         """(picture, latents) of each task, one packed forward a step for all."""
         with closing(Denoiser(self.model, self.cache, tasks, self.graphs)) as denoiser:
+            preview = functools.partial(self._preview, weakref.ref(denoiser))  # who keeps it keeps no slots
             steps = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
             for done in in_step(self.model.device, steps):
-                report(done)
+                report(done, preview)
             with torch.inference_mode(False):  # the caller's tensors are ordinary ones
                 drawn = [latents.clone() for latents in denoiser.images()]
+        return list(zip(self._pictures(drawn, tasks), drawn, strict=True))
+
+    @torch.inference_mode()
+    def _preview(self, drawing: weakref.ref[Denoiser]) -> list[Image.Image]:
+        """What the images of a denoising are heading for."""
+        denoiser = drawing()
+        if denoiser is None or denoiser.closed:
+            raise RuntimeError("the picture is no longer worked on: call preview() within the progress callback")
+        return self._pictures(denoiser.estimates(), denoiser.tasks)
+
+    def _pictures(self, latents: Sequence[torch.Tensor], tasks: Sequence[ImageTask]) -> list[Image.Image]:
         return [
-            (decode_picture(self.model, x, task.rows, task.columns, self.graphs), x)
-            for x, task in zip(drawn, tasks, strict=True)
+            decode_picture(self.model, x, task.rows, task.columns, self.graphs)
+            for x, task in zip(latents, tasks, strict=True)
         ]
 
 
@@ -320,15 +333,19 @@ def _rows(task: ImageTask) -> int:
 
 
 def _reporter(
-    progress: ProgressCallback | None, stage: str, lengths: Sequence[int], number: int = 0
-) -> Callable[[int], None]:
-    """Reports steps of a part of a stage, the ``number``-th of those that have so many steps."""
+    progress: ProgressCallback | None,
+    stage: str,
+    lengths: Sequence[int],
+    number: int = 0,
+    members: Sequence[int] = (0,),
+) -> Report:
+    """Reports steps of a part of a stage, the ``number``-th of those that have so many steps, for these requests."""
     before, total = sum(lengths[:number]), sum(lengths)
 
-    def report(step: int) -> None:
+    def report(step: int, made: Callable[[], list]) -> None:
         if progress:
             with torch.inference_mode(False):  # the caller's code runs as outside
-                progress(Progress(stage, before + step, total))
+                progress(Progress(stage, before + step, total, lambda: dict(zip(members, made(), strict=True))))
 
     return report
 

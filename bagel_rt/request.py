@@ -3,7 +3,7 @@
 import reprlib
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,11 +23,16 @@ class Progress:
         stage: "text" while tokens are decoded, "image" while an image is denoised.
         step: steps done in this stage, from 1.
         total: steps of this stage; of text, the most there can be.
+        preview: call it within the callback to see what there is so far: for each prompt that is worked on just now,
+            its place in the batch -> the text, or the picture that the denoising is heading for. A picture takes what
+            decoding one takes, time and memory; without the call nothing is done. The last one of a picture is the
+            picture. Once the picture is done, RuntimeError.
     """
 
     stage: str
     step: int
     total: int
+    preview: Callable[[], dict[int, str | Image.Image]] | None = field(default=None, repr=False, compare=False)
 
 
 class Cancelled(Exception):

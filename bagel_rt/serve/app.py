@@ -1,33 +1,33 @@
 """The routes."""
 
 import asyncio
-import json
+import threading
 import time
-import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
-import torch
+import anyio
 from fastapi import FastAPI, Request, Response
-from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
+from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.formparsers import parse_options_header
+from starlette.responses import JSONResponse
 
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import Cancelled, ImageResult
 from bagel_rt.serve import schema
+from bagel_rt.serve.answers import ChatAnswer, EventStream, picture_answer
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.measures import CONTENT_TYPE, Measures
-from bagel_rt.serve.pictures import encode, read_picture, read_url
-from bagel_rt.serve.protection import Gate, TooLarge, error_response, log, readable
-from bagel_rt.serve.worker import Busy, Job, Late, Stopping, Worker
+from bagel_rt.serve.pictures import as_seen, read_picture, read_url
+from bagel_rt.serve.protection import Gate, answer_to, readable
+from bagel_rt.serve.worker import Job, Worker
 
 _EDIT_FILES = ("image", "image[]")
-_NUMBERS = ("n", "seed", "num_timesteps", "max_think_token_n")
-_CLOSED = 499  # of the counters: the client went away
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # of a form; some of the others that Python knows take hours to decode
+_THREADS = 4  # that read and write pictures: each may hold one of the largest that are allowed
 
 
 class Server:
@@ -48,22 +48,35 @@ class Server:
         """
         self.bagel, self.name, self.limits, self.hosts = bagel, name, limits, hosts
         self.measures, self.worker, self.created = Measures(), None, int(time.time())
+        self._threads = self._ending = None
 
     @asynccontextmanager
     async def lifespan(self, _) -> AsyncIterator[None]:
         """The worker lives as long as the application."""
+        self._threads, self._ending = anyio.CapacityLimiter(_THREADS), None
         self.worker = Worker(self.bagel, self.limits.queue, self.limits.batch, self.measures.observe)
         self.measures.watch(self.worker)
         try:
             yield
         finally:
-            await asyncio.to_thread(self.worker.stop, self.limits.grace)
+            self.end()
+            await asyncio.to_thread(self._ending.join)
+
+    def end(self) -> None:
+        """Take no more requests, and let those that are under way finish or, after ``limits.grace`` seconds, fail.
+        Returns at once."""
+        if self._ending is None:
+            self.worker.refuse()
+            # A thread that the process does not wait for, should it be told to end at once.
+            self._ending = threading.Thread(target=self.worker.stop, args=(self.limits.grace,), daemon=True)
+            self._ending.start()
 
     async def health(self) -> Response:
         """200 while requests are taken, else 503."""
-        failure = self.worker.failure
-        state = {"status": "ok" if failure is None else "failed", "model": self.name, "queue": self.worker.waiting}
-        return JSONResponse(state, 200 if failure is None else 503)
+        worker = self.worker
+        status = "failed" if worker.failure is not None else "stopping" if worker.stopping else "ok"
+        state = {"status": status, "model": self.name, "queue": worker.waiting}
+        return JSONResponse(state, 200 if status == "ok" else 503)
 
     async def metrics(self) -> Response:
         """Prometheus' text."""
@@ -85,222 +98,139 @@ class Server:
         if name not in (None, self.name):
             raise HTTPException(404, f"the model {name[:60]!r} is not here: allowed is {self.name!r}, or no name")
 
-    async def generations(self, request: Request) -> Response:
-        """Text to pictures."""
-        said = schema.Generation.model_validate(readable(await request.body()))
-        return await self._draw(request, said, [])
+    async def _aside(self, function: Callable, *arguments):
+        """What a function returns, run in one of a few threads."""
+        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._threads)
 
-    async def edits(self, request: Request) -> Response:
+    async def generations(self, request: Request, deadline: float) -> Response:
+        """Text to pictures."""
+        said = schema.Generation.model_validate(readable(await _body(request)))
+        return await self._draw(request, deadline, said, [])
+
+    async def edits(self, request: Request, deadline: float) -> Response:
         """Pictures and a text to pictures."""
-        async with request.form(max_files=self.limits.images, max_fields=40, max_part_size=1 << 20) as form:
-            files, fields = [], {}
+        files, fields = await self._read_form(request)
+        if not files:
+            raise ValueError("image is missing: send one to edit, as a file of multipart/form-data")
+        said = schema.Edit.model_validate(fields)
+        self._check_model(said.model)
+        pictures = []
+        while files:  # which are not to wait for the model
+            pictures.append(await self._aside(self._seen, files.pop(0)))
+        return await self._draw(request, deadline, said, pictures)
+
+    async def _read_form(self, request: Request) -> tuple[list[bytes], dict]:
+        """(contents of the files, fields) of a form."""
+        charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
+        if charset.lower() not in _CHARSETS:
+            raise ValueError(f"the form's charset is {charset[:40].decode('latin-1')!r}: send UTF-8")
+        files, fields = [], {}
+        async with request.form(max_files=self.limits.images, max_fields=40) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     if name not in _EDIT_FILES:
-                        raise ValueError(f"{name[:40]} is a file: allowed are files named image or image[]")
+                        raise ValueError(f"{name[:40]!r} is a file: allowed are files named image or image[]")
                     files.append(await value.read())
+                elif name == "cfg_interval[]":
+                    fields.setdefault("cfg_interval", []).append(value)
+                elif name == "cfg_interval":
+                    fields[name] = readable(f'{{"cfg_interval": {value}}}'.encode())[name]
                 else:
-                    fields[name] = _form_value(name, value)
-        if not files:
-            raise ValueError("image is missing: send one to edit, as a file")
-        said = schema.Edit.model_validate(fields)
-        pictures = [await run_in_threadpool(read_picture, data, self.limits) for data in files]
-        return await self._draw(request, said, pictures)
+                    fields[name] = value
+        return files, fields
 
-    async def _draw(self, request: Request, said: schema.ImageFields, pictures) -> Response:
+    def _seen(self, data: bytes) -> Image.Image:
+        return as_seen(read_picture(data, self.limits), self.bagel.model.config.vae_transform)
+
+    async def _draw(self, request: Request, deadline: float, said: schema.ImageFields, pictures) -> Response:
         self._check_model(said.model)
-        requests = await run_in_threadpool(schema.image_requests, self.bagel, self.limits, said, pictures)
+        requests = await self._aside(schema.image_requests, self.bagel, self.limits, said, pictures)
         first = requests[0]
-        same = None if pictures else (first.size, first.image.num_timesteps, first.system is None)
-        deadline = time.monotonic() + self.limits.seconds
-        jobs = [Job(one, "picture", deadline, same) for one in requests]
+        together = (schema.drawn_size(self.bagel, first), first.image.num_timesteps, first.system is None)
+        jobs = [Job(one, "picture", deadline, together) for one in requests]
         self.worker.submit(jobs)
-        results = await _unless_gone(request, jobs, self._results(jobs))
+        async with _present(request, jobs):
+            results = [await _result(job) for job in jobs]
         self.measures.pictures.inc(len(results))
-        data = []
-        for result in results:
-            told = {"b64_json": await run_in_threadpool(encode, result.image, said.output_format), "seed": result.seed}
-            data.append(told | ({"revised_prompt": result.thought} if result.thought is not None else {}))
-        size = f"{results[0].image.width}x{results[0].image.height}"
-        answer = {"created": int(time.time()), "data": data, "size": size, "output_format": said.output_format}
-        return JSONResponse(answer | {"usage": _usage(sum(schema.prompt_tokens(self.bagel, first)), 0)})
+        shown = schema.prompt_tokens(self.bagel, first)
+        return JSONResponse(await self._aside(picture_answer, results, said.output_format, shown))
 
-    @staticmethod
-    async def _results(jobs: list[Job]) -> list:
-        results = []
-        for job in jobs:
-            async for kind, value in job.listen():
-                if kind == "result":
-                    results.append(value)
-        return results
-
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, request: Request, deadline: float) -> Response:
         """Texts and pictures to a text; or, with ``modalities`` of both, to texts and pictures."""
-        said = schema.Chat.model_validate(readable(await request.body()))
+        begun = time.perf_counter()
+        said = schema.Chat.model_validate(readable(await _body(request)))
         self._check_model(said.model)
-        parts = await run_in_threadpool(self._read_parts, said)
-        asked = await run_in_threadpool(schema.chat_request, self.bagel, self.limits, said, parts)
-        job = Job(asked, "interleaved" if said.draws else "text", time.monotonic() + self.limits.seconds)
+        parts = await self._aside(self._read_parts, said)
+        said.messages = []  # whose pictures, as they came, are not to wait for the model
+        asked = await self._aside(schema.chat_request, self.bagel, self.limits, said, parts)
+        shown = sum(schema.prompt_tokens(self.bagel, asked))
+        job = Job(asked, "interleaved" if said.draws else "text", deadline)
         self.worker.submit([job])
-        answer = _Answer(self, said, job, sum(schema.prompt_tokens(self.bagel, asked)))
+        answer = ChatAnswer(job, self.name, shown, self._aside)
         if said.stream:
-            return StreamingResponse(answer.stream(), media_type="text/event-stream")
-        return JSONResponse(await _unless_gone(request, [job], answer.whole()))
+
+            def ended(status: int) -> None:
+                self._count_written(answer)
+                self.measures.answered("/v1/chat/completions", status, time.perf_counter() - begun)
+
+            with_usage = said.stream_options is not None and said.stream_options.include_usage
+            return EventStream(job, answer.events(with_usage), ended)
+        async with _present(request, [job]):
+            body = await answer.whole()
+        self._count_written(answer)
+        return JSONResponse(body)
+
+    def _count_written(self, answer: ChatAnswer) -> None:
+        if answer.written is not None:
+            self.measures.tokens.inc(answer.written.tokens)
+            self.measures.pictures.inc(sum(isinstance(part, ImageResult) for part in answer.written.parts))
 
     def _read_parts(self, said: schema.Chat) -> list:
         parts = [part for message in said.messages for part in message.parts]
         pictures = sum(part.type == "image_url" for part in parts)
         if pictures > self.limits.images:
             raise ValueError(f"{pictures} pictures: this server allows up to {self.limits.images} in a request")
+        rule = self.bagel.model.config.vae_transform
         return [
-            part.text if part.type == "text" else read_url(part.image_url.url, self.limits, self.hosts)
+            part.text if part.type == "text" else as_seen(read_url(part.image_url.url, self.limits, self.hosts), rule)
             for part in parts
         ]
 
 
-class _Answer:
-    """A chat's answer, whole or in pieces."""
-
-    def __init__(self, server: Server, said: schema.Chat, job: Job, prompt_tokens: int):
-        self._server, self._said, self._job, self._prompt_tokens = server, said, job, prompt_tokens
-        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-
-    async def whole(self) -> dict:
-        """The body of the answer."""
-        text, images, written = [], [], 0
-        async for delta, count in self._deltas():
-            text.append(delta.get("content", ""))
-            images += delta.get("images", [])
-            written = count
-        message = {"role": "assistant", "content": "".join(text)} | ({"images": images} if images else {})
-        choice = {"index": 0, "message": message, "finish_reason": self._reason(written), "logprobs": None}
-        return self._body("chat.completion", [choice]) | {"usage": _usage(self._prompt_tokens, written)}
-
-    async def stream(self) -> AsyncIterator[str]:
-        """Server-sent events; an error after the first is an event too."""
-        written = 0
-        try:
-            yield self._event({"role": "assistant", "content": ""})
-            async for delta, count in self._deltas():
-                written = count
-                if delta:
-                    yield self._event(delta)
-            yield self._event({}, self._reason(written))
-            if self._said.stream_options and self._said.stream_options.include_usage:
-                body = self._body("chat.completion.chunk", []) | {"usage": _usage(self._prompt_tokens, written)}
-                yield f"data: {json.dumps(body)}\n\n"
-            yield "data: [DONE]\n\n"
-        except Exception as error:
-            answer = answer_to(error)
-            yield f"data: {answer.body.decode()}\n\n"
-        finally:
-            self._job.cancel()
-
-    async def _deltas(self) -> AsyncIterator[tuple[dict, int]]:
-        """(what is new, tokens so far)."""
-        count = 0
-        async for kind, value in self._job.listen():
-            if kind == "text":
-                yield {"content": value}, count
-            elif kind == "progress" and value.stage == "text":
-                count = value.step
-            elif kind == "result" and isinstance(value, int):
-                yield {}, value
-                count = value
-            elif kind == "result":
-                for part in value:
-                    yield (await run_in_threadpool(_part_of, part)), count
-        self._server.measures.tokens.inc(count)
-
-    def _reason(self, written: int) -> str:
-        return "length" if written >= self._job.request.text.max_think_token_n - 1 else "stop"
-
-    def _event(self, delta: dict, reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return f"data: {json.dumps(self._body('chat.completion.chunk', [choice]))}\n\n"
-
-    def _body(self, kind: str, choices: list) -> dict:
-        server = self._server
-        return {"id": self._id, "object": kind, "created": self._created, "model": server.name, "choices": choices}
+async def _body(request: Request) -> bytes:
+    """The bytes of a body; the request does not keep them."""
+    return b"".join([chunk async for chunk in request.stream()])
 
 
-def _part_of(part: str | ImageResult) -> dict:
-    """A text or picture of an interleaved answer, as a delta."""
-    if isinstance(part, str):
-        return {"content": part}
-    url = f"data:image/png;base64,{encode(part.image, 'png')}"
-    return {"images": [{"type": "image_url", "image_url": {"url": url}}]}
+async def _result(job: Job) -> ImageResult:
+    async with aclosing(job.listen()) as events:
+        return [value async for _, value in events][-1]
 
 
-def _usage(prompt: int, written: int) -> dict:
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+@asynccontextmanager
+async def _present(request: Request, jobs: list[Job]) -> AsyncIterator[None]:
+    """Meanwhile jobs are cancelled if the client goes away; at the end nobody waits for them any more."""
 
-
-def _form_value(name: str, value: str):
-    """A field of a form as JSON would have it."""
-    if value in ("true", "false") and name in ("think", "do_sample"):
-        return value == "true"
-    if name == "cfg_interval":
-        return readable(f'{{"cfg_interval": {value}}}'.encode())["cfg_interval"]
-    return value
-
-
-async def _unless_gone(request: Request, jobs: list[Job], answer):
-    """The answer, unless the client goes away before; then its jobs are cancelled.
-
-    Raises:
-        Cancelled: it did.
-    """
-    waiting = asyncio.ensure_future(answer)
-
-    async def gone():
+    async def watch():
         while (await request.receive())["type"] != "http.disconnect":
             pass
-
-    leaving = asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            raise Cancelled
-        return waiting.result()
-    finally:
         for job in jobs:
             job.cancel()
-        for task in (waiting, leaving):
-            task.cancel()
+            job.tell("error", Cancelled())
 
-
-def answer_to(error: Exception) -> JSONResponse:
-    """What a client is told of an error; what is not its fault is written to the log."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        return error_response(400, f"{where}: {first['msg']}"[:1000], "invalid_request_error", param=where[:200])
-    if isinstance(error, HTTPException):
-        return error_response(error.status_code, str(error.detail)[:1000], "invalid_request_error")
-    if isinstance(error, TooLarge):
-        raise error
-    if isinstance(error, Busy):
-        return error_response(429, "too many requests wait: try again", "rate_limit_error", "busy", Retry_After="1")
-    if isinstance(error, Late):
-        return error_response(504, "the answer took too long: ask for less, or try again", "server_error", "timeout")
-    if isinstance(error, Stopping):
-        return error_response(503, "the server is going down", "server_error", "stopping", Retry_After="5")
-    if isinstance(error, Cancelled):
-        return error_response(_CLOSED, "the client went away", "server_error", "cancelled")
-    if isinstance(error, (ValueError, TypeError, MultiPartException)):
-        return error_response(400, str(getattr(error, "message", error))[:1000], "invalid_request_error")
-    name = uuid.uuid4().hex[:12]
-    log.error("error %s", name, exc_info=error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return error_response(503, f"not enough memory for this request (error {name})", "server_error", "memory")
-    return error_response(500, f"the server failed at this request (error {name})", "server_error", "internal")
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        for job in jobs:
+            job.cancel()
 
 
 def create_app(
     bagel: Bagel, name: str, limits: Limits | None = None, key: str | None = None, hosts: frozenset[str] = frozenset()
 ) -> FastAPI:
-    """The application over a loaded model; run it with uvicorn.
+    """The application over a loaded model; run it with :func:`bagel_rt.serve.run.make_server`.
 
     Args:
         bagel: the model; the application's own from its start on.
@@ -311,22 +241,18 @@ def create_app(
     """
     limits = limits or Limits()
     server = Server(bagel, name, limits, hosts)
-    app = FastAPI(title="bagel_rt", lifespan=server.lifespan, openapi_url=None)
+    app = FastAPI(title="bagel_rt", lifespan=server.lifespan, openapi_url=None, redirect_slashes=False)
     app.state.server = server
 
-    def counted(route: str, handle):
+    def counted(route: str, handle: Callable):
         async def handler(request: Request) -> Response:
             begun = time.perf_counter()
             try:
-                answer = await handle(request)
-            except TooLarge:
-                raise
+                answer = await handle(request, time.monotonic() + limits.seconds)
             except Exception as error:
                 answer = answer_to(error)
-            server.measures.requests.labels(route, answer.status_code).inc()
-            server.measures.seconds.labels(route).observe(time.perf_counter() - begun)
-            if answer.status_code == _CLOSED:
-                server.measures.cancelled.inc()
+            if not isinstance(answer, EventStream):  # which is answered at its end
+                server.measures.answered(route, answer.status_code, time.perf_counter() - begun)
             return answer
 
         return handler
@@ -343,5 +269,6 @@ def create_app(
     app.add_api_route("/metrics", server.metrics, methods=["GET"])
     app.add_exception_handler(HTTPException, lambda _, error: answer_to(error))
     app.add_exception_handler(Exception, lambda _, error: answer_to(error))
-    app.add_middleware(Gate, key=key, body=limits.body)
+    # Reading and working have their time, and a client that takes its answer slowly has as much again.
+    app.add_middleware(Gate, key=key, body=limits.body, requests=limits.requests, seconds=2 * limits.seconds)
     return app

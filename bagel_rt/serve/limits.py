@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 from bagel_rt.settings import MAX_BATCH, MAX_INPUTS
 
+_DAY = 86400
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -13,12 +15,12 @@ class Limits:
         body: bytes of a request.
         pixels: of a picture in a request, before it is decoded.
         images: pictures in a request.
-        prompt_tokens: of all texts in a request.
+        prompt_tokens: of all texts in a request, without the system prompts that the server adds.
         side: pixels of a picture to be drawn, either way.
         steps: timesteps of a picture.
         written_tokens: that a text may have.
         pictures: of one request, ``n``.
-        queue: requests that wait; one more is answered with 429.
+        queue: pictures and answers that wait for the model; one more is refused with 429.
         batch: pictures that are drawn together.
         seconds: from a request's arrival to its answer.
         grace: seconds that requests under way have when the server is told to stop.
@@ -44,6 +46,19 @@ class Limits:
         for field in fields(self):
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"{field.name} is {getattr(self, field.name)}: allowed are numbers above 0")
-        for name, most in (("batch", MAX_BATCH), ("pictures", MAX_BATCH), ("images", MAX_INPUTS - 1)):
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}: allowed are numbers from 2, the fewest that make a picture")
+        for name, most in (
+            ("batch", MAX_BATCH),
+            ("pictures", MAX_BATCH),
+            ("images", MAX_INPUTS - 1),
+            ("seconds", _DAY),
+            ("grace", _DAY),
+        ):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}: allowed are numbers up to {most}")
+
+    @property
+    def requests(self) -> int:
+        """Requests that are held at once, with those that are being read and answered; one more is refused with 429."""
+        return 2 * (self.queue + self.batch)

@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+CLOSED = 499  # the status that stands for a client that went away
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 
@@ -15,9 +16,7 @@ class Measures:
         self.seconds = Histogram(
             "bagel_rt_request_seconds", "From a request to its answer", ["route"], buckets=_SECONDS, registry=registry
         )
-        self.waited = Histogram(
-            "bagel_rt_queue_seconds", "Waiting for the model", buckets=_SECONDS, registry=registry
-        )
+        self.waited = Histogram("bagel_rt_queue_seconds", "Waiting for the model", buckets=_SECONDS, registry=registry)
         self.batch = Histogram(
             "bagel_rt_batch_size", "Pictures drawn together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
@@ -31,6 +30,13 @@ class Measures:
         """Tell a worker's queue and load when asked."""
         self._waiting.set_function(lambda: worker.waiting)
         self._running.set_function(lambda: worker.running)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that has its answer, or whose client went away before (499)."""
+        self.requests.labels(route, status).inc()
+        self.seconds.labels(route).observe(seconds)
+        if status == CLOSED:
+            self.cancelled.inc()
 
     def observe(self, what: str, value: float) -> None:
         """What a worker reports: "batch" or "waited"."""

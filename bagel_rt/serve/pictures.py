@@ -16,11 +16,14 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from bagel_rt.images import open_image
+from bagel_rt.images import ResizeRule, open_image, to_rgb
 from bagel_rt.serve.limits import Limits
 
 _MEDIA = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 _FETCH_SECONDS = 10.0
+_TUNNELS = [
+    ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")
+]  # to any IPv4 address
 
 
 def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> Image.Image:
@@ -39,12 +42,26 @@ def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> I
 
 
 def read_picture(data: bytes, limits: Limits) -> Image.Image:
-    """An encoded picture; its size is looked at before it is decoded.
+    """An encoded picture in RGB; its size is looked at before it is decoded.
 
     Raises:
-        ValueError: it is no picture, damaged, or has more pixels than are allowed.
+        ValueError: it is no picture, damaged, has more pixels than are allowed, or colours that are not RGB's.
     """
-    return open_image(data, limits.pixels)
+    image = open_image(data, limits.pixels)
+    try:
+        return to_rgb(image)
+    except Exception as error:  # Pillow raises whatever its converters do at a damaged palette
+        raise ValueError(f"the given {len(data)} bytes: the picture has no RGB form: {error}") from None
+
+
+def as_seen(image: Image.Image, rule: ResizeRule) -> Image.Image:
+    """The picture as the model's first step makes it, if that is smaller: what waits in the queue should not be large.
+
+    The rule leaves what it made as it is, so the model sees the same.
+    """
+    size = rule.output_size(*image.size)
+    smaller = size[0] * size[1] < image.width * image.height
+    return rule.resize(image) if smaller and rule.output_size(*size) == size else image
 
 
 def encode(image: Image.Image, form: str) -> str:
@@ -88,7 +105,7 @@ def _fetch(parts, limit: int) -> bytes:
         if response.status != 200:
             raise ValueError(f"{host} answers {response.status} {response.reason}: redirects are not followed")
         data = bytearray()
-        while chunk := response.read(1 << 16):
+        while chunk := response.read1(1 << 16):  # what is there: read() would wait for all of it, however slow
             data += chunk
             if len(data) > limit or time.monotonic() > end:
                 raise ValueError(f"the picture on {host} has over {limit} bytes, or takes over {_FETCH_SECONDS:g} s")
@@ -112,6 +129,7 @@ def public_address(host: str, port: int) -> str:
     for address in found:
         parsed = ipaddress.ip_address(address.partition("%")[0])
         parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        if not parsed.is_global or parsed.is_multicast:
+        carries = any(parsed in network for network in _TUNNELS)
+        if not parsed.is_global or parsed.is_multicast or carries:
             raise ValueError(f"{host} has the address {address}, which is not public")
     return sorted(found)[0]

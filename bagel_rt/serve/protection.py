@@ -1,61 +1,80 @@
 """What stands between the network and the routes: sizes, keys, and errors that say what is wrong and nothing else."""
 
+import asyncio
 import hmac
 import json
 import logging
+import uuid
 
+import anyio
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
+
+from bagel_rt.request import Cancelled
+from bagel_rt.serve.measures import CLOSED
+from bagel_rt.serve.worker import Busy, Failed, Late, Stopping
 
 log = logging.getLogger("bagel_rt.serve")
 
-
-def error_response(status: int, message: str, kind: str, code: str | None = None, param: str | None = None, **headers):
-    """An error in OpenAI's form."""
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return JSONResponse(body, status, headers=names)
+_PIECES = 1 << 16  # values in a body; base64, which may be long, has none of the characters that are counted
 
 
 class TooLarge(Exception):
-    """A body has more bytes than are allowed."""
+    """A body has more bytes than are allowed, the number that it is made with."""
 
 
 class Gate:
-    """ASGI middleware: refuses requests without the key and bodies that are too large, as they come in."""
+    """ASGI middleware: refuses requests without the key, bodies that are too large, as they come in, and requests
+    beyond those that can be held at once."""
 
-    def __init__(self, app, key: str | None, body: int):
+    def __init__(self, app, key: str | None, body: int, requests: int, seconds: float):
         """
         Args:
             app: what is behind.
             key: that paths under /v1/ ask for; None for none.
             body: bytes of a body at most.
+            requests: under /v1/ at once, with those that are being read and answered.
+            seconds: that one may take in all, with a client that sends or reads slowly.
         """
-        self._app, self._key, self._body = app, key and key.encode(), body
+        self._app, self._body, self._requests, self._seconds = app, body, requests, seconds
+        self._key = key and key.encode("utf-8", "surrogateescape")
+        self._inside = 0
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
-        if scope["path"].startswith("/v1/") and not self._knows(headers.get(b"authorization", b"")):
+        guarded = scope["path"].startswith("/v1/")
+        told = headers.get(b"content-length", b"0")
+        if guarded and not self._knows(headers.get(b"authorization", b"")):
             answer = error_response(
                 401, "the key is missing or wrong: send it as 'Authorization: Bearer KEY'", "invalid_request_error",
                 "invalid_api_key", WWW_Authenticate="Bearer",
             )  # fmt: skip
-            return await answer(scope, receive, send)
-        told = headers.get(b"content-length", b"0")
-        if told.isdigit() and len(told) < 20 and int(told) > self._body:
-            return await too_large(self._body)(scope, receive, send)
-        seen = 0
+        elif guarded and self._inside >= self._requests:
+            answer = answer_to(Busy())
+        elif told.isdigit() and len(told) < 20 and int(told) > self._body:
+            answer = answer_to(TooLarge(self._body))
+        else:
+            self._inside += guarded
+            try:
+                return await self._pass(scope, receive, send)
+            finally:
+                self._inside -= guarded
+        await answer(scope, receive, send)
+
+    async def _pass(self, scope, receive, send) -> None:
+        seen, started = 0, False
 
         async def counted():
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._body:
-                raise TooLarge
+                raise TooLarge(self._body)
             return message
-
-        started = False
 
         async def watched(message):
             nonlocal started
@@ -63,10 +82,13 @@ class Gate:
             await send(message)
 
         try:
-            await self._app(scope, counted, watched)
-        except TooLarge:
-            if not started:
-                await too_large(self._body)(scope, receive, send)
+            with anyio.move_on_after(self._seconds):
+                return await self._app(scope, counted, watched)
+            error = Late()
+        except asyncio.CancelledError:  # the HTTP server goes down, and has no more time for this request
+            error = Stopping()
+        if not started:
+            await answer_to(error)(scope, receive, send)
 
     def _knows(self, given: bytes) -> bool:
         if self._key is None:
@@ -75,19 +97,56 @@ class Gate:
         return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
 
 
-def too_large(limit: int) -> JSONResponse:
-    """The answer to a body beyond the limit."""
-    return error_response(
-        413, f"the body has over {limit} bytes: send smaller pictures", "invalid_request_error", "body_too_large"
-    )
+def error_response(status: int, message: str, kind: str, code: str | None = None, param: str | None = None, **headers):
+    """An error in OpenAI's form."""
+    body = {"error": {"message": message[:1000], "type": kind, "param": param, "code": code}}
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse(body, status, headers=names)
+
+
+def answer_to(error: Exception) -> JSONResponse:
+    """What a client is told of an error; what is not its fault is in the log under the name that it is told."""
+    wrong, ours = "invalid_request_error", "server_error"
+    if isinstance(error, ValidationError):
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        deepest = max(errors, key=lambda one: len(one["loc"]))  # of a text or a list, what is wrong within the list
+        where = ".".join(map(str, deepest["loc"]))[:200]
+        message = f"{where}: {deepest['msg']}" if where else f"a name in the body: {deepest['msg']}"
+        return error_response(400, message, wrong, param=where or None)
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, str(error.detail), wrong, **(error.headers or {}))
+    if isinstance(error, TooLarge):
+        message = f"the body has over {error.args[0]} bytes: send smaller pictures"
+        return error_response(413, message, wrong, "body_too_large")
+    if isinstance(error, Busy):
+        return error_response(429, "too many requests wait: try again", "rate_limit_error", "busy", Retry_After="1")
+    if isinstance(error, Late):
+        return error_response(504, "the request took too long: ask for less, or try again", ours, "timeout")
+    if isinstance(error, Stopping):
+        return error_response(503, "the server takes no more requests: try later", ours, "stopping", Retry_After="5")
+    if isinstance(error, (Cancelled, ClientDisconnect)):
+        return error_response(CLOSED, "the client went away", ours, "cancelled")
+    if isinstance(error, ValueError):
+        return error_response(400, str(error), wrong)
+    if isinstance(error, Failed) and error.memory:
+        message = f"not enough memory for this request (error {error.name}): ask for smaller or fewer pictures"
+        return error_response(503, message, ours, "memory", X_Should_Retry="false")
+    if isinstance(error, Failed):
+        return error_response(500, f"the model failed at this request (error {error.name})", ours, "internal")
+    name = uuid.uuid4().hex[:12]
+    log.error("error %s", name, exc_info=error)
+    return error_response(500, f"the server failed at this request (error {name})", ours, "internal")
 
 
 def readable(data: bytes) -> dict:
     """The JSON object of a body.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or would take many times its size when it is read.
     """
+    pieces = sum(map(data.count, (b",", b"[", b"{", b":")))
+    if pieces > _PIECES:
+        raise ValueError(f"the body has {pieces} commas, colons and brackets: allowed are {_PIECES}")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -5,19 +5,23 @@ that nobody knows is refused, and so is a value that would have to be ignored: a
 """
 
 import secrets
+import unicodedata
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bagel_rt.conversation import count_tokens
 from bagel_rt.pipeline import Bagel
 from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.request import Request
 from bagel_rt.serve.limits import Limits
-from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_CHARACTERS, override
+from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_CHARACTERS, MAX_ROUNDS, override
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
+_CHARACTERS = 32  # of a token at most, far above what texts have; more are not worth being counted
+_MARKS = 64  # on one character; writing needs a handful
 _IMAGE_FIELDS = (
     "cfg_text_scale",
     "cfg_img_scale",
@@ -27,10 +31,17 @@ _IMAGE_FIELDS = (
     "timestep_shift",
     "num_timesteps",
 )
+_THOUGHT_FIELDS = ("max_think_token_n", "do_sample", "text_temperature")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, data):
+        """Null says nothing: clients write it where they leave a field out."""
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class ImageFields(_Strict):
@@ -60,9 +71,16 @@ class ImageFields(_Strict):
 
     @property
     def hyperparameters(self) -> dict:
-        """What was said of the model's own settings."""
-        names = (*_IMAGE_FIELDS, "max_think_token_n", "do_sample", "text_temperature")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """What was said of the model's own settings.
+
+        Raises:
+            ValueError: something was said that would change nothing.
+        """
+        given = {name: getattr(self, name) for name in (*_IMAGE_FIELDS, *_THOUGHT_FIELDS)}
+        unused = [name for name in _THOUGHT_FIELDS if given[name] is not None]
+        if unused and not self.think:
+            raise ValueError(f"{unused[0]} is about thoughts: ask for them with think")
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Generation(ImageFields):
@@ -103,15 +121,15 @@ class Message(_Strict):
     """One message. The model knows no roles: what was said before is what it sees before the last text."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    images: Annotated[list[ImagePart], Field(fail_fast=True)] = []
     name: str | None = None
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """Its texts and pictures, in order."""
-        if isinstance(self.content, str):
-            return [TextPart(type="text", text=self.content)]
-        return self.content
+        """Its texts and pictures, in order; those of an answer that is sent back come after its text."""
+        content = [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        return (content or []) + self.images
 
 
 class _StreamOptions(_Strict):
@@ -121,22 +139,24 @@ class _StreamOptions(_Strict):
 class Chat(_Strict):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1024)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=1024)
     model: str | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
     n: Literal[1] = 1
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = None
     top_k: int | None = None
+    frequency_penalty: float = Field(0, ge=0, le=0)
+    presence_penalty: float = Field(0, ge=0, le=0)
     seed: int | None = None
     user: str | None = None
-    modalities: list[Literal["text", "image"]] | None = None
+    modalities: Annotated[list[Literal["text", "image"]], Field(fail_fast=True)] | None = None
     think: bool | None = None
-    max_rounds: int = 3
-    size: str = "auto"
+    max_rounds: int | None = Field(None, ge=1)
+    size: str | None = None
     cfg_text_scale: float | None = None
     cfg_img_scale: float | None = None
     cfg_interval: tuple[float, float] | None = None
@@ -158,18 +178,30 @@ class Chat(_Strict):
         return "image" in (self.modalities or ())
 
     @property
+    def most_tokens(self) -> int | None:
+        """That the answer may have."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
     def hyperparameters(self) -> dict:
-        """What was said of the model's own settings."""
-        given: dict[str, Any] = {
-            "max_think_token_n": self.max_completion_tokens or self.max_tokens,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
+        """What was said of the model's own settings.
+
+        Raises:
+            ValueError: something was said that would change nothing.
+        """
+        drawing = {name: getattr(self, name) for name in (*_IMAGE_FIELDS, "max_rounds", "size")}
+        unused = [name for name, value in drawing.items() if value is not None]
+        if unused and not self.draws:
+            raise ValueError(f"{unused[0]} is about pictures: ask for them with modalities ['text', 'image']")
+        if self.temperature is None and (self.top_p not in (None, 1) or self.top_k):
+            raise ValueError("top_p and top_k choose among sampled tokens: give a temperature above 0 too")
+        given: dict[str, Any] = {"top_p": self.top_p, "top_k": self.top_k}
+        if self.most_tokens is not None:
+            given["max_think_token_n"] = self.most_tokens + 1  # counts forward passes; the last one writes nothing
         if self.temperature is not None:
             given["do_sample"] = self.temperature > 0
             given["text_temperature"] = self.temperature or None
-        if self.draws:
-            given |= {name: getattr(self, name) for name in _IMAGE_FIELDS}
+        given |= {name: drawing[name] for name in _IMAGE_FIELDS}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -179,14 +211,12 @@ def image_requests(bagel: Bagel, limits: Limits, said: ImageFields, pictures: li
     Raises:
         ValueError: something is out of range.
     """
-    image, text = override(EDIT if pictures else GENERATE, said.hyperparameters)
     _check_most("n", said.n, limits.pictures)
-    _check_most("num_timesteps", image.num_timesteps, limits.steps)
-    _check_most("max_think_token_n", text.max_think_token_n, limits.written_tokens, said.think)
+    _check_most("num_timesteps", said.num_timesteps, limits.steps)
+    _check_most("max_think_token_n", said.max_think_token_n, limits.written_tokens + 1)
+    image, text = _limited(override(EDIT if pictures else GENERATE, said.hyperparameters), limits)
     size = None if pictures else _read_size(bagel, limits, said.size)
-    seed = secrets.randbelow(2**31) if said.seed is None else said.seed
-    if not 0 <= seed < 2**62:
-        raise ValueError(f"seed is {seed}: allowed are integers from 0 to 2**62 - 1")
+    seed = _read_seed(said.seed, said.n)
     system = THINK_BEFORE_IMAGE if said.think else None
     requests = [
         Request([*pictures, said.prompt], size, seed + number, image, text, None, system, said.negative_prompt)
@@ -202,41 +232,81 @@ def chat_request(bagel: Bagel, limits: Limits, said: Chat, parts: list[str | Ima
     Raises:
         ValueError: something is out of range.
     """
-    image, text = override(INTERLEAVE if said.draws else CHAT, said.hyperparameters)
-    _check_most("max_tokens", text.max_think_token_n, limits.written_tokens)
+    most_rounds = min(limits.pictures, MAX_ROUNDS)
+    _check_most("max_tokens", said.most_tokens, limits.written_tokens)
+    _check_most("max_rounds", said.max_rounds, most_rounds)
+    _check_most("num_timesteps", said.num_timesteps, limits.steps)
+    image, text = _limited(override(INTERLEAVE if said.draws else CHAT, said.hyperparameters), limits)
     rounds = size = None
     if said.draws:
-        _check_most("max_rounds", said.max_rounds, limits.pictures)
-        _check_most("num_timesteps", image.num_timesteps, limits.steps)
-        rounds, size = said.max_rounds, _read_size(bagel, limits, said.size)
+        rounds, size = said.max_rounds or min(3, most_rounds), _read_size(bagel, limits, said.size or "auto")
     thinks = said.draws if said.think is None else said.think
     system = (THINK_INTERLEAVED if said.draws else THINK_BEFORE_ANSWER) if thinks else None
-    seed = secrets.randbelow(2**31) if said.seed is None else said.seed
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}: allowed are integers from 0 to 2**63 - 1")
-    request = Request(parts, size, seed, image, text, None, system, rounds=rounds)
+    request = Request(parts, size, _read_seed(said.seed, 1), image, text, None, system, rounds=rounds)
     _check(bagel, limits, request)
     return request
 
 
 def prompt_tokens(bagel: Bagel, request: Request) -> tuple[int, int]:
-    """(tokens of a request's texts, tokens of its pictures)."""
+    """(tokens of a request's texts, the system prompt with them, tokens of its pictures)."""
     parts = [*request.inputs, *(part for part in (request.system, request.negative_prompt) if part is not None)]
     return count_tokens(bagel.model.config, bagel.tokenizer, parts, request.image is not None)[:2]
 
 
+def drawn_size(bagel: Bagel, request: Request) -> tuple[int, int]:
+    """(height, width) of the picture that a request is for: the last picture's, or as asked."""
+    pictures = [part for part in request.inputs if not isinstance(part, str)]
+    return count_tokens(bagel.model.config, bagel.tokenizer, pictures, True)[2] or request.size
+
+
 def _check(bagel: Bagel, limits: Limits, request: Request) -> None:
+    """What a client sent is held against the server's limits, all that the model will see against the model's."""
+    texts = [part for part in (*request.inputs, request.negative_prompt) if isinstance(part, str)]
+    most, characters = limits.prompt_tokens, sum(map(len, texts))
+    if characters > _CHARACTERS * most:
+        raise ValueError(f"the prompt has {characters} characters: this server allows up to {most} tokens")
+    for text in texts:
+        _check_marks(text)
+    _check_most(
+        "the number of tokens of the prompt", count_tokens(bagel.model.config, bagel.tokenizer, texts, False)[0], most
+    )
     bagel.check(request)
-    _check_most("the number of tokens of the prompt", prompt_tokens(bagel, request)[0], limits.prompt_tokens)
 
 
-def _check_most(name: str, value: int, most: int, applies: bool = True) -> None:
-    if applies and value > most:
+def _check_marks(text: str) -> None:
+    """Refuse long runs of combining marks: Python takes the square of their number to normalise them, and does nothing
+    else meanwhile."""
+    marks = 0
+    for character in "" if text.isascii() else text:
+        marks = marks + 1 if unicodedata.category(character)[0] == "M" else 0
+        if marks > _MARKS:
+            raise ValueError(f"a text has over {_MARKS} combining marks on one character: take some away")
+
+
+def _check_most(name: str, value: int | None, most: int) -> None:
+    if value is not None and value > most:
         raise ValueError(f"{name} is {value}: this server allows up to {most}")
 
 
+def _limited(settings: tuple, limits: Limits) -> tuple:
+    """(image, text) settings whose defaults may be beyond what this server allows; what was said is not."""
+    image, text = settings
+    if image is not None:
+        image = replace(image, num_timesteps=min(image.num_timesteps, limits.steps))
+    return image, replace(text, max_think_token_n=min(text.max_think_token_n, limits.written_tokens + 1))
+
+
+def _read_seed(seed: int | None, count: int) -> int:
+    """The first of ``count`` seeds, a random one if none is given."""
+    if seed is None:
+        return secrets.randbelow(2**31)
+    if not 0 <= seed <= 2**63 - count:
+        raise ValueError(f"seed is {seed}: allowed are integers from 0 to {2**63 - count}")
+    return seed
+
+
 def _read_size(bagel: Bagel, limits: Limits, size: str) -> tuple[int, int]:
-    """"WIDTHxHEIGHT" -> (height, width); "auto" is the model's usual square, or the largest that is allowed."""
+    """ "WIDTHxHEIGHT" -> (height, width); "auto" is the model's usual square, or the largest that is allowed."""
     stride = bagel.model.config.latent_stride
     if size == "auto":
         side = min(bagel.model.config.usual_side, limits.side // stride * stride)

@@ -1,0 +1,102 @@
+"""What pages take from the code when the documentation is built: a hook of MkDocs, and an extension of mkdocstrings.
+
+A line ``{{ name arguments }}`` of a page becomes what the function of that name in ``PARTS`` returns for them.
+"""
+
+import re
+from dataclasses import asdict
+
+import griffe
+import torch
+from typer.testing import CliRunner
+
+from bagel_rt.cli import app
+from bagel_rt.config import BAGEL_7B_MOT
+from bagel_rt.kernels.backend import OPS
+from bagel_rt.memory import expected_memory
+from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE
+
+CARDS = (24, 32, 40, 48, 80, 141)  # GB
+REQUESTS = {
+    "an answer about a picture of 980 x 980": {"task": "chat", "images": [(980, 980)]},
+    "a picture of 512 x 512": {"size": (512, 512)},
+    "a picture of 1024 x 1024": {"size": (1024, 1024)},
+    "the same after a thought of 1000 tokens": {"size": (1024, 1024), "max_think_token_n": 1000},
+    "four pictures of 1024 x 1024 at once": {"size": (1024, 1024), "batch": 4},
+    "an edit of a picture of 1024 x 1024": {"task": "edit", "size": (1024, 1024)},
+    "an edit with two input pictures": {"task": "edit", "size": (1024, 1024), "images": [(1024, 1024)] * 2},
+    "sixteen pictures of 1024 x 1024 at once": {"size": (1024, 1024), "batch": 16},
+    "a picture of 1024 x 1024 in float32": {"size": (1024, 1024), "dtype": torch.float32},
+}
+PART = re.compile(r"^\{\{ (\w+)((?: [\w-]+)*) \}\}$", re.MULTILINE)
+ROLE = re.compile(r":\w+:`(~?)([^`]+)`")
+NAMES = re.compile(r"^( +)(\w+(?:, \w+)+): ", re.MULTILINE)
+TASKS = {"generate": GENERATE, "edit": EDIT, "chat": CHAT, "interleave": INTERLEAVE}
+
+
+def command_help(*command: str) -> str:
+    """What ``bagel-rt COMMAND --help`` prints, as a block."""
+    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).output
+    return "\n".join(["```text", *(line.rstrip() for line in shown.strip("\n").splitlines()), "```"])
+
+
+def default_table() -> str:
+    """Every hyper-parameter beside its default in each task."""
+    settings = {task: asdict(image) if image else {} for task, (image, _) in TASKS.items()}
+    for task, (_, text) in TASKS.items():
+        settings[task] |= asdict(text)
+    rows = [(f"[`{name}`](#{name})", *(_value(settings[task], name) for task in TASKS)) for name in settings["edit"]]
+    return table(("", *TASKS), rows)
+
+
+def _value(settings: dict, name: str) -> str:
+    return f"`{settings[name]}`" if name in settings else ""
+
+
+def memory_table() -> str:
+    """What requests of BAGEL-7B-MoT in bfloat16 take in all, and the cards on which that fits."""
+    rows = []
+    for said, workload in REQUESTS.items():
+        estimate = expected_memory(BAGEL_7B_MOT, **workload)
+        fits = ("fits" if estimate.fits(card * 10**9) else "no" for card in CARDS)
+        rows.append((said, f"{estimate.total / 1e9:.1f} GB", *fits))
+    return table(("", "in all", *(f"{card} GB" for card in CARDS)), rows)
+
+
+def op_table() -> str:
+    """Every registered op, and what its kernel is written in."""
+    return table(("op", "kernel"), [(f"`bagel_rt::{op}`", kernel) for op, kernel in OPS.items()])
+
+
+def table(heads, rows) -> str:
+    """A table in Markdown; all but the first column to the right."""
+    marks = ("---", *("---:" for _ in heads[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
+
+
+PARTS = {"help": command_help, "defaults": default_table, "memory": memory_table, "ops": op_table}
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Called by MkDocs for every page."""
+    return PART.sub(lambda part: PARTS[part[1]](*part[2].split()), markdown)
+
+
+class Docstrings(griffe.Extension):
+    """What griffe does not know of the docstrings: references as Sphinx has them, and several names at once."""
+
+    def on_object(self, *, obj: griffe.Object, **_) -> None:
+        """Called by griffe for every object that it has found."""
+        if obj.docstring:
+            obj.docstring.value = NAMES.sub(_joined, ROLE.sub(_plain, obj.docstring.value))
+
+
+def _plain(role: re.Match) -> str:
+    """``:class:`~a.b.C``` as the code ``C``."""
+    shortened, target = role.groups()
+    return f"`{target.rpartition('.')[2] if shortened else target.lstrip('.')}`"
+
+
+def _joined(line: re.Match) -> str:
+    """The names of a line, without a space at which one would be taken for a type."""
+    return f"{line[1]}{line[2].replace(', ', ',' + chr(0xA0))}: "

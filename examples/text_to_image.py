@@ -1,0 +1,17 @@
+"""Draw a picture from a text: ``python examples/text_to_image.py [FOLDER]`` writes circle.png there.
+
+Without an argument ``from_pretrained`` loads the model that comes with the package; give it the published folder for
+BAGEL-7B-MoT.
+"""
+
+import sys
+from pathlib import Path
+
+from bagel_rt import Bagel
+
+folder = Path(*sys.argv[1:2])
+
+bagel = Bagel.from_pretrained()
+result = bagel.generate("a large red circle on white", seed=0)
+result.image.save(folder / "circle.png")
+print(f"{result.image.width} x {result.image.height} pixels, seed {result.seed}, {result.parameters}")

@@ -1,0 +1,78 @@
+"""A server in a thread, and pictures for it."""
+
+import base64
+import io
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+from conftest import CHECKPOINT
+from PIL import Image
+
+from bagel_rt import Bagel
+from bagel_rt.serve.app import create_app
+from bagel_rt.serve.limits import Limits
+from bagel_rt.serve.run import make_server
+
+DRAW, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
+LIMITS = Limits(body=1 << 20, pixels=1 << 16, images=2, prompt_tokens=200, side=96, steps=2000, pictures=3, queue=4)
+
+
+@contextmanager
+def running(limits=LIMITS, key=None, hosts=frozenset()):
+    """A server in a thread; its address and application."""
+    app = create_app(Bagel.from_pretrained(CHECKPOINT, device="cpu"), "small", limits, key, hosts)
+    server = make_server(app, log_level="error")
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        app.state.uvicorn = server
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", app
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def png(width=48, height=32, seed=0) -> bytes:
+    """A picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    """A PNG file as an address."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def opened(encoded: str) -> Image.Image:
+    """A picture of an answer."""
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def metric(http, name: str) -> float:
+    """The sum of a server's measures whose names begin so."""
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def asked(*parts, **options) -> dict:
+    """The body of a chat of one message."""
+    return {"messages": [{"role": "user", "content": list(parts)}], **options}
+
+
+def text(said: str) -> dict:
+    """A text in a message."""
+    return {"type": "text", "text": said}
+
+
+def picture(url: str) -> dict:
+    """A picture in a message."""
+    return {"type": "image_url", "image_url": {"url": url}}

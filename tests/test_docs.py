@@ -1,0 +1,108 @@
+"""The documentation is built without a warning, loads nothing from elsewhere, and leaves nothing out."""
+
+import ast
+import os
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+from bagel_rt.cli import app
+from bagel_rt.settings import ImageSettings, TextSettings
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+HYPERPARAMETERS = [field.name for part in (ImageSettings, TextSettings) for field in fields(part)]
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built pages."""
+    pytest.importorskip("mkdocs", reason="the extra [docs] is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class Loaded(HTMLParser):
+    """What a browser fetches to show a page."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.addresses = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        """Of the tags that load something by themselves."""
+        name = {"link": "href", "object": "data", "use": "href"}.get(tag, "src")
+        if tag != "a" and dict(attributes).get(name):
+            self.addresses.append(dict(attributes)[name])
+
+
+def test_nothing_is_loaded_from_another_host(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) >= len(PAGES)
+    for page in pages:
+        assert not [a for a in Loaded(page).addresses if re.match(r"(https?:)?//", a)], page
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_what_comes_from_the_code_is_there(site):
+    for page in site.rglob("*.html"):
+        assert "{{" not in page.read_text(encoding="utf-8"), f"{page}: a part that docs/from_code.py does not know"
+    memory = (site / "troubleshooting" / "index.html").read_text(encoding="utf-8")
+    assert "33.7 GB" in memory and "36.1 GB" in memory  # as the README says
+    reference = (site / "api" / "index.html").read_text(encoding="utf-8")
+    assert "cfg_text_scale" in reference and ":class:" not in reference
+    assert not list(site.rglob("*.py"))
+
+
+def test_every_command_has_a_section():
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    for name in typer.main.get_command(app).commands:
+        assert f"\n## {name}\n" in page and f"{{{{ help {name} }}}}" in page, name
+
+
+def test_every_hyperparameter_has_a_picture():
+    page = (DOCS / "hyperparameters.md").read_text(encoding="utf-8")
+    made = runpy.run_path(str(DOCS / "hyperparameters.py"))["sheets"]()
+    for name in {*HYPERPARAMETERS, *made}:
+        assert f"\n### {name}\n" in page and f"(hyperparameters/{name}.webp)" in page, name
+        with Image.open(DOCS / "hyperparameters" / f"{name}.webp") as sheet:
+            assert sheet.width > 1000
+        assert name in made
+
+
+@pytest.mark.parametrize("name", ["cfg_renorm_type", "cfg_img_scale", "negative_prompt", "top_p"])
+def test_pictures_of_hyperparameters_can_be_made(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hyperparameters.py", name, "--timesteps", "2", "--output", str(tmp_path)])
+    runpy.run_path(str(DOCS / "hyperparameters.py"), run_name="__main__")
+    assert capsys.readouterr().out.split() == [name]
+    with Image.open(tmp_path / f"{name}.webp") as sheet:
+        assert sheet.width > 1000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_on_a_page_can_be_read(page):
+    for block in CODE.findall(page.read_text(encoding="utf-8")):
+        ast.parse(block)
+
+
+def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = CODE.findall((DOCS / "index.md").read_text(encoding="utf-8"))
+    exec(block, {})
+    assert capsys.readouterr().out

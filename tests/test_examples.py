@@ -1,0 +1,64 @@
+"""The examples run as they are, with the embedded model, and write what they say."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WRITTEN = {
+    "text_to_image": ["circle.png"],
+    "edit": ["after.png", "before.png"],
+    "ask": ["answer.txt", "shapes.png"],
+    "interleave": ["star.png", "story.md"],
+    "batch": [f"batch-{number}.png" for number in (1, 2, 3, 4)],
+    "openai_client": ["server.png"],
+}
+
+
+def run(name: str, *arguments: str) -> None:
+    """Run an example as the command line does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def check(folder: Path, names: list[str]) -> None:
+    """The files are there; pictures have the embedded model's size, and are no plain colour."""
+    assert sorted(path.name for path in folder.iterdir() if path.name in names) == sorted(names)
+    for path in (folder / name for name in names):
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert image.size == (128, 128) and image.convert("RGB").getcolors(1) is None
+        else:
+            assert path.read_text(encoding="utf-8").strip()
+
+
+def test_every_example_is_tested():
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted(WRITTEN)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_example_writes_what_it_says(name, tmp_path, monkeypatch):
+    if name == "openai_client":
+        pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+    monkeypatch.chdir(tmp_path)
+    run(name)
+    check(tmp_path, WRITTEN[name])
+
+
+def test_a_folder_can_be_named(tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.chdir(tmp_path)
+    run("text_to_image", str(there))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    check(there, WRITTEN["text_to_image"])
+
+
+def test_a_cancelled_batch_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("batch")
+    assert "image 49/49" in (said := capsys.readouterr().out) and "cancelled" in said

@@ -1,0 +1,156 @@
+"""One request at a time in the model's thread: watched, cancelled, and never a backlog."""
+
+import logging
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from bagel_rt.request import Progress
+from bagel_rt.ui.jobs import MAX_JOBS, Jobs
+
+WAIT = 60  # seconds, on a busy machine
+
+
+@pytest.fixture
+def jobs():
+    made = Jobs(SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))))
+    yield made
+    made.close()
+
+
+class Held:
+    """A request that goes on until it is let go."""
+
+    def __init__(self, result="done"):
+        self.result, self.began, self.go_on, self.steps = result, threading.Event(), threading.Event(), 0
+
+    def __call__(self, progress):
+        self.began.set()
+        while not self.go_on.wait(0.01):
+            self.steps += 1
+            progress(Progress("text", self.steps, 1000, lambda: {0: "word " * self.steps}))
+        return self.result
+
+
+def parts(*stages):
+    """A request of stages (name, what its previews show)."""
+
+    def call(progress):
+        for stage, made in stages:
+            for step, part in enumerate(made, start=1):
+                progress(Progress(stage, step, len(made), lambda part=part: {0: part}))
+        return [made[-1] for _, made in stages]
+
+    return call
+
+
+def test_the_newest_state_is_seen_and_the_last_one_has_the_result(jobs):
+    held = Held()
+    views = jobs.watch(("page", "ask"), held)
+    seen = [next(view for view in views if view.stage == "text")]
+    time.sleep(0.3)
+    seen.append(next(views))  # what there is now, not what came next
+    assert seen[1].step > seen[0].step + 2 and seen[1].text == "word " * seen[1].step
+    held.go_on.set()
+    assert list(views)[-1].result == "done"
+
+
+def test_requests_run_one_at_a_time_in_the_order_of_their_coming(jobs):
+    first, second = Held("a"), Held("b")
+    watched = [jobs.watch(("one", "draw"), first), jobs.watch(("two", "draw"), second)]
+    assert first.began.wait(WAIT) and not second.began.wait(0.1)
+    view = next(view for view in watched[1] if view.ahead)
+    assert (view.stage, view.ahead) == ("waiting", 1)
+    first.go_on.set(), second.go_on.set()
+    assert [list(views)[-1].result for views in watched] == ["a", "b"]
+
+
+def test_a_waiting_request_is_cancelled_at_once_and_never_begun(jobs):
+    first, second = Held(), Held()
+    jobs.watch(("one", "draw"), first)
+    views = jobs.watch(("two", "draw"), second)
+    assert first.began.wait(WAIT)
+    jobs.cancel(("two", "draw"))
+    assert list(views)[-1].stage == "cancelled"
+    jobs.leave("one")
+    assert list(jobs.watch(("three", "draw"), lambda progress: "next"))[-1].result == "next"
+    assert not second.began.is_set()
+
+
+@pytest.mark.parametrize("how", ["by its button", "by the page's end", "by another of its tab", "by not looking"])
+def test_a_running_request_is_cancelled(jobs, how):
+    held = Held()
+    views = jobs.watch(("page", "draw"), held)
+    assert next(view for view in views if view.stage == "text").step
+    if how == "by its button":
+        jobs.cancel(("page", "draw"))
+    elif how == "by the page's end":
+        jobs.leave("page")
+    elif how == "by not looking":
+        views.close()
+    following = list(jobs.watch(("page", "draw"), lambda progress: "next"))
+    assert following[-1].result == "next"
+    if how != "by not looking":
+        last = list(views)[-1]
+        assert last.stage == "cancelled" and last.text.startswith("word")
+
+
+def test_texts_and_pictures_stand_in_order(jobs):
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    call = parts(("text", ["a", "a b"]), ("image", [red, blue]), ("text", ["c", "c d"]))
+    last = list(jobs.watch(("page", "chat"), call, previews=True))[-1]
+    assert last.parts == ("a b", blue, "c d") and last.picture is blue and last.text == "c d"
+
+
+def test_without_previews_no_picture_is_decoded(jobs):
+    def refuse():
+        raise AssertionError("decoded")
+
+    def call(progress):
+        for step in range(1, 4):
+            progress(Progress("image", step, 3, refuse))
+        return "done"
+
+    assert list(jobs.watch(("page", "draw"), call))[-1].result == "done"
+
+
+def test_previews_take_a_small_part_of_the_time(jobs):
+    decoded = []
+
+    def preview():
+        time.sleep(0.1)
+        decoded.append(time.monotonic())
+        return {0: Image.new("RGB", (8, 8))}
+
+    def call(progress):
+        for step in range(1, 101):
+            time.sleep(0.01)
+            progress(Progress("image", step, 100, preview))
+
+    list(jobs.watch(("page", "draw"), call, previews=True))
+    assert 2 <= len(decoded) <= 5  # of 100 steps; the first and the last are among them
+
+
+@pytest.mark.parametrize("error, logged", [(ValueError("shorten it"), False), (RuntimeError("broken"), True)])
+def test_a_failure_is_told_and_the_next_request_is_done(jobs, caplog, error, logged):
+    def fail(progress):
+        raise error
+
+    with caplog.at_level(logging.ERROR, "bagel_rt.ui"):
+        last = list(jobs.watch(("page", "draw"), fail))[-1]
+    assert last.stage == "failed" and last.error is error
+    assert bool(caplog.records) == logged
+    assert list(jobs.watch(("page", "draw"), lambda progress: "next"))[-1].result == "next"
+
+
+def test_too_many_requests_are_refused(jobs):
+    held = Held()
+    for number in range(MAX_JOBS):
+        jobs.watch((number, "draw"), held)
+    [refused] = jobs.watch(("more", "draw"), held)
+    assert refused.stage == "failed" and "try again later" in str(refused.error)
+    held.go_on.set()
