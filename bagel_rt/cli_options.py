@@ -6,6 +6,7 @@ Everything here is checked before a model is loaded; a bad value is a ValueError
 import inspect
 import os
 import secrets
+import socket
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -161,6 +162,14 @@ def read_size(model: Path | None, width: int | None, height: int | None) -> tupl
         if side is not None and (side % stride or not stride <= side <= most):
             raise ValueError(f"{option} is {side}: allowed are multiples of {stride} from {stride} to {most}")
     return height or usual, width or usual
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened at before a model is loaded, which may take minutes."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"{host}, port {port} cannot be listened at: {error.strerror or error}") from None
 
 
 def read_device(name: str | None):

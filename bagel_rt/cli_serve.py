@@ -1,8 +1,8 @@
 """``bagel-rt serve``: the OpenAI-compatible server."""
 
-import os
 import socket
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,6 @@ import typer
 
 from bagel_rt import cli_options
 
-_KEY = "BAGEL_RT_API_KEY"
 _MISSING = "the server's packages are not installed ({}): pip install 'bagel_rt[serve]'"
 
 
@@ -36,6 +35,8 @@ def serve(
     pixels: _limit(int, "N", "Of a picture in a request.") = None,
     side: _limit(int, "PIXELS", "Of a picture to be drawn.") = None,
     steps: _limit(int, "N", "Timesteps of a picture.") = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Replicas under Ray Serve, one a GPU (extra [ray]).")] = False,
+    replicas: Annotated[int | None, typer.Option(min=1, metavar="N", show_default="1", help="With --ray.")] = None,
     model: cli_options.Model = None,
     device: cli_options.Device = None,
     dtype: cli_options.DType = None,
@@ -48,6 +49,7 @@ def serve(
     try:
         from bagel_rt.serve.app import create_app
         from bagel_rt.serve.limits import Limits
+        from bagel_rt.serve.protection import read_key
         from bagel_rt.serve.run import make_server
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING.format(error.name)) from None
@@ -63,17 +65,32 @@ def serve(
         "side": side,
         "steps": steps,
     }
-    limits = Limits(**{key: value for key, value in given.items() if value is not None})
-    key = os.environ.get(_KEY)
-    if key is not None and not key.strip():
-        raise ValueError(f"{_KEY} is set but empty: set it to the key that clients must send, or unset it")
+    given = {key: value for key, value in given.items() if value is not None}
+    limits = Limits(**given)
+    key = read_key()
     _check_address(host, port)
+    if ray:
+        _serve_replicas(host, port, folder=model and str(model), name=name, replicas=replicas or 1, device=device,
+                        dtype=dtype, limits=given, image_hosts=tuple(image_host or ()))  # fmt: skip
+        return
+    if replicas is not None:
+        raise ValueError(f"--replicas is {replicas}, but one process has one model: give --ray too")
     folder = Path(model or DEFAULT_MODEL)
     bagel = Bagel.from_pretrained(folder, cli_options.read_device(device), cli_options.read_dtype(dtype))
     hosts = frozenset(entry.lower() for entry in image_host or ())
-    app = create_app(bagel, name or folder.resolve().name, limits, key and key.strip(), hosts)
+    app = create_app(bagel, name or folder.resolve().name, limits, key, hosts)
     warnings.filterwarnings("ignore", module="PIL")  # of damaged pictures: clients could fill the log with them
     make_server(app, host, port).run()
+
+
+def _serve_replicas(host: str, port: int, **options) -> None:
+    from bagel_rt.serve import replicas
+
+    if find_spec("ray") is None:
+        raise ValueError("Ray is not installed: pip install 'bagel_rt[ray]'")
+    if options["device"] not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device is {options['device']}: replicas take cpu, or cuda for a GPU each")
+    replicas.run(replicas.Options(**options), host, port)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -27,6 +27,7 @@ def ui(
         from bagel_rt.ui.app import Page
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING.format(error.name)) from None
+    cli_options.check_address(host, port)
     from bagel_rt.pipeline import DEFAULT_MODEL, Bagel
 
     folder = Path(model or DEFAULT_MODEL).resolve()

@@ -144,7 +144,7 @@ class Denoiser:
         dts: float32 [steps, images], from there down to the next.
         guided: for each step, whether any image is guided.
         latents: float32 [sum n, features] on the device, the state, overwritten by every step.
-        closed: whether the state may be another's.
+        closed: True once the buffers were given back and may be reused.
     """
 
     def __init__(
@@ -236,8 +236,9 @@ class Denoiser:
         """The clean latents that each image is heading for, float32 [n, features]; after a step, and before the close.
 
         The state is (1 - t) z + t noise of the z at which the straight line from the noise through the state ends. It
-        is the average of what the model took for clean at every step so far, those at s weighing 1 / s^2; at t = 0 it
-        is the state. It takes the state and the noise alone, so that steps keep nothing for it.
+        is the average of what the model took for clean at every step so far, a step from s to s' weighing
+        1 / s' - 1 / s; at t = 0 it is the state. It takes the state and the noise alone, so that steps keep nothing
+        for it.
         """
         ends = torch.cat([self.timesteps, torch.zeros_like(self.timesteps[:1])])[self._next].tolist()
         return [

@@ -25,8 +25,8 @@ class Progress:
         total: steps of this stage; of text, the most there can be.
         preview: call it within the callback to see what there is so far: for each prompt that is worked on just now,
             its place in the batch -> the text, or the picture that the denoising is heading for. A picture takes what
-            decoding one takes, time and memory; without the call nothing is done. The last one of a picture is the
-            picture. Once the picture is done, RuntimeError.
+            decoding one takes, time and memory; without the call nothing is done. At the last step it returns the
+            finished picture. Called after the request, that of a picture raises RuntimeError.
     """
 
     stage: str

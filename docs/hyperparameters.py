@@ -1,7 +1,8 @@
 """What each hyper-parameter does, in pictures of the embedded model: ``python docs/hyperparameters.py [NAME...]``.
 
-A contact sheet a parameter, ``docs/hyperparameters/NAME.webp``: a row for each request, a tile for each value, all else
-the default and the seed the same. ``--timesteps N`` makes quick ones of few steps, to see that the script works.
+A contact sheet a parameter, ``docs/hyperparameters/NAME.webp``: a row for each request, a tile for each value, the seed
+the same, all else the default but for what is in ``BESIDE``. ``--timesteps N`` makes quick ones of few steps, to see
+that the script works.
 """
 
 import argparse
@@ -16,14 +17,14 @@ from bagel_rt.settings import EDIT, GENERATE
 
 FOLDER = Path(__file__).parent / "hyperparameters"
 SEED = 0
-DRAWN = ("a large blue star in the center on white", "three orange triangles left of two pink circles on black")
+DRAWN = ("a large blue star in the center on white", "a blue square left of a red triangle on white")
 EDITED = (
-    ("two green squares above a red circle", "make the squares blue"),
-    ("a purple square in the top right corner on beige", "use a black background"),
+    ("three orange triangles at the bottom", "turn the triangles into stars"),
+    ("a blue square left of a red triangle on white", "make the triangle yellow"),
 )
-ASKED = (("two yellow stars on the left on black", "what is in the picture"),)
+ASKED = (("a large yellow circle above a blue star on grey", "what is in the picture"),)
 LONGEST = 48  # tokens of an answer; those of this world are shorter
-SEEDS = 3  # answers of a tile where tokens are sampled
+SEEDS = 4  # answers of a tile where tokens are sampled
 
 DRAWING = {
     "seed": (0, 1, 2, 3, 4, 5, 6, 7),
@@ -39,18 +40,27 @@ EDITING = {"cfg_img_scale": (1.0, 1.5, 2.0, 4.0)}
 ANSWERING = {
     "max_think_token_n": (2, 4, 8, 16, 32),
     "do_sample": (False, True),
-    "text_temperature": (0.3, 0.7, 1.0, 1.5, 3.0),
+    "text_temperature": (0.3, 1.0, 2.0, 3.0, 5.0),
     "top_k": (1, 2, 5, 20, 0),
     "top_p": (0.1, 0.5, 0.9, 1.0),
 }
-TEMPERATURE = 1.5  # of the parameters that only matter when sampling: at the default's 0.3 they would show little
+# What is not the default: at the defaults these would show little, for this model is sure of its answers and its steps.
+BESIDE = {
+    "cfg_renorm_type": {"cfg_text_scale": 16.0},
+    "cfg_renorm_min": {"cfg_text_scale": 16.0},
+    "timestep_shift": {"num_timesteps": 6},
+    "do_sample": {"text_temperature": 3.0},
+    "text_temperature": {"do_sample": True},
+    "top_k": {"do_sample": True, "text_temperature": 3.0},
+    "top_p": {"do_sample": True, "text_temperature": 3.0},
+}
 
 
 def drawing_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
     """Pictures of the same texts under several values."""
     values, sections = DRAWING[name], []
     for prompt in DRAWN:
-        given = {"seed": SEED, "num_timesteps": timesteps} | {name: list(values)}
+        given = {"seed": SEED, "num_timesteps": timesteps} | BESIDE.get(name, {}) | {name: list(values)}
         results = bagel.generate([prompt] * len(values), **_one_seed(given, len(values)))
         tiles = [Tile((result.image,), _label(name, value)) for result, value in zip(results, values, strict=True)]
         sections.append(Section(prompt, "", tiles))
@@ -80,18 +90,14 @@ def answering_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
         picture = bagel.generate(prompt, seed=SEED, num_timesteps=timesteps).image
         tiles = []
         for value in ANSWERING[name]:
-            given = {"max_think_token_n": LONGEST} | {name: value}
-            if name in ("top_k", "top_p"):
-                given |= {"do_sample": True, "text_temperature": TEMPERATURE}
-            elif name == "text_temperature" or value is True:
-                given |= {"do_sample": True}
+            given = {"max_think_token_n": LONGEST} | BESIDE.get(name, {}) | {name: value}
             seeds = range(SEEDS if given.get("do_sample") else 1)
             answers = [bagel.chat(question, [picture], seed=seed, **given) for seed in seeds]
-            tiles.append(Tile((picture,), (*_label(name, value), *((answer, INK) for answer in answers))))
+            said = [f"{seed}: {answer}" if len(answers) > 1 else answer for seed, answer in enumerate(answers)]
+            tiles.append(Tile((picture,), (*_label(name, value), *((line, INK) for line in said))))
         sections.append(Section(question, "", tiles))
-    note = f"one answer a seed, 0 to {SEEDS - 1}, where tokens are sampled"
-    sampled = f", at text_temperature {TEMPERATURE:g}" if name in ("top_k", "top_p") else ""
-    return contact_sheet(name, note + sampled, sections)
+    note = [f"one answer a seed, 0 to {SEEDS - 1}, where tokens are sampled", *_beside(name)]
+    return contact_sheet(name, ", ".join(note), sections)
 
 
 def _one_seed(given: dict, count: int) -> dict:
@@ -109,8 +115,13 @@ def _said(defaults, name: str, timesteps: int) -> str:
     default = getattr(defaults, name, None)
     told = [f"seed {SEED}"] if name != "seed" else []
     told += [f"default {default}"] if default is not None else []
-    told += [f"{timesteps} timesteps"] if name != "num_timesteps" else []
-    return ", ".join(told)
+    if "num_timesteps" not in (name, *BESIDE.get(name, {})):
+        told.append(f"{timesteps} timesteps")
+    return ", ".join([*told, *_beside(name)])
+
+
+def _beside(name: str) -> list[str]:
+    return [f"{other} {value}" for other, value in BESIDE.get(name, {}).items()]
 
 
 def sheets() -> dict[str, Callable[[Bagel, str, int], Image.Image]]:

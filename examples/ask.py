@@ -9,10 +9,10 @@ from pathlib import Path
 from bagel_rt import Bagel
 
 folder = Path(*sys.argv[1:2])
-question = "what color are the squares"
+question = "what color are the triangles"
 
 bagel = Bagel.from_pretrained()
-picture = bagel.generate("two green squares above a red circle", seed=0).image
+picture = bagel.generate("three orange triangles at the bottom", seed=0).image
 picture.save(folder / "shapes.png")
 
 pieces = []

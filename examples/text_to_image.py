@@ -1,4 +1,4 @@
-"""Draw a picture from a text: ``python examples/text_to_image.py [FOLDER]`` writes circle.png there.
+"""Draw a picture from a text: ``python examples/text_to_image.py [FOLDER]`` writes star.png there.
 
 Without an argument ``from_pretrained`` loads the model that comes with the package; give it the published folder for
 BAGEL-7B-MoT.
@@ -12,6 +12,6 @@ from bagel_rt import Bagel
 folder = Path(*sys.argv[1:2])
 
 bagel = Bagel.from_pretrained()
-result = bagel.generate("a large red circle on white", seed=0)
-result.image.save(folder / "circle.png")
+result = bagel.generate("a large blue star in the center on white", seed=0)
+result.image.save(folder / "star.png")
 print(f"{result.image.width} x {result.image.height} pixels, seed {result.seed}, {result.parameters}")

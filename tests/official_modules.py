@@ -1,20 +1,29 @@
 """Stand-ins for what the official repository loads: modules of its attribute names and keys, its tokenizer, its
-transforms; and its way of packing the arguments of an entry point. Nothing here computes a forward."""
+transforms; its way of packing the arguments of an entry point; and what it was recorded to compute. Nothing here
+computes a forward."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import tokenizers
 import torch
+from conftest import CHECKPOINT
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from bagel_rt.compat import InterleaveInferencer
 from bagel_rt.config import BagelConfig
-from bagel_rt.images import ResizeRule, image_to_tensor
+from bagel_rt.conformance.requests import _draws
+from bagel_rt.images import ResizeRule, image_to_tensor, to_rgb
 from bagel_rt.models.bagel.embed import patchify, position_ids
+from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
+
+PACK = CHECKPOINT.parent
+GUIDANCE = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_min", "cfg_renorm_type")
 
 
 def module_tree(state: dict[str, torch.Tensor], root: nn.Module | None = None) -> nn.Module:
@@ -47,13 +56,29 @@ class OfficialBagel(nn.Module):
     generate_text = chat = generate_image
 
 
-def load_official(folder: Path, dtype=torch.float32) -> SimpleNamespace:
-    """The six arguments of the official inferencer, and ``ours``, our reading of the configuration."""
+class OfficialAutoEncoder(nn.Module):
+    """The official autoencoder: its keys, and methods that must not be called."""
+
+    def encode(self, _):
+        raise AssertionError("the official autoencoder ran")
+
+    decode = encode
+
+
+def load_official(folder: Path, dtype=torch.float32, visual_gen=True) -> SimpleNamespace:
+    """The six arguments of the official inferencer, and ``ours``, our reading of the configuration.
+
+    With ``visual_gen=False`` as the official evaluation of understanding loads it: no autoencoder, no parts that draw.
+    """
     config = BagelConfig.from_folder(folder)
-    state = {name: tensor.to(dtype) for name, tensor in load_file(folder / "ema.safetensors").items()}
+    drawing = () if visual_gen else ("vae2llm", "llm2vae", "time_embedder", "latent_pos_embed")
+    stored = load_file(folder / "ema.safetensors")
+    state = {name: tensor.to(dtype) for name, tensor in stored.items() if name.split(".")[0] not in drawing}
     model = module_tree(state, OfficialBagel())
     llm, vit, vae = config.llm, config.vit, config.vae
     model.config = SimpleNamespace(
+        visual_gen=visual_gen,
+        visual_und=True,
         llm_config=SimpleNamespace(
             hidden_size=llm.hidden_size,
             num_hidden_layers=llm.num_layers,
@@ -66,6 +91,8 @@ def load_official(folder: Path, dtype=torch.float32) -> SimpleNamespace:
             max_position_embeddings=llm.max_position_embeddings,
             layer_module="Qwen2MoTDecoderLayer",
             qk_norm=True,
+            hidden_act="silu",
+            rope_scaling=None,
         ),
         vit_config=SimpleNamespace(
             hidden_size=vit.hidden_size,
@@ -74,8 +101,12 @@ def load_official(folder: Path, dtype=torch.float32) -> SimpleNamespace:
             intermediate_size=vit.intermediate_size,
             patch_size=vit.patch_size,
             layer_norm_eps=vit.layer_norm_eps,
+            hidden_act="gelu_pytorch_tanh",
+            rope=False,
         ),
-        vae_config=SimpleNamespace(
+        vae_config=None
+        if not visual_gen
+        else SimpleNamespace(
             ch=vae.ch,
             ch_mult=list(vae.ch_mult),
             num_res_blocks=vae.num_res_blocks,
@@ -83,9 +114,10 @@ def load_official(folder: Path, dtype=torch.float32) -> SimpleNamespace:
             scale_factor=vae.scale_factor,
             shift_factor=vae.shift_factor,
         ),
+        connector_act="gelu_pytorch_tanh",
         vit_max_num_patch_per_side=vit.max_patches_per_side,
         latent_patch_size=config.latent_patch_size,
-        max_latent_size=config.max_latent_size,
+        max_latent_size=config.max_latent_size if visual_gen else 2,
         interpolate_pos=config.interpolate_pos,
     )
     tokenizer = FastTokenizer(folder)
@@ -93,7 +125,7 @@ def load_official(folder: Path, dtype=torch.float32) -> SimpleNamespace:
     ids |= {"start_of_image": "<|vision_start|>", "end_of_image": "<|vision_end|>"}
     return SimpleNamespace(
         model=model,
-        vae_model=module_tree(load_file(folder / "ae.safetensors")),
+        vae_model=module_tree(load_file(folder / "ae.safetensors"), OfficialAutoEncoder()) if visual_gen else None,
         tokenizer=tokenizer,
         vae_transform=ImageTransform(config.vae_transform),
         vit_transform=ImageTransform(config.vit_transform),
@@ -242,6 +274,84 @@ class OfficialScript:
             **arguments,
         )
         context["kv_lens"], context["ropes"] = [length + slots], [position + steps]
+
+
+class Case:
+    """A recorded request: inputs, hyper-parameters, outputs and draws."""
+
+    def __init__(self, name: str):
+        self.folder = PACK / "cases" / name
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.hyper = self.meta["inputs"]["hyper"]
+        self.settings = {name: self.hyper[name] for name in (*GUIDANCE, "num_timesteps", "timestep_shift")}
+        self.parts = open_parts(PACK, self.meta["inputs"]["interleave_inputs"])
+        golden = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            golden |= load_file(file)
+        self.golden = golden
+        self.draws = [] if self.hyper["understanding_output"] else _draws(self.meta, golden)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt, if the model thinks."""
+        prompt = THINK_BEFORE_ANSWER if self.hyper["understanding_output"] else THINK_BEFORE_IMAGE
+        return prompt if self.hyper["think"] else None
+
+    def feed(self, monkeypatch) -> None:
+        """Let torch.randn give the recorded draws, in order, and nothing after them."""
+        draws = iter(self.draws)
+
+        def randn(*shape, **_):
+            drawn = next(draws)
+            assert tuple(drawn.shape) in (shape, *shape)
+            return drawn.clone()
+
+        monkeypatch.setattr(torch, "randn", randn)
+
+    def check(self, outputs: list) -> None:
+        """Whether these are the recorded outputs."""
+        assert len(outputs) == len(self.meta["outputs"])
+        for output, wanted in zip(outputs, self.meta["outputs"], strict=True):
+            if isinstance(output, str):
+                assert output == wanted["text"]
+            else:
+                assert levels_apart(output, Image.open(self.folder / wanted["image"])) <= 1
+
+
+def load_inferencer(official: SimpleNamespace) -> InterleaveInferencer:
+    """Ours, of the six official arguments."""
+    return InterleaveInferencer(
+        official.model, official.vae_model, official.tokenizer, official.vae_transform, official.vit_transform,
+        official.new_token_ids,
+    )  # fmt: skip
+
+
+def run_script(case: Case, official: SimpleNamespace, vae_model) -> tuple[list[str], torch.Tensor | None]:
+    """What the official inferencer does for a request, in its own calls: texts, and the final latent."""
+    script, hyper, texts = OfficialScript(official), case.hyper, []
+    gen, no_img, size = script.context(), script.context(), tuple(hyper["image_shapes"])
+    no_text = script.context()
+    if case.system:
+        script.add_text(gen, case.system)
+        script.add_text(no_img, case.system)
+    for part in case.parts:
+        if isinstance(part, str):
+            no_text = deepcopy(gen)
+            script.add_text(gen, part)
+            script.add_text(no_img, part)
+        else:
+            resized = official.ours.vae_transform.resize(to_rgb(part))
+            if not hyper["understanding_output"]:
+                script.add_vae(gen, resized, vae_model)
+            script.add_vit(gen, resized)
+            no_text, size = deepcopy(gen), resized.size[::-1]
+    if hyper["understanding_output"] or case.system:
+        texts.append(script.write(gen, hyper["max_think_token_n"]))
+    if hyper["understanding_output"]:
+        return texts, None
+    if case.system:
+        script.add_text(gen, texts[0])
+    return texts, script.draw(size, case.draws[-1], gen, no_text, no_img, **case.settings)
 
 
 def open_parts(pack: Path, parts: list[str]) -> list:

@@ -1,4 +1,4 @@
-"""A server in a thread, and pictures for it."""
+"""A server in a thread, one whose model waits, and pictures for them."""
 
 import base64
 import io
@@ -6,7 +6,9 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
 from conftest import CHECKPOINT
 from PIL import Image
@@ -18,6 +20,8 @@ from bagel_rt.serve.run import make_server
 
 DRAW, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
 LIMITS = Limits(body=1 << 20, pixels=1 << 16, images=2, prompt_tokens=200, side=96, steps=2000, pictures=3, queue=4)
+PICTURE = {"prompt": "x", "size": "32x32", "num_timesteps": 3, "seed": 1}
+PATIENCE = 120
 
 
 @contextmanager
@@ -37,6 +41,56 @@ def running(limits=LIMITS, key=None, hosts=frozenset()):
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def held(**limits):
+    """A server whose model, as long as ``go`` is not set, is at its first step."""
+    with running(Limits(**limits)) as (address, app), httpx.Client(base_url=address, timeout=PATIENCE) as http:
+        engine, go = app.state.server.bagel.engine, threading.Event()
+        draw, answer, step = engine.run_images, engine.run_answer, SimpleNamespace(stage="image", step=1)
+
+        def wait(progress):
+            while not go.wait(0.005):
+                progress(step)
+
+        def run_images(requests, progress):
+            wait(progress)
+            return draw(requests, progress)
+
+        def run_answer(request, progress):
+            yield "first "
+            wait(progress)
+            yield from answer(request, progress)
+
+        engine.run_images, engine.run_answer = run_images, run_answer
+        worker = app.state.server.worker
+        try:
+            yield SimpleNamespace(http=http, app=app, worker=worker, go=go, address=address, uvicorn=app.state.uvicorn)
+        finally:
+            go.set()
+
+
+def until(condition):
+    """Wait until something is so."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def draw(server, **options):
+    """The answer to a request for a small picture."""
+    return httpx.post(f"{server.address}{DRAW}", json=PICTURE | options, timeout=PATIENCE)
+
+
+def send(server, route, content, kind="application/json", length=None):
+    """A connection on which a request was sent, whole unless its ``length`` is said to be more."""
+    connection = socket.create_connection(server.address.removeprefix("http://").split(":"), PATIENCE)
+    length = len(content) if length is None else length
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
 
 
 def png(width=48, height=32, seed=0) -> bytes:

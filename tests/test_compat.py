@@ -1,76 +1,40 @@
 """The official interface over this runtime, against what the official code was recorded to compute through it."""
 
-import json
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHECKPOINT
-from official_modules import OfficialScript, SlowTokenizer, levels_apart, load_official, open_parts
+from official_modules import (
+    PACK,
+    Case,
+    OfficialScript,
+    SlowTokenizer,
+    levels_apart,
+    load_inferencer,
+    load_official,
+    run_script,
+)
 from PIL import Image
-from safetensors.torch import load_file
 
-from bagel_rt import Bagel
 from bagel_rt.compat import InterleaveInferencer, accelerate
 from bagel_rt.compat.adopt import adopt_tokenizer
-from bagel_rt.conformance.requests import _draws
-from bagel_rt.prompts import THINK_BEFORE_IMAGE
 from bagel_rt.tokenizer import Tokenizer
 
-PACK = CHECKPOINT.parent
 REQUESTS = sorted(
     case.name
     for case in (PACK / "cases").iterdir()
     if case.name[0] in "1234" and "batch2" not in case.name and "thinkmorph" not in case.name
 )
-GUIDANCE = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_min", "cfg_renorm_type")
-
-
-class Case:
-    """A recorded request: inputs, hyper-parameters, outputs and draws."""
-
-    def __init__(self, name: str):
-        self.folder = PACK / "cases" / name
-        self.meta = json.loads((self.folder / "meta.json").read_text())
-        self.hyper = self.meta["inputs"]["hyper"]
-        self.parts = open_parts(PACK, self.meta["inputs"]["interleave_inputs"])
-        golden = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
-            golden |= load_file(file)
-        self.golden = golden
-        self.draws = [] if self.hyper["understanding_output"] else _draws(self.meta, golden)
-
-    def feed(self, monkeypatch) -> None:
-        """Let torch.randn give the recorded draws, in order, and nothing after them."""
-        draws = iter(self.draws)
-
-        def randn(*shape, **_):
-            drawn = next(draws)
-            assert tuple(drawn.shape) in (shape, *shape)
-            return drawn.clone()
-
-        monkeypatch.setattr(torch, "randn", randn)
-
-    def check(self, outputs: list) -> None:
-        assert len(outputs) == len(self.meta["outputs"])
-        for output, wanted in zip(outputs, self.meta["outputs"], strict=True):
-            if isinstance(output, str):
-                assert output == wanted["text"]
-            else:
-                assert levels_apart(output, Image.open(self.folder / wanted["image"])) <= 1
+AUTOCAST = {"as it is": nullcontext, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+autocast = pytest.mark.parametrize("within", AUTOCAST.values(), ids=AUTOCAST.keys())
 
 
 @pytest.fixture
 def official():
     return load_official(CHECKPOINT)
-
-
-def inferencer(official) -> InterleaveInferencer:
-    return InterleaveInferencer(
-        official.model, official.vae_model, official.tokenizer, official.vae_transform, official.vit_transform,
-        official.new_token_ids,
-    )  # fmt: skip
 
 
 # The inferencer
@@ -80,45 +44,55 @@ def inferencer(official) -> InterleaveInferencer:
 def test_the_inferencer_gives_what_the_official_one_gave(name, official, monkeypatch):
     case = Case(name)
     case.feed(monkeypatch)
-    case.check(inferencer(official).interleave_inference(case.parts, **case.hyper))
+    case.check(load_inferencer(official).interleave_inference(case.parts, **case.hyper))
 
 
 def test_a_call_returns_picture_and_text_by_name(official, monkeypatch):
     case = Case("40_think_t2i")
     case.feed(monkeypatch)
-    output = inferencer(official)(text=case.parts[0], **case.hyper)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = load_inferencer(official)(text=case.parts[0], **case.hyper)
     case.check([output["text"], output["image"]])
-    assert inferencer(load_official(CHECKPOINT))() == {"image": None, "text": None}
+    assert load_inferencer(load_official(CHECKPOINT))() == {"image": None, "text": None}
 
 
+@autocast
 @pytest.mark.parametrize("name", ["13_t2i_channel", "20_edit_text_channel", "41_think_edit"])
-def test_contexts_that_a_script_arranges_itself(name, official, monkeypatch):
-    case, runtime = Case(name), inferencer(official)
+def test_contexts_that_a_script_arranges_itself(name, within, official, monkeypatch):
+    case, runtime = Case(name), load_inferencer(official)
     case.feed(monkeypatch)
     hyper, outputs = case.hyper, []
-    gen, no_img = runtime.init_gen_context(), runtime.init_gen_context()
-    no_text, size = deepcopy(gen), tuple(hyper["image_shapes"])
-    if hyper["think"]:
-        gen = runtime.update_context_text(THINK_BEFORE_IMAGE, gen)
-        no_img = runtime.update_context_text(THINK_BEFORE_IMAGE, no_img)
-    for part in case.parts:
-        if isinstance(part, str):
-            no_text = deepcopy(gen)
-            gen, no_img = runtime.update_context_text(part, gen), runtime.update_context_text(part, no_img)
-        else:
-            resized = official.ours.vae_transform.resize(part.convert("RGB"))
-            gen = runtime.update_context_image(resized, gen)
-            no_text, size = deepcopy(gen), resized.size[::-1]
-    if hyper["think"]:
-        outputs.append(runtime.gen_text(gen, max_length=hyper["max_think_token_n"], do_sample=False))
-        gen = runtime.update_context_text(outputs[0], gen)
-    settings = {name: hyper[name] for name in (*GUIDANCE, "num_timesteps", "timestep_shift")}
-    outputs.append(runtime.gen_image(size, gen, cfg_text_precontext=no_text, cfg_img_precontext=no_img, **settings))
+    with within():
+        gen, no_img = runtime.init_gen_context(), runtime.init_gen_context()
+        no_text, size = deepcopy(gen), tuple(hyper["image_shapes"])
+        if case.system:
+            gen = runtime.update_context_text(case.system, gen)
+            no_img = runtime.update_context_text(case.system, no_img)
+        for part in case.parts:
+            if isinstance(part, str):
+                no_text = deepcopy(gen)
+                gen, no_img = runtime.update_context_text(part, gen), runtime.update_context_text(part, no_img)
+            else:
+                resized = official.ours.vae_transform.resize(part.convert("RGB"))
+                gen = runtime.update_context_image(resized, gen)
+                no_text, size = deepcopy(gen), resized.size[::-1]
+        if case.system:
+            outputs.append(runtime.gen_text(gen, max_length=hyper["max_think_token_n"], do_sample=False))
+            gen = runtime.update_context_text(outputs[0], gen)
+        branches = {"cfg_text_precontext": no_text, "cfg_img_precontext": no_img}
+        outputs.append(runtime.gen_image(size, gen, **branches, **case.settings))
     case.check(outputs)
 
 
+def test_latents_are_decoded_of_whatever_dtype(official):
+    runtime = load_inferencer(official)
+    rounded = torch.randn(6, official.ours.latent_features).bfloat16()
+    given = runtime.decode_image(rounded, (32, 48))  # first, as buffers are made by the first one
+    assert levels_apart(given, runtime.decode_image(rounded.float(), (32, 48))) == 0
+
+
 def test_the_seed_of_torch_decides_the_picture(official):
-    runtime = inferencer(official)
+    runtime = load_inferencer(official)
 
     def drawn(seed):
         torch.manual_seed(seed)
@@ -127,6 +101,32 @@ def test_the_seed_of_torch_decides_the_picture(official):
     first = drawn(3)
     assert first.size == (32, 48)
     assert levels_apart(first, drawn(3)) == 0 and levels_apart(first, drawn(4)) > 8
+
+
+def test_the_seed_of_torch_decides_sampled_texts(official):
+    runtime, asked = load_inferencer(official), {"max_think_token_n": 12, "text_temperature": 1.0}
+
+    def answered(seed, **options):
+        torch.manual_seed(seed)
+        return runtime(text="why?", understanding_output=True, **asked, **options)["text"]
+
+    assert answered(1, do_sample=True) == answered(1, do_sample=True)
+    assert len({answered(seed, do_sample=True) for seed in range(4)}) == 4
+    assert len({answered(seed) for seed in range(4)}) == 1
+    context = runtime.update_context_text("why?", runtime.init_gen_context())
+    torch.manual_seed(1)
+    assert runtime.gen_text(context, 12) == answered(1, do_sample=True)  # it samples by default
+
+
+def test_noise_is_drawn_before_the_seed_of_sampled_texts(official, monkeypatch):
+    drawn, runtime = [], load_inferencer(official)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: drawn.append(randn(*shape, **options)) or drawn[-1])
+    for do_sample in (False, True):
+        torch.manual_seed(5)
+        options = {"think": True, "max_think_token_n": 4, "num_timesteps": 3, "do_sample": do_sample}
+        runtime(image=Image.new("RGB", (64, 64), "red"), text="a cat", **options)
+    assert len(drawn) == 4 and all(torch.equal(*pair) for pair in zip(drawn[:2], drawn[2:], strict=True))
 
 
 def test_a_loaded_bagel_can_stand_behind_it(bagel):
@@ -139,49 +139,62 @@ def test_a_loaded_bagel_can_stand_behind_it(bagel):
 # The accelerated module
 
 
-def run_script(case: Case, official, vae_model) -> tuple[list[str], torch.Tensor | None]:
-    """What the official inferencer does for a request, in its own calls: texts, and the final latent."""
-    script, hyper, texts = OfficialScript(official), case.hyper, []
-    gen, no_img, size = script.context(), script.context(), None
-    no_text = script.context()
-    for part in case.parts:
-        if isinstance(part, str):
-            no_text = deepcopy(gen)
-            script.add_text(gen, part)
-            script.add_text(no_img, part)
-        else:
-            resized = official.ours.vae_transform.resize(part.convert("RGB"))
-            if not hyper["understanding_output"]:
-                script.add_vae(gen, resized, vae_model)
-            script.add_vit(gen, resized)
-            no_text, size = deepcopy(gen), resized.size[::-1]
-    if hyper["understanding_output"]:
-        return [script.write(gen, hyper["max_think_token_n"])], None
-    settings = {name: hyper[name] for name in (*GUIDANCE, "num_timesteps", "timestep_shift")}
-    noise, size = case.draws[-1], size or tuple(hyper["image_shapes"])
-    return texts, script.draw(size, noise, gen, no_text, no_img, **settings)
-
-
-@pytest.mark.parametrize("name", ["12_t2i_app_default", "17_t2i_interval_boundary", "20_edit_text_channel"])
-def test_the_accelerated_module_draws_what_the_official_one_drew(name, official, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "12_t2i_app_default",
+        "17_t2i_interval_boundary",
+        "20_edit_text_channel",
+        "22_edit_channel_rgba",
+        "23_multi_image",
+        "40_think_t2i",
+        "41_think_edit",
+    ],
+)
+@autocast
+def test_the_accelerated_module_draws_what_the_official_one_drew(name, within, official, monkeypatch):
     case = Case(name)
     accelerate(official.model, official.vae_model)
     case.feed(monkeypatch)
-    _, latent = run_script(case, official, official.vae_model)
+    with within():
+        texts, latent = run_script(case, official, official.vae_model)
+    assert texts == [output["text"] for output in case.meta["outputs"] if "text" in output]
     [wanted] = [tensor for name, tensor in case.golden.items() if name.endswith(".final_latent")]
     assert (latent - wanted).abs().max() <= 5e-5 * wanted.abs().max()
+    assert not latent.is_inference()
 
 
-@pytest.mark.parametrize("name", ["30_und_basic", "31_und_two_images", "34_und_eos"])
-def test_the_accelerated_module_answers_what_the_official_one_answered(name, official):
-    case = Case(name)
+@pytest.mark.parametrize("visual_gen", [True, False])
+@pytest.mark.parametrize("name", ["30_und_basic", "31_und_two_images", "33_und_think", "34_und_eos"])
+def test_the_accelerated_module_answers_what_the_official_one_answered(name, visual_gen):
+    case, official = Case(name), load_official(CHECKPOINT, visual_gen=visual_gen)
     accelerate(official.model)
     texts, _ = run_script(case, official, None)
     case.check(texts)
-    images = [official.ours.vae_transform.resize(part.convert("RGB")) for part in case.parts[:-1]]
-    marks, transform = official.new_token_ids, official.vit_transform
-    length = case.hyper["max_think_token_n"]
-    case.check([official.model.chat(official.tokenizer, marks, transform, images, case.parts[-1], length)])
+    if not case.system:
+        images = [official.ours.vae_transform.resize(part.convert("RGB")) for part in case.parts[:-1]]
+        marks = {name: torch.tensor(token) for name, token in official.new_token_ids.items()}
+        length, transform = case.hyper["max_think_token_n"], official.vit_transform
+        case.check([official.model.chat(official.tokenizer, marks, transform, images, case.parts[-1], length)])
+
+
+def test_the_accelerated_module_samples(official):
+    accelerate(official.model)
+    script = OfficialScript(official)
+    context = script.context()
+    script.add_text(context, "why?")
+
+    def written(seed):
+        torch.manual_seed(seed)
+        chat = official.model.chat(
+            official.tokenizer, official.new_token_ids, official.vit_transform, [], "why?", 12, True, 1.0
+        )
+        torch.manual_seed(seed)
+        assert script.write(context, 12, do_sample=True, temperature=1.0) == chat
+        return chat
+
+    assert written(1) == written(1)
+    assert len({written(seed) for seed in range(4)}) == 4
 
 
 def test_a_batch_of_samples_is_as_each_alone(official):
@@ -191,77 +204,26 @@ def test_a_batch_of_samples_is_as_each_alone(official):
     script.add_text(one, "a cat")
     script.add_text(two, "two dogs in a park")
     lengths = [*one["kv_lens"], *two["kv_lens"]]
+    none, lens = torch.tensor([], dtype=torch.int64), torch.tensor(lengths)
+    ids = [id for context in (one, two) for id in context["past_key_values"].contexts[0].history[0].ids]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    # By place, in the official order.
     both = official.model.forward_cache_update_text(
-        past_key_values=type(one["past_key_values"])([]),
-        packed_text_ids=torch.tensor(
-            [id for c in (one, two) for id in c["past_key_values"].contexts[0].history[0].ids]
-        ),
-        packed_text_position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        text_token_lens=torch.tensor(lengths),
-        key_values_lens=torch.tensor([0, 0]),
-    )
-    ids = official.model.generate_text(
-        past_key_values=both,
-        packed_start_tokens=torch.tensor([official.new_token_ids["bos_token_id"]] * 2),
-        packed_query_position_ids=torch.tensor(lengths),
-        key_values_lens=torch.tensor(lengths),
-        max_length=8,
-    )
-    assert ids.shape == (8, 2)
+        type(one["past_key_values"])([]), torch.tensor(ids), positions, lens, torch.arange(len(ids)), none,
+        torch.tensor([0, 0]),
+    )  # fmt: skip
+    indexes, bos = torch.arange(sum(lengths)), official.new_token_ids["bos_token_id"]
+    ids = official.model.generate_text(both, indexes, lens, torch.tensor([bos] * 2), lens, 8)
+    assert ids.shape == (8, 2) and not ids.is_inference()
     assert [script.write(c, 8) for c in (one, two)] == [
         official.tokenizer.decode(ids[:, column]).split("<|im_end|>")[0].split("<|im_start|>")[1] for column in (0, 1)
     ]
-
-
-def test_weights_are_shared_and_the_module_is_restored(official):
-    model, before = official.model, {name: p.clone() for name, p in official.model.named_parameters()}
-    x = torch.randn(3, official.ours.llm.hidden_size)
-    mlp = model.language_model.model.layers._modules["0"].mlp
-    wanted = torch.nn.functional.linear(x, mlp.gate_proj.weight)
-    acceleration = accelerate(model, official.vae_model)
-    weights = acceleration.entry_points.model.weights
-    for name, place in weights.destinations(official.ours).items():
-        parameter = model.get_parameter(name)
-        assert parameter.untyped_storage().data_ptr() == place.view.untyped_storage().data_ptr(), name
-        assert torch.equal(parameter, before[name])
-    autoencoder = dict(acceleration.entry_points.model.vae.named_parameters())
-    for name, parameter in official.vae_model.named_parameters():
-        assert parameter.data_ptr() == autoencoder[name].data_ptr()
-    with pytest.raises(ValueError, match="accelerated already"):
-        accelerate(model)
-    with torch.no_grad():
-        assert torch.equal(torch.nn.functional.linear(x, mlp.gate_proj.weight), wanted)
-    acceleration.restore()
-    assert not [name for name in vars(model) if name.startswith(("forward_cache", "generate", "chat", "_bagel_rt"))]
-    with pytest.raises(AssertionError, match="the official forward ran"):
-        model.generate_image()
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    accelerate(model).restore()
+    for starts, message in (([bos, bos + 1], "begin with the same token"), ([bos] * 9, "1 to 8 samples")):
+        with pytest.raises(ValueError, match=message):
+            official.model.generate_text(both, indexes, lens, torch.tensor(starts), lens, 8)
 
 
 # What is refused
-
-
-def test_a_module_of_another_kind_is_refused_and_left_alone(official):
-    with pytest.raises(TypeError, match="is no official Bagel module: it lacks language_model"):
-        accelerate(torch.nn.Linear(2, 2))
-    model = official.model
-    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
-    layer = model.language_model.model.layers._modules["1"]
-    kept, layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data, layer.mlp.up_proj.weight.data.half()
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight is torch.float16 .* load the module unquantised"):
-        accelerate(model)
-    layer.mlp.up_proj.weight = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
-    with pytest.raises(ValueError, match="up_proj.weight is on meta, embed_tokens on cpu: load the whole module"):
-        accelerate(model)
-    layer.mlp.up_proj.weight = torch.nn.Parameter(kept, requires_grad=False)
-    del layer.mlp._modules["down_proj"]
-    with pytest.raises(ValueError, match="the module lacks language_model.model.layers.1.mlp.down_proj.weight"):
-        accelerate(model)
-    assert all(parameter.data_ptr() == pointers[name] for name, parameter in model.named_parameters())
-    model.config.llm_config.layer_module = "Qwen2MoEDecoderLayer"
-    with pytest.raises(ValueError, match="layer_module is 'Qwen2MoEDecoderLayer'"):
-        accelerate(model)
 
 
 def test_a_cache_that_does_not_fit_the_arguments_is_refused(official):
@@ -281,6 +243,8 @@ def test_a_cache_that_does_not_fit_the_arguments_is_refused(official):
         script.draw((32, 32), noise, context, context, context, enable_taylorseer=True, **settings)
     with pytest.raises(ValueError, match="the cache of its branch is None"):
         script.draw((32, 32), noise, context, {**context, "past_key_values": None}, context, **settings)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cfg_img_scales'"):
+        script.draw((32, 32), noise, context, context, context, cfg_img_scales=1.0, **settings)
 
 
 def test_arguments_of_the_inferencer_are_checked(official):
@@ -291,7 +255,7 @@ def test_arguments_of_the_inferencer_are_checked(official):
         adopt_tokenizer(official.tokenizer, ids)
     with pytest.raises(TypeError, match="a str is no Qwen2 tokenizer"):
         adopt_tokenizer("gpt2", ids)
-    runtime = inferencer(official)
+    runtime = load_inferencer(official)
     for options, message in (
         ({"enable_taylorseer": True}, "enable_taylorseer is True"),
         ({"cfg_renorm_type": "local"}, "'local'"),
@@ -309,7 +273,3 @@ def test_the_slow_tokenizer_is_read_as_well(official):
     for text in ("a red circle", "naïve  Käfig 🦊\n<|im_end|> x", ""):
         assert slow.encode(text) == ours.encode(text)
     assert len(slow) == len(ours)
-
-
-def test_it_needs_no_checkpoint_folder(official, tmp_path):
-    assert isinstance(inferencer(official).bagel, Bagel)

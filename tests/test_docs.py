@@ -105,4 +105,9 @@ def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = CODE.findall((DOCS / "index.md").read_text(encoding="utf-8"))
     exec(block, {})
-    assert capsys.readouterr().out
+    assert "star" in capsys.readouterr().out.strip()
+
+
+def test_a_drawn_diagram_is_what_its_program_draws():
+    made = runpy.run_path(str(DOCS / "diagrams.py"))
+    assert made["spans"](made["shared_style"]()) == (DOCS / "diagrams" / "spans.svg").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WRITTEN = {
-    "text_to_image": ["circle.png"],
+    "text_to_image": ["star.png"],
     "edit": ["after.png", "before.png"],
     "ask": ["answer.txt", "shapes.png"],
     "interleave": ["star.png", "story.md"],
@@ -43,7 +43,8 @@ def test_every_example_is_tested():
 @pytest.mark.parametrize("name", WRITTEN)
 def test_an_example_writes_what_it_says(name, tmp_path, monkeypatch):
     if name == "openai_client":
-        pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+        for module, extra in (("fastapi", "serve"), ("openai", "test")):
+            pytest.importorskip(module, reason=f"the extra [{extra}] is not installed")
     monkeypatch.chdir(tmp_path)
     run(name)
     check(tmp_path, WRITTEN[name])

@@ -7,7 +7,7 @@ import torch
 from conftest import CHECKPOINT, DEVICE
 from recording import Recording, dispatch_ops
 
-from bagel_rt import Bagel
+from bagel_rt import Bagel, engine
 from bagel_rt.context import Prefill
 from bagel_rt.conversation import Conversation, Noise
 from bagel_rt.denoise import Denoiser, ImageTask
@@ -67,6 +67,16 @@ def test_the_last_preview_is_the_picture_and_seeing_it_changes_nothing(runtime, 
             previews = watch.seen["image", number]
             assert len(previews) == result.parameters["num_timesteps"] - 1
             assert previews[-1] == result.image != previews[0]
+
+
+def test_what_is_not_looked_at_is_not_decoded(bagel, monkeypatch):
+    decoded, decode = [], engine.decode_picture
+    monkeypatch.setattr(engine, "decode_picture", lambda *given: decoded.append(given) or decode(*given))
+    steps = []
+    bagel.generate(["a", "b"], size=(32, 32), progress=steps.append, **FAST)
+    assert len(steps) == FAST["num_timesteps"] - 1 and len(decoded) == 2  # the two pictures
+    bagel.generate("a", size=(32, 32), progress=lambda step: step.step == 3 and step.preview(), **FAST)
+    assert len(decoded) == 4
 
 
 def test_on_a_straight_path_every_preview_is_the_end(bagel):

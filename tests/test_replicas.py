@@ -5,11 +5,14 @@ import base64
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,36 +30,79 @@ from bagel_rt.serve.replicas import Answered, Options  # noqa: E402
 
 DRAW, CHAT = "/v1/images/generations", "/v1/chat/completions"
 QUICK = {"prompt": "a cat", "size": "32x32", "num_timesteps": 3}
-PATIENCE = 120  # seconds; a replica starts in a few, but machines differ
-OPTIONS = Options(folder=str(CHECKPOINT), name="small", replicas=2, device="cpu", limits={"steps": 5000, "grace": 5})
+SLOW = QUICK | {"size": "128x128", "num_timesteps": 1000, "n": 8}  # for minutes
+PATIENCE = 240  # seconds; a replica starts in a few, but machines differ
+OPTIONS = Options(folder=str(CHECKPOINT), name="small", replicas=2, device="cpu", limits={"steps": 1000, "grace": 5})
 
-
-def listened_at() -> set[str]:
-    """Addresses and ports, in hexadecimal, that somebody on this machine listens at but for the loopback interface."""
-    loopback = ("0100007F", "0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F")
-    found = set()
-    for table in Path("/proc/net/tcp"), Path("/proc/net/tcp6"):
-        for line in table.read_text().splitlines()[1:] if table.exists() else ():
-            _, here, _, state = line.split()[:4]
-            if state == "0A" and not here.startswith(loopback):
-                found.add(here)
-    return found
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def before_ray():
-    """What was listened at before."""
-    return listened_at()
+def environment(tmp_path_factory):
+    """Variables for Ray's processes."""
+    variables = {"HOME": str(tmp_path_factory.mktemp("home"))}  # where Ray keeps a token
+    return variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def talk(address: str, begun: threading.Semaphore) -> str:
+    """A streamed answer of many words; ``begun`` is released with its first event."""
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "stream": True}
+    lines = []
+    with httpx.stream("POST", f"{address}{CHAT}", json=body, timeout=PATIENCE) as answer:
+        for line in answer.iter_lines():
+            lines.append(line)
+            if len(lines) == 1:
+                begun.release()
+    return "\n".join(lines).strip()
+
+
+def test_serve_ray_answers_everyone_when_it_is_told_to_stop(environment):
+    command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--ray", "--replicas", "2", "--device", "cpu"]
+    command += ["--model", str(CHECKPOINT), "--port", "0", "--steps", "1000", "--grace", "4"]
+    begun, after = threading.Semaphore(0), []
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) as server,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        try:
+            said = next(line for line in server.stdout if "running on" in line)
+            address = next(word.strip(";") for word in said.split() if word.startswith("http"))
+            assert httpx.post(f"{address}{DRAW}", json=QUICK, timeout=PATIENCE).status_code == 200
+
+            def draw(**options):
+                return httpx.post(f"{address}{DRAW}", json=QUICK | options, timeout=PATIENCE)
+
+            drawn = [threads.submit(draw, **SLOW)]
+            streams = [threads.submit(talk, address, begun) for _ in range(4)]
+            for _ in streams:
+                assert begun.acquire(timeout=PATIENCE)
+            drawn += [threads.submit(draw, num_timesteps=50) for _ in range(2)]
+            time.sleep(1)  # in which these, too, reach a replica
+            server.send_signal(signal.SIGTERM)
+            with suppress(httpx.TransportError):  # at last nobody listens
+                while True:
+                    after.append(httpx.post(f"{address}{DRAW}", json=QUICK, timeout=PATIENCE))
+                    time.sleep(0.2)
+            assert server.wait(PATIENCE) == 143
+        finally:
+            server.kill()
+    for stream in streams:
+        last = stream.result().splitlines()[-1].removeprefix("data: ")
+        assert last == "[DONE]" or json.loads(last)["error"]["code"] == "stopping"
+    for answer in [*(one.result() for one in drawn), *after]:
+        assert answer.status_code == 200 or (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+    assert drawn[0].result().status_code == 503 and after[-1].status_code == 503
 
 
 @pytest.fixture(scope="module")
-def address(before_ray, tmp_path_factory):
+def address(environment):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where Ray keeps a token
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        handler = signal.getsignal(signal.SIGTERM)
         yield replicas.start(OPTIONS, port=0)
-        replicas.stop()
+        assert signal.getsignal(signal.SIGTERM) is handler
+        replicas.stop(OPTIONS.limits["grace"])
 
 
 @pytest.fixture
@@ -74,11 +120,25 @@ def alive() -> dict:
     return {a["name"].rpartition("#")[2]: ray.get_actor(a["name"], a["namespace"]) for a in found}
 
 
+def until(condition):
+    """Wait until something is so."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 def who_answers(address: str) -> set[str]:
     """The replicas that take part when many requests come at once."""
     with httpx.Client(base_url=address, timeout=PATIENCE) as client, ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda _: client.post(DRAW, json=QUICK | {"num_timesteps": 20}), range(16)))
     return {answer.headers["x-replica"] for answer in answers if answer.status_code == 200}
+
+
+def replaced(address: str, lost: str) -> bool:
+    """Whether there are two replicas at work, and this one is not among them."""
+    found = set(alive())
+    return lost not in found and len(found) == 2 and who_answers(address) == found
 
 
 def test_requests_are_shared(address):
@@ -104,66 +164,102 @@ def test_errors_are_json_whoever_makes_them(http):
         assert answer.status_code in (400, 404, 405) and answer.json()["error"]["message"]
 
 
-def test_a_client_that_leaves_frees_the_model(http, address):
-    with pytest.raises(httpx.ReadTimeout):
-        http.post(DRAW, json=QUICK | {"num_timesteps": 5000}, timeout=2)
-    end = time.monotonic() + PATIENCE
-    while True:  # until each of the two has said that it is idle
+def test_a_client_that_leaves_frees_the_model(http):
+    # The last header would have Ray go on for nobody.
+    for headers in ({}, {"X-Request-Id": "\xff"}, {"X-Request-Disconnect-Disabled": "?1"}):
+        with pytest.raises(httpx.ReadTimeout):
+            said = {name: value.encode("latin-1") for name, value in headers.items()}
+            http.post(DRAW, json=SLOW, headers=said, timeout=2)
+
+    def idle():  # as each of the two has said
         texts = {a.headers["x-replica"]: a.text for a in (http.get("/metrics") for _ in range(10))}
-        if len(texts) == 2 and all("bagel_rt_running 0.0" in text for text in texts.values()):
-            return
-        assert time.monotonic() < end, texts
+        return len(texts) == 2 and all("bagel_rt_running 0.0" in text for text in texts.values())
+
+    until(idle)
 
 
 def test_a_killed_replica_s_requests_end_and_it_returns(address, http):
     import ray
 
-    before, answers = alive(), []
+    before = alive()
+    with ThreadPoolExecutor(6) as threads:
+        sent = [threads.submit(http.post, DRAW, json=QUICK | {"size": "64x64", "num_timesteps": 1000}) for _ in range(6)]
+        until(lambda: all(ray.get([actor.get_num_ongoing_requests.remote() for actor in before.values()])))
+        lost = sorted(before)[0]
+        ray.kill(before[lost], no_restart=False)
+        answers = [one.result(PATIENCE) for one in sent]
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused and all(answer.json()["error"]["code"] == "replica_lost" for answer in refused)
+    assert all(answer.headers["retry-after"] == "1" for answer in refused)
+    drawn = [answer for answer in answers if answer.status_code == 200]
+    assert drawn and all(answer.headers["x-replica"] != lost for answer in drawn)
+    assert len(refused) + len(drawn) == 6
+    until(lambda: replaced(address, lost))
 
-    def draw():
-        answers.append(http.post(DRAW, json=QUICK | {"num_timesteps": 4000}))
 
-    threads = [threading.Thread(target=draw) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    time.sleep(2)
+def test_a_replica_whose_model_is_lost_is_replaced(address):
+    import ray
+
+    def lose(_):
+        [thread] = [one for one in threading.enumerate() if one.name == "bagel_rt"]
+        thread._target.__self__.failure = RuntimeError("CUDA error")
+
+    before = alive()
     lost = sorted(before)[0]
-    ray.kill(before[lost], no_restart=False)
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert not any(thread.is_alive() for thread in threads) and len(answers) == 6
-    codes = sorted({answer.status_code for answer in answers})
-    assert codes in ([200], [200, 503])
-    for answer in answers:
-        if answer.status_code == 503:
-            assert answer.json()["error"]["code"] == "replica_lost" and answer.headers["retry-after"] == "1"
-    end = time.monotonic() + PATIENCE
-    while lost in (found := alive()) or len(found) < 2 or who_answers(address) != set(found):
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    ray.get(before[lost].__ray_call__.remote(lose))
+    until(lambda: replaced(address, lost))
+
+
+def listened_at() -> set[str]:
+    """Addresses and ports, in hexadecimal, that this process and those that come of it listen at, but for the loopback
+    interface."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    ours, found, sockets = {os.getpid()}, set(), set()
+    while more := {one for one, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    for process in ours:
+        with suppress(OSError):  # it has ended
+            for file in Path(f"/proc/{process}/fd").iterdir():
+                with suppress(OSError):
+                    sockets.add(os.readlink(file))
+    loopback = ("0100007F", "0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F")
+    for table in Path("/proc/net/tcp"), Path("/proc/net/tcp6"):
+        for line in table.read_text().splitlines()[1:] if table.exists() else ():
+            _, here, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets and not here.startswith(loopback):
+                found.add(here)
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="what listens is read from Linux' /proc")
-def test_only_the_loopback_interface_is_listened_at(address, before_ray):
-    assert listened_at() <= before_ray
+def test_only_the_loopback_interface_is_listened_at(address):
+
+    assert not listened_at()
+    with socket.create_server(("0.0.0.0", 0)) as elsewhere:
+        assert [entry.rpartition(":")[2] for entry in listened_at()] == [f"{elsewhere.getsockname()[1]:04X}"]
 
 
 # Without Ray's processes
 
 
-def conversation(*messages):
-    """An application that sends these messages; what a client of ``Answered`` around it gets."""
-    sent = []
+def conversation(*messages, headers=()):
+    """An application that sends these messages; what a client of ``Answered`` around it gets, and what headers the
+    application."""
+    sent, got = [], []
 
     async def app(scope, receive, send):
+        got.extend(scope["headers"])
         for message in messages:
             await send(message)
 
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Answered(app)({"type": "http", "path": "/v1/models"}, None, send))
-    return sent
+    asyncio.run(Answered(app)({"type": "http", "path": "/v1/models", "headers": list(headers)}, None, send))
+    return sent, got
 
 
 def begin(status, kind):
@@ -176,24 +272,41 @@ def body(content, more):
 
 def test_an_answer_passes_as_it_is():
     whole = [begin(200, b"text/plain"), body(b"a", True), body(b"b", False)]
-    assert conversation(*whole) == whole
+    assert conversation(*whole)[0] == whole
     refused = [begin(400, b"application/json"), body(b"{}", False)]
-    assert conversation(*refused) == refused
+    assert conversation(*refused)[0] == refused
+
+
+def test_headers_that_the_proxy_obeys_do_not_reach_it():
+    kept = [(b"authorization", b"Bearer x"), (b"x-replica", b"a")]
+    obeyed = [b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id", b"x_session_id"]
+    obeyed += [b"x-request-id", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id"]
+    assert conversation(headers=[*kept, *((name, b"1") for name in obeyed)])[1] == kept
 
 
 def test_no_answer_becomes_an_error():
-    head, content = conversation()
+    (head, content), _ = conversation()
     assert head["status"] == 503 and json.loads(content["body"])["error"]["code"] == "replica_lost"
 
 
-@pytest.mark.parametrize("status, kind", [(404, "invalid_request_error"), (500, "server_error"), (503, "server_error")])
-def test_plain_errors_become_json(status, kind):
-    head, content = conversation(begin(status, b"text/plain"), body(b"Traceback", False))
-    assert head["status"] == status and json.loads(content["body"])["error"]["type"] == kind
+@pytest.mark.parametrize(
+    "proxy, status, code, again",
+    [
+        (404, 503, "stopping", (b"retry-after", b"5")),
+        (408, 504, "timeout", (b"x-should-retry", b"false")),
+        (429, 429, "busy", (b"retry-after", b"1")),
+        (500, 503, "replica_lost", (b"retry-after", b"1")),
+        (503, 503, "replica_lost", (b"retry-after", b"1")),
+    ],
+)
+def test_plain_errors_become_json(proxy, status, code, again):
+    (head, content), _ = conversation(begin(proxy, b"text/plain"), body(b"Traceback", False))
+    assert head["status"] == status and again in head["headers"]
+    assert json.loads(content["body"])["error"]["code"] == code
 
 
 def test_a_stream_that_breaks_off_ends_with_an_event():
-    *_, last = conversation(begin(200, b"text/event-stream; charset=utf-8"), body(b"data: 1\n\n", True))
+    (*_, last), _ = conversation(begin(200, b"text/event-stream; charset=utf-8"), body(b"data: 1\n\n", True))
     event = last["body"].decode()
     assert event.startswith("data: ") and event.endswith("\n\n") and not last.get("more_body")
     assert json.loads(event.removeprefix("data: "))["error"]["code"] == "replica_lost"
@@ -211,6 +324,12 @@ def test_bad_options_are_refused_before_ray_starts(options, message):
         replicas.application(Options(**options))
     with pytest.raises(ValueError, match="replica"):
         Options(replicas=0)
+
+
+def test_an_empty_key_is_refused(monkeypatch):
+    monkeypatch.setenv("BAGEL_RT_API_KEY", " ")
+    with pytest.raises(ValueError, match="BAGEL_RT_API_KEY is set but empty"):
+        replicas.application(OPTIONS)
 
 
 def test_ray_reports_nothing_to_its_makers():

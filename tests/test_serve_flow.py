@@ -1,15 +1,10 @@
 """The server over real HTTP when clients come together, leave early, are slow, or when it is told to stop."""
 
-import gc
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,58 +16,29 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import httpx  # noqa: E402
 import openai  # noqa: E402
 from conftest import CHECKPOINT  # noqa: E402
-from serving import CHAT, DRAW, EDIT, asked, data_url, metric, picture, png, running, text  # noqa: E402
+from serving import (  # noqa: E402
+    CHAT,
+    DRAW,
+    EDIT,
+    PATIENCE,
+    PICTURE,
+    asked,
+    draw,
+    held,
+    metric,
+    png,
+    send,
+    text,
+    until,
+)
 
-from bagel_rt.serve import run  # noqa: E402
-from bagel_rt.serve.limits import Limits  # noqa: E402
-
-PICTURE = {"prompt": "x", "size": "32x32", "num_timesteps": 3, "seed": 1}
-PATIENCE = 120
+from bagel_rt.serve import answers, run  # noqa: E402
 
 
 @pytest.fixture
 def threads():
     with ThreadPoolExecutor(16) as pool:
         yield pool
-
-
-@contextmanager
-def held(**limits):
-    """A server whose model, as long as ``go`` is not set, is at its first step."""
-    with running(Limits(**limits)) as (address, app), httpx.Client(base_url=address, timeout=PATIENCE) as http:
-        engine, go = app.state.server.bagel.engine, threading.Event()
-        draw, answer, step = engine.run_images, engine.run_answer, SimpleNamespace(stage="image", step=1)
-
-        def wait(progress):
-            while not go.wait(0.005):
-                progress(step)
-
-        def run_images(requests, progress):
-            wait(progress)
-            return draw(requests, progress)
-
-        def run_answer(request, progress):
-            yield "first "
-            wait(progress)
-            yield from answer(request, progress)
-
-        engine.run_images, engine.run_answer = run_images, run_answer
-        worker = app.state.server.worker
-        try:
-            yield SimpleNamespace(http=http, app=app, worker=worker, go=go, address=address, uvicorn=app.state.uvicorn)
-        finally:
-            go.set()
-
-
-def until(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def draw(server, **options):
-    return httpx.post(f"{server.address}{DRAW}", json=PICTURE | options, timeout=PATIENCE)
 
 
 def leave(server, **options):
@@ -108,10 +74,7 @@ def test_a_client_that_tries_again_gets_through(threads):
 
 def test_requests_beyond_those_that_can_be_held_are_not_even_read(threads):
     with held(queue=1, batch=1) as server:  # four in all
-        slow = []
-        for _ in range(4):  # clients that never finish their request
-            slow.append(socket.create_connection(server.address.removeprefix("http://").split(":")))
-            slow[-1].sendall(f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n".encode())
+        slow = [send(server, DRAW, b"", length=99) for _ in range(4)]  # clients that never finish their request
         until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all four are inside
         assert server.http.get("/health").status_code == 200
         for connection in slow:
@@ -179,6 +142,7 @@ def test_requests_that_take_too_long_end_while_they_are_drawn_and_while_they_wai
         lines = httpx.post(f"{server.address}{CHAT}", json=asked(text("x"), stream=True), timeout=PATIENCE).text
         for answer in (drawn.result(), waiting.result()):
             assert answer.status_code == 504 and "took too long" in answer.json()["error"]["message"]
+            assert answer.headers["x-should-retry"] == "false"
         last = json.loads(lines.strip().splitlines()[-1].removeprefix("data: "))
         assert last["error"]["code"] == "timeout" and "[DONE]" not in lines
         server.go.set()
@@ -187,15 +151,13 @@ def test_requests_that_take_too_long_end_while_they_are_drawn_and_while_they_wai
 
 def test_a_body_that_never_ends_is_given_up():
     with held(seconds=0.5) as server:
-        with socket.create_connection(server.address.removeprefix("http://").split(":"), PATIENCE) as connection:
-            connection.sendall(f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n".encode())
+        with send(server, DRAW, b"", length=99) as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 504")
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_error(caplog):
     with held() as server:
-        with socket.create_connection(server.address.removeprefix("http://").split(":"), PATIENCE) as connection:
-            connection.sendall(f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
+        with send(server, DRAW, b"{", length=99):
             until(lambda: server.uvicorn.server_state.tasks)
         until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
         assert not caplog.records
@@ -238,8 +200,7 @@ def test_requests_under_way_finish_within_their_grace(threads):
 def test_a_request_that_is_still_being_sent_is_told_that_the_server_stops(monkeypatch):
     monkeypatch.setattr(run, "_MARGIN", 0)
     with held(grace=0.6) as server:
-        with socket.create_connection(server.address.removeprefix("http://").split(":"), PATIENCE) as connection:
-            connection.sendall(f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n".encode())
+        with send(server, DRAW, b"", length=99) as connection:
             until(lambda: server.uvicorn.server_state.tasks)
             server.uvicorn.should_exit = True
             assert connection.recv(4096).startswith(b"HTTP/1.1 503")
@@ -298,40 +259,6 @@ def test_sigterm_lets_requests_finish(threads):
         assert "Traceback" not in log.result()
 
 
-def send(server, route, content, kind="application/json"):
-    """A connection with a request sent; here nothing is kept of it."""
-    connection = socket.create_connection(server.address.removeprefix("http://").split(":"), PATIENCE)
-    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n\r\n"
-    connection.sendall(head.encode() + content)
-    return connection
-
-
-def test_what_waits_for_the_model_is_small(threads):
-    with held() as server:
-        first = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
-        tracemalloc.start()
-        try:
-            form = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--b\r\nContent-Disposition: '
-            form += b'form-data; name="image"; filename="a.png"\r\n\r\n' + png(900, 900) + b"\r\n--b--\r\n"
-            chat = json.dumps(asked(picture(data_url(png(900, 900))))).encode()
-            large = len(form)
-            connections = [
-                send(server, EDIT, form, "multipart/form-data; boundary=b"),
-                send(server, CHAT, chat),
-            ]
-            del form, chat
-            until(lambda: server.worker.waiting == 2)
-            gc.collect()
-            assert tracemalloc.get_traced_memory()[0] < large / 2 and large > 2 << 20
-        finally:
-            tracemalloc.stop()
-        for connection in connections:
-            connection.close()
-        server.go.set()
-        assert first.result().status_code == 200
-
-
 def test_a_second_interrupt_ends_it_at_once(threads):
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--port", "0", "--device", "cpu", "--grace", "1000"]
     command += ["--model", str(CHECKPOINT), "--steps", "1000"]
@@ -357,3 +284,17 @@ def test_an_edit_is_cut_short_as_well():
             )
         until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
         assert not server.worker.running
+
+
+def test_a_stream_that_has_nothing_to_say_says_so(threads, monkeypatch):
+    monkeypatch.setattr(answers, "_SILENCE", 0.05)
+    with held() as server:
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+        said = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}
+        chunks = threads.submit(lambda: list(client.chat.completions.create(**said)))
+        with server.http.stream("POST", CHAT, json=said) as answer:
+            pieces = answer.iter_text()
+            until(lambda: ": wait\n\n" in next(pieces))
+            server.go.set()
+            assert "".join(pieces).endswith("data: [DONE]\n\n")
+        assert chunks.result()[-1].choices[0].finish_reason == "length"

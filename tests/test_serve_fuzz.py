@@ -211,7 +211,8 @@ def form_case(rng, file=png(16, 16)):  # noqa: B008
     parts = [("prompt", "x"), ("image", file), ("num_timesteps", "3"), ("seed", "1"), ("cfg_interval", "[0, 1]")]
     parts = parts[: rng.randint(1, 5)]
     for _ in range(rng.choice((0, 1, 2, 3))):
-        names = ("image", "image[]", "mask", "prompt", "n", "", "\ud800", 'a"b', "cfg_interval[]", "think", "x" * 300)
+        names = ["image", "image[]", "mask", "prompt", "n", "", "\ud800", 'a"b', "think", "x" * 300]
+        names += ["cfg_interval", "cfg_interval[]"]
         value = odd(rng)
         value = file if rng.random() < 0.3 else json.dumps(value) if rng.random() < 0.5 else str(value)
         parts.insert(rng.randrange(len(parts) + 1), (rng.choice(names), value))

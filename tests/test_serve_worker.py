@@ -16,6 +16,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import torch  # noqa: E402
 
 from bagel_rt.request import Cancelled, Progress, Request  # noqa: E402
+from bagel_rt.serve.app import _present  # noqa: E402
 from bagel_rt.serve.worker import Busy, Failed, Job, Late, Stopping, Worker, Written  # noqa: E402
 from bagel_rt.settings import TextSettings  # noqa: E402
 
@@ -233,6 +234,33 @@ def test_pieces_come_as_they_are_written(run, model):
             assert await anext(events) == ("text", "n")
             model.go.set()
             assert [event async for event in events] == [("text", "o"), ("result", Written([], 2, False))]
+
+    run(test)
+
+
+def test_silence_is_told(run, model):
+    async def test(worker):
+        model.go.clear()
+        worker.submit([job := Job(request("no"), "text", time.monotonic() + 60)])
+        async with aclosing(job.listen(silence=0.02)) as events:
+            assert [await anext(events) for _ in range(3)] == [("text", "n"), ("silence", None), ("silence", None)]
+            model.go.set()
+            rest = [event async for event in events if event[0] != "silence"]
+            assert rest == [("text", "o"), ("result", Written([], 2, False))]
+
+    run(test)
+
+
+def test_a_connection_that_fails_ends_its_jobs(run, model):
+    async def fail():
+        raise OSError("gone")
+
+    async def test(worker):
+        model.go.clear()
+        worker.submit([job := picture("slow")])
+        async with _present(SimpleNamespace(receive=fail), [job]):
+            assert [type(end) for end in await ends(job)] == [Cancelled]
+        await until(lambda: worker.running == 0)
 
     run(test)
 

@@ -1,111 +1,47 @@
 """The page in headless Chromium, from the click to the picture: draw, edit, ask, talk, cancel; and no network.
 
-Needs Debian's packages chromium and chromium-driver, or others of their kind; skipped where there are none.
+Skipped where there is no browser (see ``browsing``), unless BAGEL_RT_NEEDS_BROWSER is set: then that is a failure.
 """
 
+import importlib
 import io
 import json
-import shutil
+import os
 import socket
 import time
+from dataclasses import fields
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
 from PIL import Image
 
-pytest.importorskip("gradio", reason="the extra [ui] is not installed")
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+NEEDED = bool(os.environ.get("BAGEL_RT_NEEDS_BROWSER"))
+for module in ("gradio", "selenium"):
+    importlib.import_module(module) if NEEDED else pytest.importorskip(module, reason=f"{module} is not installed")
 
-from selenium.webdriver.common.by import By  # noqa: E402
+from browsing import CHROMIUM, DRIVER, Browser, start_chromium  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 from bagel_rt.denoise import Denoiser  # noqa: E402
+from bagel_rt.engine import Engine  # noqa: E402
+from bagel_rt.prompts import IMAGE_REQUEST  # noqa: E402
+from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE  # noqa: E402
 from bagel_rt.ui.app import Page  # noqa: E402
+from bagel_rt.ui.controls import EXPLAINED  # noqa: E402
+from bagel_rt.ui.examples import EDITED  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium with its driver here: apt-get install chromium chromium-driver"
+    not (NEEDED or (CHROMIUM and DRIVER)),
+    reason="no Chromium with its driver here: apt-get install chromium chromium-driver",
 )
-LONG = 120  # seconds for anything, on a busy machine
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1360,1400")
-
-WATCH = """
-const [shown, line] = arguments;
-const find = selector => document.querySelector(selector);
-find(`#${line} .status`).removeAttribute('data-stage');  // of a request before this one
-window.seen = {stages: [], pictures: [], texts: []};
-const note = (list, value) => { if (value && list[list.length - 1] !== value) list.push(value); };
-window.watching?.disconnect();
-window.watching = new MutationObserver(() => {
-  note(seen.stages, find(`#${line} .status`)?.dataset.stage);
-  note(seen.pictures, find(`#${shown} img`)?.src);
-  note(seen.texts, find(`#${shown}`)?.innerText);
-});
-watching.observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true});
-"""
-
-
-class Browser:
-    """The page as a user sees it; controls are named by their ids."""
-
-    def __init__(self, driver, url: str):
-        self.driver = driver
-        driver.get(url)
-        self.until(lambda: self.all("#draw-run"))
-
-    def until(self, met):
-        """What ``met()`` gives as soon as that is true."""
-        end = time.monotonic() + LONG
-        while time.monotonic() < end:
-            if found := met():
-                return found
-            time.sleep(0.05)
-        raise AssertionError(
-            f"not met in {LONG} s; the page says: {self.driver.find_element(By.TAG_NAME, 'body').text}"
-        )
-
-    def all(self, selector: str) -> list:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def click(self, selector: str) -> None:
-        self.until(lambda: [part for part in self.all(selector) if part.is_displayed() and part.is_enabled()])[
-            0
-        ].click()
-
-    def tab(self, title: str) -> None:
-        self.until(lambda: [tab for tab in self.all("button[role=tab]") if tab.text == title])[0].click()
-
-    def type(self, selector: str, text: str) -> None:
-        """Put a text into a field, in place of what was in it."""
-        field = self.until(lambda: [part for part in self.all(selector) if part.is_displayed()])[0]
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(text)
-
-    def watch(self, shown: str, task: str) -> None:
-        self.driver.execute_script(WATCH, shown, f"{task}-status")
-
-    def seen(self, what: str) -> list[str]:
-        return self.driver.execute_script("return seen[arguments[0]]", what)
-
-    def run(self, task: str, shown: str) -> None:
-        """Click a tab's button, and note from then on what a control and the status line show; see :meth:`seen`."""
-        self.watch(shown, task)
-        self.click(f"#{task}-run")
-
-    def ended(self) -> str:
-        """How the request that is watched ended: "done", "failed" or "cancelled"."""
-        return self.until(lambda: [stage for stage in self.seen("stages") if stage in ("done", "failed", "cancelled")])[
-            0
-        ]
-
-    def says(self, selector: str) -> str:
-        return self.all(selector)[0].text
-
-    def source(self, selector: str) -> str:
-        """The address of the picture that a control shows."""
-        return self.until(lambda: self.all(f"{selector} img"))[0].get_attribute("src")
+TABS = {
+    "draw": "Text to image",
+    "edit": "Image editing",
+    "ask": "Image understanding",
+    "chat": "Interleaved chat",
+}
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +68,7 @@ def page(bagel, looked_up):
 
 @pytest.fixture(scope="module")
 def driver():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    made.set_script_timeout(LONG)
+    made = start_chromium()
     yield made
     made.quit()
 
@@ -156,15 +86,21 @@ def draw(browser, prompt="a red circle"):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Steps of a picture that take as long as a larger model's; gives the numbers of those that were done."""
-    steps, step = [], Denoiser.step
+    """Steps and tokens that take as long as a larger model's; gives the numbers of the steps that were done."""
+    steps, step, decode = [], Denoiser.step, Engine._decode
 
     def slow(self, index):
         time.sleep(0.08)
         steps.append(index)
         step(self, index)
 
+    def slowly(self, *given):
+        for piece in decode(self, *given):
+            time.sleep(0.1)
+            yield piece
+
     monkeypatch.setattr(Denoiser, "step", slow)
+    monkeypatch.setattr(Engine, "_decode", slowly)
     return steps
 
 
@@ -207,14 +143,28 @@ def test_a_drawn_picture_is_edited_and_asked_about(browser):
     assert len(browser.seen("texts")) > 2, "the answer did not grow"
 
 
-def test_an_example_fills_in_what_is_asked_for(browser):
+def test_an_example_fills_in_what_is_asked_for_and_shows_what_was_made_of_it(browser, page):
     browser.tab("Image editing")
-    browser.until(lambda: [row for row in browser.all("tr") if "make the squares blue" in row.text])[0].click()
+    name, (_, text, seed) = next(iter(EDITED.items()))
+    browser.until(lambda: [row for row in browser.all("tr") if text in row.text])[0].click()
     browser.until(lambda: browser.all("#edit-given img"))
-    assert browser.all("#edit-prompt textarea")[0].get_attribute("value") == "make the squares blue"
+    assert browser.all("#edit-prompt textarea")[0].get_attribute("value") == text
+    assert fetch(browser.source("#edit-result")).text.keys() == {"Software", "parameters"}
+    assert f"/{name}.png" in browser.source("#edit-result")
+    browser.click("#edit-settings button")
+    assert browser.shown("#edit-seed input").get_attribute("value") == str(seed)
+    browser.click("#edit-to-ask")
+    assert f"/{name}.png" in browser.source("#ask-given")
 
 
-def test_thoughts_are_shown_as_they_are_written(browser):
+def test_an_example_begins_a_conversation(browser):
+    browser.tab("Interleaved chat")
+    browser.until(lambda: [row for row in browser.all("button, tr") if row.text == "what is in the picture"])[0].click()
+    browser.until(lambda: browser.all("#chat-message img"))
+    assert browser.all("#chat-message textarea")[0].get_attribute("value") == "what is in the picture"
+
+
+def test_thoughts_are_shown_as_they_are_written(browser, slow):
     browser.click("#draw-think input")
     browser.type("#draw-prompt textarea", "a cat")
     browser.click("#draw-settings button")
@@ -222,22 +172,83 @@ def test_thoughts_are_shown_as_they_are_written(browser):
     browser.run("draw", "draw-thought")
     assert browser.ended() == "done"
     assert browser.seen("stages")[-3:] == ["text", "image", "done"]
-    assert browser.seen("texts") and browser.says("#draw-thought").strip()
+    assert len(browser.seen("texts")) > 1 and browser.says("#draw-thought").strip()
 
 
-def test_a_conversation_goes_on_and_begins_anew(browser):
+def say(browser, text):
+    """Send a message; how the turn ends can then be awaited."""
+    browser.watch("chat-messages", "chat")
+    browser.type("#chat-message textarea", text + Keys.ENTER)
+
+
+def said(browser, who):
+    """What the conversation shows of the "user" or of the "bot"."""
+    return [message.text for message in browser.all(f"#chat-messages .message.{who}")]
+
+
+@pytest.fixture
+def chat(browser):
     browser.tab("Interleaved chat")
     browser.click("#chat-settings button")
     browser.type("#chat-max_think_token_n input[type=number]", "30" + Keys.TAB)
+    return browser
+
+
+@pytest.fixture
+def asks_for_a_picture(monkeypatch):
+    """The model asks for one at the end of its first text."""
+    texts, decode = [], Engine._decode
+
+    def decoded(self, *given):
+        texts.append(given)
+        yield from decode(self, *given)
+        if len(texts) == 1:
+            yield IMAGE_REQUEST
+
+    monkeypatch.setattr(Engine, "_decode", decoded)
+
+
+def test_a_conversation_goes_on_and_begins_anew(chat):
     for turn in range(2):
-        browser.watch("chat-messages", "chat")
-        browser.type("#chat-message textarea", f"number {turn}" + Keys.ENTER)
-        browser.until(
-            lambda turn=turn: len(browser.all("#chat-messages .user.message, #chat-messages .message.user")) > turn
-        )
-        assert browser.ended() == "done"
-    browser.click("#chat-new")
-    browser.until(lambda: not browser.all("#chat-messages .message"))
+        say(chat, f"number {turn}")
+        chat.until(lambda turn=turn: f"number {turn}" in "".join(said(chat, "user")))
+        assert chat.ended() == "done"
+    chat.click("#chat-new")
+    chat.until(lambda: not chat.all("#chat-messages .message"))
+
+
+def test_texts_and_pictures_come_in_turn(chat, asks_for_a_picture, slow, tmp_path):
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    chat.upload("chat-message", tmp_path / "red.png")
+    chat.until(lambda: chat.all("#chat-message img"))
+    say(chat, "and now?")
+    assert chat.ended() == "done"
+    given, *drawn = [image.get_attribute("src") for image in chat.all("#chat-messages img")]
+    assert "red.png" in given and len(drawn) == 1 and "bagel-seed" in drawn[0]
+    assert fetch(drawn[0]).size == fetch(given).size
+    assert len(slow) == 49
+    assert said(chat, "user") and "".join(said(chat, "bot")).strip()
+    assert not [button for button in chat.all("button[aria-label=Share]") if button.is_displayed()]
+    chat.until(lambda: len(chat.all("#gallery img")) == 1)
+
+
+def test_a_stopped_turn_is_given_back(chat, asks_for_a_picture, slow):
+    say(chat, "number 1")
+    chat.until(lambda: "image" in chat.seen("stages"))
+    chat.click("#chat-message .stop-button")
+    assert chat.ended() == "cancelled" and slow[-1] < 48
+    field = chat.shown("#chat-message textarea")
+    chat.until(lambda: field.get_attribute("value") == "number 1")
+    assert not chat.all("#chat-messages .message")
+    say(chat, "number 2")
+    assert chat.ended() == "done"
+    assert [text.strip() for text in said(chat, "user")] == ["number 2"]
+
+
+def test_a_message_of_nothing_is_refused(chat):
+    say(chat, "  ")
+    assert chat.ended() == "failed"
+    assert "nothing to send" in chat.says("#chat-status")
 
 
 def test_cancelling_stops_the_model_and_the_next_request_is_done(browser, slow):
@@ -258,16 +269,58 @@ def test_a_mistake_is_explained(browser):
     browser.until(lambda: browser.all("#edit-run")[0].is_enabled())
 
 
+@pytest.mark.parametrize("task, words", [("edit", "make it blue"), ("ask", "what is it")])
+def test_what_is_no_picture_is_named(browser, tmp_path, task, words):
+    (tmp_path / "holiday.png").write_text("no picture")
+    browser.tab(TABS[task])
+    browser.upload(f"{task}-given", tmp_path / "holiday.png")
+    browser.until(lambda: browser.all(f"#{task}-given img"))
+    browser.type(f"#{task}-prompt textarea", words)
+    browser.run(task, f"{task}-status")
+    assert browser.ended() == "failed"
+    assert "holiday.png: not a picture" in browser.says(f"#{task}-status")
+
+
+def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browser, page, slow):
+    def files():
+        return {path for path in Path(page._folder.name).rglob("*") if path.name.startswith(("preview", "bagel-seed"))}
+
+    first, before = browser.driver.current_window_handle, files()
+    browser.driver.switch_to.new_window("tab")
+    other = Browser(browser.driver, page.url)
+    other.type("#draw-prompt textarea", "a cat")
+    other.run("draw", "draw-result")
+    other.until(lambda: any("preview" in source for source in other.seen("pictures")))
+    assert files() - before
+    other.driver.close()
+    other.driver.switch_to.window(first)
+    browser.until(lambda: all(job.ended for job in page._jobs._jobs.values()))
+    browser.until(lambda: files() <= before)
+    assert 0 < slow[-1] < 48
+
+
 def test_every_explanation_is_on_the_page(browser):
-    for task, title in (("draw", "Text to image"), ("edit", "Image editing"), ("chat", "Interleaved chat")):
-        browser.tab(title)
+    everywhere, found = {"think", "seed"}, set()
+    own = {
+        "draw": (GENERATE, {"negative_prompt", "previews"}),
+        "edit": (EDIT, {"negative_prompt", "previews"}),
+        "ask": (CHAT, set()),
+        "chat": (INTERLEAVE, {"max_rounds", "previews"}),
+    }
+    for task, (defaults, more) in own.items():
+        names = everywhere | more | {field.name for part in defaults if part for field in fields(part)}
+        browser.tab(TABS[task])
         browser.click(f"#{task}-settings button")
-        for name in ("cfg_text_scale", "cfg_img_scale", "cfg_renorm_type", "num_timesteps", "timestep_shift"):
-            found = browser.until(lambda name=name, task=task: browser.all(f"#{task}-{name}"))[0]
-            assert name in found.text and len(found.text) > 60
+        browser.shown(f"#{task}-seed")
+        words = browser.says("body")
+        for name in names:
+            title, said = EXPLAINED[name]
+            assert title in words and said in words, (task, name)
+        found |= names
+    assert found == EXPLAINED.keys()
 
 
-def test_nothing_was_asked_of_another_machine(driver, page, looked_up):
+def test_nothing_was_asked_of_another_machine(browser, driver, page, looked_up):
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     others = {url for url in urls if urlsplit(url).scheme not in ("data", "blob") and not url.startswith(page.url)}

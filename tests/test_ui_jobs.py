@@ -102,7 +102,7 @@ def test_a_running_request_is_cancelled(jobs, how):
 def test_texts_and_pictures_stand_in_order(jobs):
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     call = parts(("text", ["a", "a b"]), ("image", [red, blue]), ("text", ["c", "c d"]))
-    last = list(jobs.watch(("page", "chat"), call, previews=True))[-1]
+    last = list(jobs.watch(("page", "chat"), call, previews=True, whole=True))[-1]
     assert last.parts == ("a b", blue, "c d") and last.picture is blue and last.text == "c d"
 
 
@@ -116,6 +116,14 @@ def test_without_previews_no_picture_is_decoded(jobs):
         return "done"
 
     assert list(jobs.watch(("page", "draw"), call))[-1].result == "done"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_last_preview_is_decoded_where_it_stays(jobs, whole):
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    call = parts(("image", [red, red, red, blue]))
+    last = list(jobs.watch(("page", "draw"), call, previews=True, whole=whole))[-1]
+    assert last.picture is (blue if whole else red)
 
 
 def test_previews_take_a_small_part_of_the_time(jobs):
@@ -133,7 +141,7 @@ def test_previews_take_a_small_part_of_the_time(jobs):
             progress(Progress("image", step, 100, preview))
 
     last = list(jobs.watch(("page", "draw"), call, previews=True))[-1]
-    assert len(decoding) >= 2  # the first step's and the last one's, at least
+    assert len(decoding) >= 2
     assert sum(decoding[:-1]) <= last.seconds / 4 + decoding[0]
 
 

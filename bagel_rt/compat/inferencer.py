@@ -1,12 +1,12 @@
 """The official ``InterleaveInferencer`` over this runtime: a script changes the line that imports it."""
 
-from copy import deepcopy
-
 import torch
 from PIL import Image
 
-from bagel_rt.compat.adopt import adopt_config, adopt_model, adopt_tokenizer
-from bagel_rt.compat.entry_points import Contexts, EntryPoints, refuse_taylorseer
+from bagel_rt.compat.adopt import adopt_config, adopt_model, adopt_tokenizer, generates
+from bagel_rt.compat.arguments import Contexts, refuse_taylorseer
+from bagel_rt.compat.entry_points import EntryPoints, draw_seed
+from bagel_rt.compat.working import guarded
 from bagel_rt.context import Context, Prefill
 from bagel_rt.conversation import Noise, encode_latents, encode_patches, frame_text, noise_shapes
 from bagel_rt.denoise import ImageTask
@@ -25,7 +25,8 @@ class InterleaveInferencer:
 
     Whole requests run as this runtime's own: equal guidance branches once, steps as CUDA graphs. The methods on
     contexts (``init_gen_context``, ``update_context_text``, ...) are there for scripts that arrange them themselves.
-    Noise is drawn from torch's generators, as officially, so ``torch.manual_seed`` decides the picture.
+    Noise is drawn from torch's generators, as officially, so ``torch.manual_seed`` decides the picture. Several threads
+    may call it; one of them works at a time.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class InterleaveInferencer:
         Args:
             model: an official ``Bagel`` module, whose weights are taken over in place (see
                 :func:`bagel_rt.compat.accelerate`); or a :class:`bagel_rt.Bagel`, and nothing else.
-            vae_model: the official autoencoder.
+            vae_model: the official autoencoder; on another device, or of another dtype than float32, a copy is made of
+                it. None for a module of ``visual_gen=False``.
             tokenizer: the Hugging Face tokenizer, with the special tokens added.
             vae_transform, vit_transform: the official ``ImageTransform`` of either.
             new_token_ids: ids of the markers, as ``add_special_tokens`` returns them.
@@ -43,9 +45,11 @@ class InterleaveInferencer:
         Raises:
             TypeError, ValueError: an object is another than the official scripts give; nothing was changed.
         """
+        draws = True
         if not isinstance(model, Bagel):
-            official = (vae_model, tokenizer, vae_transform, vit_transform, new_token_ids)
-            if any(argument is None for argument in official):
+            draws = generates(model)
+            needed = [tokenizer, vae_transform, vit_transform, new_token_ids, *([vae_model] if draws else [])]
+            if any(argument is None for argument in needed):
                 raise TypeError("of an official module give all six arguments, as the official scripts do")
             own_tokenizer = adopt_tokenizer(tokenizer, new_token_ids)
             config = adopt_config(model, vae_transform, vit_transform)
@@ -56,7 +60,8 @@ class InterleaveInferencer:
         self.model, self.vae_model, self.tokenizer = model, vae_model, tokenizer
         self.vae_transform, self.vit_transform, self.new_token_ids = vae_transform, vit_transform, new_token_ids
         engine = self.bagel.engine
-        self._entry_points = EntryPoints(engine.model, engine.cache, engine.graphs)
+        self._entry_points = EntryPoints(engine.model, engine.cache, engine.graphs, draws)
+        self.working = self._entry_points.working  # what the methods run under
 
     def __call__(self, image: Image.Image | None = None, text: str | None = None, **kargs) -> dict:
         """``{"image": ..., "text": ...}`` of a picture, a text, or both; options as :meth:`interleave_inference`."""
@@ -69,6 +74,7 @@ class InterleaveInferencer:
             output["text" if isinstance(part, str) else "image"] = part
         return output
 
+    @guarded
     def interleave_inference(
         self,
         input_lists: list[str | Image.Image],
@@ -98,6 +104,7 @@ class InterleaveInferencer:
                 raise ValueError(f"Unsupported input type: {type(part)}; give str and PIL images")
         image = None
         if not understanding_output:
+            self._entry_points.check_generates()
             if not any(isinstance(part, Image.Image) for part in input_lists):
                 self.bagel.check_size(tuple(image_shapes))
             image = ImageSettings(
@@ -106,8 +113,9 @@ class InterleaveInferencer:
             )  # fmt: skip
         text = TextSettings(max_think_token_n, do_sample, text_temperature)
         system = (THINK_BEFORE_ANSWER if understanding_output else THINK_BEFORE_IMAGE) if think else None
-        seed = int(torch.randint(2**62, ())) if do_sample else 0
+        # Noise first: where one generator serves both, a picture's noise is the same with and without sampled texts.
         noise = None if understanding_output else self._draw(input_lists, image_shapes)
+        seed = draw_seed(self.bagel.model) if do_sample else 0
         request = Request(list(input_lists), tuple(image_shapes), seed, image, text, noise, system)
         self.bagel.check(request)
         if understanding_output:
@@ -116,10 +124,15 @@ class InterleaveInferencer:
         return [result.image] if result.thought is None else [result.thought, result.image]
 
     def _draw(self, parts, size) -> list[torch.Tensor]:
-        """The draws of a request from torch's generators: posteriors on the device, the latent on the host."""
+        """The draws of a request from torch's generators: posteriors as the official autoencoder's, the latent on the
+        host."""
         *posteriors, latent = noise_shapes(self.bagel.model.config, parts, size)
-        device = self.bagel.model.device
-        return [*(torch.randn(shape, device=device) for shape in posteriors), torch.randn(latent)]
+        return [*map(self._draw_posterior, posteriors), torch.randn(latent)]
+
+    def _draw_posterior(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A draw from the generator of the device where the official autoencoder is."""
+        device = self.bagel.model.device if self.vae_model is None else next(self.vae_model.parameters()).device
+        return torch.randn(shape, device=device)
 
     # Contexts, for scripts that arrange them themselves
 
@@ -127,12 +140,12 @@ class InterleaveInferencer:
         """An empty context."""
         return {"kv_lens": [0], "ropes": [0], "past_key_values": Contexts([Context(self.bagel.engine.cache)])}
 
-    @torch.inference_mode()
+    @guarded
     def update_context_text(self, text: str, gen_context: dict) -> dict:
         """Append a text; the context is changed and returned."""
         return self._append(gen_context, [frame_text(self.bagel.tokenizer, text)])
 
-    @torch.inference_mode()
+    @guarded
     def update_context_image(self, image: Image.Image, gen_context: dict, vae=True, vit=True) -> dict:
         """Append a picture, already resized by the autoencoder's rule: as clean latents, as ViT patches, or as both."""
         if not (vae or vit):
@@ -140,9 +153,10 @@ class InterleaveInferencer:
         model, contents = self.bagel.model, []
         image = to_rgb(image)
         if vae:
+            self._entry_points.check_generates()
             resized = model.config.vae_transform.resize(image)
             [shape] = noise_shapes(model.config, [resized], None)[:1]
-            contents.append(encode_latents(model, resized, Noise(0, [torch.randn(shape, device=model.device)])))
+            contents.append(encode_latents(model, resized, Noise(0, [self._draw_posterior(shape)])))
         if vit:
             contents.append(encode_patches(model.config, model.config.vit_transform.resize(image)))
         return self._append(gen_context, contents)
@@ -156,6 +170,7 @@ class InterleaveInferencer:
         gen_context["kv_lens"], gen_context["ropes"] = [context.length], [context.position]
         return gen_context
 
+    @guarded
     def gen_image(
         self,
         image_shape,
@@ -173,27 +188,30 @@ class InterleaveInferencer:
     ) -> Image.Image:
         """Draw a picture of (height, width) from a context, guided away from two others."""
         refuse_taylorseer(enable_taylorseer)
+        self._entry_points.check_generates()
         settings = ImageSettings(
             cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_min, cfg_renorm_type, timestep_shift, num_timesteps
         )
-        config, size = self.bagel.model.config, self.bagel.check_size(tuple(image_shape))
-        [shape] = noise_shapes(config, [], size)
+        model, size = self.bagel.model, self.bagel.check_size(tuple(image_shape))
+        [shape] = noise_shapes(model.config, [], size)
         contexts = [gen_context, cfg_text_precontext or gen_context, cfg_img_precontext or gen_context]
         branches = [context["past_key_values"].contexts[0] for context in contexts]
-        rows, columns = (side // config.latent_stride for side in size)
-        [latent] = self._entry_points.denoise([ImageTask(rows, columns, torch.randn(shape), *branches, settings)])
+        rows, columns = (side // model.config.latent_stride for side in size)
+        task = ImageTask(rows, columns, torch.randn(shape), *branches, settings)
+        [latent] = self._entry_points.denoise([task], model.device)
         return self.decode_image(latent, size)
 
+    @guarded
     def decode_image(self, latent: torch.Tensor, image_shape) -> Image.Image:
-        """Latent tokens [n, features] -> the picture of (height, width) that they stand for."""
-        rows, columns = (side // self.bagel.model.config.latent_stride for side in image_shape)
-        return decode_picture(self.bagel.model, latent, rows, columns, self.bagel.engine.graphs)
+        """Latent tokens [n, features], on any device -> the picture of (height, width) that they stand for."""
+        model = self.bagel.model
+        rows, columns = (side // model.config.latent_stride for side in image_shape)
+        latent = latent.to(model.device, torch.float32)
+        return decode_picture(model, latent, rows, columns, self.bagel.engine.graphs)
 
+    @guarded
     def gen_text(self, gen_context, max_length: int = 500, do_sample: bool = True, temperature: float = 1.0) -> str:
         """Write a text behind a context, which is left as it is."""
-        tokenizer, [context] = self.bagel.tokenizer, deepcopy(gen_context["past_key_values"]).contexts
-        written = self._entry_points.generate_text(
-            Contexts([context]), torch.tensor([tokenizer.bos]), torch.tensor([context.position]),
-            torch.tensor([context.length]), max_length, do_sample, temperature, tokenizer.eos,
-        )  # fmt: skip
-        return tokenizer.answer(written[:, 0].tolist())
+        tokenizer, [context] = self.bagel.tokenizer, gen_context["past_key_values"].contexts
+        [ids] = self._entry_points.write([context], tokenizer.bos, tokenizer.eos, max_length, do_sample, temperature)
+        return tokenizer.answer(ids)

@@ -15,6 +15,8 @@ from bagel_rt.serve.protection import answer_to
 from bagel_rt.serve.worker import Job, Written
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # what is written is to be seen at once
+_SILENCE = 15.0  # seconds after which a stream says that it goes on: proxies end connections on which nothing comes
+_WAIT = ": wait\n\n"  # a comment, which clients leave out
 
 
 def picture_answer(results: list[ImageResult], form: str, prompt_tokens: tuple[int, int]) -> dict:
@@ -68,29 +70,33 @@ class ChatAnswer:
         return self._body("chat.completion", [choice]) | {"usage": self._usage()}
 
     async def events(self, with_usage: bool) -> AsyncGenerator[str, None]:
-        """Server-sent events: a role, what is new, a reason, ``with_usage`` the counts, and [DONE].
+        """Server-sent events: a role, what is new, a reason, ``with_usage`` the counts, and [DONE]; a comment whenever
+        nothing is new for a while.
 
         Raises:
             Exception: as :meth:`~bagel_rt.serve.worker.Job.listen`.
         """
         yield self._event({"role": "assistant", "content": ""})
-        async with aclosing(self._deltas()) as deltas:
+        async with aclosing(self._deltas(_SILENCE)) as deltas:
             async for delta in deltas:
-                yield self._event(delta)
+                yield _WAIT if delta is None else self._event(delta)
         yield self._event({}, self._reason())
         if with_usage:
             yield _event(self._body("chat.completion.chunk", []) | {"usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    async def _deltas(self) -> AsyncGenerator[dict, None]:
-        async with aclosing(self._job.listen()) as events:
+    async def _deltas(self, silence: float | None = None) -> AsyncGenerator[dict | None, None]:
+        """What is new; None after each ``silence`` of so many seconds."""
+        async with aclosing(self._job.listen(silence)) as events:
             async for kind, value in events:
-                if kind == "text":
+                if kind == "silence":
+                    yield None
+                elif kind == "text":
                     yield {"content": value}
-                    continue
-                self.written = value
-                for part in value.parts:
-                    yield await self._aside(_part_of, part)
+                else:
+                    self.written = value
+                    for part in value.parts:
+                        yield await self._aside(_part_of, part)
 
     def _reason(self) -> str:
         return "length" if self.written.cut else "stop"

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 
 import anyio
@@ -22,12 +22,14 @@ from bagel_rt.serve.answers import ChatAnswer, EventStream, picture_answer
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.measures import CONTENT_TYPE, Measures
 from bagel_rt.serve.pictures import as_seen, read_picture, read_url
-from bagel_rt.serve.protection import Gate, answer_to, readable
+from bagel_rt.serve.protection import Gate, answer_to, forget_body, readable
 from bagel_rt.serve.worker import Job, Worker
 
 _EDIT_FILES = ("image", "image[]")
+_INTERVAL = "cfg_interval"  # a list in a form: written as JSON or, by OpenAI's client, as fields named with []
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # of a form; some of the others that Python knows take hours to decode
-_THREADS = 4  # that read and write pictures: each may hold one of the largest that are allowed
+_READERS = 4  # threads that read requests: each may hold one of the largest pictures that are allowed
+_WRITERS = 2  # threads of answers, of their own: who sends what takes long to read is not to keep others' answers
 
 
 class Server:
@@ -48,12 +50,13 @@ class Server:
         """
         self.bagel, self.name, self.limits, self.hosts = bagel, name, limits, hosts
         self.measures, self.worker, self.created = Measures(), None, int(time.time())
-        self._threads = self._ending = None
+        self._readers = self._writers = self._ending = None
 
     @asynccontextmanager
     async def lifespan(self, _) -> AsyncIterator[None]:
         """The worker lives as long as the application."""
-        self._threads, self._ending = anyio.CapacityLimiter(_THREADS), None
+        self._readers, self._writers = anyio.CapacityLimiter(_READERS), anyio.CapacityLimiter(_WRITERS)
+        self._ending = None
         self.worker = Worker(self.bagel, self.limits.queue, self.limits.batch, self.measures.observe)
         self.measures.watch(self.worker)
         try:
@@ -98,13 +101,16 @@ class Server:
         if name not in (None, self.name):
             raise HTTPException(404, f"the model {name[:60]!r} is not here: allowed is {self.name!r}, or no name")
 
-    async def _aside(self, function: Callable, *arguments):
-        """What a function returns, run in one of a few threads."""
-        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._threads)
+    async def _read(self, function: Callable, *arguments):
+        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._readers)
+
+    async def _write(self, function: Callable, *arguments):
+        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._writers)
 
     async def generations(self, request: Request, deadline: float) -> Response:
         """Text to pictures."""
         said = schema.Generation.model_validate(readable(await _body(request)))
+        forget_body(request)
         return await self._draw(request, deadline, said, [])
 
     async def edits(self, request: Request, deadline: float) -> Response:
@@ -116,27 +122,38 @@ class Server:
         self._check_model(said.model)
         pictures = []
         while files:  # which are not to wait for the model
-            pictures.append(await self._aside(self._seen, files.pop(0)))
+            pictures.append(await self._read(self._seen, files.pop(0)))
+        forget_body(request)
         return await self._draw(request, deadline, said, pictures)
 
     async def _read_form(self, request: Request) -> tuple[list[bytes], dict]:
-        """(contents of the files, fields) of a form."""
+        """(contents of the files, fields) of a form.
+
+        Raises:
+            ValueError: it is in another charset, has other files, or says something twice.
+        """
         charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
         if charset.lower() not in _CHARSETS:
             raise ValueError(f"the form's charset is {charset[:40].decode('latin-1')!r}: send UTF-8")
-        files, fields = [], {}
+        files, fields, interval = [], {}, []
         async with request.form(max_files=self.limits.images, max_fields=40) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     if name not in _EDIT_FILES:
                         raise ValueError(f"{name[:40]!r} is a file: allowed are files named image or image[]")
                     files.append(await value.read())
-                elif name == "cfg_interval[]":
-                    fields.setdefault("cfg_interval", []).append(value)
-                elif name == "cfg_interval":
-                    fields[name] = readable(f'{{"cfg_interval": {value}}}'.encode())[name]
+                elif name == f"{_INTERVAL}[]":
+                    interval.append(value)
+                elif name in fields:
+                    raise ValueError(f"{name[:40]!r} is given twice: send it once")
+                elif name == _INTERVAL:
+                    fields[name] = readable(f'{{"{name}": {value}}}'.encode())[name]
                 else:
                     fields[name] = value
+        if interval and _INTERVAL in fields:
+            raise ValueError(f"{_INTERVAL} and {_INTERVAL}[] are both given: send one of them")
+        if interval:
+            fields[_INTERVAL] = interval
         return files, fields
 
     def _seen(self, data: bytes) -> Image.Image:
@@ -144,7 +161,7 @@ class Server:
 
     async def _draw(self, request: Request, deadline: float, said: schema.ImageFields, pictures) -> Response:
         self._check_model(said.model)
-        requests = await self._aside(schema.image_requests, self.bagel, self.limits, said, pictures)
+        requests = await self._read(schema.image_requests, self.bagel, self.limits, said, pictures)
         first = requests[0]
         together = (schema.drawn_size(self.bagel, first), first.image.num_timesteps, first.system is None)
         jobs = [Job(one, "picture", deadline, together) for one in requests]
@@ -153,20 +170,21 @@ class Server:
             results = [await _result(job) for job in jobs]
         self.measures.pictures.inc(len(results))
         shown = schema.prompt_tokens(self.bagel, first)
-        return JSONResponse(await self._aside(picture_answer, results, said.output_format, shown))
+        return JSONResponse(await self._write(picture_answer, results, said.output_format, shown))
 
     async def completions(self, request: Request, deadline: float) -> Response:
         """Texts and pictures to a text; or, with ``modalities`` of both, to texts and pictures."""
         begun = time.perf_counter()
         said = schema.Chat.model_validate(readable(await _body(request)))
         self._check_model(said.model)
-        parts = await self._aside(self._read_parts, said)
+        parts = await self._read(self._read_parts, said)
         said.messages = []  # whose pictures, as they came, are not to wait for the model
-        asked = await self._aside(schema.chat_request, self.bagel, self.limits, said, parts)
+        forget_body(request)
+        asked = await self._read(schema.chat_request, self.bagel, self.limits, said, parts)
         shown = sum(schema.prompt_tokens(self.bagel, asked))
         job = Job(asked, "interleaved" if said.draws else "text", deadline)
         self.worker.submit([job])
-        answer = ChatAnswer(job, self.name, shown, self._aside)
+        answer = ChatAnswer(job, self.name, shown, self._write)
         if said.stream:
 
             def ended(status: int) -> None:
@@ -212,8 +230,9 @@ async def _present(request: Request, jobs: list[Job]) -> AsyncIterator[None]:
     """Meanwhile jobs are cancelled if the client goes away; at the end nobody waits for them any more."""
 
     async def watch():
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        with suppress(Exception):  # of a client that sends more than its request: nobody takes that in
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
         for job in jobs:
             job.cancel()
             job.tell("error", Cancelled())
@@ -269,6 +288,5 @@ def create_app(
     app.add_api_route("/metrics", server.metrics, methods=["GET"])
     app.add_exception_handler(HTTPException, lambda _, error: answer_to(error))
     app.add_exception_handler(Exception, lambda _, error: answer_to(error))
-    # Reading and working have their time, and a client that takes its answer slowly has as much again.
-    app.add_middleware(Gate, key=key, body=limits.body, requests=limits.requests, seconds=2 * limits.seconds)
+    app.add_middleware(Gate, key=key, limits=limits)
     return app

@@ -62,3 +62,8 @@ class Limits:
     def requests(self) -> int:
         """Requests that are held at once, with those that are being read and answered; one more is refused with 429."""
         return 2 * (self.queue + self.batch)
+
+    @property
+    def bodies(self) -> int:
+        """Bytes of all bodies that are held at once, until their pictures are read; one more is refused with 429."""
+        return 8 * self.body

@@ -4,20 +4,23 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import uuid
 
 import anyio
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from bagel_rt.request import Cancelled
+from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.measures import CLOSED
 from bagel_rt.serve.worker import Busy, Failed, Late, Stopping
 
 log = logging.getLogger("bagel_rt.serve")
 
+_KEY = "BAGEL_RT_API_KEY"
 _PIECES = 1 << 16  # values in a body; base64, which may be long, has none of the characters that are counted
 
 
@@ -25,22 +28,35 @@ class TooLarge(Exception):
     """A body has more bytes than are allowed, the number that it is made with."""
 
 
+def read_key() -> str | None:
+    """The key that clients must send, from the environment; None for none.
+
+    Raises:
+        ValueError: it is set but empty, which would leave the server open.
+    """
+    key = os.environ.get(_KEY)
+    if key is not None and not key.strip():
+        raise ValueError(f"{_KEY} is set but empty: set it to the key that clients must send, or unset it")
+    return key and key.strip()
+
+
 class Gate:
     """ASGI middleware: refuses requests without the key, bodies that are too large, as they come in, and requests
     beyond those that can be held at once."""
 
-    def __init__(self, app, key: str | None, body: int, requests: int, seconds: float):
+    def __init__(self, app, key: str | None, limits: Limits):
         """
         Args:
             app: what is behind.
             key: that paths under /v1/ ask for; None for none.
-            body: bytes of a body at most.
-            requests: under /v1/ at once, with those that are being read and answered.
-            seconds: that one may take in all, with a client that sends or reads slowly.
+            limits: of bodies, and of requests under /v1/.
         """
-        self._app, self._body, self._requests, self._seconds = app, body, requests, seconds
+        self._app, self._body, self._bodies, self._requests = app, limits.body, limits.bodies, limits.requests
+        # Reading and working have their time, and a client that takes its answer slowly has as much again.
+        self._seconds = 2 * limits.seconds
         self._key = key and key.encode("utf-8", "surrogateescape")
         self._inside = 0
+        self._held = 0  # bytes
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -66,15 +82,23 @@ class Gate:
         await answer(scope, receive, send)
 
     async def _pass(self, scope, receive, send) -> None:
-        seen, started = 0, False
+        seen, held, started = 0, 0, False
 
         async def counted():
-            nonlocal seen
+            nonlocal seen, held
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._body:
+            size = len(message.get("body", b""))
+            if seen + size > self._body:
                 raise TooLarge(self._body)
+            if self._held + size > self._bodies:
+                raise Busy
+            seen, held, self._held = seen + size, held + size, self._held + size
             return message
+
+        def forget():
+            nonlocal held
+            self._held -= held
+            held = 0
 
         async def watched(message):
             nonlocal started
@@ -83,10 +107,12 @@ class Gate:
 
         try:
             with anyio.move_on_after(self._seconds):
-                return await self._app(scope, counted, watched)
+                return await self._app(scope | {"bagel_rt.forget": forget}, counted, watched)
             error = Late()
         except asyncio.CancelledError:  # the HTTP server goes down, and has no more time for this request
             error = Stopping()
+        finally:
+            forget()
         if not started:
             await answer_to(error)(scope, receive, send)
 
@@ -95,6 +121,11 @@ class Gate:
             return True
         scheme, _, key = given.partition(b" ")
         return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
+
+
+def forget_body(request: Request) -> None:
+    """Tell the :class:`Gate` that nothing is kept of a request's body any more: others have its room."""
+    request.scope["bagel_rt.forget"]()
 
 
 def error_response(status: int, message: str, kind: str, code: str | None = None, param: str | None = None, **headers):
@@ -121,7 +152,8 @@ def answer_to(error: Exception) -> JSONResponse:
     if isinstance(error, Busy):
         return error_response(429, "too many requests wait: try again", "rate_limit_error", "busy", Retry_After="1")
     if isinstance(error, Late):
-        return error_response(504, "the request took too long: ask for less, or try again", ours, "timeout")
+        message = "the request took too long: ask for less, or try again"
+        return error_response(504, message, ours, "timeout", X_Should_Retry="false")
     if isinstance(error, Stopping):
         return error_response(503, "the server takes no more requests: try later", ours, "stopping", Retry_After="5")
     if isinstance(error, (Cancelled, ClientDisconnect)):

@@ -105,7 +105,8 @@ class Job:
         """
         if self.ended:
             return
-        self.ended = kind != "text"
+        if kind != "text":  # which another thread may have told meanwhile: never False again
+            self.ended = True
         try:
             self._loop.call_soon_threadsafe(self._take, kind, value)
         except RuntimeError:  # the loop is closed: nobody listens
@@ -118,9 +119,12 @@ class Job:
             self._end = (kind, value)
         self._arrived.set()
 
-    async def listen(self) -> AsyncGenerator[tuple[str, object], None]:
+    async def listen(self, silence: float | None = None) -> AsyncGenerator[tuple[str, object], None]:
         """("text", what is new of a text) as often as there is any, at last ("result", value). To be closed: whoever
         stops listening has cancelled the job. For one listener: who is slow gets several pieces as one.
+
+        Args:
+            silence: seconds after which ("silence", None) says that there is nothing yet; None for never.
 
         Raises:
             Cancelled, Late, Stopping, Failed: what ended the job in place of a result.
@@ -136,7 +140,11 @@ class Job:
                     (kind, value), self._end = self._end, None
                     break
                 else:
-                    await self._arrived.wait()
+                    try:
+                        await asyncio.wait_for(self._arrived.wait(), silence)
+                    except asyncio.TimeoutError:
+                        yield "silence", None
+                        continue
                     self._arrived.clear()
             try:
                 if kind == "error":

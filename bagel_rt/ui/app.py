@@ -12,7 +12,7 @@ from bagel_rt.pipeline import Bagel
 from bagel_rt.ui.album import Album
 from bagel_rt.ui.asking import AskingTab
 from bagel_rt.ui.drawing import EVENT, DrawingTab
-from bagel_rt.ui.examples import EDITS, GENERAL, QUESTIONS, SHAPES, draw_pictures
+from bagel_rt.ui.examples import Examples
 from bagel_rt.ui.jobs import MAX_JOBS, Jobs
 from bagel_rt.ui.look import CSS, masthead, theme
 from bagel_rt.ui.talking import TalkingTab
@@ -33,9 +33,9 @@ class Page:
         Args:
             bagel: the page's alone from now on.
             name: of the model, as it is shown.
-            small: whether it knows nothing but coloured shapes; for the examples.
+            small: whether it is the embedded model, which knows nothing but coloured shapes; for the examples.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="bagel_rt-")
+        self._folder = tempfile.TemporaryDirectory(prefix="bagel_rt-", ignore_cleanup_errors=True)
         os.environ["GRADIO_TEMP_DIR"] = self._folder.name  # of uploads, and of copies of what is shown
         dtype = str(bagel.model.dtype).removeprefix("torch.")
         source = {"model": name, "version": __version__, "dtype": dtype}
@@ -82,8 +82,7 @@ class Page:
         self._folder.cleanup()
 
     def _build(self, head: str, small: bool) -> gr.Blocks:
-        config = self._jobs.bagel.model.config
-        pictures = draw_pictures(Path(self._folder.name), config.usual_side)
+        examples = Examples(Path(self._folder.name), small)
         gallery = gr.Gallery(
             label="Pictures of this session",
             columns=6,
@@ -100,15 +99,14 @@ class Page:
             gr.HTML(head, elem_classes="bare")
             with gr.Tabs(elem_id="tasks") as tabs:
                 with gr.Tab("Text to image", id="draw"):
-                    prompts = [[text] for text in (SHAPES if small else GENERAL)]
-                    draw = DrawingTab(self._jobs, self._album, gallery, prompts)
+                    draw = DrawingTab(self._jobs, self._album, gallery, examples.draw)
                 with gr.Tab("Image editing", id="edit"):
-                    prompts = [[pictures[name], text] for name, text in EDITS]
-                    edit = DrawingTab(self._jobs, self._album, gallery, prompts, edits=True)
+                    edit = DrawingTab(self._jobs, self._album, gallery, examples.edit, edits=True)
                 with gr.Tab("Image understanding", id="ask"):
-                    ask = AskingTab(self._jobs, [[pictures[name], text] for name, text in QUESTIONS])
+                    ask = AskingTab(self._jobs, examples.ask)
                 with gr.Tab("Interleaved chat", id="chat"):
-                    TalkingTab(self._jobs, self._album, gallery)
+                    # The embedded model has not learned to think.
+                    TalkingTab(self._jobs, self._album, gallery, examples.talk, think=not small)
             gallery.render()
             for tab in (draw, edit):
                 for button, given, to in ((tab.edit, edit.given, "edit"), (tab.ask, ask.given, "ask")):

@@ -6,7 +6,7 @@ import gradio as gr
 
 from bagel_rt.settings import CHAT
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
-from bagel_rt.ui.drawing import EVENT, GIVEN, open_given
+from bagel_rt.ui.drawing import EVENT, given_picture, open_given
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.look import idle, status
 from bagel_rt.ui.thoughts import split_thought
@@ -25,7 +25,7 @@ class AskingTab:
         self.jobs = jobs
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=340):
-                self.given = gr.Image(elem_id="ask-given", **GIVEN)
+                self.given = given_picture("ask-given")
                 self.prompt = gr.Textbox(label="Question", lines=3, max_lines=12, elem_id="ask-prompt")
                 self._think = explained("think", gr.Checkbox, elem_id="ask-think")
                 with gr.Row():

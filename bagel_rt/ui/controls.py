@@ -28,12 +28,12 @@ EXPLAINED = {  # name -> (title, what it does)
     ),
     "cfg_renorm_type": (
         "Renormalisation",
-        "Guidance lengthens the model's velocities; they are shrunk back by one norm for the picture (global), one "
-        "for each token (channel), or one for each token before picture guidance is added (text_channel).",
+        "Guidance makes each step too large. It is scaled back for the whole picture (global), for each token "
+        "(channel), or for each token before picture guidance (text_channel).",
     ),
     "cfg_renorm_min": (
         "Least renormalisation factor",
-        "The smallest factor they are shrunk by. 0 shrinks as far as needed, 1 not at all.",
+        "The smallest factor that steps are scaled back by. 0 scales as far as needed, 1 not at all.",
     ),
     "num_timesteps": (
         "Timesteps",
@@ -46,18 +46,26 @@ EXPLAINED = {  # name -> (title, what it does)
     ),
     "max_think_token_n": (
         "Longest text",
-        "Forward passes that a text may take; it has at most one token less. The model may end it earlier.",
+        "The longest a text may get, in tokens (plus one). The model may stop earlier.",
     ),
     "do_sample": ("Sample", "Draw each token by its probability. Otherwise it is always the most likely one."),
     "text_temperature": (
         "Temperature",
-        "Of sampling: below 1 likely tokens become likelier, above 1 unlikely ones do.",
+        "When sampling: below 1 likely tokens become likelier, above 1 unlikely ones do.",
     ),
-    "top_k": ("Top k", "Of sampling: among this many of the most likely tokens; 0 is all of them."),
-    "top_p": ("Top p", "Of sampling: among the most likely tokens that have this probability together; 1 is all."),
+    "top_k": ("Top k", "When sampling, choose only among the k most likely tokens. 0 means no limit."),
+    "top_p": (
+        "Top p",
+        "When sampling, choose only among the most likely tokens that have this probability together. 1 means no "
+        "limit.",
+    ),
     "think": ("Think first", "The model writes down its thoughts, then goes on from them. Guidance never sees them."),
     "seed": ("Seed", "−1 takes a new one each time. The same seed and settings give the same result."),
-    "negative_prompt": ("Negative prompt", "What text guidance pushes away from, in place of nothing."),
+    "negative_prompt": (
+        "Negative prompt",
+        "Guidance pushes the picture away from what the model draws without a text. This is a text to push away from "
+        "instead.",
+    ),
     "max_rounds": ("Pictures", "The most that one answer may draw. The model itself decides whether it draws."),
     "previews": ("Show unfinished pictures", "Decodes them now and then, for up to a fifth of the time."),
 }

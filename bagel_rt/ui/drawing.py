@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import gradio as gr
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bagel_rt.images import open_image
 from bagel_rt.pipeline import Bagel
@@ -17,9 +17,6 @@ from bagel_rt.ui.look import idle, status
 from bagel_rt.ui.thoughts import thought_of
 
 MAX_PIXELS = 1 << 24  # of a picture that is given, looked at before it is decoded
-# A control that takes a picture, and gives the file as it was sent.
-GIVEN = {"label": "Picture", "height": 280, "type": "filepath", "image_mode": None, "elem_classes": "picture"}
-GIVEN |= {"sources": ["upload", "clipboard"]}
 EVENT = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -33,27 +30,28 @@ class DrawingTab:
         edit, ask: buttons that take it elsewhere.
     """
 
-    def __init__(self, jobs: Jobs, album: Album, gallery: gr.Gallery, examples: list[list[str]], edits: bool = False):
+    def __init__(self, jobs: Jobs, album: Album, gallery: gr.Gallery, examples: list[list], edits: bool = False):
         """
         Args:
             gallery: shows what the album holds.
-            examples: [prompt] each; of editing, [picture, prompt].
+            examples: [prompt] each, or [prompt, seed, result]; of editing, with the picture before them.
         """
         self.jobs, self.album, self.gallery, self.edits = jobs, album, gallery, edits
         self._name = "edit" if edits else "draw"
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=5, min_width=340) as left:
                 self._build_request()
                 with gr.Accordion("Settings", open=False, elem_id=f"{self._name}-settings"):
                     self._build_settings()
-                gr.Examples(examples, [self.given, self.prompt] if edits else [self.prompt])
             with gr.Column(scale=6, min_width=340):
                 self._build_result()
         self._wire()
+        with left:
+            self._build_examples(examples)
 
     def _build_request(self) -> None:
         name, edits = self._name, self.edits
-        self.given = gr.Image(elem_id="edit-given", **GIVEN) if edits else None
+        self.given = given_picture("edit-given") if edits else None
         label = "What to change" if edits else "What to draw"
         self.prompt = gr.Textbox(label=label, lines=3, max_lines=12, elem_id=f"{name}-prompt", autofocus=not edits)
         self._shapes = sizes(self.jobs.bagel.model.config)
@@ -93,6 +91,14 @@ class DrawingTab:
         with gr.Accordion("Thoughts", visible=False) as self._thoughts:
             self._thought = gr.Markdown(elem_id=f"{name}-thought", latex_delimiters=[])
 
+    def _build_examples(self, examples: list[list]) -> None:
+        filled = [*([self.given] if self.edits else []), self.prompt, self._seed, self.drawn]
+        shown = gr.Examples(examples, filled[: len(examples[0])])
+        if len(examples[0]) == len(filled):  # with a result, that was made beforehand
+            said = {self._status: idle("Made beforehand, with this seed and the settings as they are at first.")}
+            said |= {button: gr.update(interactive=True) for button in (self.edit, self.ask)}
+            shown.load_input_event.then(lambda: said, None, list(said), queue=False, **EVENT)
+
     def _wire(self) -> None:
         self._used = gr.State(-1)  # the seed of the last picture
         inputs = {self.prompt, self._seed, self._think, self._negative, self._previews}
@@ -114,6 +120,7 @@ class DrawingTab:
     def _draw(self, values: dict, request: gr.Request) -> Iterator[dict]:
         """One request from the click to the picture: changes of the page."""
         page, seed = request.session_hash, chosen_seed(values[self._seed])
+        self.album.enter(page)
         call = self._call(values, seed)
         yield {
             self.drawn: None,
@@ -128,7 +135,7 @@ class DrawingTab:
             changes = {self._status: status(view)}
             if view.text:
                 changes[self._thought] = thought_of(view.text)
-            if view.picture is not None:
+            if view.picture is not None and not view.ended:
                 changes[self.drawn] = self.album.preview(page, self._name, view.picture)
             if view.stage == "done":
                 changes |= self._finished(view, page, values)
@@ -165,9 +172,31 @@ class DrawingTab:
         return {button: gr.update(interactive=possible) for button in (self.edit, self.ask, self._again)}
 
 
+def given_picture(name: str) -> gr.Image:
+    """A control that takes a picture, and gives the file as it was sent."""
+    place = {"elem_id": name, "elem_classes": "picture"}
+    control = gr.Image(label="Picture", height=280, sources=["upload", "clipboard"], **place)
+    # Gradio would open the file here already, and tell nothing of what is wrong with it.
+    control.preprocess = lambda payload: payload and payload.path
+    return control
+
+
 def open_given(path: str | Path) -> Image.Image:
-    """An uploaded picture; ValueError if it is none, or too large, which is found before it is decoded."""
-    return open_image(path, MAX_PIXELS)
+    """An uploaded picture, as a viewer shows it: photos of telephones are often stored sideways.
+
+    Raises:
+        ValueError: it is none, or too large, which is found before it is decoded; the message has its name alone.
+    """
+    try:
+        image = open_image(path, MAX_PIXELS)
+    except FileNotFoundError:  # a page may be open for longer than files are kept
+        raise ValueError(f"{Path(path).name} is no longer here: give it again") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{path!s:.200}", Path(path).name)) from None
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what says how it is turned is damaged; Pillow raises whatever its parsers do
+        return image
 
 
 def _edit(bagel: Bagel, path: str | None, prompt: str, options: dict, progress):

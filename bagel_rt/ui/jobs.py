@@ -66,13 +66,15 @@ class View:
 class Job:
     """One request."""
 
-    def __init__(self, call: Callable, previews: bool):
+    def __init__(self, call: Callable, previews: bool, whole: bool):
         """
         Args:
             call: takes a progress callback, gives the result.
             previews: whether unfinished pictures are looked at.
+            whole: whether the last preview of a picture, which is the picture, is always looked at: it stays where the
+                request goes on behind it.
         """
-        self._call, self._previews = call, previews
+        self._call, self._previews, self._whole = call, previews, whole
         self._changed = threading.Condition()
         self._view = View("waiting")
         self._cancelled = False
@@ -136,7 +138,7 @@ class Job:
         if progress.stage != self._view.stage:
             self._stage_has_part = False
         parts, now = self._view.parts, time.monotonic()
-        last = progress.step == progress.total
+        last = self._whole and progress.step == progress.total
         if progress.stage == "text" or (self._previews and (last or now >= self._preview_due)):
             made = progress.preview()[0]
             after = time.monotonic()
@@ -166,13 +168,13 @@ class Jobs:
         self._lock = threading.Lock()
         self._jobs: dict[tuple, Job] = {}
 
-    def watch(self, key: tuple, call: Callable, previews: bool = False) -> Iterator[View]:
+    def watch(self, key: tuple, call: Callable, previews: bool = False, whole: bool = False) -> Iterator[View]:
         """Queue a request, and see how it goes; where too many wait already, it fails. One that goes on under the same
         key is cancelled.
 
         Args:
             key: (page, task).
-            call, previews: as :class:`Job` takes them.
+            call, previews, whole: as :class:`Job` takes them.
         """
         self.cancel(key)
         with self._lock:
@@ -181,7 +183,7 @@ class Jobs:
                 error = ValueError(f"{len(self._jobs)} requests wait for the model already: try again later")
                 return iter([View("failed", error=error)])
             before = list(self._jobs.values())
-            job = self._jobs[key] = Job(call, previews)
+            job = self._jobs[key] = Job(call, previews, whole)
             self._thread.submit(job.run)
         return job.views(lambda: sum(not other.ended for other in before))
 

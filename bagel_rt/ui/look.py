@@ -89,10 +89,11 @@ CSS = """
 #tasks button[role=tab][aria-selected=true] { color: var(--body-text-color); font-weight: 600; }
 #tasks button[role=tab]::after { background: var(--slider-color) !important; }
 .heading h3 { font-size: 13px; font-weight: 600; margin: 10px 2px 0; color: var(--body-text-color-subdued); }
-#gallery .grid-wrap { min-height: 0; padding-top: 36px; }
+#gallery .grid-wrap { min-height: 0; padding-top: 36px; overflow-y: auto; }
 #gallery:has(.preview) .gallery-container { min-height: 480px; }
 #ask-answer::before { content: "Answer"; display: block; font-weight: 600; font-size: 14px; margin-bottom: 8px; }
 #chat-messages .top-panel { display: none; } /* it would clear what is shown, not what was said */
+#chat-messages button[aria-label=Share] { display: none; } /* it would send the picture to Hugging Face */
 .picture img { object-fit: contain !important; width: 100%; height: 100%; }
 .status { min-height: 40px; display: flex; flex-direction: column; justify-content: center; gap: 8px; }
 .status .track { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; }

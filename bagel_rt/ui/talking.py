@@ -6,7 +6,7 @@ from pathlib import Path
 import gradio as gr
 
 from bagel_rt.request import ImageResult
-from bagel_rt.settings import INTERLEAVE, MAX_ROUNDS
+from bagel_rt.settings import INTERLEAVE, MAX_INPUTS, MAX_ROUNDS
 from bagel_rt.ui.album import Album
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
 from bagel_rt.ui.drawing import EVENT, open_given
@@ -22,14 +22,20 @@ Turn = tuple[str, list[str | Path]]  # "user" or "assistant", and texts and file
 class TalkingTab:
     """Interleaved chat, in the layout that is being built. The model is shown the whole conversation at every turn."""
 
-    def __init__(self, jobs: Jobs, album: Album, gallery: gr.Gallery):
-        """``gallery`` shows what the album holds."""
+    def __init__(self, jobs: Jobs, album: Album, gallery: gr.Gallery, examples: list[list], think: bool):
+        """
+        Args:
+            gallery: shows what the album holds.
+            examples: [message] each.
+            think: whether the model thinks first, as long as nobody says otherwise.
+        """
         self.jobs, self.album, self.gallery = jobs, album, gallery
         with gr.Row(equal_height=False):
             with gr.Column(scale=7, min_width=340):
                 self._build_conversation()
+                gr.Examples(examples, [self.message])
             with gr.Column(scale=4, min_width=300):
-                self._build_settings()
+                self._build_settings(think)
         self._turns = gr.State([])
         inputs = {self.message, self._turns, self._think, self._seed, self._rounds, self._previews}
         inputs |= set(self._controls.components.values())
@@ -58,9 +64,9 @@ class TalkingTab:
         )
         self._status = gr.HTML(_NOTHING, elem_id="chat-status", elem_classes="bare")
 
-    def _build_settings(self) -> None:
+    def _build_settings(self, think: bool) -> None:
         self._new = gr.Button("New conversation", elem_id="chat-new")
-        self._think = explained("think", gr.Checkbox, value=True, elem_id="chat-think")
+        self._think = explained("think", gr.Checkbox, value=think, elem_id="chat-think")
         with gr.Accordion("Settings", open=False, elem_id="chat-settings"):
             limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
             self._seed = explained("seed", gr.Number, value=-1, elem_id="chat-seed", **limits)
@@ -79,6 +85,10 @@ class TalkingTab:
         options |= {"seed": seed, "think": values[self._think], "max_rounds": values[self._rounds]}
         parts = [*map(Path, message["files"]), *([message["text"]] if message["text"].strip() else [])]
         turns: list[Turn] = [*values[self._turns], ("user", parts)]
+        if refused := _refusal(turns):
+            yield {self._status: status(View("failed", error=ValueError(refused))), self.message: message}
+            return
+        self.album.enter(page)
 
         def call(progress) -> list[str | ImageResult]:
             inputs = [part for _, parts in turns for part in parts]
@@ -91,34 +101,52 @@ class TalkingTab:
             self.message: gr.update(value=None, submit_btn=False, stop_btn=True),
             self._new: gr.update(interactive=False),
         }
-        for view in self.jobs.watch((page, "chat"), call, values[self._previews]):
+        for view in self.jobs.watch((page, "chat"), call, values[self._previews], whole=True):
+            if view.ended and view.stage != "done":  # the turn did not take place: the message may be sent again
+                yield {
+                    self._chat: _messages(turns[:-1]),
+                    self._status: status(view),
+                    self.message: gr.update(value=message, submit_btn=True, stop_btn=False),
+                    self._new: gr.update(interactive=True),
+                }
+                return
             answer: Turn = ("assistant", self._answer(view, page, message["text"]))
             changes = {self._status: status(view, f"Seed {seed}"), self._chat: _messages([*turns, answer], view)}
             if view.ended:
-                changes[self.message] = gr.update(submit_btn=True, stop_btn=False)
-                changes[self._new] = gr.update(interactive=True)
-            if view.stage == "done":
                 pictures = self.album.pictures(page)
                 changes |= {
                     self._turns: [*turns, answer],
+                    self.message: gr.update(submit_btn=True, stop_btn=False),
+                    self._new: gr.update(interactive=True),
                     self.gallery: gr.update(value=pictures, visible=bool(pictures)),
                 }
-            elif view.ended:  # the turn did not take place: the message may be sent again
-                changes[self.message] = gr.update(value=message, submit_btn=True, stop_btn=False)
-                changes[self._chat] = _messages(turns[:-1])
             yield changes
 
     def _answer(self, view: View, page: str, prompt: str) -> list[str | Path]:
-        """The answer as far as it goes, pictures as files."""
-        if view.stage == "done":
-            return [
-                made if isinstance(made, str) else Path(self.album.add(page, made, prompt, prompt=prompt))
-                for made in view.result
-            ]
-        return [
-            part if isinstance(part, str) else Path(self.album.preview(page, f"chat {number}", part))
-            for number, part in enumerate(view.parts)
-        ]
+        """The answer as far as it goes, pictures as files; those of a page that has left are none."""
+        parts: list[str | Path] = []
+        for number, part in enumerate(view.result if view.ended else view.parts):
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            if isinstance(part, ImageResult):
+                path = self.album.add(page, part, prompt, prompt=prompt)
+            else:
+                path = self.album.preview(page, f"chat {number}", part)
+            parts += [Path(path)] if path else []
+        return parts
+
+
+def _refusal(turns: Sequence[Turn]) -> str | None:
+    """Why a conversation cannot go on with its last message, if it cannot."""
+    if not turns[-1][1]:
+        return "There is nothing to send: write a message, or add a picture."
+    if (count := sum(len(parts) for _, parts in turns)) > MAX_INPUTS:
+        return (
+            f"The conversation would have {count} texts and pictures; the model is shown {MAX_INPUTS} at most. Begin a "
+            "new one."
+        )
+    return None
 
 
 def _messages(turns: Sequence[Turn], view: View | None = None) -> list[dict]:

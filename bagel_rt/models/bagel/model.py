@@ -29,11 +29,13 @@ class BagelModel:
         config: the checkpoint's configuration.
         weights: every tensor of ``ema.safetensors``, fused and paired.
         transformer: the decoder stack over packed rows.
-        vae: the FLUX autoencoder, in float32 as published.
-        markers: token ids of the start and end of an image.
+        vae: the FLUX autoencoder, in float32 as published; None where pictures are neither encoded nor decoded here.
+        markers: token ids of the start and end of an image; None until they are known.
     """
 
-    def __init__(self, config: BagelConfig, weights: BagelWeights, vae: AutoEncoder, markers: tuple[int, int]):
+    def __init__(
+        self, config: BagelConfig, weights: BagelWeights, vae: AutoEncoder | None, markers: tuple[int, int] | None
+    ):
         self.config = config
         self.weights = weights
         self.transformer = Transformer(config.llm, weights.layers, weights.norm)
