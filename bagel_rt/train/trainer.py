@@ -157,7 +157,7 @@ class Trainer:
             torch.set_num_threads(self._share)  # more would spin between their turns, in the way of the parts
         try:
             with bar, open(self._log, "a", encoding="utf-8") as log:
-                while self.step < self.settings.steps and (seconds is None or time.monotonic() - begun < seconds):
+                while not self.done and (seconds is None or time.monotonic() - begun < seconds):
                     record = self.train_step()
                     log.write(json.dumps(record) + "\n")
                     bar.update()
@@ -170,6 +170,11 @@ class Trainer:
             torch.set_num_threads(threads)
             if not self._updating:  # half a step would be worse than the steps since the last save
                 self.save()
+        return self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
         return self.step >= self.settings.steps
 
     def train_step(self) -> dict:
