@@ -63,10 +63,10 @@ class Recipe:
     measured: int = 512
     pool: int = 10_000
     widths: dict[str, int] = field(default_factory=dict)
-    sight: TrainingSettings = TrainingSettings(steps=5_000, tokens=1024, parts=2, warmup_steps=200, bfloat16=True)
+    sight: TrainingSettings = TrainingSettings(steps=4_000, tokens=1024, parts=2, warmup_steps=200, bfloat16=True)
     sight_shares: Shares = Shares(ask=2, describe=3)
     training: TrainingSettings = TrainingSettings(
-        steps=18_000,
+        steps=17_000,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
@@ -76,7 +76,7 @@ class Recipe:
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
     )
-    training_shares: Shares = Shares(generate=7, edit=2, ask=1)
+    training_shares: Shares = Shares(generate=7, edit=2, ask=2)
     seed: int = 0
 
 
