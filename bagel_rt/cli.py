@@ -87,7 +87,7 @@ def _main(
 ) -> None:
     """BAGEL, the unified text and image model: draw, edit, look and talk.
 
-    Without --model, commands run a small model of random weights that comes along: it answers at once, and nonsense.
+    Without --model, commands run a small model that comes along and knows one thing: a world of coloured shapes.
     """
 
 

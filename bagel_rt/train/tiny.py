@@ -66,12 +66,12 @@ class Recipe:
     sight: TrainingSettings = TrainingSettings(steps=4_000, tokens=1024, parts=2, warmup_steps=200, bfloat16=True)
     sight_shares: Shares = Shares(ask=2, describe=3)
     training: TrainingSettings = TrainingSettings(
-        steps=17_000,
+        steps=12_500,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
         warmup_steps=200,
-        decay_steps=6_000,
+        decay_steps=5_000,
         ce_weight=0.25,
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
@@ -83,8 +83,8 @@ class Recipe:
 class Run:
     """A recipe carried out in a folder."""
 
-    def __init__(self, folder: Path, recipe: Recipe, progress: bool = True):
-        self.folder, self.recipe, self.progress = folder, recipe, progress
+    def __init__(self, folder: Path, recipe: Recipe, progress: bool = True, device: torch.device | str = "cpu"):
+        self.folder, self.recipe, self.progress, self.device = folder, recipe, progress, torch.device(device)
 
     def run(self, seconds: float | None = None) -> bool:
         """Carry on until all is done (True) or ``seconds`` are over (False)."""
@@ -110,11 +110,17 @@ class Run:
     def _autoencoder(self, seconds: float | None) -> bool:
         recipe = self.recipe
         return train_autoencoder(
-            self.folder / "autoencoder", recipe.vae, recipe.autoencoder, recipe.measured, seconds, self.progress
+            self.folder / "autoencoder",
+            recipe.vae,
+            recipe.autoencoder,
+            recipe.measured,
+            seconds,
+            self.progress,
+            self.device,
         )
 
     def _latents(self, seconds: float | None) -> bool:
-        autoencoder = load_autoencoder(self.folder / "autoencoder", self.recipe.vae)
+        autoencoder = load_autoencoder(self.folder / "autoencoder", self.recipe.vae).to(self.device)
         return encode_pool(
             autoencoder, self.folder / "latents", self.recipe.pool, self.recipe.seed, seconds, self.progress
         )
@@ -139,7 +145,7 @@ class Run:
         """Of the stage ``sight``, or of ``training``, which starts from the average of the former's weights."""
         recipe, tokenizer = self.recipe, Tokenizer.from_folder(self.folder / "tokenizer")
         if stage == "sight":
-            model = untrained_model(recipe, tokenizer, self.folder / "autoencoder")
+            model = untrained_model(recipe, tokenizer, self.folder / "autoencoder", self.device)
             shares, settings = recipe.sight_shares, recipe.sight
         else:
             model = self.trainer("sight").averaged()
@@ -161,12 +167,14 @@ class Run:
         draw_curves(self.folder / "curves.png", _curves(self.folder))
 
 
-def untrained_model(recipe: Recipe, tokenizer: Tokenizer, autoencoder: Path) -> BagelModel:
-    """The model before training, float32 on the CPU, with the trained autoencoder of that folder."""
+def untrained_model(
+    recipe: Recipe, tokenizer: Tokenizer, autoencoder: Path, device: torch.device | str = "cpu"
+) -> BagelModel:
+    """The model before training, float32, with the trained autoencoder of that folder."""
     vae = load_autoencoder(autoencoder, recipe.vae)
     config: BagelConfig = tiny_config(len(tokenizer), vae.config, **recipe.widths)
     markers = (tokenizer.start_of_image, tokenizer.end_of_image)
-    model = BagelModel.allocate(config, markers, torch.device("cpu"), torch.float32)
+    model = BagelModel.allocate(config, markers, torch.device(device), torch.float32)
     model.vae.load_state_dict(vae.state_dict())
     initialize_(model, recipe.seed)
     return model
@@ -188,9 +196,10 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the run; made if it is not there, carried on if it is.")],
     minutes: Annotated[float | None, typer.Option(help="Stop after so many; the same command carries on.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Train the small model of the world of shapes."""
-    done = Run(out, Recipe()).run(None if minutes is None else 60 * minutes)
+    done = Run(out, Recipe(), device=device).run(None if minutes is None else 60 * minutes)
     typer.echo(f"the model is in {out / 'model'}" if done else f"stopped; carry on with the same command on {out}")
 
 

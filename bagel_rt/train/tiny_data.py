@@ -84,12 +84,12 @@ def encode_pool(
 
 
 def encode_scenes(autoencoder: AutoEncoder, scenes: Sequence[Scene]) -> torch.Tensor:
-    """Mean and standard deviation of each scene's posterior, float16 [n, 2, z, h, w], neither shifted nor scaled."""
-    posteriors = []
+    """Mean and standard deviation of each posterior, neither shifted nor scaled; float16 [n, 2, z, h, w], CPU."""
+    posteriors, device = [], next(autoencoder.parameters()).device
     for first in range(0, len(scenes), _PICTURES):
         pixels = torch.stack([pixels_of(scene) for scene in scenes[first : first + _PICTURES]])
-        mean, logvar = autoencoder.moments(pixels)
-        posteriors.append(torch.stack([mean, torch.exp(logvar / 2)], dim=1).half())
+        mean, logvar = autoencoder.moments(pixels.to(device))
+        posteriors.append(torch.stack([mean, torch.exp(logvar / 2)], dim=1).half().cpu())
     return torch.cat(posteriors)
 
 
