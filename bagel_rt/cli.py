@@ -89,7 +89,7 @@ def _main(
 ) -> None:
     """BAGEL, the unified text and image model: draw, edit, look and talk.
 
-    Without --model, commands run a small model of random weights that comes along: it answers at once, and nonsense.
+    Without --model, commands run a small model that comes along and knows one thing: a world of coloured shapes.
     """
 
 
@@ -359,7 +359,8 @@ def conformance(
 def make_random_checkpoint(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New, or empty.")],
     like: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", show_default="BAGEL-7B-MoT", help="A model that gives the shapes.")
+        Path | None,
+        typer.Option(metavar="FOLDER", show_default="BAGEL-7B-MoT", help="A model that gives shapes and tokenizer."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the weights.")] = 0,
     shard_gib: Annotated[float, typer.Option(min=0, max=1024, metavar="X", help="Size at which a file is full.")] = 4.0,
@@ -368,14 +369,15 @@ def make_random_checkpoint(
 ) -> None:
     """Write a model folder of random weights (29 GB by default), to measure speed and memory with.
 
-    Its tokenizer is the built-in model's, of a few hundred tokens. Equal seeds give equal weights.
+    Its tokenizer is that of --like, or the built-in model's, of a few hundred tokens. Equal seeds give equal weights.
     """
     from bagel_rt.config import BAGEL_7B_MOT, BagelConfig
     from bagel_rt.random_checkpoint import make_random_checkpoint as make
 
     check_seed(seed)
     config = BAGEL_7B_MOT if like is None else BagelConfig.from_folder(like)
-    size = make(folder, config, seed, int(shard_gib * 2**30), cli_options.shows_progress(progress))
+    tokenizer = {} if like is None else {"tokenizer": like}
+    size = make(folder, config, seed, int(shard_gib * 2**30), cli_options.shows_progress(progress), **tokenizer)
     report = {"folder": str(folder), "seed": seed, "bytes": size}
     typer.echo(json.dumps(report) if as_json else f"{folder}: {size:,} bytes of random weights, seed {seed}")
 

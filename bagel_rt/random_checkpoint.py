@@ -82,11 +82,11 @@ def make_random_checkpoint(
     seed: int = 0,
     shard_bytes: int = 4 << 30,
     progress: bool = False,
+    tokenizer: str | Path = DEFAULT_MODEL,
 ) -> int:
     """Write an official model folder of random weights; nothing is left of it if that fails or is interrupted.
 
-    ``ema`` is sharded, with an index, in bfloat16; ``ae.safetensors`` is float32. The tokenizer is the small one that
-    the package carries: 366 of the vocabulary's ids have a meaning.
+    ``ema`` is sharded, with an index, in bfloat16; ``ae.safetensors`` is float32.
 
     Args:
         folder: does not exist yet, or is empty.
@@ -94,6 +94,8 @@ def make_random_checkpoint(
         seed: of the weights.
         shard_bytes: most bytes of tensors in a shard; a larger tensor gets a shard of its own.
         progress: show a bar on stderr.
+        tokenizer: folder of the tokenizer that is copied. That of the small model that the package carries gives a
+            meaning to a few hundred of the vocabulary's ids.
 
     Returns:
         Bytes of weights written.
@@ -109,11 +111,17 @@ def make_random_checkpoint(
     total = sum(
         math.prod(shape) * STORED_AS[stem].itemsize for stem, named in shapes.items() for shape in named.values()
     )
-    known = len(Tokenizer.from_folder(DEFAULT_MODEL))
+    tokenizer = Path(tokenizer)
+    known = len(Tokenizer.from_folder(tokenizer))
     if config.llm.vocab_size < known:
-        raise ValueError(f"vocab_size is {config.llm.vocab_size}: the tokenizer that comes along needs {known} or more")
+        raise ValueError(
+            f"vocab_size is {config.llm.vocab_size}: the tokenizer in {tokenizer.name} needs {known} or more"
+        )
     with _filling(folder, total):
         _write_configuration(folder, config)
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).exists():
+                shutil.copyfile(tokenizer / name, folder / name)
         with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", disable=not progress) as bar:
 
             def tensor(stem: str, name: str) -> torch.Tensor:
@@ -165,8 +173,6 @@ def _by_official_keys(config) -> dict:
 def _write_configuration(folder: Path, config: BagelConfig) -> None:
     for name, content in official_json(config).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(DEFAULT_MODEL / name, folder / name)
     read = BagelConfig.from_folder(folder)
     if read != config:
         raise ValueError(f"the official files cannot express this configuration: {config} would be read as {read}")

@@ -26,6 +26,7 @@ H200 = (790e12, 4.3e12)
 SMALL = {case.name: replace(case, size=(32, 32), timesteps=6, tokens=case.tokens and 28) for case in TINY_CASES}
 QUICK = Effort(timesteps=(3, 6), tokens=(2, 4))
 TINY_CONFIG = BagelConfig.from_folder(CHECKPOINT)
+TINY_CONFIG = replace(TINY_CONFIG, llm=replace(TINY_CONFIG.llm, vocab_size=640))  # for the embedded tokenizer
 
 
 @pytest.fixture(scope="module")

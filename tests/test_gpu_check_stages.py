@@ -9,13 +9,12 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import CHECKPOINT
 
-from bagel_rt.config import BagelConfig
 from benchmarks import end_to_end, gpu_check, measure, report, worker
 from benchmarks.contenders import TINY_CASES
 from benchmarks.end_to_end import EndToEndRow
 from benchmarks.gpu_check import Stage
+from benchmarks.random_model import THREE_LAYERS
 
 CPU = torch.device("cpu")
 CASES = tuple(replace(case, size=(32, 32), timesteps=6, tokens=case.tokens and 28) for case in TINY_CASES)
@@ -29,7 +28,7 @@ def deadline(seconds=60):
 
 
 def end_to_end_tasks(**options):
-    return worker.end_to_end_tasks(CPU, BagelConfig.from_folder(CHECKPOINT), CASES, torch.float32, **options)
+    return worker.end_to_end_tasks(CPU, THREE_LAYERS, CASES, torch.float32, **options)
 
 
 def test_whole_requests_are_tasks_over_one_model(monkeypatch):

@@ -128,7 +128,7 @@ class Naive:
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
 def bagel_and_weights(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    make_random_checkpoint(folder, request.param, seed=1, shard_bytes=1 << 30, progress=False)
+    make_random_checkpoint(folder, request.param, seed=1, shard_bytes=1 << 30, tokenizer=CHECKPOINT)
     weights = {}
     for shard in sorted(folder.glob("ema*.safetensors")):
         weights |= load_file(shard)

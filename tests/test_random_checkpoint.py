@@ -36,7 +36,7 @@ ODD = replace(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random") / "new" / "model"
-    make_random_checkpoint(folder, TINY, seed=3, shard_bytes=200_000)
+    make_random_checkpoint(folder, TINY, seed=3, shard_bytes=200_000, tokenizer=CHECKPOINT)
     return folder
 
 
@@ -179,14 +179,18 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error, existe
         folder.mkdir()
     monkeypatch.setattr("bagel_rt.random_checkpoint.sincos_table", fail)
     with pytest.raises(error):
-        make_random_checkpoint(folder, TINY)
+        make_random_checkpoint(folder, TINY, tokenizer=CHECKPOINT)
     assert folder.exists() == existed and (not existed or os.listdir(folder) == [])
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
-        pytest.param(replace(TINY, llm=replace(TINY.llm, vocab_size=365)), "needs 366 or more", id="small vocabulary"),
+        pytest.param(
+            replace(TINY, llm=replace(TINY.llm, vocab_size=365)),
+            "vocab_size is 365: the tokenizer in checkpoint needs 366 or more",
+            id="small vocabulary",
+        ),
         pytest.param(
             replace(TINY, llm=replace(TINY.llm, head_dim=32)), "head_dim is 32; allowed: 16", id="free head size"
         ),
@@ -194,7 +198,7 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error, existe
 )
 def test_a_configuration_that_no_folder_can_hold_is_refused(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        make_random_checkpoint(tmp_path / "model", config)
+        make_random_checkpoint(tmp_path / "model", config, tokenizer=CHECKPOINT)
     assert os.listdir(tmp_path) == []
 
 

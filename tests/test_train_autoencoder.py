@@ -131,6 +131,31 @@ def test_the_log_has_one_line_for_each_step_though_some_were_done_twice(tmp_path
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6] and entries[0]["reconstruction"] < 9
 
 
+def test_half_a_step_is_not_saved(tmp_path, monkeypatch):
+    trainer = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
+    trainer.advance()
+    trainer.save()
+    before = tensors(trainer.averaged())
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "_foreach_lerp_", interrupted)
+        trainer.run(progress=False)
+    resumed = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
+    assert resumed.step == 1 and all(map(torch.equal, tensors(resumed.averaged()), before))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
+    trainer._weights[0].fill_(float("nan"))
+    before = trainer._weights[1].clone()
+    with pytest.raises(RuntimeError, match="non-finite"):
+        trainer.advance()
+    assert torch.equal(trainer._weights[1], before)
+
+
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 def test_it_learns(tmp_path, bfloat16):
     pictures = plain_pictures(np.random.default_rng(0), 0.0)

@@ -27,7 +27,7 @@ from bagel_rt.train.autoencoder import AutoencoderSettings
 from bagel_rt.train.objective import training_losses
 from bagel_rt.train.packing import Clean, Noised, Sample, SpecialTokens, ViT, pack
 from bagel_rt.train.packing import Text as TextPart
-from bagel_rt.train.tiny import Recipe, Run
+from bagel_rt.train.tiny import Recipe, Run, untrained_model
 from bagel_rt.train.tiny_data import Shares, World, ask_sample, edit_sample, encode_pool, generate_sample, pixels_of
 from bagel_rt.train.tiny_model import initialize_, tiny_config
 from bagel_rt.train.tokenizer import learn_tokenizer, write_tokenizer
@@ -165,6 +165,7 @@ def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
         "generate": [TextPart, Noised],
         "edit": [Clean, ViT, TextPart, Noised],
         "ask": [ViT, *[TextPart, TextPart] * 7],
+        "describe": [ViT, TextPart, TextPart],
     }
     for task, kind in kinds.items():
         shares = Shares(**{name: float(name == task) for name in kinds})
@@ -178,7 +179,7 @@ def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
 
 
 def test_a_sample_is_a_function_of_the_generator(model, tokenizer, pool):
-    world = World(model.config, tokenizer, pool, 6, 0, Shares())
+    world = World(model.config, tokenizer, pool, 6, 0, Shares(6, 2, 3))
     for seed in range(10):
         one, two = (world.draw(np.random.default_rng(seed)) for _ in range(2))
         for first, second in zip(one.parts, two.parts, strict=True):
@@ -188,7 +189,7 @@ def test_a_sample_is_a_function_of_the_generator(model, tokenizer, pool):
 
 
 def test_latents_are_samples_of_the_pictures_posterior(model, tokenizer, pool):
-    world = World(model.config, tokenizer, pool, 6, 0, Shares())
+    world = World(model.config, tokenizer, pool, 6, 0, Shares(6, 2, 3))
     rng = np.random.default_rng(1)
     drawn = torch.stack([world.edit(rng).parts[3].latents for _ in range(400)])
     wanted = []
@@ -206,7 +207,7 @@ def test_latents_are_samples_of_the_pictures_posterior(model, tokenizer, pool):
 
 def test_a_folder_of_another_pool_is_refused(model, tokenizer, pool):
     with pytest.raises(ValueError, match="10 posteriors, but 5 examples of seed 0 have"):
-        World(model.config, tokenizer, pool, 5, 0, Shares())
+        World(model.config, tokenizer, pool, 5, 0, Shares(6, 2, 3))
 
 
 # The recipe
@@ -219,9 +220,12 @@ TOY = Recipe(
     measured=2,
     pool=6,
     widths=WIDTHS,
+    sight=TrainingSettings(steps=2, tokens=400, warmup_steps=1),
+    sight_shares=Shares(ask=1, describe=1),
     training=TrainingSettings(steps=3, tokens=400, warmup_steps=1),
+    training_shares=Shares(generate=1, edit=1, ask=1),
 )
-DONE = ("tokenizer", "autoencoder", "latents")  # stages of which nothing is written once they are done
+DONE = ("tokenizer", "autoencoder", "latents", "sight", "training")  # nothing is written by these once they are done
 
 
 def test_the_recipe_makes_a_model_folder_that_draws(tmp_path):
@@ -229,7 +233,7 @@ def test_the_recipe_makes_a_model_folder_that_draws(tmp_path):
     assert (tmp_path / "tokenizer" / "vocab.json").exists() and not (tmp_path / "autoencoder" / "ae.json").exists()
     assert Run(tmp_path, TOY, progress=False).run()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["seconds"]) == {"tokenizer", "autoencoder", "latents", "model"}
+    assert set(report["seconds"]) == {"tokenizer", "autoencoder", "latents", "sight", "training", "model"}
     assert report["bytes"]["ema.safetensors"] > 0 and {"psnr", "agreement"} < set(report["autoencoder"])
     with Image.open(tmp_path / "curves.png") as curves:
         assert curves.width > 500
@@ -243,6 +247,16 @@ def test_the_recipe_makes_a_model_folder_that_draws(tmp_path):
     picture = Image.new("RGB", (128, 128), "red")
     assert isinstance(bagel.chat("what color is the circle", picture, max_think_token_n=3), str)
     assert bagel.edit(picture, "make the circle blue", num_timesteps=3).image.size == (128, 128)
+
+
+def test_training_goes_on_from_sight(tmp_path):
+    run = Run(tmp_path, replace(TOY, training=replace(TOY.training, learning_rate=1e-12)), progress=False)
+    assert run.run()
+    sight, trained = (run.trainer(stage).averaged().weights for stage in ("sight", "training"))
+    start = untrained_model(TOY, Tokenizer.from_folder(tmp_path / "tokenizer"), tmp_path / "autoencoder").weights
+    assert not torch.equal(sight.layers[0].qkv.und, start.layers[0].qkv.und)
+    assert torch.equal(sight.layers[0].qkv.gen, start.layers[0].qkv.gen)  # no picture was drawn
+    torch.testing.assert_close(trained.layers[0].qkv.und, sight.layers[0].qkv.und, rtol=0, atol=1e-8)
 
 
 def test_the_model_starts_from_the_usual_values(model):
@@ -260,3 +274,6 @@ def test_sight_begins_with_a_place_for_every_patch(model):
     initialize_(fresh, 0)
     table = fresh.weights.vit.position_embedding
     assert torch.cdist(table, table).add(torch.eye(64)).min() > 0.5 and table.square().mean().sqrt() > 1
+    patches = torch.from_numpy(np.stack([np.full(768, level, np.float32) for level in (-1, 1)]))
+    seen = F.linear(patches, *fresh.weights.vit.patch_embedding)
+    assert seen.square().mean().sqrt() > 3 * table.square().mean().sqrt()  # what is seen is louder than where

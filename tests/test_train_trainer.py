@@ -56,9 +56,24 @@ def assert_equal(one, other):
 # Steps
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts):
-    settings = replace(SETTINGS, parts=parts, clip=0.1, ce_weight=0.25, mse_weight=2.0, timestep_shift=3.0)
+def test_the_official_settings_are_the_defaults(model, tmp_path):
+    group = trainer(model, tmp_path)._optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-15, 0.0)
+    assert TrainingSettings(steps=1).drop == DropRates(text=0.1, vit=0.5, clean=0.1)
+    assert not TrainingSettings(steps=1).ce_reweighting
+
+
+@pytest.mark.parametrize("parts, reweighting", [(1, False), (3, False), (1, True)])
+def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts, reweighting):
+    settings = replace(
+        SETTINGS,
+        parts=parts,
+        clip=0.1,
+        ce_weight=0.25,
+        mse_weight=2.0,
+        ce_reweighting=reweighting,
+        timestep_shift=3.0,
+    )
     run = trainer(model, tmp_path, settings)
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in run.parameters.trained().items()}
     optimizer = torch.optim.AdamW(leaves.values(), betas=(0.9, 0.95), eps=1e-15, weight_decay=0)
@@ -67,7 +82,8 @@ def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts):
     for step in range(3):
         current = run.parameters.model(run.parameters.leaves | leaves)
         losses = [training_losses(current, *run.data(step, part), 3.0) for part in range(parts)]
-        total = sum(0.25 * loss.ce + 2 * loss.mse for loss in losses) / parts
+        ces = [loss.ce_reweighted if reweighting else loss.ce for loss in losses]
+        total = sum(0.25 * ce + 2 * loss.mse for ce, loss in zip(ces, losses, strict=True)) / parts
         gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
@@ -78,7 +94,7 @@ def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts):
         record = run.train_step()
         assert record["norm"] == pytest.approx(float(norm), rel=1e-5)
         assert record["rate"] == pytest.approx(rate)
-        assert record["ce"] == pytest.approx(sum(float(loss.ce.detach()) for loss in losses) / parts, rel=1e-5)
+        assert record["ce"] == pytest.approx(sum(float(ce.detach()) for ce in ces) / parts, rel=1e-5)
         decay, compared = (1 + step) / (10 + step), 0
         for name, leaf in leaves.items():
             trained = run.parameters.leaves[name].detach()

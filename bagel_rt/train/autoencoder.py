@@ -99,6 +99,7 @@ class AutoencoderTrainer:
             CheckpointError: the folder holds the state of a run of another shape or other settings.
         """
         self.settings, self.draw, self.step = settings, draw, 0
+        self._updating = False  # whether some of what a step changes is changed and some is not
         self._run = f"{config} {settings}"
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,8 @@ class AutoencoderTrainer:
                         self.save()
                         saved = time.monotonic()
         finally:
-            self.save()
+            if not self._updating:  # half a step would be worse than the steps since the last save
+                self.save()
         return self.step == total
 
     def _shortened_log(self) -> Path:
@@ -196,12 +198,14 @@ class AutoencoderTrainer:
         self.network.zero_grad()
         loss.backward()
         torch._foreach_copy_([weight.grad for weight in self._weights], [w.grad for w in self.network.parameters()])
-        torch.nn.utils.clip_grad_norm_(self._weights, settings.clip)
+        torch.nn.utils.clip_grad_norm_(self._weights, settings.clip, error_if_nonfinite=True)
+        self._updating = True
         self._optimizer.param_groups[0]["lr"] = settings.rate(self.step)
         self._optimizer.step()
         self.step += 1
         keep = min(settings.ema, (1 + self.step) / (10 + self.step))  # soon forgets where it began
         torch._foreach_lerp_(self._average, self._weights, 1 - keep)
+        self._updating = False
         return {"reconstruction": reconstruction.item(), "kl": kl.item()}
 
 

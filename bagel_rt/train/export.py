@@ -39,6 +39,8 @@ def save_checkpoint(model: BagelModel, folder: str | Path, tokenizer_folder: str
         save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
     for name, content in official_json(model.config).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for stem in weights:  # safetensors lets nobody else read its files
+        shutil.copymode(folder / "config.json", folder / f"{stem}.safetensors")
     for name in files:
         if folder.resolve() != tokenizer_folder.resolve():
             shutil.copyfile(tokenizer_folder / name, folder / name)

@@ -5,7 +5,8 @@ Stages, each skipped where its results are in OUT, and resumed where it was stop
     tokenizer/     a byte-level BPE of the world's texts
     autoencoder/   trained on the world's pictures, then measured: scale and shift of its latents
     latents/       posteriors of a pool of pictures
-    training/      of the model
+    sight/         of the model on questions and descriptions: what it sees and reads, the other tasks build on
+    training/      of the model on all tasks, from there on
     model/         the model folder, in the official layout
 
 ``curves.png`` and ``report.json`` (seconds of each stage, figures of the autoencoder, bytes of every file) tell of it.
@@ -48,43 +49,47 @@ class Recipe:
         autoencoder: its training.
         measured: pictures that scale and shift of its latents, and its reconstructions, are measured on.
         pool: examples whose pictures are encoded once.
-        shares: of the tasks in training.
         widths: of the model, as :func:`tiny_config` takes them.
-        training: of the model.
+        sight: training on questions and descriptions alone.
+        training: on all tasks.
+        sight_shares, training_shares: of the tasks in either.
         seed: of texts, pool and weights; the settings have their own.
     """
 
     texts: int = 20_000
     vocabulary: int = 600
-    vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1)
-    autoencoder: AutoencoderSettings = AutoencoderSettings(steps=8000)
+    vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1, z_channels=4)
+    autoencoder: AutoencoderSettings = AutoencoderSettings(steps=5000)
     measured: int = 512
-    pool: int = 12_000
-    shares: Shares = field(default_factory=Shares)
+    pool: int = 10_000
     widths: dict[str, int] = field(default_factory=dict)
+    sight: TrainingSettings = TrainingSettings(steps=4_000, tokens=1024, parts=2, warmup_steps=200, bfloat16=True)
+    sight_shares: Shares = Shares(ask=2, describe=3)
     training: TrainingSettings = TrainingSettings(
-        steps=20_000,
+        steps=12_500,
         tokens=1024,
         parts=2,
+        learning_rate=1.5e-3,
         warmup_steps=200,
-        decay_steps=7_000,
+        decay_steps=5_000,
         ce_weight=0.25,
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
     )
+    training_shares: Shares = Shares(generate=7, edit=2, ask=2)
     seed: int = 0
 
 
 class Run:
     """A recipe carried out in a folder."""
 
-    def __init__(self, folder: Path, recipe: Recipe, progress: bool = True):
-        self.folder, self.recipe, self.progress = folder, recipe, progress
+    def __init__(self, folder: Path, recipe: Recipe, progress: bool = True, device: torch.device | str = "cpu"):
+        self.folder, self.recipe, self.progress, self.device = folder, recipe, progress, torch.device(device)
 
     def run(self, seconds: float | None = None) -> bool:
         """Carry on until all is done (True) or ``seconds`` are over (False)."""
         start = time.monotonic()
-        for stage in (self._tokenizer, self._autoencoder, self._latents, self._model):
+        for stage in (self._tokenizer, self._autoencoder, self._latents, self._sight, self._training, self._model):
             began = time.monotonic()
             left = None if seconds is None else max(0.0, seconds - (began - start))
             try:
@@ -105,26 +110,48 @@ class Run:
     def _autoencoder(self, seconds: float | None) -> bool:
         recipe = self.recipe
         return train_autoencoder(
-            self.folder / "autoencoder", recipe.vae, recipe.autoencoder, recipe.measured, seconds, self.progress
+            self.folder / "autoencoder",
+            recipe.vae,
+            recipe.autoencoder,
+            recipe.measured,
+            seconds,
+            self.progress,
+            self.device,
         )
 
     def _latents(self, seconds: float | None) -> bool:
-        autoencoder = load_autoencoder(self.folder / "autoencoder", self.recipe.vae)
+        autoencoder = load_autoencoder(self.folder / "autoencoder", self.recipe.vae).to(self.device)
         return encode_pool(
             autoencoder, self.folder / "latents", self.recipe.pool, self.recipe.seed, seconds, self.progress
         )
 
+    def _sight(self, seconds: float | None) -> bool:
+        return self._train("sight", seconds)
+
+    def _training(self, seconds: float | None) -> bool:
+        return self._train("training", seconds)
+
     def _model(self, seconds: float | None) -> bool:
-        recipe, tokenizer = self.recipe, Tokenizer.from_folder(self.folder / "tokenizer")
-        model = untrained_model(recipe, tokenizer, self.folder / "autoencoder")
-        world = World(model.config, tokenizer, self.folder / "latents", recipe.pool, recipe.seed, recipe.shares)
-        trainer = Trainer(model, SpecialTokens.of(tokenizer), world.draw, recipe.training, self.folder / "training")
-        if not trainer.run(seconds, self.progress):
-            return False
-        trained, folder = trainer.averaged(), self.folder / "model"
+        trained, folder = self.trainer("training").averaged(), self.folder / "model"
         save_checkpoint(trained, folder, self.folder / "tokenizer")
         save_autoencoder(trained.vae, folder / "ae.safetensors")  # in the place of a float32 one of twice the size
         return True
+
+    def _train(self, stage: str, seconds: float | None) -> bool:
+        trainer = self.trainer(stage)
+        return trainer.done or trainer.run(seconds, self.progress)
+
+    def trainer(self, stage: str) -> Trainer:
+        """Of the stage ``sight``, or of ``training``, which starts from the average of the former's weights."""
+        recipe, tokenizer = self.recipe, Tokenizer.from_folder(self.folder / "tokenizer")
+        if stage == "sight":
+            model = untrained_model(recipe, tokenizer, self.folder / "autoencoder", self.device)
+            shares, settings = recipe.sight_shares, recipe.sight
+        else:
+            model = self.trainer("sight").averaged()
+            shares, settings = recipe.training_shares, recipe.training
+        world = World(model.config, tokenizer, self.folder / "latents", recipe.pool, recipe.seed, shares)
+        return Trainer(model, SpecialTokens.of(tokenizer), world.draw, settings, self.folder / stage)
 
     def _report(self, stage: str, seconds: float) -> None:
         """Add a stage's time to ``report.json``, bring its figures up to date, and draw the curves."""
@@ -140,21 +167,23 @@ class Run:
         draw_curves(self.folder / "curves.png", _curves(self.folder))
 
 
-def untrained_model(recipe: Recipe, tokenizer: Tokenizer, autoencoder: Path) -> BagelModel:
-    """The model before training, float32 on the CPU, with the trained autoencoder of that folder."""
+def untrained_model(
+    recipe: Recipe, tokenizer: Tokenizer, autoencoder: Path, device: torch.device | str = "cpu"
+) -> BagelModel:
+    """The model before training, float32, with the trained autoencoder of that folder."""
     vae = load_autoencoder(autoencoder, recipe.vae)
     config: BagelConfig = tiny_config(len(tokenizer), vae.config, **recipe.widths)
     markers = (tokenizer.start_of_image, tokenizer.end_of_image)
-    model = BagelModel.allocate(config, markers, torch.device("cpu"), torch.float32)
+    model = BagelModel.allocate(config, markers, torch.device(device), torch.float32)
     model.vae.load_state_dict(vae.state_dict())
     initialize_(model, recipe.seed)
     return model
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every positive number in the logs of the two trainings, by stage and name."""
+    """Every positive number in the logs of the trainings, by stage and name."""
     curves = {}
-    for stage in ("autoencoder", "training"):
+    for stage in ("autoencoder", "sight", "training"):
         log = folder / stage / "log.jsonl"
         for line in log.read_text().splitlines() if log.exists() else ():
             entry = json.loads(line)
@@ -167,9 +196,10 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the run; made if it is not there, carried on if it is.")],
     minutes: Annotated[float | None, typer.Option(help="Stop after so many; the same command carries on.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Train the small model of the world of shapes."""
-    done = Run(out, Recipe()).run(None if minutes is None else 60 * minutes)
+    done = Run(out, Recipe(), device=device).run(None if minutes is None else 60 * minutes)
     typer.echo(f"the model is in {out / 'model'}" if done else f"stopped; carry on with the same command on {out}")
 
 

@@ -46,6 +46,7 @@ def train_autoencoder(
     measured: int,
     seconds: float | None = None,
     progress: bool = True,
+    device: torch.device | str = "cpu",
 ) -> bool:
     """Train, or go on training; at the end write ``ae.safetensors`` and ``ae.json``.
 
@@ -56,13 +57,14 @@ def train_autoencoder(
         measured: pictures that it is measured on in the end.
         seconds: after which it stops and can be resumed.
         progress: show a bar on stderr.
+        device: that it is trained on.
 
     Returns:
         Whether it is done.
     """
     if (folder / "ae.json").exists():
         return True
-    trainer = AutoencoderTrainer(config, draw_pictures, settings, folder)
+    trainer = AutoencoderTrainer(config, draw_pictures, settings, folder, device)
     if not trainer.run(seconds, progress):
         return False
     model = trainer.averaged().half().float()  # what is measured is what will be loaded

@@ -3,6 +3,7 @@
     generate    text                                   -> the picture, noised
     edit        picture (clean latents, ViT), text     -> the picture after the edit, noised
     ask         picture (ViT), question                -> the answer, with loss; then further questions about it
+    describe    picture (ViT), "describe the picture"  -> the description, with loss
 
 A picture's posterior is encoded once and kept on disk; its latents are sampled anew at each use. Questions and captions
 are made anew too, instructions belong to a pair of pictures.
@@ -32,7 +33,9 @@ from bagel_rt.tokenizer import Tokenizer
 from bagel_rt.train.packing import Clean, Noised, Part, Sample, Text, ViT
 from bagel_rt.train.tiny_model import SIDE
 
-_QUESTIONS = 7  # about a picture: its patches are most of the tokens, its answers all of the loss
+_QUESTIONS = (
+    7  # of the task "ask", about a picture: its patches would be most of the tokens, answers are all of the loss
+)
 _SHARD = 512  # examples of a file of posteriors
 _PICTURES = 4  # encoded together: more leave a CPU's cache
 
@@ -81,12 +84,12 @@ def encode_pool(
 
 
 def encode_scenes(autoencoder: AutoEncoder, scenes: Sequence[Scene]) -> torch.Tensor:
-    """Mean and standard deviation of each scene's posterior, float16 [n, 2, z, h, w], neither shifted nor scaled."""
-    posteriors = []
+    """Mean and standard deviation of each posterior, neither shifted nor scaled; float16 [n, 2, z, h, w], CPU."""
+    posteriors, device = [], next(autoencoder.parameters()).device
     for first in range(0, len(scenes), _PICTURES):
         pixels = torch.stack([pixels_of(scene) for scene in scenes[first : first + _PICTURES]])
-        mean, logvar = autoencoder.moments(pixels)
-        posteriors.append(torch.stack([mean, torch.exp(logvar / 2)], dim=1).half())
+        mean, logvar = autoencoder.moments(pixels.to(device))
+        posteriors.append(torch.stack([mean, torch.exp(logvar / 2)], dim=1).half().cpu())
     return torch.cat(posteriors)
 
 
@@ -98,9 +101,10 @@ def pixels_of(scene: Scene) -> torch.Tensor:
 class Shares(NamedTuple):
     """How often each task is drawn, in proportion."""
 
-    generate: float = 6
-    edit: float = 2
-    ask: float = 3
+    generate: float = 0.0
+    edit: float = 0.0
+    ask: float = 0.0
+    describe: float = 0.0
 
 
 class World:
@@ -131,7 +135,7 @@ class World:
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """One sample of a random task."""
-        tasks = (self.generate, self.edit, self.ask)
+        tasks = (self.generate, self.edit, self.ask, self.describe)
         return tasks[int(np.searchsorted(self._limits, rng.random(), side="right"))](rng)
 
     def generate(self, rng: np.random.Generator) -> Sample:
@@ -150,7 +154,14 @@ class World:
 
     def ask(self, rng: np.random.Generator) -> Sample:
         """New questions about a new picture."""
-        scene, questions = make_questions(rng, "train", _QUESTIONS)
+        return self._asked(rng, _QUESTIONS)
+
+    def describe(self, rng: np.random.Generator) -> Sample:
+        """A new picture, to be described."""
+        return self._asked(rng, 1)
+
+    def _asked(self, rng: np.random.Generator, count: int) -> Sample:
+        scene, questions = make_questions(rng, "train", count)
         return ask_sample(self._patches(scene), [(self._ids(text), self._ids(answer)) for text, answer in questions])
 
     def _ids(self, text: str) -> list[int]:

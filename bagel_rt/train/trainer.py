@@ -58,6 +58,8 @@ class TrainingSettings:
         clip: largest global norm of the gradient.
         ema: decay of the average of the weights, a step; while there are few steps, less: (1 + step) / (10 + step).
         ce_weight, mse_weight: of the two losses in the total.
+        ce_reweighting: the cross-entropy is the mean over tokens weighted by 1 / sqrt(length of their text), not the
+            plain one; the official trainer's switch, off there too.
         timestep_shift: s in t = s u / (1 + (s - 1) u).
         drop: probabilities of dropping conditions.
         seed: of everything that is drawn.
@@ -77,6 +79,7 @@ class TrainingSettings:
     ema: float = 0.999
     ce_weight: float = 1.0
     mse_weight: float = 1.0
+    ce_reweighting: bool = False
     timestep_shift: float = 1.0
     drop: DropRates = DropRates()
     seed: int = 0
@@ -157,7 +160,7 @@ class Trainer:
             torch.set_num_threads(self._share)  # more would spin between their turns, in the way of the parts
         try:
             with bar, open(self._log, "a", encoding="utf-8") as log:
-                while self.step < self.settings.steps and (seconds is None or time.monotonic() - begun < seconds):
+                while not self.done and (seconds is None or time.monotonic() - begun < seconds):
                     record = self.train_step()
                     log.write(json.dumps(record) + "\n")
                     bar.update()
@@ -170,6 +173,11 @@ class Trainer:
             torch.set_num_threads(threads)
             if not self._updating:  # half a step would be worse than the steps since the last save
                 self.save()
+        return self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
         return self.step >= self.settings.steps
 
     def train_step(self) -> dict:
@@ -199,9 +207,10 @@ class Trainer:
         batch, latents, noise = self.data(self.step, part)
         model = self.parameters.model(dtype=torch.bfloat16 if settings.bfloat16 else None)
         losses = training_losses(model, batch, latents, noise, settings.timestep_shift)
-        total = settings.ce_weight * losses.ce + settings.mse_weight * losses.mse
+        ce = losses.ce_reweighted if settings.ce_reweighting else losses.ce
+        total = settings.ce_weight * ce + settings.mse_weight * losses.mse
         gradients = torch.autograd.grad(total, list(self._trained.values()), allow_unused=True)
-        return _Part(gradients, float(losses.ce.detach()), float(losses.mse.detach()), len(batch))
+        return _Part(gradients, float(ce.detach()), float(losses.mse.detach()), len(batch))
 
     def _threads(self) -> ThreadPoolExecutor:
         """One for each part of a step."""
