@@ -1,6 +1,5 @@
 """``bagel-rt serve``: the OpenAI-compatible server."""
 
-import socket
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,7 +67,7 @@ def serve(
     given = {key: value for key, value in given.items() if value is not None}
     limits = Limits(**given)
     key = read_key()
-    _check_address(host, port)
+    cli_options.check_address(host, port)
     if ray:
         _serve_replicas(host, port, folder=model and str(model), name=name, replicas=replicas or 1, device=device,
                         dtype=dtype, limits=given, image_hosts=tuple(image_host or ()))  # fmt: skip
@@ -91,11 +90,3 @@ def _serve_replicas(host: str, port: int, **options) -> None:
     if options["device"] not in (None, "cpu", "cuda"):
         raise ValueError(f"--device is {options['device']}: replicas take cpu, or cuda for a GPU each")
     replicas.run(replicas.Options(**options), host, port)
-
-
-def _check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened at before a model is loaded, which may take minutes."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise ValueError(f"{host}, port {port} cannot be listened at: {error.strerror or error}") from None

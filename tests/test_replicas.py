@@ -183,7 +183,8 @@ def test_a_killed_replica_s_requests_end_and_it_returns(address, http):
 
     before = alive()
     with ThreadPoolExecutor(6) as threads:
-        sent = [threads.submit(http.post, DRAW, json=QUICK | {"size": "64x64", "num_timesteps": 1000}) for _ in range(6)]
+        asked = QUICK | {"size": "64x64", "num_timesteps": 1000}
+        sent = [threads.submit(http.post, DRAW, json=asked) for _ in range(6)]
         until(lambda: all(ray.get([actor.get_num_ongoing_requests.remote() for actor in before.values()])))
         lost = sorted(before)[0]
         ray.kill(before[lost], no_restart=False)

@@ -128,6 +128,8 @@ class EventStream(StreamingResponse):
         self._job, self._events, self._ended, self._status = job, events, ended, CLOSED
 
     async def __call__(self, scope, receive, send) -> None:
+        # Told of a later version than 2.3, Starlette does not look whether the client is there while nothing is sent.
+        scope = scope | {"asgi": scope.get("asgi", {}) | {"spec_version": "2.3"}}
         try:
             await super().__call__(scope, receive, send)
         finally:
