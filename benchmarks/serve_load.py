@@ -4,7 +4,7 @@
 
 Starts the server as a process of its own, on the CPU, with a queue shorter than the clients are many. They draw, edit,
 chat, stream and interleave; a tenth of them go away midway, a twentieth say what makes no sense. Who is told that the
-queue is full tries again. Then the server is told to stop while it is at work.
+queue is full tries again when it says. Then the server is told to stop while it is at work.
 
 - Every answer is the library's own to the same request: texts equal, pictures (drawn in batches) to a level.
 - Every request that makes no sense is refused with a 4xx that says why.
@@ -44,7 +44,7 @@ from bagel_rt import Bagel, ImageResult
 from bagel_rt.pipeline import DEFAULT_MODEL
 from benchmarks.measure import machine
 
-SLACK = 32 << 20
+SLACK = 64 << 20
 """Bytes by which the server's resident memory may grow over the second half: what allocators keep."""
 PATIENCE = 600.0
 """Seconds for any single thing; beyond, it hangs."""
@@ -303,7 +303,7 @@ class Load:
     async def _until_taken(self, client: httpx.AsyncClient, asked: Asked, rng: random.Random) -> httpx.Response:
         while (answer := await client.post(asked.route, **asked.said)).status_code == 429:
             self.found.busy += 1
-            await asyncio.sleep(rng.uniform(0, 0.2))
+            await asyncio.sleep(float(answer.headers["retry-after"]) * rng.uniform(0.5, 1.5))
         return answer
 
     async def _refused(self, client: httpx.AsyncClient, route: str, said: dict) -> None:
@@ -378,7 +378,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with whoever ends this
     found = load(arguments.model, arguments.requests, arguments.clients, arguments.seed)
     if arguments.json:
-        told = {"about": machine(torch.device("cpu")), "clients": arguments.clients, **vars(found)}
+        told = {"what": __doc__.splitlines()[0], **machine(torch.device("cpu")), "clients": arguments.clients}
+        told |= {"table": found.table().splitlines(), **vars(found)}
         arguments.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(found.table())
     parser.exit(bool(found.wrong))

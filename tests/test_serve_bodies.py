@@ -42,18 +42,18 @@ def test_what_waits_for_the_model_is_small(threads):
         most = server.app.state.server.bagel.model.config.vae_transform.max_size
         tracemalloc.start()  # which sees bodies, and not what Pillow holds
         try:
-            edit, chat = form(png(900, 900)), json.dumps(asked(picture(data_url(png(900, 900))))).encode()
+            edit, chat = form(png(1500, 1500)), json.dumps(asked(picture(data_url(png(1500, 1500))))).encode()
             large = len(edit)
             connections = [send(server, EDIT, edit, FORM), send(server, CHAT, chat)]
             del edit, chat
             until(lambda: server.worker.waiting == 2)
             gc.collect()
-            assert tracemalloc.get_traced_memory()[0] < large / 2 and large > 2 << 20
+            assert tracemalloc.get_traced_memory()[0] < large / 2 and large > 6 << 20
         finally:
             tracemalloc.stop()
         parts = [part for job, _ in server.worker._waiting for part in job.request.inputs]
         seen = [part.size for part in parts if isinstance(part, Image.Image)]
-        assert len(seen) == 2 and all(max(size) <= most < 900 for size in seen)
+        assert len(seen) == 2 and all(max(size) <= most < 1500 for size in seen)
         for connection in connections:
             connection.close()
         server.go.set()
