@@ -225,7 +225,7 @@ def test_the_command_serves_the_page_until_interrupted_and_leaves_no_files(tmp_p
                 assert "bagel_rt" in answer.read().decode()
             assert files(tmp_path)
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
         finally:
             process.kill()
     assert not files(tmp_path)

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -84,14 +84,22 @@ def draw(browser, prompt="a red circle"):
     assert browser.ended() == "done"
 
 
+@dataclass
+class Slowness:
+    """Seconds that a step takes more, and the numbers of the steps that were done."""
+
+    pause: float = 0.08
+    steps: list[int] = field(default_factory=list)
+
+
 @pytest.fixture
 def slow(monkeypatch):
-    """Steps and tokens that take as long as a larger model's; gives the numbers of the steps that were done."""
-    steps, step, decode = [], Denoiser.step, Engine._decode
+    """Steps and tokens that take as long as a larger model's."""
+    slowness, step, decode = Slowness(), Denoiser.step, Engine._decode
 
     def slow(self, index):
-        time.sleep(0.08)
-        steps.append(index)
+        time.sleep(slowness.pause)
+        slowness.steps.append(index)
         step(self, index)
 
     def slowly(self, *given):
@@ -101,7 +109,7 @@ def slow(monkeypatch):
 
     monkeypatch.setattr(Denoiser, "step", slow)
     monkeypatch.setattr(Engine, "_decode", slowly)
-    return steps
+    return slowness
 
 
 def test_a_picture_is_seen_as_it_is_drawn(browser, slow):
@@ -127,7 +135,7 @@ def test_a_seed_repeats_its_picture(browser, page):
     assert json.loads(pictures[0].text["parameters"])["prompt"] == "a red circle"
 
 
-def test_a_drawn_picture_is_edited_and_asked_about(browser):
+def test_a_drawn_picture_is_edited_and_asked_about(browser, slow):
     draw(browser)
     browser.click("#draw-to-edit")
     browser.until(lambda: browser.all("#edit-given img"))
@@ -226,17 +234,19 @@ def test_texts_and_pictures_come_in_turn(chat, asks_for_a_picture, slow, tmp_pat
     given, *drawn = [image.get_attribute("src") for image in chat.all("#chat-messages img")]
     assert "red.png" in given and len(drawn) == 1 and "bagel-seed" in drawn[0]
     assert fetch(drawn[0]).size == fetch(given).size
-    assert len(slow) == 49
+    assert len(slow.steps) == 49
     assert said(chat, "user") and "".join(said(chat, "bot")).strip()
     assert not [button for button in chat.all("button[aria-label=Share]") if button.is_displayed()]
     chat.until(lambda: len(chat.all("#gallery img")) == 1)
 
 
 def test_a_stopped_turn_is_given_back(chat, asks_for_a_picture, slow):
+    slow.pause = 1.0  # a busy machine has time to stop it
     say(chat, "number 1")
     chat.until(lambda: "image" in chat.seen("stages"))
     chat.click("#chat-message .stop-button")
-    assert chat.ended() == "cancelled" and slow[-1] < 48
+    assert chat.ended() == "cancelled" and slow.steps[-1] < 48
+    slow.pause = 0.0
     field = chat.shown("#chat-message textarea")
     chat.until(lambda: field.get_attribute("value") == "number 1")
     assert not chat.all("#chat-messages .message")
@@ -252,12 +262,14 @@ def test_a_message_of_nothing_is_refused(chat):
 
 
 def test_cancelling_stops_the_model_and_the_next_request_is_done(browser, slow):
+    slow.pause = 1.0
     browser.type("#draw-prompt textarea", "a cat")
     browser.run("draw", "draw-result")
     browser.until(lambda: "image" in browser.seen("stages"))
     browser.click("#draw-cancel")
     assert browser.ended() == "cancelled"
-    assert "Cancelled after step" in browser.says("#draw-status") and slow[-1] < 48
+    assert "Cancelled after step" in browser.says("#draw-status") and slow.steps[-1] < 48
+    slow.pause = 0.0
     draw(browser)
 
 
@@ -282,6 +294,8 @@ def test_what_is_no_picture_is_named(browser, tmp_path, task, words):
 
 
 def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browser, page, slow):
+    slow.pause = 1.0
+
     def files():
         return {path for path in Path(page._folder.name).rglob("*") if path.name.startswith(("preview", "bagel-seed"))}
 
@@ -296,7 +310,7 @@ def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browse
     other.driver.switch_to.window(first)
     browser.until(lambda: all(job.ended for job in page._jobs._jobs.values()))
     browser.until(lambda: files() <= before)
-    assert 0 < slow[-1] < 48
+    assert 0 < slow.steps[-1] < 48
 
 
 def test_every_explanation_is_on_the_page(browser):
