@@ -1,6 +1,7 @@
 """What every test relies on: one thread per operator (the shapes are tiny), and the same examples on every machine."""
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,10 @@ CHECKPOINT = Path(__file__).parent / "conformance" / "bagel" / "checkpoint"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything defines a kernel
+
+# What a shell starts in the background ignores interrupts, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A fixture may serve all examples of a test: none here is used up.
 settings.register_profile(
