@@ -138,7 +138,16 @@ def test_captions_leave_out_now_and_then(examples):
         [group.size for claim in claims for group in claim.groups],
         [group.place for group in singles],
     ):
-        assert 0.2 < Counter(values)[None] / len(values) < 0.8
+        assert 0.1 < Counter(values)[None] / len(values) < 0.8
+
+
+def test_what_a_caption_leaves_out_is_as_usual(examples):
+    for example in examples["generate"]:
+        groups = groups_of(example.after.things)
+        for claim in example.claims.groups:
+            (group,) = [group for group in groups if (group[0].color, group[0].shape) == (claim.color, claim.shape)]
+            assert claim.size or group[0].size == ("small" if len(group) == 3 else "large")
+            assert claim.place or len(groups) == 2 or place_of(group) == "center"
 
 
 def answer_to(question, scene):
@@ -307,7 +316,7 @@ def test_questions_about_one_scene_differ_and_suit_it():
         assert split_of(scene) == "train" and len(set(text for text, _ in questions)) == 6
         assert questions[-1][1] == described(scene) and described(scene) not in [said for _, said in questions[:-1]]
         kinds.update((len(groups_of(scene.things)), text.split()[0]) for text, _ in questions)
-    assert kinds[1, "where"] > 100 and kinds[2, "where"] == 0  # a place is asked of a single group
+    assert kinds[1, "where"] > 80 and kinds[2, "where"] == 0  # a place is asked of a single group
     assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are", "describe"}
 
 

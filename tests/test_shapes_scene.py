@@ -52,6 +52,17 @@ def test_two_groups_have_a_relation(scenes):
     assert set(relations) == {"above", "left of"}  # drawn in that order; a caption may tell it the other way round
 
 
+def test_numbers_sizes_and_place_or_relation_decide_every_position(scenes):
+    found = {}
+    for scene in scenes:
+        groups = groups_of(scene.things)
+        where = relation_between(*groups) if len(groups) == 2 else place_of(groups[0])
+        key = where, *((len(group), group[0].size) for group in groups)
+        positions = [(thing.x, thing.y) for thing in scene.things]
+        assert found.setdefault(key, positions) == positions
+    assert len(found) > 50
+
+
 def test_every_value_of_every_attribute_occurs(scenes):
     things = [thing for scene in scenes for thing in scene.things]
     assert {thing.shape for thing in things} == set(SHAPES) == set(OUTLINES)

@@ -266,7 +266,22 @@ def test_the_model_starts_from_the_usual_values(model):
     assert start.weights.layers[0].qkv.gen.std() == pytest.approx(96**-0.5, rel=0.05)
     assert start.weights.layers[0].down.und.std() == pytest.approx((2 * 2 * 192) ** -0.5, rel=0.05)
     assert not torch.equal(start.weights.layers[0].qkv.gen, start.weights.layers[0].qkv.und)
-    torch.testing.assert_close(start.weights.latent_positions, model.weights.latent_positions, rtol=0, atol=0.004)
+    torch.testing.assert_close(start.weights.latent_positions / 3, model.weights.latent_positions, rtol=0, atol=0.004)
+
+
+def test_a_latent_token_looks_at_its_own_place_first(model):
+    fresh = BagelModel.allocate(model.config, model.markers, torch.device("cpu"), torch.float32)
+    initialize_(fresh, 0)
+    heads, kv_heads, head_dim = model.config.llm.num_heads, model.config.llm.num_kv_heads, model.config.llm.head_dim
+    places = F.rms_norm(fresh.weights.latent_positions, (model.config.llm.hidden_size,))
+    for layer in fresh.weights.layers:
+        q, k, _ = layer.qkv.gen.unflatten(0, (-1, head_dim)).split((heads, kv_heads, kv_heads))
+        for head in range(heads):
+            scores = (
+                F.rms_norm(places @ q[head].T, (head_dim,))
+                @ F.rms_norm(places @ k[head * kv_heads // heads].T, (head_dim,)).T
+            )
+            assert (scores.argmax(dim=1) == torch.arange(64)).all()
 
 
 def test_sight_begins_with_a_place_for_every_patch(model):

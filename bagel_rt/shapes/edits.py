@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bagel_rt.shapes.claims import Claims, claim_group, is_at
-from bagel_rt.shapes.language import article, plural, refer, say_relation, say_size
+from bagel_rt.shapes.language import article, plural, refer, say_relation, say_size, says_size
 from bagel_rt.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -121,7 +121,7 @@ def add(rng: np.random.Generator, before: Scene) -> Edit | None:
     things = group + line_up((shape, color, size), 1, _beside(group, relation, size))
     if not _valid(things, 2) or relation_between(things[-1:], group) != relation:
         return None
-    say = rng.random() < 0.5
+    say = says_size(rng, things[-1:])
     what = article(f"{say_size(rng, size)} {color} {shape}" if say else f"{color} {shape}")
     verb = pick(rng, ("add", "put", "draw"))
     added = claim_group(things[-1:], size=say)
@@ -159,7 +159,7 @@ def move(rng: np.random.Generator, before: Scene) -> Edit | None:
     x, y = center_of(group)
     if is_at(place, x, y):
         return None
-    things = _line_up_again(group, group[0].size, anchor(rng, place))
+    things = _line_up_again(group, group[0].size, anchor(place))
     if not _valid(things, 1) or not is_at(place, *center_of(things)):
         return None
     where = f"{place} side" if place in ("left", "right") else f"{place} corner" if " " in place else place

@@ -3,7 +3,17 @@
 import numpy as np
 
 from bagel_rt.shapes.claims import Claims, claim_group
-from bagel_rt.shapes.scene import OPPOSITE, PLACES, Group, Scene, groups_of, pick, place_of, relation_between
+from bagel_rt.shapes.scene import (
+    OPPOSITE,
+    PLACES,
+    Group,
+    Scene,
+    groups_of,
+    pick,
+    place_of,
+    relation_between,
+    usual_size,
+)
 
 COUNT_WORDS = ("zero", "one", "two", "three", "four")
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -79,10 +89,17 @@ def describe(scene: Scene) -> str:
     return f"{named[0]} {relation_between(*groups)} {named[1]} on {scene.background}"
 
 
+def says_size(rng: np.random.Generator, group: Group) -> bool:
+    """Whether to say a group's size: always where it is not the usual one, and now and then."""
+    return group[0].size != usual_size(len(group)) or rng.random() < 0.3
+
+
 def _caption_of_one(rng: np.random.Generator, group: Group) -> tuple[str, Claims]:
     """A noun phrase without prefix and background."""
-    size = rng.random() < 0.5
-    place = place_of(group) if rng.random() < 0.6 else None
+    size = says_size(rng, group)
+    place = place_of(group)
+    if place == "center" and rng.random() < 0.5:
+        place = None
     phrase = say_group(rng, group, size)
     if place is not None:
         phrase = f"{phrase} {pick(rng, _PLACE_WORDS[place])}"
@@ -93,7 +110,7 @@ def _caption_of_two(rng: np.random.Generator, groups: list[Group]) -> tuple[str,
     """A noun phrase without prefix and background, at most 14 words."""
     first, second = groups if rng.random() < 0.5 else groups[::-1]
     relation = relation_between(first, second)
-    sizes = [rng.random() < 0.4, rng.random() < 0.4]
+    sizes = [says_size(rng, first), says_size(rng, second)]
     claims = Claims((claim_group(first, sizes[0]), claim_group(second, sizes[1])), relation)
     one, other = say_group(rng, first, sizes[0]), say_group(rng, second, sizes[1])
     if rng.random() < 0.3:
@@ -105,8 +122,9 @@ def _caption_of_two(rng: np.random.Generator, groups: list[Group]) -> tuple[str,
 def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, Claims]:
     """A description of the scene, and what it claims.
 
-    Colour, shape and number of all things and the relation of two groups are always said; sizes, the place of a single
-    group and the background now and then.
+    Colour, shape and number of all things and the relation of two groups are always said, the background now and then.
+    So are the usual size (large, but small for three) and the centre; other sizes and places are always said. So of
+    one caption all pictures agree but in the background.
     """
     groups = groups_of(scene.things)
     phrase, claims = _caption_of_one(rng, groups[0]) if len(groups) == 1 else _caption_of_two(rng, groups)

@@ -2,7 +2,8 @@
 
 A scene is a plain background with one or two groups. A group is one to three equal things, in a row or a column.
 A single group stands at a named place (the centre, a side, a corner); of two groups one is above or left of the
-other. Two groups never agree in both colour and shape, so "the red circle" has one meaning in every scene.
+other. Two groups never agree in both colour and shape, so "the red circle" has one meaning in every scene. What is of
+which number, size and place decides every position.
 
 Lengths are fractions of the picture's side; x grows to the right and y downwards. Things stand on a grid of 8 x 8
 cells, a small one on 2 x 2 of them, a large one on 3 x 3. So a model that sees and draws in patches of a cell has to
@@ -162,6 +163,11 @@ def split_of(scene: Scene) -> str:
     return "test" if int.from_bytes(digest, "little") % 10 == 0 else "train"
 
 
+def usual_size(count: int) -> str:
+    """The size of so many things where nothing is said: as large as they fit."""
+    return "large" if count < 3 else "small"
+
+
 def line_up(
     kind: tuple[str, str, str], count: int, center: tuple[float, float], vertical: bool = False
 ) -> tuple[Thing, ...]:
@@ -179,23 +185,18 @@ def _cell(center: float, cells: int) -> int:
     return min(max(round(center * GRID - cells / 2), 0), GRID - cells)
 
 
-def _jitter(rng: np.random.Generator, around: float, by: float) -> float:
-    return around + (2 * rng.random() - 1) * by
-
-
-def anchor(rng: np.random.Generator, place: str) -> tuple[float, float]:
-    """A point of a place, up to 0.1 from its middle along each axis."""
+def anchor(place: str) -> tuple[float, float]:
+    """The middle of a place."""
     column, row = PLACES[place]
-    return _jitter(rng, _ANCHORS[column], 0.1), _jitter(rng, _ANCHORS[row], 0.1)
+    return _ANCHORS[column], _ANCHORS[row]
 
 
 def _one_group(rng: np.random.Generator) -> Group:
     count, size = pick(rng, _ONE_GROUP)
     places = list(PLACES) if count == 1 else list(PLACES)[:5]  # rows and columns do not fit into corners
-    place = pick(rng, places)
-    vertical = place in ("left", "right") or (place == "center" and rng.random() < 0.5)
+    place = "center" if rng.random() < 0.25 else pick(rng, places)
     kind = (pick(rng, SHAPES), pick(rng, list(COLORS)), size)
-    return line_up(kind, count, anchor(rng, place), vertical)
+    return line_up(kind, count, anchor(place), vertical=place in ("left", "right"))
 
 
 def _two_groups(rng: np.random.Generator) -> Group:
@@ -205,10 +206,9 @@ def _two_groups(rng: np.random.Generator) -> Group:
     first = int(rng.random() * len(kinds))
     second = (first + 1 + int(rng.random() * (len(kinds) - 1))) % len(kinds)  # any but the first
     things: Group = ()
-    for kind, count, along in zip((kinds[first], kinds[second]), counts, (0.26, 0.74), strict=True):
-        size = "small" if count == 3 else pick(rng, ("small", "large"))
-        along, across = _jitter(rng, along, 0.025), _jitter(rng, 0.5, 0.1)
-        center = (along, across) if beside else (across, along)
+    for kind, count, along in zip((kinds[first], kinds[second]), counts, _ANCHORS[::2], strict=True):
+        size = "small" if usual_size(count) == "small" else pick(rng, list(SIZES))
+        center = (along, 0.5) if beside else (0.5, along)
         things += line_up((*kind, size), count, center, beside)
     return things
 

@@ -59,24 +59,27 @@ class Recipe:
     texts: int = 20_000
     vocabulary: int = 600
     vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1, z_channels=4)
-    autoencoder: AutoencoderSettings = AutoencoderSettings(steps=5000)
+    autoencoder: AutoencoderSettings = AutoencoderSettings(steps=4_000)
     measured: int = 512
     pool: int = 10_000
     widths: dict[str, int] = field(default_factory=dict)
-    sight: TrainingSettings = TrainingSettings(steps=4_000, tokens=1024, parts=2, warmup_steps=200, bfloat16=True)
+    sight: TrainingSettings = TrainingSettings(
+        steps=3_000, tokens=1024, parts=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
+    )
     sight_shares: Shares = Shares(ask=2, describe=3)
     training: TrainingSettings = TrainingSettings(
-        steps=12_500,
+        steps=15_000,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
         warmup_steps=200,
         decay_steps=5_000,
         ce_weight=0.25,
+        ce_reweighting=True,  # a description's twenty tokens would drown a yes or no
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
     )
-    training_shares: Shares = Shares(generate=7, edit=2, ask=2)
+    training_shares: Shares = Shares(generate=6, edit=3, ask=2)
     seed: int = 0
 
 
