@@ -28,7 +28,7 @@ COLORS = {
     "pink": (255, 130, 190),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (18, 18, 22), "grey": (128, 128, 128), "beige": (232, 212, 172)}
-SIZES = {"small": 0.09, "large": 0.15}  # the radius of a circle; render.OUTLINES says how the others compare
+SIZES = {"small": 0.095, "large": 0.15}  # the radius of a circle; render.OUTLINES says how the others compare
 CELLS = {"small": 2, "large": 3}  # that a thing takes, each way
 GRID = 8  # cells each way
 PLACES = {  # name -> (column, row): 0 is left or top, 1 the middle, 2 right or bottom

@@ -59,7 +59,7 @@ class Recipe:
     texts: int = 20_000
     vocabulary: int = 600
     vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1, z_channels=4)
-    autoencoder: AutoencoderSettings = AutoencoderSettings(steps=4_000)
+    autoencoder: AutoencoderSettings = AutoencoderSettings(steps=5_500)
     measured: int = 512
     pool: int = 10_000
     widths: dict[str, int] = field(default_factory=dict)
