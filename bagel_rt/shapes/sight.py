@@ -20,7 +20,7 @@ from bagel_rt.shapes.scene import BACKGROUNDS, COLORS
 
 _SIDE = 128  # pictures of other sizes are resized
 _FRAME = 2  # pixels at the edge that no thing reaches
-_SPECK = 40  # pixels; smaller components are noise (the smallest thing, a small star, has 285)
+_SPECK = 40  # pixels; smaller components are noise (the smallest thing, a small star, has 375)
 _COLOR_DISTANCE = 60.0  # Euclidean, in 8-bit RGB; the nearest two, pink and beige, are 87 apart
 _PART = 0.25  # share of a component's inside that makes a second colour a second thing
 # Least intersection over union with an outline. Blur takes the points off small stars; a circle and a square of one
