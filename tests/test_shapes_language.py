@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bagel_rt.shapes.claims import is_at
-from bagel_rt.shapes.examples import SPLITS, TASKS, make_example, make_questions, texts
+from bagel_rt.shapes.examples import SPLITS, TASKS, make_example, make_questions, make_readings, texts
 from bagel_rt.shapes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -318,6 +318,27 @@ def test_questions_about_one_scene_differ_and_suit_it():
         kinds.update((len(groups_of(scene.things)), text.split()[0]) for text, _ in questions)
     assert kinds[1, "where"] > 80 and kinds[2, "where"] == 0  # a place is asked of a single group
     assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are", "describe"}
+
+
+def test_what_is_read_follows_from_what_is_said():
+    rng, kinds = np.random.default_rng(0), Counter()
+    colors, shapes = set(COLORS), set(SHAPES)
+    for _ in range(400):
+        given, asked = make_readings(rng, "train", 6)
+        (text, answer), kind = asked[0], "caption" if given is None else "edit" if len(asked) == 1 else "questions"
+        kinds[kind] += 1
+        words, said = ([word.removesuffix("s") for word in words.split()] for words in (text, answer))
+        if kind == "caption":  # the same things in other words, and a background only where it is known
+            for names in (colors, shapes):
+                assert sorted(w for w in words if w in names) == sorted(w for w in said if w in names)
+            assert any(f"on {name}" in answer for name in BACKGROUNDS) == any(name in words for name in BACKGROUNDS)
+        elif kind == "edit":
+            kinds["changed"] += given != answer  # not by a little step aside
+            assert all(any(said.endswith(f" on {name}") for name in BACKGROUNDS) for said in (given, answer))
+        else:
+            assert len(dict(asked)) == 6 and given not in [answer for _, answer in asked]
+    assert all(100 < kinds[kind] < 170 for kind in ("caption", "edit", "questions"))
+    assert kinds["changed"] > 0.9 * kinds["edit"]
 
 
 def test_texts_yields_as_many_as_asked_for():

@@ -14,6 +14,7 @@ from bagel_rt.config import BagelConfig, VAEConfig
 from bagel_rt.context import Prefill, Text
 from bagel_rt.conversation import Conversation, Noise
 from bagel_rt.denoise import Denoiser, ImageTask
+from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.random_checkpoint import randomize_
@@ -163,7 +164,7 @@ def parts_of(sample: Sample) -> list:
 def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
     kinds = {
         "generate": [TextPart, Noised],
-        "edit": [Clean, ViT, TextPart, Noised],
+        "edit": [Clean, ViT, TextPart, Noised, Noised],
         "ask": [ViT, *[TextPart, TextPart] * 7],
         "describe": [ViT, TextPart, TextPart],
     }
@@ -172,6 +173,9 @@ def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
         world = World(model.config, tokenizer, pool, 6, 0, shares)
         rng = np.random.default_rng(0)
         assert all(parts_of(world.draw(rng)) == kind for _ in range(20))
+    world, rng = World(model.config, tokenizer, pool, 6, 0, Shares(read=1)), np.random.default_rng(0)
+    read = [parts_of(world.draw(rng)) for _ in range(60)]
+    assert {len(parts) for parts in read} == {2, 3, 13} and all(set(parts) == {TextPart} for parts in read)
     world = World(model.config, tokenizer, pool, 6, 0, Shares(1, 1, 2))
     rng = np.random.default_rng(0)
     drawn = [parts_of(world.draw(rng)) for _ in range(400)]
@@ -270,18 +274,36 @@ def test_the_model_starts_from_the_usual_values(model):
 
 
 def test_a_latent_token_looks_at_its_own_place_first(model):
+    """In one of the query heads of each key head."""
     fresh = BagelModel.allocate(model.config, model.markers, torch.device("cpu"), torch.float32)
     initialize_(fresh, 0)
-    heads, kv_heads, head_dim = model.config.llm.num_heads, model.config.llm.num_kv_heads, model.config.llm.head_dim
-    places = F.rms_norm(fresh.weights.latent_positions, (model.config.llm.hidden_size,))
+    llm = model.config.llm
+    places = F.rms_norm(fresh.weights.latent_positions, (llm.hidden_size,))
     for layer in fresh.weights.layers:
-        q, k, _ = layer.qkv.gen.unflatten(0, (-1, head_dim)).split((heads, kv_heads, kv_heads))
-        for head in range(heads):
-            scores = (
-                F.rms_norm(places @ q[head].T, (head_dim,))
-                @ F.rms_norm(places @ k[head * kv_heads // heads].T, (head_dim,)).T
-            )
-            assert (scores.argmax(dim=1) == torch.arange(64)).all()
+        q, k, _ = layer.qkv.gen.unflatten(0, (-1, llm.head_dim)).split((llm.num_heads, *[llm.num_kv_heads] * 2))
+        own = []
+        for head in range(llm.num_heads):
+            query, key = (F.rms_norm(places @ w.T, (llm.head_dim,)) for w in (q[head], k[head // 3]))
+            own.append(((query @ key.T).argmax(dim=1) == torch.arange(64)).float().mean().item())
+        assert own[::3] == [1.0] * llm.num_kv_heads and max(own[1:3]) < 0.5
+
+
+def test_a_word_looks_at_the_one_before_it(model):
+    """In the first head of the first two layers of the understanding expert, whatever the words are."""
+    fresh = BagelModel.allocate(model.config, model.markers, torch.device("cpu"), torch.float32)
+    initialize_(fresh, 0)
+    llm, weights = model.config.llm, fresh.weights
+    words, heads = F.rms_norm(normal(1, 40, llm.hidden_size), (llm.hidden_size,)), llm.num_heads + llm.num_kv_heads
+    cos, sin = model.rope(torch.arange(40))
+    for number, layer in enumerate(weights.layers):
+        qkv = F.linear(words, layer.qkv.und, layer.qkv_bias.und)
+        cache = torch.zeros(40, llm.num_kv_heads, llm.head_dim)
+        norms = torch.ones(heads, llm.head_dim)
+        q = qk_norm_rope_reference(qkv, norms, norms, cos, sin, torch.arange(40), cache, cache.clone(), 0, 1e-6)
+        scores = q[:, 0] @ cache[:, 0].T / llm.head_dim**0.5
+        seen = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(1)
+        back = seen.diagonal(-1).mean()
+        assert back > 0.4 if number < 2 else back < 0.2
 
 
 def test_sight_begins_with_a_place_for_every_patch(model):

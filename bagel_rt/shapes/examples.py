@@ -11,7 +11,7 @@ import numpy as np
 
 from bagel_rt.shapes.claims import Claims
 from bagel_rt.shapes.edits import EDITS
-from bagel_rt.shapes.language import caption
+from bagel_rt.shapes.language import caption, describe
 from bagel_rt.shapes.questions import QUESTIONS, Question, ask_description, ask_existence, ask_relation
 from bagel_rt.shapes.scene import Scene, draw_scene, groups_of, pick, split_of
 
@@ -108,6 +108,26 @@ def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Sc
         if (question := pick(rng, suitable)(rng, scene)) is not None:
             found.setdefault(*question)
     return scene, [*found.items(), ask_description(rng, scene)]
+
+
+def make_readings(rng: np.random.Generator, split: str, count: int) -> tuple[str | None, list[Question]]:
+    """Texts to be understood without a picture: what comes first, if anything, then texts with what follows from them.
+
+    A third each: a caption, and the description of the picture it is of; the description of a picture, an instruction,
+    and the description after that edit; a description, and ``count`` different questions about the picture.
+    """
+    kind = pick(rng, ("caption", "edit", "questions"))
+    if kind == "caption":
+        example = _generate(rng, split)
+        said = describe(example.after)
+        if example.claims.background is None:  # nobody knows it
+            said = said.removesuffix(f" on {example.after.background}")
+        return None, [(example.text, said)]
+    if kind == "edit":
+        example = _edit(rng, split)
+        return describe(example.before), [(example.text, describe(example.after))]
+    scene, questions = make_questions(rng, split, count + 1)
+    return describe(scene), questions[:-1]
 
 
 def texts(rng: np.random.Generator, n: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ Stages, each skipped where its results are in OUT, and resumed where it was stop
     tokenizer/     a byte-level BPE of the world's texts
     autoencoder/   trained on the world's pictures, then measured: scale and shift of its latents
     latents/       posteriors of a pool of pictures
-    sight/         of the model on questions and descriptions: what it sees and reads, the other tasks build on
+    sight/         of the model on questions, descriptions and texts: what it sees and reads, the other tasks build on
     training/      of the model on all tasks, from there on
     model/         the model folder, in the official layout
 
@@ -50,7 +50,7 @@ class Recipe:
         measured: pictures that scale and shift of its latents, and its reconstructions, are measured on.
         pool: examples whose pictures are encoded once.
         widths: of the model, as :func:`tiny_config` takes them.
-        sight: training on questions and descriptions alone.
+        sight: training on questions, descriptions and texts alone.
         training: on all tasks.
         sight_shares, training_shares: of the tasks in either.
         seed: of texts, pool and weights; the settings have their own.
@@ -64,9 +64,9 @@ class Recipe:
     pool: int = 10_000
     widths: dict[str, int] = field(default_factory=dict)
     sight: TrainingSettings = TrainingSettings(
-        steps=3_000, tokens=1024, parts=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
+        steps=2_500, tokens=1024, parts=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
     )
-    sight_shares: Shares = Shares(ask=2, describe=3)
+    sight_shares: Shares = Shares(ask=2, describe=3, read=4)
     training: TrainingSettings = TrainingSettings(
         steps=15_000,
         tokens=1024,
@@ -79,7 +79,7 @@ class Recipe:
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
     )
-    training_shares: Shares = Shares(generate=6, edit=3, ask=2)
+    training_shares: Shares = Shares(generate=6, edit=3, ask=2, read=1)
     seed: int = 0
 
 

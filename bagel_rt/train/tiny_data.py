@@ -4,6 +4,7 @@
     edit        picture (clean latents, ViT), text     -> the picture after the edit, noised
     ask         picture (ViT), question                -> the answer, with loss; then further questions about it
     describe    picture (ViT), "describe the picture"  -> the description, with loss
+    read        text                                   -> what it means in other words, or what follows, with loss
 
 A picture's posterior is encoded once and kept on disk; its latents are sampled anew at each use. Questions and captions
 are made anew too, instructions belong to a pair of pictures.
@@ -25,7 +26,7 @@ from bagel_rt.config import BagelConfig
 from bagel_rt.images import image_to_tensor
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.vae import AutoEncoder
-from bagel_rt.shapes.examples import Example, make_example, make_questions
+from bagel_rt.shapes.examples import Example, make_example, make_questions, make_readings
 from bagel_rt.shapes.language import caption
 from bagel_rt.shapes.render import render
 from bagel_rt.shapes.scene import Scene, pick
@@ -36,6 +37,7 @@ from bagel_rt.train.tiny_model import SIDE
 _QUESTIONS = (
     7  # of the task "ask", about a picture: its patches would be most of the tokens, answers are all of the loss
 )
+_NOISED = 2  # timesteps that the picture after an edit is seen at, each time
 _SHARD = 512  # examples of a file of posteriors
 _PICTURES = 4  # encoded together: more leave a CPU's cache
 
@@ -105,6 +107,7 @@ class Shares(NamedTuple):
     edit: float = 0.0
     ask: float = 0.0
     describe: float = 0.0
+    read: float = 0.0
 
 
 class World:
@@ -135,7 +138,7 @@ class World:
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """One sample of a random task."""
-        tasks = (self.generate, self.edit, self.ask, self.describe)
+        tasks = (self.generate, self.edit, self.ask, self.describe, self.read)
         return tasks[int(np.searchsorted(self._limits, rng.random(), side="right"))](rng)
 
     def generate(self, rng: np.random.Generator) -> Sample:
@@ -150,7 +153,7 @@ class World:
         index = pick(rng, self._edits)
         row, example = self._rows[index], pool_example(self.seed, index)
         before, after = self._latents(row, rng), self._latents(row + 1, rng)
-        return edit_sample(before, self._patches(example.before), self._ids(example.text), after)
+        return edit_sample(before, self._patches(example.before), self._ids(example.text), after, _NOISED)
 
     def ask(self, rng: np.random.Generator) -> Sample:
         """New questions about a new picture."""
@@ -160,9 +163,17 @@ class World:
         """A new picture, to be described."""
         return self._asked(rng, 1)
 
+    def read(self, rng: np.random.Generator) -> Sample:
+        """New texts, and no picture."""
+        given, asked = make_readings(rng, "train", _QUESTIONS - 1)
+        return read_sample(None if given is None else self._ids(given), self._encode(asked))
+
     def _asked(self, rng: np.random.Generator, count: int) -> Sample:
         scene, questions = make_questions(rng, "train", count)
-        return ask_sample(self._patches(scene), [(self._ids(text), self._ids(answer)) for text, answer in questions])
+        return ask_sample(self._patches(scene), self._encode(questions))
+
+    def _encode(self, questions: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        return [(self._ids(text), self._ids(answer)) for text, answer in questions]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
@@ -184,18 +195,31 @@ def generate_sample(text: Sequence[int], picture: torch.Tensor) -> Sample:
     return Sample([Text(text, droppable=True), Noised(picture, *_grid(picture))])
 
 
-def edit_sample(before: torch.Tensor, patches: torch.Tensor, text: Sequence[int], after: torch.Tensor) -> Sample:
-    """A picture, as latent tokens and as ViT patches, an instruction, and the picture to be generated."""
+def edit_sample(
+    before: torch.Tensor, patches: torch.Tensor, text: Sequence[int], after: torch.Tensor, noised: int = 1
+) -> Sample:
+    """A picture, as latent tokens and as ViT patches, an instruction, and the picture to be generated.
+
+    With ``noised`` above 1 that many times, each at a timestep of its own: none sees the others, and all that goes
+    before, two thirds of the tokens, is computed once.
+    """
     shown = [Clean(before, *_grid(before), droppable=True), ViT(patches, *_grid(patches), droppable=True)]
-    return Sample([*shown, Text(text, droppable=True), Noised(after, *_grid(after))])
+    return Sample([*shown, Text(text, droppable=True), *[Noised(after, *_grid(after))] * noised])
 
 
 def ask_sample(patches: torch.Tensor, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sample:
     """A picture as ViT patches, and (question, answer to be written) in turn, as ids without frame."""
-    parts: list[Part] = [ViT(patches, *_grid(patches))]
-    for question, answer in questions:
-        parts += [Text(question), Text(answer, loss=True)]
-    return Sample(parts)
+    return Sample([ViT(patches, *_grid(patches)), *_answered(questions)])
+
+
+def read_sample(given: Sequence[int] | None, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sample:
+    """A text that comes first, or none, and (text, what follows from it) in turn, as ids without frame."""
+    return Sample([*([] if given is None else [Text(given)]), *_answered(questions)])
+
+
+def _answered(questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Part]:
+    """Questions and answers in turn, the latter with loss."""
+    return [part for text, answer in questions for part in (Text(text), Text(answer, loss=True))]
 
 
 def _grid(tokens: torch.Tensor) -> tuple[int, int]:

