@@ -114,6 +114,17 @@ def test_an_edit_is_what_the_runtime_denoises(model, tokenizer):
         shown = patchify(model.vae.encode(pixels[None], eps)[0], 2)
     sample = edit_sample(shown, patchify(pixels, 16), tokenizer.encode(example.text), after)
     torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), want, rtol=1e-4, atol=1e-5)
+    batch, latents = pack(
+        [edit_sample(shown, patchify(pixels, 16), tokenizer.encode(example.text), after, noised=2)],
+        model.config,
+        SpecialTokens.of(tokenizer),
+        torch.tensor([0.0, 2.0]),
+    )
+    with torch.inference_mode():  # the second picture, at another timestep, changes nothing for the first
+        hidden = training_losses(model, batch, latents, torch.cat([0 * shown, noise, normal(7, 64, 16)])).last_hidden
+        velocity = F.linear(hidden[batch.mse_loss_indexes], *model.weights.llm2vae)
+    assert len(velocity) == 128
+    torch.testing.assert_close(velocity[:64], want, rtol=1e-4, atol=1e-5)
     dropped = Sample([*sample.parts[:2], sample.parts[3]])
     torch.testing.assert_close(trained_velocity(model, tokenizer, dropped, noise), without_text, rtol=1e-4, atol=1e-5)
 
@@ -290,9 +301,10 @@ def test_a_latent_token_looks_at_its_own_place_first(model):
 
 def test_a_word_looks_at_the_one_before_it(model):
     """In the first head of the first two layers of the understanding expert, whatever the words are."""
-    fresh = BagelModel.allocate(model.config, model.markers, torch.device("cpu"), torch.float32)
+    config = tiny_config(320, VAE, **WIDTHS | {"layers": 3})
+    fresh = BagelModel.allocate(config, model.markers, torch.device("cpu"), torch.float32)
     initialize_(fresh, 0)
-    llm, weights = model.config.llm, fresh.weights
+    llm, weights = config.llm, fresh.weights
     words, heads = F.rms_norm(normal(1, 40, llm.hidden_size), (llm.hidden_size,)), llm.num_heads + llm.num_kv_heads
     cos, sin = model.rope(torch.arange(40))
     for number, layer in enumerate(weights.layers):

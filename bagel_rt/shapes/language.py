@@ -81,8 +81,10 @@ def refer(rng: np.random.Generator, group: Group, scene: Scene) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """All that there is to say of a scene, always in the same words: at most 14 of them."""
+    """All that there is to say of a scene, always in the same words, the upper or left group first: at most 14 words."""
     groups = groups_of(scene.things)
+    if len(groups) == 2 and relation_between(*groups) in ("below", "right of"):  # something was added there
+        groups = groups[::-1]
     named = [name_group(group, group[0].size) for group in groups]
     if len(groups) == 1:
         return f"{named[0]} {_PLACE_WORDS[place_of(groups[0])][0]} on {scene.background}"

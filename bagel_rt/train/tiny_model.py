@@ -67,8 +67,12 @@ def initialize_(model: BagelModel, seed: int) -> None:
 
     Of the generation expert's three queries for a key one starts equal to it ("mimetic initialization", Trockman and
     Kolter 2023, arXiv:2305.09828), and its positions three times as loud: a latent token then looks at its own place
-    first, in the noised picture and in the one to be edited. Of the understanding expert, one head in each of the first
-    two layers looks at the token before, so that a noun knows its colour (``_look_back_``).
+    first, in the noised picture and in the one to be edited. Were all three equal to it, less of the text would be
+    seen: after 1,000 steps of pictures, exchanging a caption's two colours raised the error of the velocity at t = 0.85
+    from 0.49 to 0.59 then, and from 0.38 to 0.75 with one.
+
+    Of the understanding expert, one head in each of the first two layers looks at the token before, so that a noun
+    knows its colour (``_look_back_``).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, place in model.destinations()["ema"].items():
@@ -103,7 +107,7 @@ def initialize_(model: BagelModel, seed: int) -> None:
 
 
 def _look_back_(query: torch.Tensor, key: torch.Tensor, theta: float) -> None:
-    """Add to the biases of a query and of a key head, [D] each, what makes a token look at the one before it.
+    """Set the biases of a query and of a key head, [D] each, so that a token looks at the one before it.
 
     In the two pairs of channels that RoPE turns fastest every key gets the same arrow, and every query that arrow
     turned back by one position, so that they meet where the key is one position before.
