@@ -81,7 +81,7 @@ def refer(rng: np.random.Generator, group: Group, scene: Scene) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """All that there is to say of a scene, always in the same words, the upper or left group first: at most 14 words."""
+    """All there is to say of a scene, always in the same words, the upper or left group first: at most 14 words."""
     groups = groups_of(scene.things)
     if len(groups) == 2 and relation_between(*groups) in ("below", "right of"):  # something was added there
         groups = groups[::-1]
