@@ -1,5 +1,6 @@
 """Captions, questions and instructions: few words, true, and of one meaning. The tests read them back word by word."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -166,6 +167,9 @@ def answer_to(question, scene):
         _, _, color, _ = parse(question)
         (shape,) = {thing.shape for thing in scene.things if thing.color == color}
         return shape
+    if words[1] == "there" and "or" in words:
+        names = question.removeprefix("are there ").replace(" or ", ", ").split(", ")
+        return ", ".join(f"{name} {answer_to(f'are there any {name}', scene)}" for name in names)
     if words[1] == "size" or "or" in words:
         return the_group(scene, question.removesuffix(" small or large"))[0].size
     if words[:2] == ["how", "many"] or {"there", "any"} & set(words):
@@ -214,6 +218,20 @@ def test_yes_and_no_are_equally_common(examples):
     answers = Counter(example.answer for example in examples["ask"])
     assert answers["yes"] + answers["no"] > 60
     assert 0.3 < answers["yes"] / (answers["yes"] + answers["no"]) < 0.7
+
+
+def test_no_form_of_a_question_betrays_whether_something_is_there():
+    """Asked of a colour, of a shape or of both, yes is as common as no."""
+    rng, answers, asked = np.random.default_rng(3), Counter(), Counter()
+    while sum(asked.values()) < 1200:
+        example = make_example(rng, "ask", "train")
+        if {"there", "how"} & set(example.text.split()) == {"there"}:
+            _, _, color, shape = parse(example.text)
+            form = (color is None, shape is None)
+            asked[form] += 1
+            answers[form] += example.answer == "yes"
+    assert len(asked) == 3
+    assert all(0.42 < answers[form] / asked[form] < 0.58 for form in asked), (answers, asked)
 
 
 def things_after(text, before):
@@ -311,13 +329,16 @@ def test_one_seed_gives_the_same_examples_and_texts():
 
 
 def test_questions_about_one_scene_differ_and_suit_it():
-    rng, kinds = np.random.default_rng(0), Counter()
+    rng, kinds, each = np.random.default_rng(0), Counter(), Counter()
     for _ in range(300):
         scene, questions = make_questions(rng, "train", 6)
         assert split_of(scene) == "train" and len(set(text for text, _ in questions)) == 6
         assert questions[-1][1] == described(scene) and described(scene) not in [said for _, said in questions[:-1]]
+        assert all(answer == answer_to(text, scene) for text, answer in questions)
         kinds.update((len(groups_of(scene.things)), text.split()[0]) for text, _ in questions)
-    assert kinds[1, "where"] > 80 and kinds[2, "where"] == 0  # a place is asked of a single group
+        each.update(word for _, answer in questions if "," in answer for word in re.findall("yes|no", answer))
+    assert kinds[1, "where"] > 50 and kinds[2, "where"] == 0  # a place is asked of a single group
+    assert each["yes"] + each["no"] > 300 and 0.4 < each["yes"] / (each["yes"] + each["no"]) < 0.6
     assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are", "describe"}
 
 

@@ -56,6 +56,21 @@ def ask_existence(rng: np.random.Generator, scene: Scene) -> Question:
     return pick(rng, ways), "yes" if present else "no"
 
 
+def ask_which(rng: np.random.Generator, scene: Scene) -> Question:
+    """Of three kinds of things, whether each is there. The answer says each again, and whether it is there after that.
+
+    Only for training: whether something is there is learnt from this. Where one word is the whole answer the
+    thing asked of is several tokens back, and a model of this size said "yes" and "no" by the form of the question.
+    """
+    asked: dict[str, bool] = {}
+    while len(asked) < 3:
+        present = rng.random() < 0.5
+        asked.setdefault(_name(*_kind(rng, scene, present), 2), present)
+    first, second, third = asked
+    answer = ", ".join(f"{name} {'yes' if present else 'no'}" for name, present in asked.items())
+    return f"are there {first}, {second} or {third}", answer
+
+
 def _name(shape: str | None, color: str | None, count: int) -> str:
     """ "red circles", "circles" or "red things"."""
     return " ".join([*([color] if color else []), plural(shape or "thing", count)])
@@ -71,12 +86,12 @@ def _kind(rng: np.random.Generator, scene: Scene, present: bool) -> tuple[str | 
 
     An absent kind often shares the shape or the colour of something there, so that both must be looked at.
     """
+    form = rng.random()
     while True:
         one, other = pick(rng, scene.things), pick(rng, scene.things)
         shape, color = one.shape, one.color if present else other.color
         if not present and rng.random() < 0.75:
             shape, color = (pick(rng, SHAPES), color) if rng.random() < 0.5 else (shape, pick(rng, list(COLORS)))
-        form = rng.random()
         kind = (shape, color) if form < 0.5 else (shape, None) if form < 0.75 else (None, color)
         if (_count(scene, *kind) > 0) == present:
             return kind

@@ -68,7 +68,7 @@ class Recipe:
     )
     sight_shares: Shares = Shares(ask=2, describe=3, read=4)
     training: TrainingSettings = TrainingSettings(
-        steps=15_000,
+        steps=14_000,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
