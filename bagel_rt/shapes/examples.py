@@ -97,12 +97,12 @@ def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Sc
     """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it.
 
     Those that are answered by yes or no are the hardest, and thrice as likely as others; which of three kinds of things
-    are there is asked twice as often. The last one asks for everything; before others, its answer would be theirs.
+    are there is four times as likely. The last one asks for everything; before others, its answer would be theirs.
     """
     scene = _scene_of(rng, split, pick(rng, (1, 2)))
     suitable = [ask for ask, groups in QUESTIONS.items() if len(groups_of(scene.things)) in groups]
     suitable.remove(ask_description)
-    suitable += 2 * [ask_which, *(ask for ask in suitable if ask in (ask_existence, ask_relation))]
+    suitable += 2 * [ask_which, ask_which, *(ask for ask in suitable if ask in (ask_existence, ask_relation))]
     found: dict[str, str] = {}
     while len(found) < count - 1:
         if (question := pick(rng, suitable)(rng, scene)) is not None:

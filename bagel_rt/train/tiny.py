@@ -68,7 +68,7 @@ class Recipe:
     )
     sight_shares: Shares = Shares(ask=2, describe=3, read=4)
     training: TrainingSettings = TrainingSettings(
-        steps=14_000,
+        steps=13_500,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
@@ -79,7 +79,7 @@ class Recipe:
         timestep_shift=3.0,  # what is where is decided near the noise
         bfloat16=True,
     )
-    training_shares: Shares = Shares(generate=6, edit=3, ask=2, read=1)
+    training_shares: Shares = Shares(generate=6, edit=3, ask=3, read=1)
     seed: int = 0
 
 
