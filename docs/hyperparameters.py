@@ -17,7 +17,7 @@ from bagel_rt.settings import EDIT, GENERATE
 
 FOLDER = Path(__file__).parent / "hyperparameters"
 SEED = 0
-DRAWN = ("a large blue star in the center on white", "a blue square left of a red triangle on white")
+DRAWN = ("a large blue star in the center on white", "a blue square left of a red triangle")
 EDITED = (
     ("three orange triangles at the bottom", "turn the triangles into stars"),
     ("a blue square left of a red triangle on white", "make the triangle yellow"),
@@ -46,6 +46,7 @@ ANSWERING = {
 }
 # What is not the default: at the defaults these would show little, for this model is sure of its answers and its steps.
 BESIDE = {
+    "cfg_interval": {"cfg_text_scale": 16.0},
     "cfg_renorm_type": {"cfg_text_scale": 16.0},
     "cfg_renorm_min": {"cfg_text_scale": 16.0},
     "timestep_shift": {"num_timesteps": 6},
