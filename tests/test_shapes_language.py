@@ -170,6 +170,10 @@ def answer_to(question, scene):
     if words[1] == "there" and "or" in words:
         names = question.removeprefix("are there ").replace(" or ", ", ").split(", ")
         return ", ".join(f"{name} {answer_to(f'are there any {name}', scene)}" for name in names)
+    if sides := re.search(" (above or below|below or above|left or right of|right or left of) ", question):
+        first, second = (the_group(scene, who) for who in question.split(sides[0]))
+        assert relation_between(first, second).split()[0] in sides[0].split()
+        return relation_between(first, second).split()[0]
     if words[1] == "size" or "or" in words:
         return the_group(scene, question.removesuffix(" small or large"))[0].size
     if words[:2] == ["how", "many"] or {"there", "any"} & set(words):
@@ -304,20 +308,7 @@ def sorted_claims(example):
 
 def test_every_kind_of_edit_occurs(examples):
     kinds = Counter(example.text.split()[0] for example in examples["edit"])
-    assert set(kinds) == {
-        "make",
-        "paint",
-        "change",
-        "turn",
-        "remove",
-        "delete",
-        "take",
-        "add",
-        "put",
-        "draw",
-        "use",
-        "move",
-    }
+    assert set(kinds) == set("make paint change turn remove delete take add put draw use move".split())
 
 
 def test_one_seed_gives_the_same_examples_and_texts():
@@ -337,7 +328,9 @@ def test_questions_about_one_scene_differ_and_suit_it():
         assert all(answer == answer_to(text, scene) for text, answer in questions)
         kinds.update((len(groups_of(scene.things)), text.split()[0]) for text, _ in questions)
         each.update(word for _, answer in questions if "," in answer for word in re.findall("yes|no", answer))
+        each.update(answer for _, answer in questions if answer in ("above", "below", "left", "right"))
     assert kinds[1, "where"] > 50 and kinds[2, "where"] == 0  # a place is asked of a single group
+    assert all(each[side] > 10 for side in ("above", "below", "left", "right"))
     assert each["yes"] + each["no"] > 300 and 0.4 < each["yes"] / (each["yes"] + each["no"]) < 0.6
     assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are", "describe"}
 

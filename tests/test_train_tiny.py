@@ -20,6 +20,7 @@ from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.random_checkpoint import randomize_
 from bagel_rt.settings import ImageSettings
 from bagel_rt.shapes.examples import make_example, make_questions, texts
+from bagel_rt.shapes.language import describe
 from bagel_rt.shapes.render import render
 from bagel_rt.shapes.scene import split_of
 from bagel_rt.tokenizer import Tokenizer
@@ -178,6 +179,7 @@ def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
         "edit": [Clean, ViT, TextPart, Noised, Noised],
         "ask": [ViT, *[TextPart, TextPart] * 7],
         "describe": [ViT, TextPart, TextPart],
+        "foresee": [ViT, TextPart, TextPart],
     }
     for task, kind in kinds.items():
         shares = Shares(**{name: float(name == task) for name in kinds})
@@ -191,6 +193,18 @@ def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
     rng = np.random.default_rng(0)
     drawn = [parts_of(world.draw(rng)) for _ in range(400)]
     assert 170 < drawn.count(kinds["ask"]) < 230 and 70 < drawn.count(kinds["edit"]) < 130
+
+
+def test_what_is_foreseen_is_the_picture_after_the_edit(model, tokenizer, pool):
+    world = World(model.config, tokenizer, pool, 6, 0, Shares(foresee=1))
+    for seed in range(20):
+        shown, told, said = world.draw(np.random.default_rng(seed)).parts
+        again = np.random.default_rng(seed)
+        again.random()  # which task
+        example = make_example(again, "edit", "train")
+        assert torch.equal(shown.patches, patchify(pixels_of(example.before), 16))
+        assert (tokenizer.decode(told.ids), told.loss) == (example.text, False)
+        assert (tokenizer.decode(said.ids), said.loss) == (describe(example.after), True)
 
 
 def test_a_sample_is_a_function_of_the_generator(model, tokenizer, pool):

@@ -12,7 +12,15 @@ import numpy as np
 from bagel_rt.shapes.claims import Claims
 from bagel_rt.shapes.edits import EDITS
 from bagel_rt.shapes.language import caption, describe
-from bagel_rt.shapes.questions import QUESTIONS, Question, ask_description, ask_existence, ask_relation, ask_which
+from bagel_rt.shapes.questions import (
+    QUESTIONS,
+    Question,
+    ask_description,
+    ask_existence,
+    ask_relation,
+    ask_side,
+    ask_which,
+)
 from bagel_rt.shapes.scene import Scene, draw_scene, groups_of, pick, split_of
 
 TASKS = ("generate", "edit", "ask")
@@ -96,13 +104,16 @@ def _ask(rng: np.random.Generator, split: str) -> Example:
 def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Scene, list[Question]]:
     """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it.
 
-    Those that are answered by yes or no are the hardest, and thrice as likely as others; which of three kinds of things
-    are there is four times as likely. The last one asks for everything; before others, its answer would be theirs.
+    Those that are answered by yes or no are the hardest, and thrice as likely as others; on which side something is,
+    twice, and which of three kinds of things are there, four times. The last one asks for everything; before others,
+    its answer would be theirs.
     """
     scene = _scene_of(rng, split, pick(rng, (1, 2)))
     suitable = [ask for ask, groups in QUESTIONS.items() if len(groups_of(scene.things)) in groups]
     suitable.remove(ask_description)
     suitable += 2 * [ask_which, ask_which, *(ask for ask in suitable if ask in (ask_existence, ask_relation))]
+    if ask_relation in suitable:
+        suitable += [ask_side, ask_side]
     found: dict[str, str] = {}
     while len(found) < count - 1:
         if (question := pick(rng, suitable)(rng, scene)) is not None:

@@ -127,6 +127,16 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> Question:
     return f"{be(len(first))} {who} {say_relation(rng, asked)} {whom}", "yes" if true else "no"
 
 
+def ask_side(rng: np.random.Generator, scene: Scene) -> Question:
+    """On which of two sides of a group the other one is. Only for training, where it says more than a yes or no."""
+    first, second, relation = _related(rng, scene)
+    sides = ["above", "below"] if relation in ("above", "below") else ["left", "right"]
+    rng.shuffle(sides)
+    of = "" if "above" in sides else " of"
+    who, whom = refer(rng, first, scene), refer(rng, second, scene)
+    return f"{be(len(first))} {who} {' or '.join(sides)}{of} {whom}", relation.removesuffix(" of")
+
+
 def ask_neighbor(rng: np.random.Generator, scene: Scene) -> Question:
     """What is on one side of a group: the other one, or nothing."""
     first, second, relation = _related(rng, scene)

@@ -66,7 +66,7 @@ class Recipe:
     sight: TrainingSettings = TrainingSettings(
         steps=2_500, tokens=1024, parts=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
     )
-    sight_shares: Shares = Shares(ask=2, describe=3, read=4)
+    sight_shares: Shares = Shares(ask=2, describe=2, foresee=1, read=4)
     training: TrainingSettings = TrainingSettings(
         steps=13_500,
         tokens=1024,
@@ -76,10 +76,10 @@ class Recipe:
         decay_steps=5_000,
         ce_weight=0.25,
         ce_reweighting=True,  # a description's twenty tokens would drown a yes or no
-        timestep_shift=3.0,  # what is where is decided near the noise
+        timestep_shift=4.0,  # what is where is decided near the noise
         bfloat16=True,
     )
-    training_shares: Shares = Shares(generate=6, edit=3, ask=3, read=1)
+    training_shares: Shares = Shares(generate=5, edit=5, ask=2, foresee=1, read=1)
     seed: int = 0
 
 

@@ -4,6 +4,7 @@
     edit        picture (clean latents, ViT), text     -> the picture after the edit, noised
     ask         picture (ViT), question                -> the answer, with loss; then further questions about it
     describe    picture (ViT), "describe the picture"  -> the description, with loss
+    foresee     picture (ViT), instruction             -> the description of the picture after the edit, with loss
     read        text                                   -> what it means in other words, or what follows, with loss
 
 A picture's posterior is encoded once and kept on disk; its latents are sampled anew at each use. Questions and captions
@@ -27,7 +28,7 @@ from bagel_rt.images import image_to_tensor
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.vae import AutoEncoder
 from bagel_rt.shapes.examples import Example, make_example, make_questions, make_readings
-from bagel_rt.shapes.language import caption
+from bagel_rt.shapes.language import caption, describe
 from bagel_rt.shapes.render import render
 from bagel_rt.shapes.scene import Scene, pick
 from bagel_rt.tokenizer import Tokenizer
@@ -107,6 +108,7 @@ class Shares(NamedTuple):
     edit: float = 0.0
     ask: float = 0.0
     describe: float = 0.0
+    foresee: float = 0.0
     read: float = 0.0
 
 
@@ -138,7 +140,7 @@ class World:
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """One sample of a random task."""
-        tasks = (self.generate, self.edit, self.ask, self.describe, self.read)
+        tasks = (self.generate, self.edit, self.ask, self.describe, self.foresee, self.read)
         return tasks[int(np.searchsorted(self._limits, rng.random(), side="right"))](rng)
 
     def generate(self, rng: np.random.Generator) -> Sample:
@@ -162,6 +164,11 @@ class World:
     def describe(self, rng: np.random.Generator) -> Sample:
         """A new picture, to be described."""
         return self._asked(rng, 1)
+
+    def foresee(self, rng: np.random.Generator) -> Sample:
+        """A new picture and a new instruction: what the picture would be after it."""
+        example = make_example(rng, "edit", "train")
+        return ask_sample(self._patches(example.before), self._encode([(example.text, describe(example.after))]))
 
     def read(self, rng: np.random.Generator) -> Sample:
         """New texts, and no picture."""
