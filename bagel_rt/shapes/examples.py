@@ -105,13 +105,13 @@ def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Sc
     """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it.
 
     Those that are answered by yes or no are the hardest, and thrice as likely as others; on which side something is,
-    twice, and which of three kinds of things are there, four times. The last one asks for everything; before others,
+    twice, and which of three kinds of things are there, eight times. The last one asks for everything; before others,
     its answer would be theirs.
     """
     scene = _scene_of(rng, split, pick(rng, (1, 2)))
     suitable = [ask for ask, groups in QUESTIONS.items() if len(groups_of(scene.things)) in groups]
     suitable.remove(ask_description)
-    suitable += 2 * [ask_which, ask_which, *(ask for ask in suitable if ask in (ask_existence, ask_relation))]
+    suitable += 8 * [ask_which] + 2 * [ask for ask in suitable if ask in (ask_existence, ask_relation)]
     if ask_relation in suitable:
         suitable += [ask_side, ask_side]
     found: dict[str, str] = {}

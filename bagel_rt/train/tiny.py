@@ -64,11 +64,11 @@ class Recipe:
     pool: int = 10_000
     widths: dict[str, int] = field(default_factory=dict)
     sight: TrainingSettings = TrainingSettings(
-        steps=2_500, tokens=1024, parts=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
+        steps=3_500, tokens=1024, parts=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
     )
-    sight_shares: Shares = Shares(ask=2, describe=2, foresee=1, read=4)
+    sight_shares: Shares = Shares(ask=3, describe=1, foresee=1, read=4)
     training: TrainingSettings = TrainingSettings(
-        steps=13_500,
+        steps=12_500,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
