@@ -15,6 +15,7 @@ from bagel_rt.shapes.language import caption, describe
 from bagel_rt.shapes.questions import (
     QUESTIONS,
     Question,
+    ask_count,
     ask_description,
     ask_existence,
     ask_relation,
@@ -104,14 +105,14 @@ def _ask(rng: np.random.Generator, split: str) -> Example:
 def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Scene, list[Question]]:
     """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it.
 
-    Those that are answered by yes or no are the hardest, and thrice as likely as others; on which side something is,
-    twice, and which of three kinds of things are there, eight times. The last one asks for everything; before others,
-    its answer would be theirs.
+    Those that are answered by yes, no or a number are the hardest, and thrice as likely as others; on which side
+    something is, twice, and which of three kinds of things are there, eight times. The last one asks for everything;
+    before others, its answer would be theirs.
     """
     scene = _scene_of(rng, split, pick(rng, (1, 2)))
     suitable = [ask for ask, groups in QUESTIONS.items() if len(groups_of(scene.things)) in groups]
     suitable.remove(ask_description)
-    suitable += 8 * [ask_which] + 2 * [ask for ask in suitable if ask in (ask_existence, ask_relation)]
+    suitable += 8 * [ask_which] + 2 * [ask for ask in suitable if ask in (ask_existence, ask_relation, ask_count)]
     if ask_relation in suitable:
         suitable += [ask_side, ask_side]
     found: dict[str, str] = {}
