@@ -131,6 +131,25 @@ def test_an_edit_is_what_the_runtime_denoises(model, tokenizer):
 
 
 @torch.inference_mode()
+def test_the_description_after_an_edit_and_the_noised_pictures_do_not_see_each_other(model, tokenizer):
+    example = make_example(np.random.default_rng(3), "edit", "train")
+    patches, said = patchify(pixels_of(example.before), 16), tokenizer.encode(describe(example.after))
+
+    def losses(instruction: str, seed: int, description: list[int]):
+        text, shown = tokenizer.encode(instruction), normal(4, 64, 16)
+        sample = edit_sample(shown, patches, text, normal(seed, 64, 16), 2, description)
+        batch, latents = pack([sample], model.config, SpecialTokens.of(tokenizer), torch.tensor([0.0, 2.0]))
+        found = training_losses(model, batch, latents, normal(9, *latents.shape))
+        return found.ce_per_token, found.mse_per_token
+
+    ce, mse = losses(example.text, 5, said)
+    assert len(ce) == len(said) + 1 and len(mse) == 128
+    torch.testing.assert_close(losses(example.text, 6, said)[0], ce, rtol=1e-4, atol=1e-5)  # another picture after it
+    torch.testing.assert_close(losses(example.text, 5, [])[1], mse, rtol=1e-4, atol=1e-5)
+    assert (losses("remove the star", 5, said)[0] - ce).abs().max() > 0.01
+
+
+@torch.inference_mode()
 def test_an_answer_is_what_the_runtime_would_write(model, tokenizer):
     """The first one, and a later one about the same picture."""
     scene, questions = make_questions(np.random.default_rng(7), "train", 3)

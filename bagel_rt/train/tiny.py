@@ -68,7 +68,7 @@ class Recipe:
     )
     sight_shares: Shares = Shares(ask=3, describe=1, foresee=1, read=4)
     training: TrainingSettings = TrainingSettings(
-        steps=12_500,
+        steps=16_000,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
@@ -79,7 +79,7 @@ class Recipe:
         timestep_shift=4.0,  # what is where is decided near the noise
         bfloat16=True,
     )
-    training_shares: Shares = Shares(generate=5, edit=5, ask=2, foresee=1, read=1)
+    training_shares: Shares = Shares(generate=4, edit=5, ask=3, read=1)
     seed: int = 0
 
 

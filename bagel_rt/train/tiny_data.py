@@ -1,7 +1,8 @@
 """The data of the small model: tasks of the world of shapes, as the samples that its runtime would make of them.
 
     generate    text                                   -> the picture, noised
-    edit        picture (clean latents, ViT), text     -> the picture after the edit, noised
+    edit        picture (clean latents, ViT), text     -> the picture after the edit, noised; then, not having seen it,
+                                                          its description, with loss
     ask         picture (ViT), question                -> the answer, with loss; then further questions about it
     describe    picture (ViT), "describe the picture"  -> the description, with loss
     foresee     picture (ViT), instruction             -> the description of the picture after the edit, with loss
@@ -38,7 +39,7 @@ from bagel_rt.train.tiny_model import SIDE
 _QUESTIONS = (
     7  # of the task "ask", about a picture: its patches would be most of the tokens, answers are all of the loss
 )
-_NOISED = 2  # timesteps that the picture after an edit is seen at, each time
+_NOISED = 3  # timesteps that the picture after an edit is seen at, each time
 _SHARD = 512  # examples of a file of posteriors
 _PICTURES = 4  # encoded together: more leave a CPU's cache
 
@@ -155,7 +156,8 @@ class World:
         index = pick(rng, self._edits)
         row, example = self._rows[index], pool_example(self.seed, index)
         before, after = self._latents(row, rng), self._latents(row + 1, rng)
-        return edit_sample(before, self._patches(example.before), self._ids(example.text), after, _NOISED)
+        shown, text = self._patches(example.before), self._ids(example.text)
+        return edit_sample(before, shown, text, after, _NOISED, self._ids(describe(example.after)))
 
     def ask(self, rng: np.random.Generator) -> Sample:
         """New questions about a new picture."""
@@ -203,15 +205,22 @@ def generate_sample(text: Sequence[int], picture: torch.Tensor) -> Sample:
 
 
 def edit_sample(
-    before: torch.Tensor, patches: torch.Tensor, text: Sequence[int], after: torch.Tensor, noised: int = 1
+    before: torch.Tensor,
+    patches: torch.Tensor,
+    text: Sequence[int],
+    after: torch.Tensor,
+    noised: int = 1,
+    description: Sequence[int] = (),
 ) -> Sample:
     """A picture, as latent tokens and as ViT patches, an instruction, and the picture to be generated.
 
     With ``noised`` above 1 that many times, each at a timestep of its own: none sees the others, and all that goes
-    before, two thirds of the tokens, is computed once.
+    before, most of the tokens, is computed once. A ``description`` of the picture after the edit comes last, with loss:
+    it sees no noised picture, so it must be told from what the noised ones see too.
     """
     shown = [Clean(before, *_grid(before), droppable=True), ViT(patches, *_grid(patches), droppable=True)]
-    return Sample([*shown, Text(text, droppable=True), *[Noised(after, *_grid(after))] * noised])
+    told = [Text(description, loss=True)] if description else []
+    return Sample([*shown, Text(text, droppable=True), *[Noised(after, *_grid(after))] * noised, *told])
 
 
 def ask_sample(patches: torch.Tensor, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sample:
