@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ time.sleep(600)
 
 
 def test_every_part_is_computed_by_a_process_of_its_own_and_results_are_in_order():
+    together = get_context("fork").Barrier(3, timeout=60)
+
     def compute(step, part):
-        time.sleep(0.2)  # so that no process has the time for two
+        together.wait()  # for the others, so that none computes two
         return step, part, os.getpid(), torch.get_num_threads()
 
     processes = PartProcesses(compute, 3, 2)
