@@ -21,7 +21,7 @@ DRAWN = (
     "two yellow stars on the left on black",
     "a green triangle to the right of an orange square",
 )
-EDITED = ("make the squares blue", "remove the circle", "turn the circle into a star", "use a black background")
+EDITED = ("make the squares blue", "remove the circle", "turn the circle into a star", "use a white background")
 ASKED = (
     "what color are the squares",
     "how many shapes are there",

@@ -68,12 +68,12 @@ class Recipe:
     )
     sight_shares: Shares = Shares(ask=3, describe=1, foresee=1, read=4)
     training: TrainingSettings = TrainingSettings(
-        steps=21_000,
+        steps=19_500,
         tokens=1024,
         parts=2,
         learning_rate=1.5e-3,
         warmup_steps=200,
-        decay_steps=6_000,
+        decay_steps=6_500,
         ce_weight=0.25,
         ce_reweighting=True,  # a description's twenty tokens would drown a yes or no
         timestep_shift=4.0,  # what is where is decided near the noise
