@@ -20,7 +20,7 @@ SEED = 0
 DRAWN = ("a large blue star in the center on white", "a blue square left of a red triangle")
 EDITED = (
     ("three orange triangles at the bottom", "turn the triangles into stars"),
-    ("a blue square left of a red triangle on white", "make the triangle yellow"),
+    ("a blue square left of a red triangle on white", "remove the square"),
 )
 ASKED = (("a large yellow circle above a blue star on grey", "what is in the picture"),)
 LONGEST = 48  # tokens of an answer; those of this world are shorter

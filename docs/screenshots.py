@@ -47,7 +47,7 @@ def edit(browser: Browser) -> None:
 def ask(browser: Browser) -> None:
     browser.click("#edit-to-ask")
     browser.until(lambda: browser.all("#ask-given img"))
-    browser.type("#ask-prompt textarea", "what shape is there")
+    browser.type("#ask-prompt textarea", "what shape are the orange things")
     browser.run("ask", "ask-answer")
 
 

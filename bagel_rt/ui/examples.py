@@ -26,7 +26,7 @@ EDITED = {  # picture -> (picture that it was made from, text, seed)
 ASKED = (  # (picture, question)
     ("pair", "what is left of the triangle"),
     ("triangles", "how many triangles are there"),
-    ("star", "what shape is there"),
+    ("star", "what color is the star"),
 )
 TOLD = (("triangles", "what is in the picture"), ("star", "is there a blue star"))  # in a conversation
 # For models that know more.
