@@ -195,7 +195,7 @@ def parts_of(sample: Sample) -> list:
 def test_tasks_are_drawn_by_their_shares(model, tokenizer, pool):
     kinds = {
         "generate": [TextPart, Noised],
-        "edit": [Clean, ViT, TextPart, Noised, Noised],
+        "edit": [Clean, ViT, TextPart, Noised, Noised, Noised, TextPart],
         "ask": [ViT, *[TextPart, TextPart] * 7],
         "describe": [ViT, TextPart, TextPart],
         "foresee": [ViT, TextPart, TextPart],
