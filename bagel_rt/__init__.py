@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 # Imported when first asked for, so that `bagel-rt --help` does not wait for torch.
 _HOMES = {
     "Bagel": "pipeline",
-    "Cancelled": "request",
-    "CheckpointError": "config",
+    "Cancelled": "errors",
+    "CheckpointError": "errors",
     "ImageResult": "request",
     "Progress": "request",
 }

@@ -9,19 +9,19 @@ from dataclasses import asdict
 import torch
 from PIL import Image
 
-from bagel_rt.cache import KVCache, Storage
-from bagel_rt.context import MAX_ROWS, Prefill
-from bagel_rt.conversation import Conversation, Noise, count_tokens
-from bagel_rt.decode import MAX_TEXTS, Sampling, generate_tokens
-from bagel_rt.denoise import Denoiser, ImageTask
-from bagel_rt.graphs import Graphs, in_step
-from bagel_rt.memory import explain
+from bagel_rt.models.bagel.contexts import Conversation, Noise, count_tokens
+from bagel_rt.models.bagel.memory import explain
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.picture import decode_picture
-from bagel_rt.prompts import IMAGE_REQUEST
+from bagel_rt.models.bagel.picture import decode_picture
+from bagel_rt.models.bagel.prompts import IMAGE_REQUEST
+from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
+from bagel_rt.models.bagel.tokenizer import TextStream, Tokenizer
 from bagel_rt.request import ImageResult, Progress, ProgressCallback, Request
-from bagel_rt.settings import ImageSettings, TextSettings
-from bagel_rt.tokenizer import TextStream, Tokenizer
+from bagel_rt.runtime.context import MAX_ROWS, Prefill
+from bagel_rt.runtime.decode import MAX_TEXTS, Sampling, generate_tokens
+from bagel_rt.runtime.denoise import Denoiser, ImageTask
+from bagel_rt.runtime.graphs import GraphCache, run_pipelined
+from bagel_rt.runtime.slots import KVCache, SlotRange
 
 Report = Callable[[int, Callable[[], list]], None]  # takes the steps done, and what tells what each request has by then
 
@@ -47,7 +47,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.cache: KVCache = model.make_cache()
-        self.graphs = Graphs.on(model.device, graphs)
+        self.graphs = GraphCache.on(model.device, graphs)
         self.cache.moved.append(self.graphs.forget)
 
     @_attempted
@@ -55,7 +55,8 @@ class Engine:
         """One picture for each request: packed prefill, thoughts decoded together, packed denoising.
 
         Inputs may be texts and images in any order; guidance follows the official rules (see
-        :class:`~bagel_rt.conversation.Conversation`). A request with a system prompt has its plan written first.
+        :class:`~bagel_rt.models.bagel.contexts.Conversation`). A request with a system prompt has its plan written
+        first.
         """
         prefill = Prefill(self.model, self.cache)
         conversations = []
@@ -292,7 +293,7 @@ class Engine:
         with closing(Denoiser(self.model, self.cache, tasks, self.graphs)) as denoiser:
             preview = functools.partial(self._preview, weakref.ref(denoiser))  # who keeps it keeps no slots
             steps = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
-            for done in in_step(self.model.device, steps):
+            for done in run_pipelined(self.model.device, steps):
                 report(done, preview)
             with torch.inference_mode(False):  # the caller's tensors are ordinary ones
                 drawn = [latents.clone() for latents in denoiser.images()]
@@ -350,7 +351,7 @@ def _reporter(
     return report
 
 
-def _release(storages: Iterable[Storage]) -> None:
+def _release(storages: Iterable[SlotRange]) -> None:
     for storage in list(storages):
         storage.release()
 

@@ -6,13 +6,27 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bagel_rt.config import BagelConfig, CheckpointError
-from bagel_rt.conversation import count_tokens, noise_shapes
+from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.engine import Engine
-from bagel_rt.images import open_image
+from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels.backend import check_backend, choose_backend
+from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.models.bagel.contexts import count_tokens, noise_shapes
+from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
+from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
+from bagel_rt.models.bagel.settings import (
+    CHAT,
+    EDIT,
+    GENERATE,
+    INTERLEAVE,
+    MAX_BATCH,
+    MAX_INPUTS,
+    MAX_ROUNDS,
+    override,
+    override_each,
+)
+from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.request import (
     ImageResult,
     ImageSource,
@@ -25,21 +39,8 @@ from bagel_rt.request import (
     per_prompt,
     seeds_for,
 )
-from bagel_rt.settings import (
-    CHAT,
-    EDIT,
-    GENERATE,
-    INTERLEAVE,
-    MAX_BATCH,
-    MAX_INPUTS,
-    MAX_ROUNDS,
-    override,
-    override_each,
-)
-from bagel_rt.tokenizer import Tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_MODEL = Path(__file__).parent / "assets" / "tiny"
 
 
 class Bagel:
@@ -328,7 +329,7 @@ class Bagel:
         config = self.model.config
         stride, largest = config.latent_stride, config.largest_side
         if size is None:
-            return (config.usual_side, config.usual_side)
+            return (config.default_resolution, config.default_resolution)
         if not is_size(size) or any(side % stride or not stride <= side <= largest for side in size):
             raise ValueError(
                 f"size is {size!r}: allowed are (height, width) in multiples of {stride} from {stride} to {largest}, "

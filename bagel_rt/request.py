@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bagel_rt.images import open_image
-from bagel_rt.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSettings, TextSettings, check_seed
+from bagel_rt.models.bagel.images import open_image
+from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSettings, TextSettings, check_seed
 
 ImageSource = Image.Image | str | Path | bytes
 
@@ -33,10 +33,6 @@ class Progress:
     step: int
     total: int
     preview: Callable[[], dict[int, str | Image.Image]] | None = field(default=None, repr=False, compare=False)
-
-
-class Cancelled(Exception):
-    """Raise it in a ``progress`` callback to stop a request; the KV slots it held are free again."""
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -71,7 +67,7 @@ class Request:
         seed: of noise and sampling.
         image: how pictures are denoised; None where none is drawn.
         text: how texts are decoded.
-        noise: draws to use in place of the seed's; see :class:`~bagel_rt.conversation.Noise`.
+        noise: draws to use in place of the seed's; see :class:`~bagel_rt.models.bagel.contexts.Noise`.
         system: the system prompt; with one, a thought is written before a picture is drawn.
         negative_prompt: what text guidance moves away from, in place of nothing.
         rounds: pictures at most, where the model itself decides when it draws; else None.

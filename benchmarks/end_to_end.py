@@ -3,7 +3,7 @@
     python -m benchmarks.end_to_end [--tiny] [--cases LIST] [--who LIST] [--batches 1,4] [--seconds S] [--json FILE]
 
 The weights are random and made on the device (28 GB for BAGEL-7B-MoT), the shapes and the work are the published
-model's. For the contenders see ``benchmarks.contenders``.
+model's. For the contenders see ``benchmarks.runners``.
 
 A step and a token cost what two runs of different lengths differ by. From these and the rest follow the seconds of the
 whole request; where these are few enough it is run whole, and its seconds are measured. The row says which.
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from bagel_rt.cli_report import finite
-from bagel_rt.config import BAGEL_7B_MOT
+from bagel_rt.cli.report import finite
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.tokenizer import Tokenizer
-from bagel_rt.workload import Workload
+from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.models.bagel.workload import Workload
 from benchmarks import roofline
-from benchmarks.contenders import CASES, TINY_CASES, WHO, Case, Contender
 from benchmarks.measure import ceilings, machine, markdown
 from benchmarks.random_model import THREE_LAYERS, random_model
+from benchmarks.runners import CASES, TINY_CASES, WHO, Case, Contender
 from benchmarks.timeline import Timeline, Window, wake_profiler
 
 WRONG = 3e-2

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bagel_rt.cache import KVCache
-from bagel_rt.config import BAGEL_7B_MOT, TransformerConfig
 from bagel_rt.kernels.backend import choose_backend
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT, TransformerConfig
 from bagel_rt.models.bagel.transformer import Rows, Transformer, rope_tables
 from bagel_rt.models.bagel.weights import DecoderLayerWeights, Pair
-from bagel_rt.plan import Plan
+from bagel_rt.runtime.plan import Plan
+from bagel_rt.runtime.slots import KVCache
 from benchmarks.measure import Clock, markdown
 from benchmarks.workloads import Tensors, visible_pairs
 

@@ -39,7 +39,8 @@ from typing import TextIO
 
 import torch
 
-from bagel_rt.cli_report import finite
+from bagel_rt.cli.report import finite
+from bagel_rt.files import atomic_write
 from benchmarks import kernels, report
 from benchmarks.measure import ROOT, gpu_state, machine
 from benchmarks.worker import DEVICE_LOST, OTHERS
@@ -296,9 +297,8 @@ def save_results(folder: Path, about: dict, stages: list[Stage]) -> None:
     """Write results.json, then results.md, each replaced as a whole. A table that cannot be made costs only itself."""
 
     def write(name, text):
-        partial = folder / f".{name}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, folder / name)
+        with atomic_write(folder / name) as file:
+            file.write((text + "\n").encode())
 
     found = {"about": about, "stages": [finite(vars(stage)) for stage in stages]}
     write("results.json", json.dumps(found, indent=1))

@@ -22,12 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagel_rt import Bagel
-from bagel_rt.context import Prefill
-from bagel_rt.conversation import Conversation, Noise
-from bagel_rt.decode import generate_tokens
-from bagel_rt.denoise import Denoiser, ImageTask
-from bagel_rt.images import tensor_to_image
-from bagel_rt.settings import ImageSettings
+from bagel_rt.models.bagel.contexts import Conversation, Noise
+from bagel_rt.models.bagel.images import tensor_to_image
+from bagel_rt.models.bagel.settings import ImageSettings
+from bagel_rt.runtime.context import Prefill
+from bagel_rt.runtime.decode import generate_tokens
+from bagel_rt.runtime.denoise import Denoiser, ImageTask
 from benchmarks.random_model import THREE_LAYERS, random_model
 
 OFFICIAL = {  # calls, milliseconds

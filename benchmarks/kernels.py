@@ -21,7 +21,7 @@ from bagel_rt.kernels.decode_attention import decode_attention_reference
 from bagel_rt.kernels.decode_linear import decode_linear_reference
 from bagel_rt.kernels.decode_qkv import decode_qkv_reference
 from bagel_rt.kernels.group_norm import group_norm_reference
-from bagel_rt.kernels.guidance import guided_step_reference
+from bagel_rt.kernels.guidance import cfg_euler_step_reference
 from bagel_rt.kernels.linear import linear_reference
 from bagel_rt.kernels.norm import rms_norm_reference
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
@@ -78,7 +78,7 @@ PEERS: dict[str, dict[str, Callable]] = {
     },
     "decode_qkv": {"torch": peers_decode.torch_qkv, WITHOUT_EXTENSION: peers_decode.triton_qkv},
     "sample": {"torch": peers_decode.torch_sample, "official, multinomial": peers_decode.official_sample},
-    "guided_step": {"official": peers.official_guided_step},
+    "cfg_euler_step": {"official": peers.official_guided_step},
     "group_norm": {"official": peers.official_group_norm, "official, channels first": peers.channels_first_group_norm},
 }
 """Public function -> name of a peer -> what makes it from the function's arguments."""
@@ -92,7 +92,7 @@ COMPILED: dict[str, dict[str, Callable]] = {
     "decode_linear": {"torch.compile": peers_decode.torch_linear},
     "decode_qkv": {"torch.compile": peers_decode.torch_qkv},
     "sample": {"torch.compile": peers_decode.torch_sample},
-    "guided_step": {"official, torch.compile": peers.official_guided_step},
+    "cfg_euler_step": {"official, torch.compile": peers.official_guided_step},
     "group_norm": {"official, torch.compile": peers.official_group_norm},
 }
 """The same for peers that take seconds to compile; they also take ``wrap``, which compiles a function."""
@@ -149,7 +149,7 @@ def judge(name: str, arguments: tuple, options: dict) -> tuple[tuple[torch.Tenso
         scale = options.get("scale") or arguments[0].shape[2] ** -0.5
         return (decode_attention_reference(*arguments, scale),), tuple
     x, v, images, parameters, *launch = arguments
-    guided_step_reference(moved := x.clone(), v, images, parameters, *launch)
+    cfg_euler_step_reference(moved := x.clone(), v, images, parameters, *launch)
     return (moved,), tuple
 
 
@@ -193,7 +193,7 @@ def _judge_sample(logits, settings=None, seed=None, step=None):
 
 
 def _ours(function: Callable, arguments: tuple, options: dict) -> peers.Contender:
-    if function.__name__ == "guided_step":  # in place: the latents of the workload stay for the peers
+    if function.__name__ == "cfg_euler_step":  # in place: the latents of the workload stay for the peers
         arguments = (arguments[0].clone(), *arguments[1:])
     outputs = {
         "rms_norm": lambda made: made,
@@ -201,7 +201,7 @@ def _ours(function: Callable, arguments: tuple, options: dict) -> peers.Contende
         "attention_gradients": lambda made: made,
         "qk_norm_rope": lambda q: (q, *arguments[6:8]),
         "decode_qkv": lambda q: (q, *arguments[8:10]),
-        "guided_step": lambda _: arguments[:1],  # after the first call: every further one moves them on
+        "cfg_euler_step": lambda _: arguments[:1],  # after the first call: every further one moves them on
     }.get(function.__name__, peers.one)
     return peers.Contender(lambda: function(*arguments, **options), outputs)
 
@@ -280,7 +280,7 @@ def _error(got, want) -> float:
 
 
 WORTH = (
-    "text-to-image 1024", "decode", "keys", "guided_step global of 3 branches, 1024", "attention, edit 1024",
+    "text-to-image 1024", "decode", "keys", "cfg_euler_step global of 3 branches, 1024", "attention, edit 1024",
     "edit 1024", "ViT", "training", "text-to-image 512", "1024", "",
 )  # fmt: skip
 """Parts of workloads' names, the ones that matter most first."""

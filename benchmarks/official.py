@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bagel_rt.conversation import Noise, encode_latents, encode_patches, frame_text
-from bagel_rt.denoise import schedule
-from bagel_rt.images import tensor_to_image, to_rgb
+from bagel_rt.models.bagel.contexts import Noise, encode_latents, encode_patches, frame_text
 from bagel_rt.models.bagel.embed import position_ids, time_embedding, unpatchify
+from bagel_rt.models.bagel.images import tensor_to_image, to_rgb
 from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, ImageSettings, override
+from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.models.bagel.transformer import rope_tables
-from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from bagel_rt.request import ImageResult, Progress
-from bagel_rt.settings import CHAT, EDIT, GENERATE, ImageSettings, override
-from bagel_rt.tokenizer import Tokenizer
+from bagel_rt.runtime.denoise import schedule
 
 
 class Expert(NamedTuple):

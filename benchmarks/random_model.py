@@ -4,12 +4,12 @@ import math
 
 import torch
 
-from bagel_rt.config import BagelConfig, TransformerConfig, VAEConfig, ViTConfig
-from bagel_rt.images import ResizeRule
+from bagel_rt.checkpoint import DEFAULT_MODEL
+from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig, VAEConfig, ViTConfig
 from bagel_rt.models.bagel.embed import sincos_table
+from bagel_rt.models.bagel.images import ResizeRule
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.pipeline import DEFAULT_MODEL
-from bagel_rt.tokenizer import Tokenizer
+from bagel_rt.models.bagel.tokenizer import Tokenizer
 
 THREE_LAYERS = BagelConfig(
     TransformerConfig(
@@ -37,8 +37,8 @@ THREE_LAYERS = BagelConfig(
 def random_model(config: BagelConfig, device: torch.device, dtype: torch.dtype) -> tuple[BagelModel, Tokenizer]:
     """Weights drawn on the device, and the embedded model's tokenizer, all of whose plain tokens the model can write.
 
-    Deviations are those of ``bagel_rt.random_checkpoint``, which draws on the CPU and takes minutes. No text ends
-    before its length: special tokens have logits of zero.
+    Deviations are those of ``bagel_rt.models.bagel.random_checkpoint``, which draws on the CPU and takes minutes. No
+    text ends before its length: special tokens have logits of zero.
     """
     tokenizer = Tokenizer.from_folder(DEFAULT_MODEL)
     model = BagelModel.allocate(config, (tokenizer.start_of_image, tokenizer.end_of_image), device, dtype)

@@ -5,8 +5,8 @@ and reading. Left out, so that the figure stays a bound: the autoencoder, norms 
 prompt in guidance contexts.
 """
 
-from bagel_rt.config import BagelConfig
-from bagel_rt.workload import Workload
+from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.models.bagel.workload import Workload
 
 
 def floor_seconds(work: Workload, limits: tuple[float, float]) -> float:

@@ -141,7 +141,7 @@ _SPACES = {
         lambda *_: _grid(ELEMENTS=[1024, 2048, 4096], PARTS=[256, 512, 1024, 2048], num_warps=[4, 8]),
         _none,
     ),
-    "guided_step": (
+    "cfg_euler_step": (
         lambda *_: _grid(ELEMENTS=[512, 1024, 2048, 4096, 8192], PARTS=[128, 256, 512], num_warps=[4, 8, 16]),
         _none,
     ),

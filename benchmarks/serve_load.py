@@ -41,7 +41,7 @@ import torch
 from PIL import Image
 
 from bagel_rt import Bagel, ImageResult
-from bagel_rt.pipeline import DEFAULT_MODEL
+from bagel_rt.checkpoint import DEFAULT_MODEL
 from benchmarks.measure import machine
 
 SLACK = 64 << 20

@@ -31,8 +31,8 @@ import torch
 from PIL import Image
 
 from bagel_rt import Bagel, Cancelled, ImageResult
-from bagel_rt.cli_report import finite
-from bagel_rt.config import BAGEL_7B_MOT
+from bagel_rt.cli.report import finite
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from benchmarks.measure import machine
 from benchmarks.random_model import random_model
 
@@ -82,7 +82,7 @@ class Requests:
         """``largest``: side of the pictures in pixels; by default half of what the model draws."""
         self._random, config = random.Random(seed), bagel.model.config
         self._stride = config.latent_stride
-        self._sides = max(1, (largest or config.usual_side // 2) // self._stride)
+        self._sides = max(1, (largest or config.default_resolution // 2) // self._stride)
         self._kinds = (self._picture, self._equal_batch, self._mixed_batch, self._edit, self._answer, self._thought,
                        self._interleaved)  # fmt: skip
 

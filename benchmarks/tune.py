@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from bagel_rt.files import atomic_write
 from bagel_rt.kernels import configs
 from benchmarks.compiling import classes_of, compile_all
 from benchmarks.inspect import problems
@@ -109,9 +110,8 @@ def updated(table: dict, architecture: str, name: Name, tiles: dict | None, sour
 
 def write_table(path: Path, table: dict) -> None:
     """Replace the file at once: a reader finds the old table or the new one, whatever happens meanwhile."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(table, indent=2) + "\n")
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write((json.dumps(table, indent=2) + "\n").encode())
 
 
 def check_writable(path: Path) -> None:

@@ -42,7 +42,7 @@ def measurements(
     """
     torch.manual_seed(0)
     function, arguments, options = workload.build(Tensors(device, workload.dtype))
-    latents = arguments[0].clone() if workload.op == "guided_step" else None
+    latents = arguments[0].clone() if workload.op == "cfg_euler_step" else None
     clock = Clock(device, seconds=0.05, most=20)
     entry = configs.TABLE[name[0]][architecture][name[1]]
     before, loaded = entry["tiles"], extension.EXTENSION

@@ -14,9 +14,9 @@ from functools import cache, partial
 
 import torch
 
-from bagel_rt import check
-from bagel_rt.check_cases import CASES
-from bagel_rt.config import BAGEL_7B_MOT, BagelConfig
+from bagel_rt.check import run as check
+from bagel_rt.check.cases import CASES
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig
 from benchmarks import end_to_end, forward, kernels
 from benchmarks.measure import Clock, ceilings, measured_ceilings
 from benchmarks.random_model import random_model

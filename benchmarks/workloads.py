@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from bagel_rt.kernels import attention, group_norm, guided_step, linear, qk_norm_rope, rms_norm
+from bagel_rt.kernels import attention, cfg_euler_step, group_norm, linear, qk_norm_rope, rms_norm
 from bagel_rt.kernels.guidance import RENORMS
-from bagel_rt.plan import Plan, Segment, build_plan
+from bagel_rt.runtime.plan import Plan, Segment, build_plan
 from bagel_rt.train.batch import training_segments
 from benchmarks.workload import (
     EPS,
@@ -210,12 +210,12 @@ def _guided_step(tensors: Tensors, latents: int, renorm: str, branches: int, fea
     places = np.stack([first, np.full(images, latents), *of_branches], 1).astype(np.int32)
     values = [1.0, 4.0, 2.0 if branches > 2 else 1.0, 0.0, RENORMS.index(renorm)]
     parameters = np.array([values] * images, np.float32)
-    return guided_step, (state, velocities, tensors.of(places), tensors.of(parameters), latents, branches > 1), {}
+    return cfg_euler_step, (state, velocities, tensors.of(places), tensors.of(parameters), latents, branches > 1), {}
 
 
 def _guided_step_workload(name: str, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
     build = partial(_guided_step, latents=latents, renorm=renorm, branches=branches, features=features, images=images)
-    return Workload(name, "guided_step", 0, images * latents * features * (8 + 2 * branches), build)
+    return Workload(name, "cfg_euler_step", 0, images * latents * features * (8 + 2 * branches), build)
 
 
 def _group_norm(tensors: Tensors, channels: int, side: int):
@@ -240,10 +240,10 @@ def _workloads() -> list[Workload]:
     found += [_group_norm_workload(*sizes) for sizes in ((128, 1024), (256, 1024), (512, 512), (512, 128))]
     for size, latents in ((1024, 4096), (512, 1024)):
         for renorm, branches in (("global", 2), ("channel", 2), ("text_channel", 3), ("global", 3)):
-            name = f"guided_step {renorm} of {branches} branches, {size}"
+            name = f"cfg_euler_step {renorm} of {branches} branches, {size}"
             found.append(_guided_step_workload(name, latents, renorm, branches))
-    found.append(_guided_step_workload("guided_step without guidance, 1024", 4096, "global", 1))
-    name = "guided_step global of 3 branches, four images of 1024"
+    found.append(_guided_step_workload("cfg_euler_step without guidance, 1024", 4096, "global", 1))
+    name = "cfg_euler_step global of 3 branches, four images of 1024"
     found.append(_guided_step_workload(name, 4096, "global", 3, images=4))
     return found
 
@@ -265,7 +265,7 @@ def _other_sizes() -> list[Workload]:
     return [
         *norms,
         Workload("qk_norm_rope, 64 heads", "qk_norm_rope", 0, rope_bytes, rope),
-        _guided_step_workload("guided_step global, 16384 features", 256, "global", 2, features=16384),
+        _guided_step_workload("cfg_euler_step global, 16384 features", 256, "global", 2, features=16384),
         _group_norm_workload(96, 512, torch.bfloat16),
         _linear_workload("linear in float32", 256, 128, 1024, 1024, "bias", torch.float32),
         _linear_workload("linear of 3588 columns", 4096, 2048, 3588, 3584, "bias"),

@@ -19,7 +19,7 @@ namespace py = pybind11;
 
 namespace {
 
-// bagel_rt.plan.Segment: mode, gen, key_start, visible, write.
+// bagel_rt.runtime.plan.Segment: mode, gen, key_start, visible, write.
 using PySegment = std::tuple<std::string, py::array_t<bool, py::array::c_style | py::array::forcecast>, std::int64_t,
                              std::int64_t, std::int64_t>;
 
@@ -121,5 +121,5 @@ PYBIND11_MODULE(_C, module) {
       "Addresses and numbers of bytes that the kernel before is still writing when the next ones start.");
 #endif
   module.def("build_plan", &build_plan, py::arg("segments"), py::arg("block_q"),
-             "bagel_rt.plan.build_plan for segments it has checked: (G, order, limits, slots, blocks).");
+             "bagel_rt.runtime.plan.build_plan for segments it has checked: (G, order, limits, slots, blocks).");
 }

@@ -1,4 +1,4 @@
-// The plan of one packed forward, on the host. The rules, and the same in numpy: bagel_rt/plan.py.
+// The plan of one packed forward, on the host. The rules, and the same in numpy: bagel_rt/runtime/plan.py.
 #pragma once
 
 #include <cstdint>

@@ -11,10 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from bagel_rt.cli import app
-from bagel_rt.config import BAGEL_7B_MOT
 from bagel_rt.kernels.backend import OPS
-from bagel_rt.memory import expected_memory
-from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT
+from bagel_rt.models.bagel.memory import expected_memory
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE
 
 CARDS = (24, 32, 40, 48, 80, 141)  # GB
 REQUESTS = {

@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from bagel_rt import Bagel
-from bagel_rt.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
-from bagel_rt.settings import EDIT, GENERATE
+from bagel_rt.models.bagel.settings import EDIT, GENERATE
+from bagel_rt.tiny.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
 
 FOLDER = Path(__file__).parent / "hyperparameters"
 SEED = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from bagel_rt import Bagel
-from bagel_rt.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
+from bagel_rt.tiny.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
 
 HERE = Path(__file__).parent
 DRAWN = (

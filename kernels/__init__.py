@@ -12,7 +12,7 @@ from bagel_rt.kernels.decode_attention import decode_attention
 from bagel_rt.kernels.decode_linear import decode_linear
 from bagel_rt.kernels.decode_qkv import decode_qkv
 from bagel_rt.kernels.group_norm import group_norm, group_norm_moments
-from bagel_rt.kernels.guidance import guided_step, guided_velocity
+from bagel_rt.kernels.guidance import cfg_euler_step, guided_velocity
 from bagel_rt.kernels.linear import linear
 from bagel_rt.kernels.linear_backward import linear_backward
 from bagel_rt.kernels.norm import rms_norm
@@ -29,7 +29,7 @@ __all__ = [
     "decode_qkv",
     "group_norm",
     "group_norm_moments",
-    "guided_step",
+    "cfg_euler_step",
     "guided_velocity",
     "linear",
     "linear_backward",

@@ -18,7 +18,7 @@ OPS = {
     "decode_attention": "cuda",
     "decode_linear": "cuda",
     "decode_qkv": "cuda",
-    "guided_step": "triton",
+    "cfg_euler_step": "triton",
     "group_norm": "triton",
     "group_norm_moments": "triton",
     "sample": "cuda",

@@ -28,7 +28,7 @@ from bagel_rt.kernels.norm import rows_contiguous
 from bagel_rt.kernels.triton_language import jit, tl, triton
 
 RENORMS = ("global", "channel", "text_channel")
-"""The norms to renormalise by; their places are what the ``parameters`` of :func:`guided_step` hold."""
+"""The norms to renormalise by; their places are what the ``parameters`` of :func:`cfg_euler_step` hold."""
 
 
 def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -60,8 +60,8 @@ def _renormalise(guided, cond, dim, smallest):
     return guided * (norm_cond / (norm_guided + 1e-8)).clamp(smallest, 1)
 
 
-def guided_step_reference(x, v, images, parameters, most_rows, guided=True):
-    """The formula, image by image, in PyTorch, for any device and dtype. Shapes as in :func:`guided_step`."""
+def cfg_euler_step_reference(x, v, images, parameters, most_rows, guided=True):
+    """The formula, image by image, in PyTorch, for any device and dtype. Shapes as in :func:`cfg_euler_step`."""
     for (first, rows, *branches), of_image in zip(images.tolist(), parameters.tolist(), strict=True):
         dt, text_scale, image_scale, renorm_min, renorm = of_image
         velocities = [v.narrow(0, branch, rows) for branch in branches]
@@ -187,7 +187,7 @@ def _run_kernels(x, v, images, parameters, most_rows, guided):
     if not (len(images) and most_rows and C):
         return
     v, images, parameters = rows_contiguous(v), images.contiguous(), parameters.contiguous()
-    tiles = dict(configs.tiles("guided_step", "narrow" if C <= 4096 else "wide", x.device))
+    tiles = dict(configs.tiles("cfg_euler_step", "narrow" if C <= 4096 else "wide", x.device))
     columns, most_parts = triton.next_power_of_2(C), tiles["PARTS"]
     rows = max(1, tiles.pop("ELEMENTS") // columns)
     tiles |= {"C": C, "ROWS": rows, "COLUMNS": columns}
@@ -202,7 +202,7 @@ def _run_kernels(x, v, images, parameters, most_rows, guided):
 
 
 torch.library.define(
-    "bagel_rt::guided_step",
+    "bagel_rt::cfg_euler_step",
     "(Tensor(a!) x, Tensor v, Tensor images, Tensor parameters, SymInt most_rows, bool guided) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -210,19 +210,19 @@ torch.library.define(
 
 def _launch(x, v, images, parameters, most_rows, guided):
     kernels = runs_kernel(x) and runs_kernel(v)  # either may be float64
-    run = _run_kernels if kernels else guided_step_reference
+    run = _run_kernels if kernels else cfg_euler_step_reference
     run(x, v, images, parameters, most_rows, guided)
 
 
-torch.library.impl("bagel_rt::guided_step", "default", _launch)
+torch.library.impl("bagel_rt::cfg_euler_step", "default", _launch)
 
 
-@torch.library.register_fake("bagel_rt::guided_step")
+@torch.library.register_fake("bagel_rt::cfg_euler_step")
 def _fake(x, v, images, parameters, most_rows, guided):
     return None
 
 
-_guided_step = torch.ops.bagel_rt.guided_step.default
+_guided_step = torch.ops.bagel_rt.cfg_euler_step.default
 
 
 def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -255,7 +255,7 @@ def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm
     return guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min)
 
 
-def guided_step(x, v, images, parameters, most_rows, guided=True):
+def cfg_euler_step(x, v, images, parameters, most_rows, guided=True):
     """Take one Euler step of every image along its guided velocity, in place: x becomes x - v dt.
 
     The values of ``images`` and ``parameters`` are not checked, which would make the host wait: rows must lie inside
@@ -279,21 +279,22 @@ def guided_step(x, v, images, parameters, most_rows, guided=True):
     if x.dtype not in (torch.float32, torch.float64) or x.dim() != 2 or not x.is_contiguous():
         layout = "" if x.is_contiguous() else ", not contiguous"
         raise ValueError(
-            f"guided_step: x is {tuple(x.shape)} {x.dtype}{layout}; it is overwritten, so it must be a contiguous "
+            f"cfg_euler_step: x is {tuple(x.shape)} {x.dtype}{layout}; it is overwritten, so it must be a contiguous "
             "[N, C] of float32 or float64"
         )
     if v.dim() != 2 or v.shape[1] != x.shape[1] or not v.is_floating_point():
         raise ValueError(
-            f"guided_step: v is {tuple(v.shape)} {v.dtype}, expected [R, {x.shape[1]}] of a floating-point dtype"
+            f"cfg_euler_step: v is {tuple(v.shape)} {v.dtype}, expected [R, {x.shape[1]}] of a floating-point dtype"
         )
     expected = (images.shape[0] if images.dim() else 0, 5)
     for name, given, dtype in (("images", images, torch.int32), ("parameters", parameters, torch.float32)):
         if given.shape != expected or given.dtype != dtype:
-            raise ValueError(f"guided_step: {name} is {tuple(given.shape)} {given.dtype}, expected {expected} {dtype}")
+            found = f"{tuple(given.shape)} {given.dtype}"
+            raise ValueError(f"cfg_euler_step: {name} is {found}, expected {expected} {dtype}")
     for name, given in (("v", v), ("images", images), ("parameters", parameters)):
         if given.device != x.device:
-            raise ValueError(f"guided_step: {name} is on {given.device}, x on {x.device}")
+            raise ValueError(f"cfg_euler_step: {name} is on {given.device}, x on {x.device}")
     if most_rows < 0:
-        raise ValueError(f"guided_step: most_rows={most_rows} is negative")
+        raise ValueError(f"cfg_euler_step: most_rows={most_rows} is negative")
     run = _guided_step if is_compiling() else _launch
     run(x, v, images, parameters, most_rows, guided)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bagel_rt.compat import InterleaveInferencer
-from bagel_rt.config import BagelConfig
 from bagel_rt.conformance.requests import _draws
-from bagel_rt.images import ResizeRule, image_to_tensor, to_rgb
+from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify, position_ids
-from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
+from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
+from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 
 PACK = CHECKPOINT.parent
 GUIDANCE = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_min", "cfg_renorm_type")

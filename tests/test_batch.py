@@ -85,7 +85,7 @@ def test_a_large_batch_is_drawn_in_parts_with_the_same_result(bagel, monkeypatch
     prompts, steps = ["a", "b c", "d", "e"], []
     whole = bagel.generate(prompts, size=(32, 32), seed=1, **FAST)
     monkeypatch.setattr("bagel_rt.engine.MAX_ROWS", 40)
-    monkeypatch.setattr("bagel_rt.context.MAX_ROWS", 4)
+    monkeypatch.setattr("bagel_rt.runtime.context.MAX_ROWS", 4)
     parts = bagel.generate(prompts, size=(32, 32), seed=1, progress=lambda p: steps.append((p.step, p.total)), **FAST)
     for a, b in zip(whole, parts, strict=True):
         close(a.latents, b.latents)

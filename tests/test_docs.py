@@ -15,7 +15,7 @@ import typer
 from PIL import Image
 
 from bagel_rt.cli import app
-from bagel_rt.settings import ImageSettings, TextSettings
+from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

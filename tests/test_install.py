@@ -16,7 +16,7 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 
-from bagel_rt import plan
+from bagel_rt.runtime import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_FROM = ("bagel_rt", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
     want = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt").rglob("*.py")}
     want |= {f"bagel_rt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt/assets").rglob("*") if path.is_file()}
-    assert {"bagel_rt/plan.py", "bagel_rt/kernels/__init__.py", "bagel_rt/models/bagel/__init__.py"} <= want
+    assert {"bagel_rt/runtime/plan.py", "bagel_rt/kernels/__init__.py", "bagel_rt/models/bagel/__init__.py"} <= want
     assert {Path(asset).suffix for asset in assets} >= {".json", ".safetensors"}
     assets.add("bagel_rt/kernels/configs.json")
     module = {f"bagel_rt/_C{sysconfig.get_config_var('EXT_SUFFIX')}" if HAS_COMPILER else "bagel_rt/_C.log"}
@@ -85,7 +85,8 @@ def installed(site: Path, folder: Path, expression: str) -> str:
     """What an expression over ``e``, the module bagel_rt.kernels.extension of an installation, comes to."""
     # -S: without site, so that an editable install of this tree cannot supply the module that is missing.
     paths = os.pathsep.join([str(site), str(Path(np.__file__).parents[1])])
-    script = f"import bagel_rt.plan, json; import bagel_rt.kernels.extension as e; print(json.dumps({expression}))"
+    script = "from bagel_rt.runtime import plan; import json, bagel_rt.kernels.extension as e\n"
+    script += f"print(json.dumps({expression}))"
     done = subprocess.run(
         [sys.executable, "-S", "-c", script], cwd=folder, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": paths, "BAGEL_RT_EXTENSION": ""},
@@ -140,7 +141,7 @@ def test_an_install_whose_cuda_compiler_fails_keeps_the_planner_and_the_reason(t
     printed = pip("install", tree, "--target", str(site), **one)
     assert "Installing without them" in printed
     has_cuda, error, planned = installed(
-        site, tmp_path, "[e.EXTENSION.has_cuda, e.cuda_error(), len(bagel_rt.plan.build_plan([]).order)]"
+        site, tmp_path, "[e.EXTENSION.has_cuda, e.cuda_error(), len(plan.build_plan([]).order)]"
     )
     assert not has_cuda and planned == 0
     assert error.startswith(f"the CUDA kernels did not build with {broken} for 90a-real: ")
@@ -153,10 +154,8 @@ def test_an_install_without_a_compiler_works_and_says_why_there_is_no_extension(
     assert "Installing without it: numpy makes the plans" in printed
     assert not list(site.rglob("_C*.so"))
 
-    path, missing, error = installed(
-        site, tmp_path, "[bagel_rt.plan.__file__, bagel_rt.plan.EXTENSION, bagel_rt.plan.EXTENSION_ERROR]"
-    )
-    assert (path, missing) == (str(site / "bagel_rt/plan.py"), None)
+    path, missing, error = installed(site, tmp_path, "[plan.__file__, plan.EXTENSION, plan.EXTENSION_ERROR]")
+    assert (path, missing) == (str(site / "bagel_rt/runtime/plan.py"), None)
     assert error.startswith("not built (it needs a C++17 compiler): ") and "/nonexistent/c++" in error
     assert installed(site, tmp_path, "e.cuda_error()") == error.strip()
 

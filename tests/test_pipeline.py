@@ -9,11 +9,11 @@ from conftest import CHECKPOINT
 from safetensors.torch import load_file, save_file
 
 from bagel_rt import Bagel, Cancelled, ImageResult
-from bagel_rt.context import Context, Prefill, Text
-from bagel_rt.conversation import Conversation, Noise
-from bagel_rt.denoise import Denoiser, ImageTask
 from bagel_rt.engine import Engine
-from bagel_rt.settings import ImageSettings
+from bagel_rt.models.bagel.contexts import Conversation, Noise
+from bagel_rt.models.bagel.settings import ImageSettings
+from bagel_rt.runtime.context import Context, Prefill, Text
+from bagel_rt.runtime.denoise import Denoiser, ImageTask
 
 FAST = {"num_timesteps": 5}
 
@@ -291,7 +291,7 @@ def test_the_caller_is_not_left_in_inference_mode(bagel):
 
 
 def test_a_long_prefill_is_cut_into_bounded_forwards(bagel, monkeypatch):
-    monkeypatch.setattr("bagel_rt.context.MAX_ROWS", 8)
+    monkeypatch.setattr("bagel_rt.runtime.context.MAX_ROWS", 8)
     rows, forward = [], type(bagel.model.transformer).forward
 
     def counted(self, hidden, *rest):

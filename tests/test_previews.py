@@ -8,10 +8,10 @@ from conftest import CHECKPOINT, DEVICE
 from recording import Recording, dispatch_ops
 
 from bagel_rt import Bagel, engine
-from bagel_rt.context import Prefill
-from bagel_rt.conversation import Conversation, Noise
-from bagel_rt.denoise import Denoiser, ImageTask
-from bagel_rt.settings import ImageSettings
+from bagel_rt.models.bagel.contexts import Conversation, Noise
+from bagel_rt.models.bagel.settings import ImageSettings
+from bagel_rt.runtime.context import Prefill
+from bagel_rt.runtime.denoise import Denoiser, ImageTask
 
 FAST = {"num_timesteps": 7, "cfg_interval": (0.7, 1.0), "seed": 3}  # steps of both kinds, each more than twice
 

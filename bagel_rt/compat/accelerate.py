@@ -5,7 +5,7 @@ from torch import nn
 
 from bagel_rt.compat.adopt import adopt_config, adopt_model, generates
 from bagel_rt.compat.entry_points import EntryPoints
-from bagel_rt.compat.working import alone
+from bagel_rt.compat.exclusive import alone
 from bagel_rt.models.bagel.model import BagelModel
 
 ENTRY_POINTS = (

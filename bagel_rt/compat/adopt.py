@@ -15,14 +15,14 @@ import torch
 from tokenizers import models
 from torch import nn
 
-from bagel_rt.checkpoint import Destination
-from bagel_rt.compat.working import share_lock
-from bagel_rt.config import BagelConfig, TransformerConfig, VAEConfig, ViTConfig
-from bagel_rt.images import ResizeRule
+from bagel_rt.checkpoint.read import WeightSlot
+from bagel_rt.compat.exclusive import share_lock
+from bagel_rt.models.bagel.autoencoder import AutoEncoder
+from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig, VAEConfig, ViTConfig
+from bagel_rt.models.bagel.images import ResizeRule
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.models.bagel.vae import AutoEncoder
+from bagel_rt.models.bagel.tokenizer import Tokenizer, qwen2_backend
 from bagel_rt.models.bagel.weights import BagelWeights, map_weights
-from bagel_rt.tokenizer import Tokenizer, qwen2_backend
 
 _PARTS = ("config", "language_model", "vit_model", "connector", "vit_pos_embed")
 _GENERATION = ("vae2llm", "llm2vae", "time_embedder", "latent_pos_embed")  # absent with visual_gen=False
@@ -237,7 +237,7 @@ def _known(official: nn.Module, config: BagelConfig, named: dict[str, torch.Tens
     return None
 
 
-def _lies_in(parameter: torch.Tensor, place: Destination) -> bool:
+def _lies_in(parameter: torch.Tensor, place: WeightSlot) -> bool:
     view = _part_of(parameter, place.view)
     return parameter.device == view.device and (parameter.data_ptr(), parameter.stride(), parameter.dtype) == (
         view.data_ptr(),
@@ -251,7 +251,7 @@ def _part_of(parameter: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     return view if parameter.shape == view.shape else view[0]
 
 
-def _fuse(layout: BagelWeights, named: dict, places: dict[str, Destination], like: torch.Tensor) -> BagelWeights:
+def _fuse(layout: BagelWeights, named: dict, places: dict[str, WeightSlot], like: torch.Tensor) -> BagelWeights:
     """The weights of a layout, made of a module's parameters, which become views of them."""
     parts = defaultdict(list)
     for name, place in places.items():
@@ -272,7 +272,7 @@ def _fuse(layout: BagelWeights, named: dict, places: dict[str, Destination], lik
         return map_weights(layout, fused)
 
 
-def _check(named: dict[str, torch.Tensor], places: dict[str, Destination], like: torch.Tensor) -> None:
+def _check(named: dict[str, torch.Tensor], places: dict[str, WeightSlot], like: torch.Tensor) -> None:
     missing = [name for name in places if name not in named]
     if missing:
         raise ValueError(f"the module lacks {_listed(missing)}: give the official Bagel as its scripts load it")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from bagel_rt.context import Context
 from bagel_rt.models.bagel.embed import position_ids
+from bagel_rt.runtime.context import Context
 
 
 class Contexts:

@@ -19,14 +19,14 @@ from bagel_rt.compat.arguments import (
     grid_of,
     refuse_taylorseer,
 )
-from bagel_rt.compat.working import Follower, alone, guarded
-from bagel_rt.context import Context, Prefill, Text, VAEImage, ViTImage
-from bagel_rt.decode import MAX_TEXTS, Sampling, generate_tokens
-from bagel_rt.denoise import Denoiser, ImageTask
-from bagel_rt.graphs import Graphs
+from bagel_rt.compat.exclusive import Follower, alone, guarded
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.settings import ImageSettings
+from bagel_rt.models.bagel.settings import ImageSettings
+from bagel_rt.runtime.context import Context, Prefill, Text, VAEImage, ViTImage
+from bagel_rt.runtime.decode import MAX_TEXTS, Sampling, generate_tokens
+from bagel_rt.runtime.denoise import Denoiser, ImageTask
+from bagel_rt.runtime.graphs import GraphCache
 
 
 class EntryPoints:
@@ -35,7 +35,7 @@ class EntryPoints:
     They may be called from several threads: one of them works at a time.
     """
 
-    def __init__(self, model: BagelModel, cache=None, graphs: Graphs | None = None, generates: bool = True):
+    def __init__(self, model: BagelModel, cache=None, graphs: GraphCache | None = None, generates: bool = True):
         """
         Args:
             model: the network.
@@ -44,7 +44,7 @@ class EntryPoints:
         """
         self.model, self.generates = model, generates
         self.cache = model.make_cache() if cache is None else cache
-        self.graphs = graphs or Graphs.on(model.device)
+        self.graphs = graphs or GraphCache.on(model.device)
         if graphs is None:
             self.cache.moved.append(self.graphs.forget)
         self._follower, self._depth = Follower(model, self.graphs), 0

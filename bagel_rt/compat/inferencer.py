@@ -6,16 +6,16 @@ from PIL import Image
 from bagel_rt.compat.adopt import adopt_config, adopt_model, adopt_tokenizer, generates
 from bagel_rt.compat.arguments import Contexts, refuse_taylorseer
 from bagel_rt.compat.entry_points import EntryPoints, draw_seed
-from bagel_rt.compat.working import guarded
-from bagel_rt.context import Context, Prefill
-from bagel_rt.conversation import Noise, encode_latents, encode_patches, frame_text, noise_shapes
-from bagel_rt.denoise import ImageTask
-from bagel_rt.images import to_rgb
-from bagel_rt.picture import decode_picture
+from bagel_rt.compat.exclusive import guarded
+from bagel_rt.models.bagel.contexts import Noise, encode_latents, encode_patches, frame_text, noise_shapes
+from bagel_rt.models.bagel.images import to_rgb
+from bagel_rt.models.bagel.picture import decode_picture
+from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
+from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
 from bagel_rt.pipeline import Bagel
-from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from bagel_rt.request import Request
-from bagel_rt.settings import ImageSettings, TextSettings
+from bagel_rt.runtime.context import Context, Prefill
+from bagel_rt.runtime.denoise import ImageTask
 
 VLM_THINK_SYSTEM_PROMPT, GEN_THINK_SYSTEM_PROMPT = THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 

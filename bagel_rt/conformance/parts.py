@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 
 from bagel_rt.conformance.compare import Comparison, agree, compare
-from bagel_rt.conversation import encode_patches
-from bagel_rt.denoise import schedule
-from bagel_rt.images import ResizeRule, image_to_tensor, to_rgb
+from bagel_rt.models.bagel.contexts import encode_patches
 from bagel_rt.models.bagel.embed import position_ids, sincos_table, time_embedding, time_sinusoid
+from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
 from bagel_rt.models.bagel.transformer import rope_tables
-from bagel_rt.models.bagel.vit import connect, embed_patches, encoder_layer, vision_tower, within_images
+from bagel_rt.models.bagel.vision import connect, embed_patches, encoder_layer, vision_tower, within_images
+from bagel_rt.runtime.denoise import schedule
 
 
 def tokenizer_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:

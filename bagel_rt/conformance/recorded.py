@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 from bagel_rt.conformance.compare import Comparison, agree, compare
-from bagel_rt.context import Context, Prefill
-from bagel_rt.conversation import Noise, encode_latents, encode_patches, frame_text
-from bagel_rt.decode import generate_tokens
-from bagel_rt.denoise import Denoiser, ImageTask, PackedBranches
-from bagel_rt.images import image_to_tensor, to_rgb
 from bagel_rt.kernels import guided_velocity
+from bagel_rt.models.bagel.contexts import Noise, encode_latents, encode_patches, frame_text
 from bagel_rt.models.bagel.embed import position_ids, unpatchify
+from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
+from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.models.bagel.transformer import Transformer
-from bagel_rt.models.bagel.vit import vision_tower
-from bagel_rt.settings import ImageSettings
+from bagel_rt.models.bagel.vision import vision_tower
+from bagel_rt.runtime.context import Context, Prefill
+from bagel_rt.runtime.decode import generate_tokens
+from bagel_rt.runtime.denoise import Denoiser, ImageTask, PackedBranches
 
 
 class _Recorder(Transformer):

@@ -10,10 +10,10 @@ from PIL import Image
 
 from bagel_rt.conformance.compare import Comparison, agree, compare
 from bagel_rt.engine import Engine
+from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
+from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
 from bagel_rt.pipeline import Bagel
-from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.request import ImageResult, Request
-from bagel_rt.settings import ImageSettings, TextSettings
 
 FED_BACK = 3e-3  # a generated picture that is quantised and shown to the model again may differ by single levels
 

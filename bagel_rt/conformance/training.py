@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bagel_rt.config import BagelConfig
 from bagel_rt.conformance.compare import TOLERANCE, Comparison, agree, compare
-from bagel_rt.conversation import encode_patches
-from bagel_rt.images import image_to_tensor, to_rgb
+from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.models.bagel.contexts import encode_patches
 from bagel_rt.models.bagel.embed import position_ids
-from bagel_rt.plan import Plan, visibility
+from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
+from bagel_rt.runtime.plan import Plan, visibility
 from bagel_rt.train.batch import TrainingBatch
 from bagel_rt.train.objective import encode_padded, latent_tokens, training_losses
 from bagel_rt.train.parameters import Parameters

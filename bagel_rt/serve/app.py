@@ -15,14 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import parse_options_header
 from starlette.responses import JSONResponse
 
+from bagel_rt.errors import Cancelled
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import Cancelled, ImageResult
+from bagel_rt.request import ImageResult
 from bagel_rt.serve import schema
-from bagel_rt.serve.answers import ChatAnswer, EventStream, picture_answer
+from bagel_rt.serve.images import as_seen, read_picture, read_url
 from bagel_rt.serve.limits import Limits
-from bagel_rt.serve.measures import CONTENT_TYPE, Measures
-from bagel_rt.serve.pictures import as_seen, read_picture, read_url
-from bagel_rt.serve.protection import Gate, answer_to, forget_body, readable
+from bagel_rt.serve.metrics import CONTENT_TYPE, Measures
+from bagel_rt.serve.middleware import Gate, answer_to, forget_body, readable
+from bagel_rt.serve.responses import ChatAnswer, EventStream, picture_answer
 from bagel_rt.serve.worker import Job, Worker
 
 _EDIT_FILES = ("image", "image[]")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from bagel_rt.settings import MAX_BATCH, MAX_INPUTS
+from bagel_rt.models.bagel.settings import MAX_BATCH, MAX_INPUTS
 
 _DAY = 86400
 

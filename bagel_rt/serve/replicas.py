@@ -115,8 +115,8 @@ def application(options: Options):
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
-    from bagel_rt.pipeline import DEFAULT_MODEL
-    from bagel_rt.serve.protection import read_key
+    from bagel_rt.checkpoint import DEFAULT_MODEL
+    from bagel_rt.serve.middleware import read_key
 
     folder, limits = Path(options.folder or DEFAULT_MODEL).resolve(), Limits(**options.limits)
     if not folder.is_dir():

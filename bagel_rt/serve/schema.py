@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from bagel_rt.conversation import count_tokens
+from bagel_rt.models.bagel.contexts import count_tokens
+from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_CHARACTERS, MAX_ROUNDS, override
 from bagel_rt.pipeline import Bagel
-from bagel_rt.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.request import Request
 from bagel_rt.serve.limits import Limits
-from bagel_rt.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_CHARACTERS, MAX_ROUNDS, override
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 _CHARACTERS = 32  # of a token at most, far above what texts have; more are not worth being counted
@@ -309,7 +309,7 @@ def _read_size(bagel: Bagel, limits: Limits, size: str) -> tuple[int, int]:
     """ "WIDTHxHEIGHT" -> (height, width); "auto" is the model's usual square, or the largest that is allowed."""
     stride = bagel.model.config.latent_stride
     if size == "auto":
-        side = min(bagel.model.config.usual_side, limits.side // stride * stride)
+        side = min(bagel.model.config.default_resolution, limits.side // stride * stride)
         return bagel.check_size((side, side))
     width, _, height = size.partition("x")
     if not (width.isascii() and width.isdecimal() and height.isascii() and height.isdecimal()) or len(size) > 11:

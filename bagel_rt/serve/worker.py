@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from bagel_rt.errors import Cancelled
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import Cancelled, ImageResult, Progress, Request
+from bagel_rt.request import ImageResult, Progress, Request
 
 log = logging.getLogger("bagel_rt.serve")
 

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from bagel_rt.config import CheckpointError, VAEConfig
-from bagel_rt.images import image_to_tensor
-from bagel_rt.models.bagel.vae import AutoEncoder
+from bagel_rt.errors import CheckpointError
+from bagel_rt.models.bagel.autoencoder import AutoEncoder
+from bagel_rt.models.bagel.config import VAEConfig
+from bagel_rt.models.bagel.images import image_to_tensor
 from bagel_rt.train.state import load_state, save_state
 
 _SAVE_EVERY = 60.0  # seconds

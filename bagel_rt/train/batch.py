@@ -6,8 +6,8 @@ belong to one full or noise split, and k is not in a noise split other than q's 
 
 Nobody outside a noise split sees it. So a sample's other rows, its *clean* rows, can take the first slots of its range
 in a KV cache, in sequence order, and its noise splits the slots behind them; then every row sees a prefix of the clean
-rows, and a noised row its own split besides. That is the two-span mask of :mod:`bagel_rt.plan`, and a training forward
-is one packed forward of the runtime.
+rows, and a noised row its own split besides. That is the two-span mask of :mod:`bagel_rt.runtime.plan`, and a training
+forward is one packed forward of the runtime.
 
 Sources: Deng et al. 2025 (arXiv:2505.14683) and the official BAGEL data packing.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bagel_rt.plan import MODES, Plan, Segment, build_plan
+from bagel_rt.runtime.plan import MODES, Plan, Segment, build_plan
 
 # Index field -> the fields that give one entry for each of its rows.
 _PER_ROW = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bagel_rt.config import CheckpointError
+from bagel_rt.errors import CheckpointError
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.random_checkpoint import STORED_AS, TOKENIZER_FILES, official_json
+from bagel_rt.models.bagel.random_checkpoint import STORED_AS, TOKENIZER_FILES, official_json
 
 
 def save_checkpoint(model: BagelModel, folder: str | Path, tokenizer_folder: str | Path) -> None:

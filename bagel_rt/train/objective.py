@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bagel_rt.config import BagelConfig
+from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.models.bagel.vit import connect, vision_tower
+from bagel_rt.models.bagel.vision import connect, vision_tower
 from bagel_rt.train.batch import TrainingBatch, check_range
 
 

@@ -24,14 +24,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bagel_rt.config import BagelConfig
+from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids
-from bagel_rt.tokenizer import Tokenizer
+from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.train.batch import TrainingBatch
 
 
 class SpecialTokens(NamedTuple):
-    """Ids of the markers, named as in :class:`bagel_rt.tokenizer.Tokenizer`."""
+    """Ids of the markers, named as in :class:`bagel_rt.models.bagel.tokenizer.Tokenizer`."""
 
     bos: int
     eos: int

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from bagel_rt.config import BagelConfig
+from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.weights import map_weights
 

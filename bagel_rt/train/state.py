@@ -4,26 +4,20 @@ Everything is in one file, so that what is read was written together; it replace
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from bagel_rt.config import CheckpointError
+from bagel_rt.errors import CheckpointError
+from bagel_rt.files import atomic_write
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
     """Write tensors and ``facts``, anything that JSON holds; ``path`` is replaced only when all is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, {"facts": json.dumps(facts)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"facts": json.dumps(facts)}))
 
 
 def load_state(path: Path, tensors: dict[str, torch.Tensor]) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
-from bagel_rt.tokenizer import qwen2_backend
+from bagel_rt.models.bagel.tokenizer import qwen2_backend
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bagel_rt.config import CheckpointError
+from bagel_rt.errors import CheckpointError
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.train.batch import TrainingBatch
 from bagel_rt.train.objective import training_losses

@@ -9,13 +9,13 @@ import gradio as gr
 
 from bagel_rt import __version__
 from bagel_rt.pipeline import Bagel
-from bagel_rt.ui.album import Album
-from bagel_rt.ui.asking import AskingTab
-from bagel_rt.ui.drawing import EVENT, DrawingTab
+from bagel_rt.ui.chat_tab import TalkingTab
 from bagel_rt.ui.examples import Examples
+from bagel_rt.ui.gallery import Album
+from bagel_rt.ui.image_tab import EVENT, DrawingTab
 from bagel_rt.ui.jobs import MAX_JOBS, Jobs
-from bagel_rt.ui.look import CSS, masthead, theme
-from bagel_rt.ui.talking import TalkingTab
+from bagel_rt.ui.theme import CSS, masthead, theme
+from bagel_rt.ui.vqa_tab import AskingTab
 
 _UPLOAD = "32mb"
 _DAY = 24 * 3600

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import gradio as gr
 
-from bagel_rt.config import BagelConfig
-from bagel_rt.settings import RENORM_TYPES, ImageSettings, TextSettings
+from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.models.bagel.settings import RENORM_TYPES, ImageSettings, TextSettings
 
 SEED_LIMIT = 2**53 - 1  # the largest that a browser's numbers hold
 
@@ -134,7 +134,7 @@ class Controls:
 
 def sizes(config: BagelConfig) -> dict[str, tuple[int, int]]:
     """The official app's shapes, "4:3" and so on -> (height, width), the longer side the model's usual one."""
-    usual, stride = config.usual_side, config.latent_stride
+    usual, stride = config.default_resolution, config.latent_stride
     return {
         name: tuple(max(stride, round(usual * part / max(shape) / stride) * stride) for part in shape)
         for name, shape in _SHAPES.items()

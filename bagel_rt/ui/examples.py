@@ -65,7 +65,7 @@ class Examples:
 
 
 def main() -> None:
-    from bagel_rt.cli_run import write_png
+    from bagel_rt.files import write_png
     from bagel_rt.pipeline import Bagel
 
     bagel, made = Bagel.from_pretrained(device="cpu"), {}

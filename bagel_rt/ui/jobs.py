@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
+from bagel_rt.errors import Cancelled
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import Cancelled, Progress
+from bagel_rt.request import Progress
 
 MAX_JOBS = 32  # under way and waiting; each has a thread of the web server
 _PAUSE = 0.05  # seconds between two views

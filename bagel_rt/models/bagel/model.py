@@ -7,16 +7,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bagel_rt.cache import KVCache
-from bagel_rt.checkpoint import Destination, check_weights, find_weights, load_weights
-from bagel_rt.config import BagelConfig, CheckpointError
+from bagel_rt.checkpoint.read import WeightSlot, check_weights, find_weights, load_weights
+from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels import decode_linear
+from bagel_rt.models.bagel.autoencoder import AutoEncoder
+from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids, time_embedding
 from bagel_rt.models.bagel.transformer import Rows, Transformer, rope_tables
-from bagel_rt.models.bagel.vae import AutoEncoder
-from bagel_rt.models.bagel.vit import connect, vision_tower
+from bagel_rt.models.bagel.vision import connect, vision_tower
 from bagel_rt.models.bagel.weights import BagelWeights
-from bagel_rt.plan import Plan
+from bagel_rt.runtime.plan import Plan
+from bagel_rt.runtime.slots import KVCache
 
 # Recomputed by rotary code, or state of a trainer: harmless leftovers that official-format files may carry.
 IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.position_ids")
@@ -76,9 +77,9 @@ class BagelModel:
             load_weights(files[stem], places, IGNORED_TENSORS, progress)
         return model
 
-    def destinations(self) -> dict[str, dict[str, Destination]]:
+    def destinations(self) -> dict[str, dict[str, WeightSlot]]:
         """File stem ("ema", "ae") -> official tensor name -> where it is stored."""
-        autoencoder = {name: Destination(p.data, tuple(p.shape)) for name, p in self.vae.named_parameters()}
+        autoencoder = {name: WeightSlot(p.data, tuple(p.shape)) for name, p in self.vae.named_parameters()}
         return {"ema": self.weights.destinations(self.config), "ae": autoencoder}
 
     def make_cache(self, slots: int = 0) -> KVCache:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bagel_rt.cache import KVCache
-from bagel_rt.config import TransformerConfig
 from bagel_rt.kernels import (
     attention,
     decode_attention,
@@ -20,7 +18,9 @@ from bagel_rt.kernels import (
     qk_norm_rope,
     rms_norm,
 )
+from bagel_rt.models.bagel.config import TransformerConfig
 from bagel_rt.models.bagel.weights import DecoderLayerWeights, Pair
+from bagel_rt.runtime.slots import KVCache
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Rows:
         G: number of generation rows; they come first.
         cos, sin: float32 [T, head_dim / 2], rotary tables at each row's position.
         slots: int64 [T], the cache slot that each row's key and value are written to.
-        limits, blocks: int32 [T] and [n, 7], the attention plan (see ``bagel_rt.plan``). None when decoding.
+        limits, blocks: int32 [T] and [n, 7], the attention plan (see ``bagel_rt.runtime.plan``). None when decoding.
         starts, lengths: int64 [T], when decoding: row b sees slots [starts[b], starts[b] + lengths[b]). Else None.
     """
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from bagel_rt.checkpoint import Destination
-from bagel_rt.config import BagelConfig, TransformerConfig, ViTConfig
+from bagel_rt.checkpoint.read import WeightSlot
+from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig, ViTConfig
 
 TIME_FREQUENCIES = 256  # width of the sinusoid that enters the time embedder (official TimestepEmbedder)
 
@@ -140,7 +140,7 @@ class BagelWeights:
             vit_positions=empty(vit.max_patches_per_side**2, H),
         )
 
-    def destinations(self, config: BagelConfig) -> dict[str, Destination]:
+    def destinations(self, config: BagelConfig) -> dict[str, WeightSlot]:
         """Official tensor name -> where it is stored here: the whole key list of ``ema.safetensors``."""
         places = {
             "language_model.model.embed_tokens.weight": self.embed_tokens,
@@ -166,7 +166,7 @@ class BagelWeights:
                     _layer_places(f"language_model.model.layers.{index}.", layer, expert, suffix, config.llm)
                 )
         return {
-            name: place if isinstance(place, Destination) else Destination(place, tuple(place.shape))
+            name: place if isinstance(place, WeightSlot) else WeightSlot(place, tuple(place.shape))
             for name, place in places.items()
         }
 
@@ -187,8 +187,8 @@ def _layer_places(
     ):
         yield f"{prefix}self_attn.{name}_proj{suffix}.weight", weight
         yield f"{prefix}self_attn.{name}_proj{suffix}.bias", bias
-    yield f"{prefix}self_attn.q_norm{suffix}.weight", Destination(qk_norm[:heads], (D,))
-    yield f"{prefix}self_attn.k_norm{suffix}.weight", Destination(qk_norm[heads:], (D,))
+    yield f"{prefix}self_attn.q_norm{suffix}.weight", WeightSlot(qk_norm[:heads], (D,))
+    yield f"{prefix}self_attn.k_norm{suffix}.weight", WeightSlot(qk_norm[heads:], (D,))
     yield f"{prefix}self_attn.o_proj{suffix}.weight", layer.o[expert]
     yield f"{prefix}mlp{suffix}.gate_proj.weight", gate_up[:, 0]
     yield f"{prefix}mlp{suffix}.up_proj.weight", gate_up[:, 1]

@@ -1,0 +1,174 @@
+"""What ``bagel-rt info`` reports: versions, devices, the extension, the ops' backends, the environment, a checkpoint.
+
+Everything here is optional to find: a missing package, GPU or extension is a line of the report, never an error.
+"""
+
+import math
+import os
+import platform
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bagel_rt import __version__
+from bagel_rt.checkpoint.read import check_weights, find_weights
+from bagel_rt.errors import CheckpointError
+from bagel_rt.kernels.extension import cuda_error
+from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.runtime import plan
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", "tqdm", "typer")
+MISSING = "not installed"
+
+
+def collect(model: Path | None = None) -> dict:
+    """The report as JSON-ready values.
+
+    Args:
+        model: a checkpoint folder whose sizes are added; only its JSON files and the weights' headers are read.
+
+    Raises:
+        CheckpointError: the model folder's configuration cannot be read.
+    """
+    report = {
+        "versions": versions(),
+        "devices": devices(),
+        "extension": "compiled" if plan.EXTENSION else f"absent: {plan.EXTENSION_ERROR.strip()}",
+        "cuda_kernels": cuda_kernels(),
+        "ops": ops(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("BAGEL_RT_")},
+    }
+    return report if model is None else report | {"model": checkpoint(model)}
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of this package, Python and everything that results may depend on."""
+    found = {"bagel_rt": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = MISSING
+    return found
+
+
+def devices() -> list[dict]:
+    """The CPU, then every CUDA device: name, what it can do, memory in GiB."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    found = [
+        {
+            "device": "cpu",
+            "name": _processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": _gib(pages),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gib": _gib(properties.total_memory),
+            }
+        )
+    return found
+
+
+def cuda_kernels() -> str:
+    """Whether the extension's CUDA kernels run on the current GPU, or why not; without a GPU, whether it has them."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    error = cuda_error(device)
+    return f"absent: {error}" if error else "compiled"
+
+
+def ops() -> dict[str, str]:
+    """Op -> what runs it on the default device, "cuda", "triton" or "reference"; or why nothing can."""
+    try:
+        from bagel_rt.kernels.backend import OPS, implementation  # here, because kernels may need what is not installed
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return {op: implementation(op, device) for op in OPS}
+    except (ImportError, ValueError) as error:
+        return {"none": str(error)}
+
+
+def checkpoint(folder: Path) -> dict:
+    """A checkpoint's name, sizes and parameter counts, and whether its weights match its configuration."""
+    from bagel_rt.models.bagel.model import IGNORED_TENSORS, BagelModel  # here for the same reason
+
+    config = BagelConfig.from_folder(folder)
+    destinations = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).destinations()
+    counts = Counter()
+    for stem, places in destinations.items():
+        for name, place in places.items():
+            counts[_part(stem, name)] += math.prod(place.shape)
+    try:
+        for stem, places in destinations.items():
+            check_weights(find_weights(folder, stem), places, IGNORED_TENSORS)
+        weights = "complete"
+    except CheckpointError as error:
+        weights = str(error)
+    llm, vit = config.llm, config.vit
+    return {
+        "name": folder.resolve().name,
+        "layers": llm.num_layers,
+        "hidden_size": llm.hidden_size,
+        "heads": llm.num_heads,
+        "kv_heads": llm.num_kv_heads,
+        "vocabulary": llm.vocab_size,
+        "vision_layers": vit.num_layers,
+        "largest_image": config.max_latent_size * config.latent_stride,
+        "parameters": {**dict(sorted(counts.items())), "total": counts.total()},
+        "bf16_gib": _gib(2 * counts.total()),
+        "weights": weights,
+    }
+
+
+def text(report: dict) -> str:
+    """The report for people."""
+    lines = []
+    for section, content in report.items():
+        if isinstance(content, list):
+            content = {entry["device"]: {name: entry[name] for name in entry if name != "device"} for entry in content}
+        if isinstance(content, dict):
+            lines.append(f"{section}:" if content else f"{section}: none")
+            width = max(map(len, content), default=0)
+            for name, value in content.items():
+                lines.append(f"  {name:{width}}  {_described(value) if isinstance(value, dict) else value}")
+        else:
+            lines.append(f"{section}: {content}")
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _described(entry: dict) -> str:
+    shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in entry.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _part(stem: str, name: str) -> str:
+    if stem == "ae":
+        return "autoencoder"
+    if name.startswith("vit_model."):
+        return "vision tower"
+    if name.startswith("language_model."):
+        return "generation expert" if "_moe_gen" in name else "understanding expert"
+    return "embeddings"
+
+
+def _gib(size: int) -> float:
+    return round(size / 2**30, 2)

@@ -1,0 +1,107 @@
+"""``bagel-rt memory``: what a request will take of a GPU, told before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bagel_rt.cli import options as cli_options
+
+_Size = Annotated[
+    str | None,
+    typer.Option(metavar="WIDTHxHEIGHT", show_default="the model's largest square", help="Of the pictures to draw."),
+]
+_Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="WIDTHxHEIGHT", show_default="an edit: one of --size", help="An input picture. Repeatable."
+    ),
+]
+_Available = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1e6, metavar="GB", show_default="the GPU's, if there is one", help="Memory, in 10**9 bytes."
+    ),
+]
+
+
+def memory(
+    task: Annotated[
+        Literal["generate", "edit", "chat"], typer.Option(help="Of an interleaved answer: edit.")
+    ] = "generate",
+    size: _Size = None,
+    images: _Images = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Requests at once.")] = 1,
+    text_tokens: Annotated[int, typer.Option(metavar="N", help="Of the texts that are given.")] = 256,
+    max_think_token_n: Annotated[
+        int | None, typer.Option(metavar="N", show_default="chat: 512, else 0", help="Tokens that the model writes.")
+    ] = None,
+    cfg_text_scale: Annotated[
+        float | None, typer.Option(metavar="X", show_default="the task's", help="At 1 or less no guidance at all.")
+    ] = None,
+    cfg_img_scale: Annotated[
+        float | None, typer.Option(metavar="X", show_default="the task's", help="At 1 or less no picture guidance.")
+    ] = None,
+    graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs, which keep memory.")] = True,
+    available: _Available = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            show_default="BAGEL-7B-MoT",
+            help="A model's folder; its JSON files are enough.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    dtype: Annotated[cli_options.DTypeName, typer.Option(help="Of the weights.", rich_help_panel="Model")] = "bfloat16",
+    as_json: cli_options.Json = False,
+) -> None:
+    """Tell what memory a request will take on a GPU, by what takes it, and what would make it less.
+
+    Computed from sizes alone: no weights are read and no GPU is needed. The KV cache, fixed buffers, captured CUDA
+    graphs and the parts that run one after another are counted as the runtime allocates them; for CUDA and its
+    libraries about 1 GB is allowed. GB are 10**9 bytes. Requests of other sizes, later in the same process, keep
+    buffers of their own, of 16 kinds at most.
+    """
+    import torch
+
+    from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig
+    from bagel_rt.models.bagel.memory import expected_memory
+    from bagel_rt.models.bagel.settings import EDIT, GENERATE, override
+
+    given = {"cfg_text_scale": cfg_text_scale, "cfg_img_scale": cfg_img_scale}
+    scales = {name: value for name, value in given.items() if value is not None}
+    estimate = expected_memory(
+        BAGEL_7B_MOT if model is None else BagelConfig.from_folder(model),
+        dtype=cli_options.read_dtype(dtype),
+        task=task,
+        size=_read_pixels("--size", size) if size else None,
+        images=[_read_pixels("--image", image) for image in images] if images else None,
+        batch=batch,
+        text_tokens=text_tokens,
+        max_think_token_n=max_think_token_n,
+        settings=override(EDIT if task == "edit" else GENERATE, scales)[0],
+        graphs=graphs,
+    )
+    limit = int(available * 1e9) if available is not None else None
+    if limit is None and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if as_json:
+        typer.echo(json.dumps({"model": model.resolve().name if model else "BAGEL-7B-MoT"} | estimate.as_dict(limit)))
+        return
+    typer.echo(str(estimate))
+    if limit is None:
+        return
+    if estimate.fits(limit):
+        typer.echo(f"fits in {limit / 1e9:.1f} GB")
+    else:
+        typer.echo("\n".join([f"does not fit in {limit / 1e9:.1f} GB; less would take:", *estimate.advice(limit)]))
+
+
+def _read_pixels(option: str, size: str) -> tuple[int, int]:
+    """ "1024x768" -> (768, 1024), (height, width)."""
+    width, cross, height = size.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"{option} is {size!r}: give width and height in pixels, as in 1024x768")
+    return int(height), int(width)

@@ -1,0 +1,210 @@
+"""What can be said on the command line: the options that commands share, and the reading of their values.
+
+Everything here is checked before a model is loaded; a bad value is a ValueError or typer.BadParameter that names it.
+"""
+
+import inspect
+import os
+import secrets
+import socket
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bagel_rt.files import partial_path
+from bagel_rt.models.bagel.settings import RENORM_TYPES, check_seed
+
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def writable_file(path: Path) -> Path:
+    """The path, if a file can be written there; else typer.BadParameter."""
+    try:
+        if path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder, give the name of a file in it")
+        partial_path(path).touch()
+        partial_path(path).unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: no file can be written there ({error.strerror})") from None
+    return path
+
+
+def writable_png(path: Path) -> Path:
+    """The path, if a picture can be written there; else typer.BadParameter."""
+    if path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{path}: pictures are written as PNG, give a name that ends in .png")
+    return writable_file(path)
+
+
+def _output(help: str):
+    return typer.Option("--output", "-o", metavar="FILE.png", callback=writable_png, help=help)
+
+
+Output = Annotated[Path, _output("Where to write the picture. A file of that name is replaced.")]
+Outputs = Annotated[Path, _output("Where to write; several pictures: FILE-1.png, FILE-2.png, ... Files are replaced.")]
+Numbered = Annotated[Path, _output("Pictures are written to FILE-1.png, FILE-2.png, ... Files are replaced.")]
+MoreImages = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="One more picture. Repeatable.")]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", show_default="random", help="The same seed repeats a result on a machine.")
+]
+Think = Annotated[bool, typer.Option(help="Let the model write down its thoughts first.")]
+Negative = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What text guidance moves away from, in place of nothing.")
+]
+Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the model's largest square")]
+
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        envvar="BAGEL_RT_MODEL",
+        show_default="the built-in one",
+        help="Official checkpoint folder.",
+        rich_help_panel="Model",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", show_default="cuda if there is one", help="cpu, cuda or cuda:N.", rich_help_panel="Model"
+    ),
+]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+DType = Annotated[
+    DTypeName | None,
+    typer.Option(show_default="float32 on the CPU, else bfloat16", help="Of the weights.", rich_help_panel="Model"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel="Report")]
+Progress = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        show_default="if stderr is a terminal",
+        help="Bars on stderr.",
+        rich_help_panel="Report",
+    ),
+]
+
+_HYPERPARAMETERS = {  # name -> (help, metavar)
+    "cfg_text_scale": ("Guidance by the last text; at 1 or less no guidance at all.", "X"),
+    "cfg_img_scale": ("Guidance by the input pictures; at 1 or less none.", "X"),
+    "cfg_interval": ("Steps at LOW < t <= HIGH are guided; t runs from 1, noise, to 0.", "LOW HIGH"),
+    "cfg_renorm_min": ("Least factor in renormalising guided velocities; 1 does not.", "X"),
+    "cfg_renorm_type": ("Norm per picture, per token, or per token before picture guidance.", None),
+    "timestep_shift": ("Above 1 more of the steps are near the noise.", "X"),
+    "num_timesteps": ("Points of the schedule; N make N - 1 steps.", "N"),
+    "max_think_token_n": ("Forward passes per text, which has one token less.", "N"),
+    "do_sample": ("Sample tokens; else each is the most likely one.", None),
+    "text_temperature": ("Of --do-sample.", "X"),
+    "top_k": ("Of --do-sample: among the N most likely tokens; 0 for all.", "N"),
+    "top_p": ("Of --do-sample: among the most likely tokens of this probability together.", "X"),
+}
+
+
+def with_hyperparameters(defaults):
+    """Give a command the hyper-parameters of a task as options: official names, the task's defaults.
+
+    The command takes them as ``**hyperparameters``. In its help they precede ``model``.
+    """
+
+    def decorate(command):
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        options = []
+        for part, panel in zip(defaults, ("Denoising", "Text"), strict=True):
+            for field in fields(part) if part else ():
+                help, metavar = _HYPERPARAMETERS[field.name]
+                kind = Literal[RENORM_TYPES] if field.name == "cfg_renorm_type" else field.type
+                option = typer.Option(help=help, metavar=metavar, rich_help_panel=panel)
+                options.append(
+                    inspect.Parameter(
+                        field.name,
+                        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                        default=getattr(part, field.name),
+                        annotation=Annotated[kind, option],
+                    )
+                )
+        place = [parameter.name for parameter in own].index("model")
+        command.__signature__ = signature.replace(parameters=own[:place] + options + own[place:])
+        return command
+
+    return decorate
+
+
+def shows_progress(progress: bool | None) -> bool:
+    """Whether to show bars: as said, else where a person sees them."""
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def read_seed(seed: int | None) -> int:
+    """The seed, drawn if none is given, so that it can be reported."""
+    check_seed(seed)
+    return secrets.randbelow(2**32) if seed is None else seed
+
+
+def read_size(model: Path | None, width: int | None, height: int | None) -> tuple[int, int] | None:
+    """(height, width), where a side that is not given is that of the model's largest square; None if neither is."""
+    from bagel_rt.checkpoint import DEFAULT_MODEL
+    from bagel_rt.models.bagel.config import BagelConfig
+
+    if width is None and height is None:
+        return None
+    config = BagelConfig.from_folder(model or DEFAULT_MODEL)
+    stride, most, usual = config.latent_stride, config.largest_side, config.default_resolution
+    for option, side in (("--width", width), ("--height", height)):
+        if side is not None and (side % stride or not stride <= side <= most):
+            raise ValueError(f"{option} is {side}: allowed are multiples of {stride} from {stride} to {most}")
+    return height or usual, width or usual
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened at before a model is loaded, which may take minutes."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"{host}, port {port} cannot be listened at: {error.strerror or error}") from None
+
+
+def read_device(name: str | None):
+    """A device that is here, or None for the default."""
+    import torch
+
+    if name is None:
+        return None
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
+        raise ValueError(f"--device is {name!r}: allowed are cpu, cuda and cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    return torch.device(name)
+
+
+def read_dtype(name: str | None):
+    """A torch dtype, or None for the default."""
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+def read_images(paths) -> list:
+    """Opened pictures."""
+    from bagel_rt.models.bagel.images import open_image
+
+    return [open_image(path) for path in paths]
+
+
+def read_part(part: str):
+    """An argument of ``interleave``: a text or an opened picture."""
+    kind, _, rest = part.partition(":")
+    if kind == "text":
+        return rest
+    if kind == "image":
+        return read_images([rest])[0]
+    if os.path.isfile(part):
+        return read_images([part])[0]
+    if part.lower().endswith(_PICTURE_SUFFIXES) and not any(map(str.isspace, part)):
+        raise ValueError(f"{part}: no such file; if it is meant as a text, write text:{part}")
+    return part

@@ -1,0 +1,100 @@
+"""A command at work on a model: loading, progress bars, written pictures, printed texts, and the JSON report."""
+
+import json
+import time
+from pathlib import Path
+
+import typer
+from tqdm import tqdm
+
+from bagel_rt import __version__
+from bagel_rt.cli.options import read_device, read_dtype, shows_progress
+from bagel_rt.files import write_png
+
+
+class Run:
+    """A loaded model at one task. Leaving it ends the bars and prints the JSON report, if one is wanted.
+
+    Attributes:
+        bagel: the model.
+        bars: the progress callback to give to it.
+        report: what ``--json`` prints.
+    """
+
+    def __init__(
+        self, task: str, model: Path | None, device: str | None, dtype: str | None, as_json: bool, progress: bool | None
+    ):
+        from bagel_rt.checkpoint import DEFAULT_MODEL
+        from bagel_rt.pipeline import Bagel
+
+        folder, shown = model or DEFAULT_MODEL, shows_progress(progress)
+        start = time.perf_counter()
+        self.bagel = Bagel.from_pretrained(folder, read_device(device), read_dtype(dtype), progress=shown)
+        self.bars, self._as_json, self._loaded = Bars(shown), as_json, time.perf_counter()
+        self._source = {
+            "task": task,
+            "model": folder.resolve().name,  # never its path: pictures are passed on
+            "version": __version__,
+            "dtype": str(self.bagel.model.dtype).removeprefix("torch."),
+        }
+        self.report = self._source | {
+            "device": str(self.bagel.model.device),
+            "load_seconds": self._loaded - start,
+            "seconds": 0.0,
+            "outputs": [],
+        }
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.bars.close()
+        if kind is None and self._as_json:
+            self.report["seconds"] = time.perf_counter() - self._loaded
+            typer.echo(json.dumps(self.report))
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Print a text at once, unless stdout is for JSON."""
+        if not self._as_json:
+            typer.echo(text + end, nl=False)
+
+    def text(self, text: str) -> None:
+        """Report a text that was said."""
+        self.report["outputs"].append({"type": "text", "text": text})
+
+    def picture(self, result, path: Path, **request) -> None:
+        """Write an ImageResult, with what it was made of, and report it."""
+        self.bars.close()
+        parameters = self._source | {"seed": result.seed} | request | result.parameters
+        if result.thought is not None:
+            parameters["thought"] = result.thought
+            self.say(result.thought)
+        write_png(result.image, path, parameters)
+        self.say(f"{path}: {result.image.width} x {result.image.height}, seed {result.seed}")
+        self.report["outputs"].append(
+            {"type": "image", "path": str(path), "seed": result.seed, "parameters": parameters}
+        )
+
+
+class Bars:
+    """The progress callback of a request: one bar on stderr for every stage."""
+
+    def __init__(self, shown: bool):
+        self._shown, self._bar = shown, None
+
+    def __call__(self, progress) -> None:
+        if progress.step == 1:
+            self.close()
+            unit = {"text": "token", "image": "step"}.get(progress.stage, "step")
+            self._bar = tqdm(total=progress.total, desc=progress.stage, unit=unit, leave=False, disable=not self._shown)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Clear the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def numbered(path: Path, number: int) -> Path:
+    """out.png, 2 -> out-2.png."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")

@@ -1,0 +1,313 @@
+"""What the model folder says about the model: read from its JSON files, checked before anything is allocated.
+
+The official code reads ``llm_config.json`` and ``vit_config.json`` and hard-codes everything else: QK-norm on, untied
+output head, no rotary positions in the vision tower, one vision layer fewer than the file says, the shape of the
+autoencoder, the sizes of the position tables and of the input pictures. Here ``config.json`` may state these sizes; for
+one that it leaves out, or without that file, the official value holds. Keys that play no part are ignored; a key that
+asks for another computation than the one implemented here is refused.
+"""
+
+import json
+import os
+import reprlib
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from bagel_rt.checkpoint.files import REMEDY, read_json
+from bagel_rt.errors import CheckpointError
+from bagel_rt.models.bagel.images import ResizeRule
+
+_GROUP_NORM_GROUPS = 32
+_ACTIVATION = "gelu_pytorch_tanh"
+
+
+def _field(accepts, allowed: str, key: str | None, default):
+    """A checked dataclass field; ``key`` is its name in the JSON file where that differs."""
+    return field(default=default, metadata={"accepts": accepts, "allowed": allowed, "key": key})
+
+
+def _whole(low: int, high: int, key: str | None = None, default=MISSING, note: str = ""):
+    allowed = f"a whole number from {low} to {high}" if low < high else str(low)
+    return _field(lambda value: type(value) is int and low <= value <= high, allowed + note, key, default)
+
+
+def _number(low: float, high: float, key: str | None = None, default=MISSING):
+    def accepts(value):  # comparisons with NaN are false
+        return type(value) in (int, float) and low <= value <= high
+
+    return _field(accepts, f"a number from {low:g} to {high:g}", key, default)
+
+
+def _wholes(low: int, high: int, length: int, default):
+    def accepts(values):
+        sized = type(values) is tuple and 1 <= len(values) <= length
+        return sized and all(type(value) is int and low <= value <= high for value in values)
+
+    return _field(accepts, f"1 to {length} whole numbers from {low} to {high}", None, default)
+
+
+def _flag(default: bool):
+    return _field(lambda value: type(value) is bool, "true or false", None, default)
+
+
+def _check_fields(config) -> None:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.metadata and not item.metadata["accepts"](value):
+            name = item.metadata["key"] or item.name
+            raise ValueError(f"{name} is {reprlib.repr(value)}; allowed: {item.metadata['allowed']}")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The Mixture-of-Transformers decoder; both experts have these shapes. ValueError if a value is out of range."""
+
+    hidden_size: int = _whole(1, 1 << 15)
+    num_layers: int = _whole(1, 512, "num_hidden_layers")
+    num_heads: int = _whole(1, 512, "num_attention_heads")  # query heads
+    num_kv_heads: int = _whole(1, 512, "num_key_value_heads")
+    head_dim: int = _whole(2, 1024)
+    intermediate_size: int = _whole(1, 1 << 18)
+    vocab_size: int = _whole(1, 1 << 21)
+    rope_theta: float = _number(1, 1e12)
+    rms_norm_eps: float = _number(1e-12, 0.1)
+    max_position_embeddings: int = _whole(1, 1 << 24)
+
+    def __post_init__(self):
+        _check_fields(self)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_heads}; "
+                f"allowed: a multiple of num_key_value_heads, {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; allowed: an even number, because RoPE rotates pairs")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The SigLIP vision tower. ValueError if a value is out of range."""
+
+    hidden_size: int = _whole(1, 1 << 14)
+    num_layers: int = _whole(1, 256, "num_hidden_layers", note=" after one is subtracted, as the official loader does")
+    num_heads: int = _whole(1, 256, "num_attention_heads")
+    intermediate_size: int = _whole(1, 1 << 17)
+    patch_size: int = _whole(1, 64)  # pixels
+    num_channels: int = _whole(3, 3, default=3)
+    layer_norm_eps: float = _number(1e-12, 0.1, default=1e-6)
+    max_patches_per_side: int = _whole(1, 1024, "vit_max_num_patch_per_side", default=70)
+
+    def __post_init__(self):
+        _check_fields(self)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(_uneven_heads(self.hidden_size, self.num_heads))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The FLUX autoencoder; the defaults are the published one. ValueError if a value is out of range."""
+
+    in_channels: int = _whole(3, 3, default=3)
+    out_channels: int = _whole(3, 3, "out_ch", default=3)
+    ch: int = _whole(_GROUP_NORM_GROUPS, 1024, default=128)  # channels at full resolution
+    ch_mult: tuple[int, ...] = _wholes(1, 16, 6, default=(1, 2, 4, 4))  # channels per level, in units of ch
+    num_res_blocks: int = _whole(1, 16, default=2)
+    z_channels: int = _whole(1, 256, default=16)
+    scale_factor: float = _number(1e-3, 1e3, default=0.3611)
+    shift_factor: float = _number(-1e3, 1e3, default=0.1159)
+
+    def __post_init__(self):
+        _check_fields(self)
+        if self.ch % _GROUP_NORM_GROUPS:
+            raise ValueError(f"ch is {self.ch}; allowed: a multiple of {_GROUP_NORM_GROUPS}, the groups of GroupNorm")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell and side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class BagelConfig:
+    """All of BAGEL; the defaults are the official hard-coded values. ValueError if values do not fit together."""
+
+    llm: TransformerConfig
+    vit: ViTConfig
+    vae: VAEConfig = VAEConfig()
+    latent_patch_size: int = _whole(1, 16, default=2)  # latent cells per token and side
+    max_latent_size: int = _whole(1, 1024, default=64)  # latent tokens per side in the position table
+    vae_transform: ResizeRule = ResizeRule(1024, 512, 16)
+    vit_transform: ResizeRule = ResizeRule(980, 224, 14)
+    interpolate_pos: bool = _flag(default=False)  # spread position ids over the whole table
+
+    def __post_init__(self):
+        _check_fields(self)
+        for name, rule, unit in (
+            ("vae", self.vae_transform, self.latent_stride),
+            ("vit", self.vit_transform, self.vit.patch_size),
+        ):
+            if rule.stride % unit:
+                raise ValueError(f"image_transforms.{name} has stride {rule.stride}; allowed: a multiple of {unit}")
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent token and side."""
+        return self.vae.downsample * self.latent_patch_size
+
+    @property
+    def largest_side(self) -> int:
+        """Pixels per side of the largest picture that the position table holds."""
+        return self.max_latent_size * self.latent_stride
+
+    @property
+    def default_resolution(self) -> int:
+        """Pixels per side of a picture whose size nobody gave: the official 1024."""
+        return min(self.vae_transform.max_size // self.latent_stride * self.latent_stride, self.largest_side)
+
+    @property
+    def latent_features(self) -> int:
+        """Numbers in one latent token."""
+        return self.vae.z_channels * self.latent_patch_size**2
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers in one ViT patch."""
+        return self.vit.num_channels * self.vit.patch_size**2
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> "BagelConfig":
+        """Read a model folder as published. CheckpointError names the file, the key, what is allowed and the remedy."""
+        folder = Path(path)
+        if not os.path.isdir(folder):
+            raise CheckpointError(f"{folder} is not a folder. Give the folder that holds llm_config.json.")
+        main_file, llm_file, vit_file = (folder / f"{name}.json" for name in ("config", "llm_config", "vit_config"))
+        llm, vit = _read_required(llm_file), _read_required(vit_file)
+        main = read_json(main_file) if os.path.lexists(main_file) else {}
+        _only(main, "connector_act", _ACTIVATION, main_file)
+        return _build(
+            cls,
+            main,
+            main_file,
+            llm=_read_llm(llm, llm_file),
+            vit=_read_vit(vit, vit_file, main, main_file),
+            vae=_read_vae(main, main_file),
+            **_read_transforms(main, main_file),
+        )
+
+
+def _uneven_heads(hidden_size: int, heads: int) -> str:
+    return f"hidden_size is {hidden_size}; allowed: a multiple of num_attention_heads, {heads}"
+
+
+def _read_required(path: Path) -> dict:
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{path} is missing. Take it from the published model folder; a copy inside config.json is not enough."
+        )
+    return read_json(path)
+
+
+def _section(values: dict, key: str, source) -> dict:
+    """The object under ``key``; nothing and null count as an empty one."""
+    section = values.get(key)
+    if section is not None and not isinstance(section, dict):
+        raise CheckpointError(f"{source}: {key} is {reprlib.repr(section)}; allowed: an object. {REMEDY}.")
+    return section or {}
+
+
+def _only(values: dict, key: str, allowed, source) -> None:
+    """Refuse a value that asks for another computation than this model's."""
+    if values.get(key, allowed) != allowed:
+        raise CheckpointError(
+            f"{source}: {key} is {reprlib.repr(values[key])}; allowed: {json.dumps(allowed)}. {REMEDY}."
+        )
+
+
+def _build(kind, values: dict, source, **given):
+    """A ``kind`` from the JSON object ``values``; ``given`` are the fields that do not come from there."""
+    for item in fields(kind):
+        key = item.metadata.get("key") or item.name
+        if item.name in given or not item.metadata:
+            continue
+        if key in values:
+            value = values[key]
+            given[item.name] = tuple(value) if isinstance(value, list) else value
+        elif item.default is MISSING:
+            raise CheckpointError(f"{source}: {key} is missing; allowed: {item.metadata['allowed']}. {REMEDY}.")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}. {REMEDY}.") from None
+
+
+def _read_llm(values: dict, source: Path) -> TransformerConfig:
+    _only(values, "hidden_act", "silu", source)
+    _only(values, "rope_scaling", None, source)
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    head_dim = None  # where one of the two is no number, it is refused before this is looked at
+    if type(hidden) is int and type(heads) is int and heads > 0:
+        if hidden % heads:
+            raise CheckpointError(f"{source}: {_uneven_heads(hidden, heads)}. {REMEDY}.")
+        head_dim = hidden // heads
+        _only(values, "head_dim", head_dim, source)
+    return _build(TransformerConfig, values, source, head_dim=head_dim)
+
+
+def _read_vit(values: dict, source: Path, main: dict, main_source: Path) -> ViTConfig:
+    """``vit_config.json`` less its last layer; the size of the position table comes from ``config.json``."""
+    _only(values, "hidden_act", _ACTIVATION, source)
+    layers = values.get("num_hidden_layers")
+    used = values | {"num_hidden_layers": layers - 1} if type(layers) is int else values
+    own = vars(_build(ViTConfig, used, source))
+    return _build(ViTConfig, main, main_source, **{name: own[name] for name in own if name != "max_patches_per_side"})
+
+
+def _read_vae(main: dict, main_source: Path) -> VAEConfig:
+    values, source = _section(main, "vae_config", main_source), f"{main_source}, vae_config"
+    vae = _build(VAEConfig, values, source)
+    _only(values, "downsample", vae.downsample, source)
+    return vae
+
+
+def _read_transforms(main: dict, source) -> dict[str, ResizeRule]:
+    """Resize rules that ``config.json`` states as {"vae": [max, min, stride], "vit": [max, min, stride]}."""
+    key = "oracle_image_transforms" if "oracle_image_transforms" in main else "image_transforms"
+    rules = {}
+    for name, sizes in _section(main, key, source).items():
+        if name not in ("vae", "vit"):
+            continue
+        if not (
+            isinstance(sizes, list)
+            and len(sizes) == 3
+            and all(type(size) is int and 1 <= size <= 1 << 14 for size in sizes)
+            and sizes[2] <= sizes[1] <= sizes[0]
+        ):
+            raise CheckpointError(
+                f"{source}: {key}.{name} is {reprlib.repr(sizes)}; allowed: [max, min, stride], whole numbers with "
+                f"16384 >= max >= min >= stride >= 1. {REMEDY}."
+            )
+        rules[f"{name}_transform"] = ResizeRule(*sizes)
+    return rules
+
+
+BAGEL_7B_MOT = BagelConfig(
+    llm=TransformerConfig(
+        hidden_size=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        intermediate_size=18944,
+        vocab_size=152064,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=32768,
+    ),
+    vit=ViTConfig(hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304, patch_size=14),
+)
+"""The published ByteDance-Seed/BAGEL-7B-MoT."""

@@ -1,0 +1,243 @@
+"""The Qwen2 byte-level BPE tokenizer, and the official rule that cuts an answer out of generated tokens.
+
+A token of the vocabulary spells bytes, one character per byte (the printable alphabet of GPT-2); a token added to it,
+such as ``<|im_start|>``, spells itself. Every text can be encoded and comes back in Unicode's NFC form.
+"""
+
+import codecs
+import operator
+import reprlib
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from bagel_rt.checkpoint.files import opened, read_json
+from bagel_rt.errors import CheckpointError
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+_REMEDY = "Take the tokenizer's files from the published model folder again"
+
+_FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # of an added token
+
+# Qwen2: English contractions, words with the character before them, single digits, punctuation, line ends, spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Printable bytes stand for themselves; the others, in order, for the characters from 256 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+
+
+class Tokenizer:
+    """Text to token ids and back. ``len()`` is the number of tokens; a model's vocabulary may be padded beyond it.
+
+    Attributes:
+        bos, eos: ids of <|im_start|> and <|im_end|>, the frame of every text.
+        start_of_image, end_of_image: ids of <|vision_start|> and <|vision_end|>, the frame of every image.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: Path | str):
+        """Wrap a byte-level BPE.
+
+        Args:
+            backend: reads special tokens in text; adds none of its own.
+            source: the file it comes from, for messages.
+
+        Raises:
+            CheckpointError: it is of another kind, cannot spell every byte, or lacks one of the four tokens.
+        """
+        if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
+            raise CheckpointError(f"{source} is not a byte-level BPE tokenizer, the kind that Qwen2 has. {_REMEDY}.")
+        missing = [character for character in _BYTE_OF if backend.token_to_id(character) is None]
+        if missing:
+            raise CheckpointError(f"{source} has no token for {len(missing)} of the 256 bytes. {_REMEDY}.")
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        names = (START, END, "<|vision_start|>", "<|vision_end|>")
+        self.bos, self.eos, self.start_of_image, self.end_of_image = (_special(backend, name, source) for name in names)
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> "Tokenizer":
+        """Read ``tokenizer.json``, or without it ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``.
+
+        Raises:
+            FileNotFoundError: neither is there.
+            CheckpointError: a file is damaged or does not fit the others; the message names it.
+        """
+        folder = Path(path)
+        whole, parts = folder / "tokenizer.json", ("vocab.json", "merges.txt", "tokenizer_config.json")
+        if whole.exists():
+            return cls(_read_whole(whole), whole)
+        missing = [name for name in parts if not (folder / name).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer.json, and of {', '.join(parts)}, which would do instead, it lacks "
+                f"{', '.join(missing)}. {_REMEDY}."
+            )
+        return cls(_read_parts(*(folder / name for name in parts)), folder / parts[-1])
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, nothing added. The strings of special tokens become their ids.
+
+        Raises:
+            ValueError: not a str, or one with surrogates, which are not characters.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}; allowed: str")
+        try:
+            # NFC first, as in the official code: tokenizers would look for special tokens before it.
+            return self._backend.encode(unicodedata.normalize("NFC", text), add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError(f"text holds surrogates, which are not characters: {text[:60]!r}; remove them") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids -> text, special tokens included; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id that no token has.
+        """
+        spelled = [(token, self.spell(token)) for token in ids]
+        unknown = [token for token, spelling in spelled if spelling is None]
+        if unknown:
+            raise ValueError(f"token id {unknown[0]}: no such token; allowed: the {len(self)} ids from 0")
+        return b"".join(spelling for _, spelling in spelled).decode("utf-8", "replace")
+
+    def answer(self, ids: Iterable[int]) -> str:
+        """Generated ids, the start token first -> the answer by the official rule.
+
+        It is the text after the first <|im_start|> up to the first <|im_end|> or next <|im_start|>, whether these were
+        generated as special tokens or spelled out. Ids from ``len(self)`` on, which a padded vocabulary can produce,
+        stand for no text.
+
+        Raises:
+            ValueError: there is no <|im_start|>, or an id is not a number from 0.
+        """
+        text = b"".join(self.spell(token) or b"" for token in ids).decode("utf-8", "replace")
+        _, start, answer = text.partition(START)
+        if not start:
+            raise ValueError(f"the generated text has no {START}: {text[:60]!r}; give its start token too")
+        return answer.partition(END)[0].partition(START)[0]
+
+    def spell(self, token: int) -> bytes | None:
+        """The bytes of one token (they may end inside a character); None if no token has this id.
+
+        Raises:
+            ValueError: not a number from 0.
+        """
+        try:
+            name = self._backend.id_to_token(operator.index(token))
+        except (TypeError, OverflowError):
+            raise ValueError(f"token id {token!r}; allowed: whole numbers from 0 to 2**32 - 1") from None
+        if name is None:
+            return None
+        try:
+            return bytes([_BYTE_OF[character] for character in name])
+        except KeyError:  # an added token with characters outside the alphabet, such as a space
+            return name.encode()
+
+
+class TextStream:
+    """The answer, piece by piece, while its tokens are generated.
+
+    The pieces together are :meth:`Tokenizer.answer` of the start token and all that was fed. Characters come whole, and
+    what may be the beginning of a spelled-out <|im_end|> is held back until that is known.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._spell = tokenizer.spell
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self._ended = False
+
+    def feed(self, token: int) -> str:
+        """The next token, the one after <|im_start|> first -> the text that is certain by now, often nothing.
+
+        Raises:
+            ValueError: not a number from 0.
+        """
+        return self._release(self._utf8.decode(self._spell(token) or b""))
+
+    def finish(self) -> str:
+        """No token is to come -> the text that was held back."""
+        return self._release(self._utf8.decode(b"", final=True)) + self._held
+
+    def _release(self, text: str) -> str:
+        if self._ended:
+            return ""
+        text = self._held + text
+        found = [place for place in map(text.find, (START, END)) if place >= 0]
+        self._ended = bool(found)
+        cut = min(found, default=len(text))
+        last = text.rfind("<", 0, cut)  # both markers hold this character at their beginning only
+        if not found and last >= 0 and any(marker.startswith(text[last:]) for marker in (START, END)):
+            cut = last
+        self._held = "" if found else text[cut:]
+        return text[:cut]
+
+
+def qwen2_backend(model: models.BPE) -> tokenizers.Tokenizer:
+    """Qwen2's steps around a BPE: NFC, the split into words, and bytes as characters. No special tokens yet."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _special(backend: tokenizers.Tokenizer, name: str, source: Path | str) -> int:
+    token = backend.token_to_id(name)
+    if token is None:
+        raise CheckpointError(f"{source} has no token {name}, which frames texts or images. {_REMEDY}.")
+    return token
+
+
+def _read_whole(path: Path) -> tokenizers.Tokenizer:
+    with opened(path) as file:
+        raw = file.read()
+    try:
+        return tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # tokenizers raises no narrower class
+        raise CheckpointError(f"{path} is not a tokenizer: {error}. {_REMEDY}.") from None
+
+
+def _read_parts(vocab: Path, merges: Path, config: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = qwen2_backend(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # as above
+        raise CheckpointError(f"{vocab} and {merges.name} are not a BPE vocabulary: {error}. {_REMEDY}.") from None
+    for token, added in _added_tokens(config):
+        backend.add_tokens([added])
+        if backend.token_to_id(added.content) != token:
+            raise CheckpointError(
+                f"{config} gives {added.content} the id {token}, but after {vocab.name} it has "
+                f"{backend.token_to_id(added.content)}: the files do not belong together. {_REMEDY}."
+            )
+    return backend
+
+
+def _added_tokens(path: Path) -> list[tuple[int, AddedToken]]:
+    """(id, token) in the order of ids, from the entry ``added_tokens_decoder`` of ``tokenizer_config.json``."""
+    entries = read_json(path).get("added_tokens_decoder")
+    added = []
+    try:
+        for key, entry in entries.items():
+            flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
+            added.append((int(key), AddedToken(entry["content"], **flags)))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        shown = reprlib.repr(entries)
+        raise CheckpointError(
+            f"{path}: added_tokens_decoder is {shown}; allowed: id -> content and flags of a token. {_REMEDY}."
+        ) from None
+    return sorted(added, key=operator.itemgetter(0))

@@ -1,0 +1,64 @@
+"""The SigLIP vision tower over packed images of any aspect ratio (NaViT packing), and its connector to the LLM.
+
+Patches of all images lie in one sequence; attention never leaves an image. Learned 2-D positions, pre-LayerNorm blocks,
+tanh-GELU, no class token, no pooling.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bagel_rt.kernels import attention
+from bagel_rt.models.bagel.config import ViTConfig
+from bagel_rt.models.bagel.weights import Affine, ViTLayerWeights, ViTWeights
+from bagel_rt.runtime.plan import Segment, build_plan
+
+
+def vision_tower(
+    weights: ViTWeights, config: ViTConfig, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int]
+) -> torch.Tensor:
+    """Encode packed patches.
+
+    Args:
+        patches: [n, patch * patch * channels] of all images, in order; pixels in [-1, 1].
+        position_ids: int64 [n], index into the learned table.
+        lengths: patches of each image; they add up to n.
+
+    Returns:
+        [n, V] after the last LayerNorm.
+    """
+    limits, blocks = within_images(lengths, patches.device)
+    x = embed_patches(weights, patches, position_ids)
+    for layer in weights.layers:
+        x = encoder_layer(layer, config, x, limits, blocks)
+    return F.layer_norm(x, (config.hidden_size,), *weights.post_norm, config.layer_norm_eps)
+
+
+def embed_patches(weights: ViTWeights, patches: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Patches [n, features] -> [n, V], learned positions added."""
+    return F.linear(patches, *weights.patch_embedding) + weights.position_embedding[position_ids]
+
+
+def encoder_layer(layer: ViTLayerWeights, config: ViTConfig, x: torch.Tensor, limits, blocks) -> torch.Tensor:
+    """One pre-LayerNorm block, [n, V] -> [n, V]; limits and blocks from :func:`within_images`."""
+    V, eps = config.hidden_size, config.layer_norm_eps
+    qkv = F.linear(F.layer_norm(x, (V,), *layer.norm1, eps), *layer.qkv)
+    q, k, v = qkv.view(-1, 3, config.num_heads, config.head_dim).unbind(1)
+    x = x + F.linear(attention(q, k, v, limits, blocks).flatten(1), *layer.out)
+    hidden = F.gelu(F.linear(F.layer_norm(x, (V,), *layer.norm2, eps), *layer.fc1), approximate="tanh")
+    return x + F.linear(hidden, *layer.fc2)
+
+
+def connect(connector: tuple[Affine, Affine], x: torch.Tensor) -> torch.Tensor:
+    """[n, V] -> [n, H]: linear, tanh-GELU, linear."""
+    return F.linear(F.gelu(F.linear(x, *connector[0]), approximate="tanh"), *connector[1])
+
+
+def within_images(lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Limits and blocks with which every patch sees its own image: each image is a context of one full segment."""
+    segments, start = [], 0
+    for length in lengths:
+        segments.append(Segment("full", np.zeros(length, dtype=bool), start, 0, start))
+        start += length
+    plan = build_plan(segments)
+    return torch.from_numpy(plan.limits).to(device), torch.from_numpy(plan.blocks).to(device)

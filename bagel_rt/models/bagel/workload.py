@@ -1,0 +1,148 @@
+"""What a request asks of the runtime, in numbers: tokens, rows, branches. Derived as the runtime derives them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, MAX_BATCH, MAX_INPUTS, ImageSettings
+from bagel_rt.runtime.context import MAX_ROWS
+from bagel_rt.runtime.denoise import schedule
+
+TASKS = ("generate", "edit", "chat")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be run. ValueError if it could not be.
+
+    Attributes:
+        config: the model's.
+        dtype: of the weights; the autoencoder is float32 in any case.
+        task: "generate", "edit" or "chat"; an interleaved answer takes what an edit takes.
+        size: (height, width) of the pictures to generate; default the model's largest square. An edit has the size of
+            its last input.
+        images: (height, width) of each input picture before the resize rule; default none, for an edit one of ``size``.
+        batch: requests at once.
+        text_tokens: tokens of a request's texts, a system prompt and all frames included.
+        max_think_token_n: tokens that the model may write before it draws, or as an answer; default none, for a chat
+            the task's.
+        settings: of the denoising; default the task's.
+        graphs: whether steps are captured as CUDA graphs.
+    """
+
+    config: BagelConfig
+    dtype: torch.dtype = torch.bfloat16
+    task: str = "generate"
+    size: tuple[int, int] | None = None
+    images: Sequence[tuple[int, int]] | None = None
+    batch: int = 1
+    text_tokens: int = 256
+    max_think_token_n: int | None = None
+    settings: ImageSettings | None = None
+    graphs: bool = True
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}: allowed are {', '.join(TASKS)}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype}: allowed are {', '.join(map(str, _DTYPES))}")
+        size = self.size or (self.config.default_resolution,) * 2
+        images = tuple(map(tuple, (size,) if self.images is None and self.task == "edit" else self.images or ()))
+        written = CHAT[1].max_think_token_n if self.task == "chat" else 0
+        for name, value in (
+            ("size", tuple(size)),
+            ("images", images),
+            ("max_think_token_n", written if self.max_think_token_n is None else self.max_think_token_n),
+            ("settings", self.settings or (EDIT if self.task == "edit" else GENERATE)[0]),
+        ):
+            object.__setattr__(self, name, value)
+        self._check_sizes()
+        limit = self.config.llm.max_position_embeddings
+        for name, least, most in (
+            ("batch", 1, MAX_BATCH),
+            ("text_tokens", 1, limit),
+            ("max_think_token_n", 0, limit),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}: allowed are whole numbers from {least} to {most}")
+
+    def _check_sizes(self) -> None:
+        stride, largest = self.config.latent_stride, self.config.largest_side
+        if any(side % stride or not stride <= side <= largest for side in self.size):
+            raise ValueError(
+                f"size is {self.size}: allowed are (height, width) in multiples of {stride} from {stride} to {largest}"
+            )
+        if (self.task == "edit") > len(self.images) or (self.task == "generate" and self.images):
+            raise ValueError(f"images: {len(self.images)} given; an edit takes at least one, a generation none")
+        if len(self.images) > MAX_INPUTS or any(side < 1 for pair in self.images for side in pair):
+            raise ValueError(f"images: allowed are up to {MAX_INPUTS} sizes, (height, width) from 1 pixel on")
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are generated."""
+        return self.task != "chat"
+
+    @property
+    def written(self) -> int:
+        """Tokens that the model writes, with the frame of a thought."""
+        return self.max_think_token_n + 2 * (self.draws and self.max_think_token_n > 0)
+
+    @property
+    def resized(self) -> list[tuple[int, int]]:
+        """(height, width) of the input pictures after the autoencoder's resize rule."""
+        return [self.config.vae_transform.output_size(width, height)[::-1] for height, width in self.images]
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """(height, width) of the pictures that are generated."""
+        return self.resized[-1] if self.images else self.size
+
+    @property
+    def latents(self) -> int:
+        """Tokens of a generated picture, without its two markers."""
+        return latent_tokens(self.config, self.drawn)
+
+    @property
+    def patches(self) -> int:
+        """ViT patches of one request's pictures."""
+        config = self.config
+        sizes = [config.vit_transform.output_size(width, height) for height, width in self.resized]
+        return sum(width * height // config.vit.patch_size**2 for width, height in sizes)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one request's pictures: ViT patches and, where pictures are generated, latents."""
+        latents = sum(latent_tokens(self.config, size) + 2 for size in self.resized) if self.draws else 0
+        return self.patches + 2 * len(self.images) + latents
+
+    @property
+    def guided_steps(self) -> tuple[int, int]:
+        """(steps with guidance, all steps)."""
+        low, high = self.settings.cfg_interval
+        t = schedule(self.settings.num_timesteps, self.settings.timestep_shift)[:-1]
+        guided = ((t > low) & (t <= high)).sum().item() if self.settings.cfg_text_scale > 1 else 0
+        return guided, len(t)
+
+    @property
+    def branches(self) -> int:
+        """Branches of a guided step that see different contexts."""
+        if not self.guided_steps[0]:
+            return 1
+        # Without pictures and thoughts the context without pictures is the conditional one, and computed once.
+        return 2 + (self.settings.cfg_img_scale > 1 and bool(self.images or self.written))
+
+    @property
+    def group(self) -> int:
+        """Pictures that are denoised in one packed forward, as the engine groups them."""
+        settings = self.settings
+        branches = 1 + (settings.cfg_text_scale > 1) + (settings.cfg_text_scale > 1 and settings.cfg_img_scale > 1)
+        return max(1, min(self.batch, MAX_ROWS // (branches * (self.latents + 2))))
+
+
+def latent_tokens(config: BagelConfig, size: tuple[int, int]) -> int:
+    """Latent tokens of a picture of (height, width) pixels."""
+    height, width = size
+    return height * width // config.latent_stride**2

@@ -1,0 +1,52 @@
+"""What a text says about a picture, in a form that a picture can be checked against.
+
+A claim that the text does not make is None, and a judge is silent on it.
+"""
+
+from dataclasses import dataclass
+
+from bagel_rt.tiny.scene import PLACES, Group
+
+_LOW, _HIGH = 0.4, 0.6
+
+
+@dataclass(frozen=True)
+class GroupClaim:
+    """There are exactly ``count`` things of this shape and color.
+
+    size: all of them have it.
+    place: their mean position is there.
+    at: their centres (x, y), in any order: for things that an edit leaves where they are.
+    """
+
+    count: int
+    shape: str
+    color: str
+    size: str | None = None
+    place: str | None = None
+    at: tuple[tuple[float, float], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Claims:
+    """All groups there are, the relation of the first to the second, and the background."""
+
+    groups: tuple[GroupClaim, ...] = ()
+    relation: str | None = None
+    background: str | None = None
+
+
+def claim_group(group: Group, size: bool = True, place: str | None = None, at: bool = False) -> GroupClaim:
+    """What is true of a group of a scene: with its size or not, with its positions or not."""
+    first = group[0]
+    positions = tuple((thing.x, thing.y) for thing in group) if at else None
+    return GroupClaim(len(group), first.shape, first.color, first.size if size else None, place, positions)
+
+
+def is_at(place: str, x: float, y: float) -> bool:
+    """Whether a point is where the name says. "left" says nothing of the height; "center" means both axes."""
+    column, row = PLACES[place]
+    if place == "center":
+        return 1 / 3 < x < 2 / 3 and 1 / 3 < y < 2 / 3
+    sides = {0: lambda at: at < _LOW, 1: lambda at: True, 2: lambda at: at > _HIGH}
+    return sides[column](x) and sides[row](y)

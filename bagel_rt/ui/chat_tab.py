@@ -1,0 +1,167 @@
+"""The tab that talks: texts and pictures in, texts and pictures out, turn after turn."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import gradio as gr
+
+from bagel_rt.models.bagel.settings import INTERLEAVE, MAX_INPUTS, MAX_ROUNDS
+from bagel_rt.request import ImageResult
+from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
+from bagel_rt.ui.gallery import Album
+from bagel_rt.ui.image_tab import EVENT, open_given
+from bagel_rt.ui.jobs import Jobs, View
+from bagel_rt.ui.theme import idle, status
+from bagel_rt.ui.thoughts import split_thought
+
+_HELP = "Texts and pictures in any order. Models that were trained to draw as they think draw in between."
+_NOTHING = idle("Nothing said yet.")
+Turn = tuple[str, list[str | Path]]  # "user" or "assistant", and texts and files of pictures
+
+
+class TalkingTab:
+    """Interleaved chat, in the layout that is being built. The model is shown the whole conversation at every turn."""
+
+    def __init__(self, jobs: Jobs, album: Album, gallery: gr.Gallery, examples: list[list], think: bool):
+        """
+        Args:
+            gallery: shows what the album holds.
+            examples: [message] each.
+            think: whether the model thinks first, as long as nobody says otherwise.
+        """
+        self.jobs, self.album, self.gallery = jobs, album, gallery
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=7, min_width=340):
+                self._build_conversation()
+                gr.Examples(examples, [self.message])
+            with gr.Column(scale=4, min_width=300):
+                self._build_settings(think)
+        self._turns = gr.State([])
+        inputs = {self.message, self._turns, self._think, self._seed, self._rounds, self._previews}
+        inputs |= set(self._controls.components.values())
+        outputs = [self._chat, self.message, self._status, self._turns, self.gallery, self._new]
+        self.message.submit(self._talk, inputs, outputs, **EVENT)
+        self.message.stop(self._stop, queue=False, **EVENT)
+        fresh = [self._chat, self._turns, self._status]
+        self._new.click(lambda: ([], [], _NOTHING), None, fresh, queue=False, **EVENT)
+
+    def _build_conversation(self) -> None:
+        self._chat = gr.Chatbot(
+            label="Conversation",
+            height=480,
+            elem_id="chat-messages",
+            placeholder=_HELP,
+            buttons=[],
+            feedback_options=None,
+        )
+        self.message = gr.MultimodalTextbox(
+            show_label=False,
+            placeholder="A message; pictures may go with it",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            elem_id="chat-message",
+        )
+        self._status = gr.HTML(_NOTHING, elem_id="chat-status", elem_classes="bare")
+
+    def _build_settings(self, think: bool) -> None:
+        self._new = gr.Button("New conversation", elem_id="chat-new")
+        self._think = explained("think", gr.Checkbox, value=think, elem_id="chat-think")
+        with gr.Accordion("Settings", open=False, elem_id="chat-settings"):
+            limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
+            self._seed = explained("seed", gr.Number, value=-1, elem_id="chat-seed", **limits)
+            rounds = {"minimum": 1, "maximum": MAX_ROUNDS, "step": 1, "precision": 0, "value": 3}
+            self._rounds = explained("max_rounds", gr.Slider, **rounds)
+            self._controls = Controls(*INTERLEAVE, prefix="chat")
+            self._previews = explained("previews", gr.Checkbox, value=True)
+
+    def _stop(self, request: gr.Request) -> None:
+        self.jobs.cancel((request.session_hash, "chat"))
+
+    def _talk(self, values: dict, request: gr.Request) -> Iterator[dict]:
+        """One turn from the message to the end of the answer: changes of the page."""
+        page, seed, message = request.session_hash, chosen_seed(values[self._seed]), values[self.message]
+        options = self._controls.read(values)
+        options |= {"seed": seed, "think": values[self._think], "max_rounds": values[self._rounds]}
+        parts = [*map(Path, message["files"]), *([message["text"]] if message["text"].strip() else [])]
+        turns: list[Turn] = [*values[self._turns], ("user", parts)]
+        if refused := _refusal(turns):
+            yield {self._status: status(View("failed", error=ValueError(refused))), self.message: message}
+            return
+        self.album.enter(page)
+
+        def call(progress) -> list[str | ImageResult]:
+            inputs = [part for _, parts in turns for part in parts]
+            inputs = [open_given(part) if isinstance(part, Path) else part for part in inputs]
+            return self.jobs.bagel.interleave(inputs, progress=progress, **options)
+
+        yield {
+            self._chat: _messages(turns),
+            self._status: status(View("waiting")),
+            self.message: gr.update(value=None, submit_btn=False, stop_btn=True),
+            self._new: gr.update(interactive=False),
+        }
+        for view in self.jobs.watch((page, "chat"), call, values[self._previews], whole=True):
+            if view.ended and view.stage != "done":  # the turn did not take place: the message may be sent again
+                yield {
+                    self._chat: _messages(turns[:-1]),
+                    self._status: status(view),
+                    self.message: gr.update(value=message, submit_btn=True, stop_btn=False),
+                    self._new: gr.update(interactive=True),
+                }
+                return
+            answer: Turn = ("assistant", self._answer(view, page, message["text"]))
+            changes = {self._status: status(view, f"Seed {seed}"), self._chat: _messages([*turns, answer], view)}
+            if view.ended:
+                pictures = self.album.pictures(page)
+                changes |= {
+                    self._turns: [*turns, answer],
+                    self.message: gr.update(submit_btn=True, stop_btn=False),
+                    self._new: gr.update(interactive=True),
+                    self.gallery: gr.update(value=pictures, visible=bool(pictures)),
+                }
+            yield changes
+
+    def _answer(self, view: View, page: str, prompt: str) -> list[str | Path]:
+        """The answer as far as it goes, pictures as files; those of a page that has left are none."""
+        parts: list[str | Path] = []
+        for number, part in enumerate(view.result if view.ended else view.parts):
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            if isinstance(part, ImageResult):
+                path = self.album.add(page, part, prompt, prompt=prompt)
+            else:
+                path = self.album.preview(page, f"chat {number}", part)
+            parts += [Path(path)] if path else []
+        return parts
+
+
+def _refusal(turns: Sequence[Turn]) -> str | None:
+    """Why a conversation cannot go on with its last message, if it cannot."""
+    if not turns[-1][1]:
+        return "There is nothing to send: write a message, or add a picture."
+    if (count := sum(len(parts) for _, parts in turns)) > MAX_INPUTS:
+        return (
+            f"The conversation would have {count} texts and pictures; the model is shown {MAX_INPUTS} at most. Begin a "
+            "new one."
+        )
+    return None
+
+
+def _messages(turns: Sequence[Turn], view: View | None = None) -> list[dict]:
+    """Turns as the chat shows them; thoughts fold away when they are done."""
+    messages = []
+    for role, parts in turns:
+        for part in parts:
+            if isinstance(part, Path):
+                messages.append({"role": role, "content": {"path": str(part)}})
+                continue
+            thought, answer = split_thought(part) if role == "assistant" else ("", part)
+            if thought:
+                going_on = view is not None and not view.ended and part is parts[-1] and not answer
+                about = {"title": "Thoughts", "status": "pending" if going_on else "done"}
+                messages.append({"role": role, "content": thought, "metadata": about})
+            if answer:
+                messages.append({"role": role, "content": answer})
+    return messages

@@ -1,0 +1,116 @@
+"""The official composition that benchmarks measure beside the runtime gives the runtime's results."""
+
+import functools
+
+import pytest
+import torch
+
+from bagel_rt import Cancelled, Progress
+from bagel_rt.models.bagel.settings import EDIT, GENERATE, override
+from benchmarks.official import Official, attend, guide
+
+PROMPT = "a small red boat"
+SHORT = {"seed": 3, "num_timesteps": 8}
+
+
+@pytest.fixture(scope="module")
+def official(bagel):
+    return Official(bagel.model, bagel.tokenizer)
+
+
+def close(got, want):
+    assert got.shape == want.shape
+    assert (got - want).norm() <= 2e-5 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cfg_renorm_type": "channel", "cfg_renorm_min": 0.5},
+        {"cfg_renorm_type": "text_channel", "cfg_interval": (0.0, 1.0), "timestep_shift": 1.0},
+        {"cfg_img_scale": 1.0},
+        {"cfg_text_scale": 1.0},
+        {"think": True, "max_think_token_n": 8},
+    ],
+    ids=["defaults", "channel", "text_channel", "no image guidance", "no guidance", "a thought before"],
+)
+def test_pictures_of_texts_are_the_runtimes(bagel, official, options):
+    ours = bagel.generate(PROMPT, size=(32, 64), **SHORT, **options)
+    theirs = official.generate(PROMPT, size=(32, 64), **SHORT, **options)
+    close(theirs.latents, ours.latents)
+    assert theirs.thought == ours.thought and theirs.image.size == ours.image.size
+    assert theirs.parameters["cfg_interval"] == ours.parameters["cfg_interval"]
+
+
+def test_edits_are_the_runtimes(bagel, official, photo):
+    ours, theirs = (runs.edit(photo, "make it night", **SHORT) for runs in (bagel, official))
+    close(theirs.latents, ours.latents)
+    assert theirs.image.size == ours.image.size == (96, 64)
+
+
+@pytest.mark.parametrize("think", [False, True], ids=["plain", "reasoning first"])
+def test_answers_are_the_runtimes(bagel, official, photo, think):
+    options = {"max_think_token_n": 16, "think": think}
+    for images in ((), photo, [photo, photo]):
+        assert official.chat("what is this?", images, **options) == bagel.chat("what is this?", images, **options)
+
+
+def test_a_list_of_prompts_is_drawn_one_after_another(official):
+    together = official.generate(["a", "b"], size=(16, 16), **SHORT)
+    alone = official.generate("b", size=(16, 16), seed=SHORT["seed"] + 1, num_timesteps=8)
+    assert torch.equal(together[1].latents, alone.latents) and len(together) == 2
+
+
+def test_all_official_branches_run(official, photo, monkeypatch):
+    counted = []
+    forward = Official.forward
+    monkeypatch.setattr(Official, "forward", lambda self, *a, **k: counted.append(k) or forward(self, *a, **k))
+    official.generate(PROMPT, size=(16, 16), seed=0, num_timesteps=3, cfg_interval=(0.0, 1.0))
+    assert sum("keep" not in options for options in counted) == 2 * 3
+    counted.clear()
+    official.generate(PROMPT, size=(16, 16), seed=0, num_timesteps=3, cfg_interval=(0.0, 0.0))
+    assert sum("keep" not in options for options in counted) == 2
+
+
+def test_progress_is_told_and_may_cancel(official):
+    seen = []
+
+    def stop(progress):
+        seen.append(progress)
+        if progress.step == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        official.generate(PROMPT, size=(16, 16), progress=stop, **SHORT)
+    with pytest.raises(Cancelled):
+        official.chat(PROMPT, progress=stop, max_think_token_n=9)
+    assert seen == [Progress("image", n, 7) for n in (1, 2, 3)] + [Progress("text", n, 8) for n in (1, 2, 3)]
+
+
+def test_layers_can_be_compiled(bagel, official):
+    compiled = Official(bagel.model, bagel.tokenizer, functools.partial(torch.compile, backend="eager", fullgraph=True))
+    options = {"size": (16, 32), "seed": 0, "num_timesteps": 3}
+    close(compiled.generate(PROMPT, **options).latents, official.generate(PROMPT, **options).latents)
+    assert compiled.chat(PROMPT, max_think_token_n=6) == official.chat(PROMPT, max_think_token_n=6)
+
+
+@pytest.mark.parametrize("n, m, causal", [(3, 3, False), (3, 3, True), (3, 7, True), (1, 5, True), (4, 9, False)])
+def test_attention_sees_what_it_should(n, m, causal):
+    q, k, v = (torch.randn(rows, heads, 4, dtype=torch.float64) for rows, heads in ((n, 4), (m, 2), (m, 2)))
+    k_of_query, v_of_query = (x.repeat_interleave(2, 1) for x in (k, v))
+    scores = torch.einsum("nhd,mhd->hnm", q, k_of_query) / 2
+    if causal:
+        scores = scores.masked_fill(torch.arange(m) > torch.arange(n)[:, None] + m - n, float("-inf"))
+    want = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v_of_query)
+    torch.testing.assert_close(attend(q, k, v, causal), want)
+
+
+@pytest.mark.parametrize("defaults", [GENERATE, EDIT], ids=["global", "text_channel"])
+def test_guidance_is_renormalised_but_never_amplified(defaults):
+    settings = override(defaults, {})[0]
+    cond, no_text, no_img = torch.randn(3, 5, 8).unbind(0)
+    guided = guide(cond, no_text, no_img, settings)
+    if settings.cfg_renorm_type == "global":
+        assert guided.norm() <= cond.norm() * (1 + 1e-5)
+    torch.testing.assert_close(guide(cond, cond, cond, settings), cond)

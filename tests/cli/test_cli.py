@@ -1,0 +1,398 @@
+"""``bagel-rt`` as its users meet it: what is printed, written and exited with; every mistake in one line."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKPOINT
+from PIL import Image
+from typer.testing import CliRunner
+
+from bagel_rt import Bagel, ImageResult, __version__
+from bagel_rt.cli import app
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_ROUNDS
+
+PACK = Path(__file__).parents[1] / "conformance" / "bagel"
+SMALL = ("--width", "48", "--height", "32", "--num-timesteps", "3", "--device", "cpu")
+WIDE = {"COLUMNS": "300"}  # nothing in a help text is wrapped
+
+
+def run(*args, **options):
+    return CliRunner().invoke(app, [str(arg) for arg in args], **options)
+
+
+def good(*args, **options):
+    result = run(*args, **options)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return result.stdout
+
+
+def process(*args):
+    command = [sys.executable, "-m", "bagel_rt.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def pixels(source):
+    return np.asarray(Image.open(source) if isinstance(source, Path) else source)
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch):
+    """The commands take the model of the fixture ``bagel``, which is faster than the embedded one."""
+    monkeypatch.setenv("BAGEL_RT_MODEL", str(CHECKPOINT))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+# Bad input: nothing on stdout, one line on stderr, exit code 2, nothing written; and no model was loaded.
+
+OUT = ("-o", "{tmp}/out.png")
+DRAW = ("generate", "x", *OUT)
+MISTAKES = {
+    "no command": ((), "Missing command"),
+    "a command that does not exist": (("draw", "x"), "No such command 'draw'"),
+    "an option that does not exist": ((*DRAW, "--cfg-scale", "4"), "No such option: --cfg-scale"),
+    "no prompt": (("generate", *OUT), "Missing argument 'PROMPT...'"),
+    "no output": (("generate", "x"), "Missing option '--output'"),
+    "an output that is no PNG": (("generate", "x", "-o", "{tmp}/out.jpg"), "a name that ends in .png"),
+    "an output in a missing folder": (("generate", "x", "-o", "{tmp}/no/out.png"), "no file can be written there"),
+    "an output in a file": (("generate", "x", "-o", "{photo}/out.png"), "Not a directory"),
+    "an output that is a folder": (("generate", "x", "-o", "{tmp}/folder.png"), "folder.png is a folder"),
+    "an output where nobody may write": (("generate", "x", "-o", "/proc/out.png"), "/proc/out.png: no file can be"),
+    "an output with too long a name": (("generate", "x", "-o", "{tmp}/" + "n" * 300 + ".png"), "too long"),
+    "a number that is none": ((*DRAW, "--cfg-text-scale", "big"), "Invalid value for '--cfg-text-scale'"),
+    "a scale out of range": ((*DRAW, "--cfg-text-scale", "101"), "cfg_text_scale is 101.0: allowed are"),
+    "a scale that is not finite": ((*DRAW, "--cfg-img-scale", "nan"), "cfg_img_scale is nan: allowed"),
+    "half an interval": ((*DRAW, "--cfg-interval", "0.4"), "--cfg-interval"),
+    "an interval upside down": ((*DRAW, "--cfg-interval", "1", "0"), "low end lies above its high end"),
+    "a renormalisation that does not exist": ((*DRAW, "--cfg-renorm-type", "local"), "'local'"),
+    "a schedule without steps": ((*DRAW, "--num-timesteps", "1"), "num_timesteps is 1: allowed are"),
+    "a temperature of zero": (("chat", "x", "--text-temperature", "0"), "text_temperature is 0.0: allowed are"),
+    "a negative seed": ((*DRAW, "--seed", "-1"), "seed is -1: allowed are integers from 0"),
+    "a width off the grid": ((*DRAW, "--width", "100"), "--width is 100: allowed are multiples of 16"),
+    "a height of nothing": ((*DRAW, "--height", "0"), "--height is 0: allowed are multiples of 16"),
+    "a width past the position table": ((*DRAW, "--width", "272"), "from 16 to 256"),
+    "a device that does not exist": (("chat", "x", "--device", "tpu"), "--device is 'tpu': allowed are cpu, cuda"),
+    "a device that is not here": (("chat", "x", "--device", "cuda:99"), "PyTorch finds"),
+    "a dtype that does not exist": (("chat", "x", "--dtype", "int8"), "'int8' is not one of"),
+    "a picture that is missing": (("edit", "{tmp}/no.png", "x", *OUT), "no.png: no such file"),
+    "prompt and picture exchanged": (("edit", "make it night", "{photo}", *OUT), "make it night: no such file"),
+    "a picture that is a text": (("chat", "x", "--image", "{tmp}/note.txt"), "note.txt: not a picture"),
+    "a picture that is a folder": (("chat", "x", "--image", "{tmp}"), "is not a file"),
+    "a part that looks like a missing picture": (("interleave", "a", "b.png", *OUT), "write text:b.png"),
+    "a part that must be a picture": (("interleave", "a", "image:b", *OUT), "b: no such file"),
+    "no rounds": (("interleave", "a", *OUT, "--max-rounds", "0"), "--max-rounds"),
+    "too many rounds": (("interleave", "a", *OUT, "--max-rounds", str(MAX_ROUNDS + 1)), "--max-rounds"),
+    "a conformance pack that is none": (("conformance", "{tmp}"), "no conformance pack"),
+    "a case that does not exist": (("conformance", str(PACK), "--case", "99"), "--case 99: no such case"),
+    "a taken folder": (("make-random-checkpoint", "{tmp}"), "exists and is not an empty folder"),
+    "a folder that is a file": (("make-random-checkpoint", "{photo}"), "exists and is not an empty folder"),
+    "a model to copy that is none": (("make-random-checkpoint", "{tmp}/new", "--like", "{tmp}"), "llm_config.json"),
+    "a seed below zero": (("make-random-checkpoint", "{tmp}/new", "--seed", "-1"), "seed is -1: allowed are"),
+    "info about a model that is missing": (("info", "--model", "{tmp}/no"), "is not a folder"),
+}
+
+
+@pytest.mark.parametrize("args, message", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_before_any_work(args, message, tmp_path, photo, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("bagel_rt.models.bagel.model.BagelModel.from_folder", load)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "note.txt").write_text("hello")
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*(arg.format(tmp=tmp_path, photo=photo) for arg in args))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert re.fullmatch(r"bagel-rt: error: .*\n", result.stderr) and message in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        pytest.param(shutil.rmtree, "no such folder", id="no folder"),
+        pytest.param(lambda at: (at / "llm_config.json").unlink(), "llm_config.json is missing", id="no config"),
+        pytest.param(lambda at: (at / "ema.safetensors").unlink(), "holds none of ema.safetensors", id="no weights"),
+        pytest.param(lambda at: os.truncate(at / "ae.safetensors", 1000), "ae.safetensors", id="cut weights"),
+        pytest.param(lambda at: (at / "config.json").write_text("{"), "is not JSON", id="broken config"),
+        pytest.param(lambda at: [(at / name).unlink() for name in ("tokenizer.json", "vocab.json")],
+                     "vocab.json", id="no tokenizer"),
+    ],
+)  # fmt: skip
+def test_a_bad_model_folder_is_bad_input(spoil, message, tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    spoil(tmp_path / "model")
+    result = run("chat", "hello", "--model", tmp_path / "model")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("bagel-rt: error: ") and message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# Work that fails
+
+
+def test_a_failure_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA out of memory\nand forty lines of C++")
+
+    out = tmp_path / "out.png"
+    out.write_text("old")
+    monkeypatch.setattr(Bagel, "generate", fail)
+    result = run("generate", "x", "-o", out, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"bagel-rt: error: RuntimeError: CUDA out of memory \(.*BAGEL_RT_DEBUG.*\)\n", result.stderr)
+    assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.png"]
+    assert "in fail" in run("generate", "x", "-o", out, env={"BAGEL_RT_DEBUG": "1"}).stderr
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
+    def fill_up(image, path, **_):
+        Path(path).write_bytes(b"\x89PNG")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out.png"
+    out.write_text("old")
+    monkeypatch.setattr(Image.Image, "save", fill_up)
+    result = run("generate", "x", "-o", out, *SMALL)
+    assert result.exit_code == 1 and "No space left" in result.stderr
+    assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.png"]
+
+
+def test_ctrl_c_ends_the_work_with_130_and_no_file(tmp_path):
+    out = tmp_path / "out.png"
+    arguments = ["generate", "x", "-o", str(out), "--num-timesteps", "1000", "--progress", "--device", "cpu"]
+    command = [sys.executable, "-m", "bagel_rt.cli", *arguments]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
+    seen = b""
+    while b"image:" not in seen:
+        byte = worker.stderr.read(1)
+        assert byte, seen
+        seen += byte
+    worker.send_signal(signal.SIGINT)
+    stdout, stderr = worker.communicate(timeout=60)
+    assert (worker.returncode, stdout) == (130, b"")
+    assert b"Traceback" not in stderr
+    assert os.listdir(tmp_path) == []
+
+
+# Pictures
+
+
+def test_generate_writes_what_the_library_draws(bagel, tmp_path):
+    out = tmp_path / "a.png"
+    said = good("generate", "a cat", "-o", out, *SMALL, "--seed", 5, "--negative-prompt", "dog")
+    assert said == f"{out}: 48 x 32, seed 5\n"
+    want = bagel.generate("a cat", size=(32, 48), num_timesteps=3, seed=5, negative_prompt="dog")
+    assert (pixels(out) == pixels(want.image)).all()
+
+
+def test_a_picture_tells_how_to_draw_it_again(tmp_path):
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    options = (*SMALL, "--negative-prompt", "dull", "--cfg-interval", 0.1, 0.9, "--cfg-renorm-type", "channel")
+    options += ("--timestep-shift", 2.5, "--think", "--max-think-token-n", 6, "--do-sample")
+    good("generate", "ein Käfig 🦊", "-o", first, *options)
+    image = Image.open(first)
+    told = json.loads(image.text["parameters"])
+    assert image.text["Software"] == f"bagel_rt {__version__}"
+    assert (told.pop("task"), told.pop("version"), told.pop("model")) == ("generate", __version__, "checkpoint")
+    assert str(tmp_path) not in str(image.text) and str(CHECKPOINT) not in str(image.text)
+    assert told.pop("thought")
+    prompt, options = told.pop("prompt"), []
+    for name, value in told.items():
+        flag = "--" + name.replace("_", "-")
+        options += (
+            [flag] * value if isinstance(value, bool) else [flag, *value] if type(value) is list else [flag, value]
+        )
+    good("generate", prompt, "-o", second, "--device", "cpu", *options)
+    assert (pixels(first) == pixels(second)).all()
+    assert Image.open(second).text == image.text
+
+
+def test_the_defaults_that_are_told_are_the_official_ones(tmp_path, photo):
+    report = json.loads(
+        good("edit", photo, "x", "-o", tmp_path / "a.png", "--device", "cpu", "--num-timesteps", 3, "--json")
+    )
+    told = report["outputs"][0]["parameters"]
+    official = {field.name: getattr(EDIT[0], field.name) for field in fields(EDIT[0])} | {"num_timesteps": 3}
+    assert told.items() >= json.loads(json.dumps(official)).items()
+
+
+def test_several_prompts_make_numbered_pictures_with_seeds_in_order(bagel, tmp_path):
+    report = json.loads(good("generate", "a", "b", "-o", tmp_path / "x.png", *SMALL, "--seed", 7, "--json"))
+    assert sorted(os.listdir(tmp_path)) == ["x-1.png", "x-2.png"]
+    assert [(output["path"], output["seed"]) for output in report["outputs"]] == [
+        (str(tmp_path / "x-1.png"), 7),
+        (str(tmp_path / "x-2.png"), 8),
+    ]
+    want = bagel.generate("b", size=(32, 48), num_timesteps=3, seed=8)
+    assert np.abs(pixels(tmp_path / "x-2.png").astype(int) - pixels(want.image)).max() <= 1  # alone, not in a batch
+
+
+def test_a_random_seed_is_told_and_differs(tmp_path):
+    reports = [json.loads(good("generate", "a", "-o", tmp_path / "x.png", *SMALL, "--json")) for _ in range(2)]
+    assert len({report["outputs"][0]["seed"] for report in reports}) == 2
+
+
+def test_one_side_leaves_the_other_at_the_model_s_own(tmp_path):
+    good("generate", "a", "-o", tmp_path / "x.png", "--height", 32, "--num-timesteps", 2, "--device", "cpu")
+    assert Image.open(tmp_path / "x.png").size == (128, 32)
+
+
+def test_edit_takes_pictures_in_order_and_may_replace_its_input(bagel, tmp_path, photo):
+    other = tmp_path / "other.png"
+    Image.new("RGB", (64, 80), "teal").save(other)
+    original = Image.open(photo).copy()
+    good("edit", photo, "mix", "--image", other, "-o", photo, "--num-timesteps", 3, "--seed", 1, "--device", "cpu")
+    want = bagel.edit([original, Image.open(other)], "mix", num_timesteps=3, seed=1)
+    assert (pixels(photo) == pixels(want.image)).all()
+    assert json.loads(Image.open(photo).text["parameters"])["images"] == ["photo.png", "other.png"]
+
+
+def test_a_written_picture_has_the_permissions_of_any_new_file(tmp_path):
+    good("generate", "a", "-o", tmp_path / "x.PNG", *SMALL)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.PNG").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# Texts
+
+
+def test_chat_prints_the_library_s_answer(bagel, photo):
+    said = good("chat", "what is it?", "--image", photo, "--max-think-token-n", 12, "--device", "cpu")
+    assert said == bagel.chat("what is it?", [photo], max_think_token_n=12) + "\n"
+    assert len(said) > 3
+
+
+def test_chat_in_json_tells_seed_and_parameters(bagel):
+    options = ("--do-sample", "--text-temperature", 2, "--max-think-token-n", 12, "--device", "cpu")
+    report = json.loads(good("chat", "hm", "--json", *options))
+    decoding = {"max_think_token_n": 12, "do_sample": True, "text_temperature": 2.0, "top_k": 0, "top_p": 1.0}
+    assert report["parameters"] == {"prompt": "hm", "images": [], "think": False} | decoding
+    want = bagel.chat("hm", seed=report["seed"], **decoding)
+    assert report["outputs"] == [{"type": "text", "text": want}]
+    assert report["seconds"] > 0 and report["load_seconds"] > 0
+
+
+def test_chat_prints_each_piece_before_it_asks_for_the_next(monkeypatch):
+    def stream(self, prompt, images, **_):
+        yield "one "
+        assert sys.stdout.buffer.getvalue() == b"one "
+        yield "two"
+        assert sys.stdout.buffer.getvalue() == b"one two"
+
+    monkeypatch.setattr(Bagel, "stream", stream)
+    assert good("chat", "count") == "one two\n"
+
+
+def test_interleave_reads_parts_in_order_and_writes_pictures_in_place(monkeypatch, tmp_path, photo):
+    given = {}
+    picture = ImageResult(Image.new("RGB", (4, 2)), 9, {"num_timesteps": 3}, torch.zeros(1))
+
+    def interleave(self, inputs, **options):
+        given.update(options, inputs=inputs)
+        return ["first", picture, "then", picture, "done"]
+
+    monkeypatch.setattr(Bagel, "interleave", interleave)
+    out = tmp_path / "out.png"
+    parts = ("look:", photo, f"text:{photo}", f"image:{photo}", "text:image:x", "no such file.png")
+    arguments = ("interleave", *parts, "-o", out, "--seed", 9, "--max-rounds", 2, "--height", 64)
+    said = good(*arguments)
+    assert said.splitlines() == [
+        "first", f"{tmp_path}/out-1.png: 4 x 2, seed 9", "then", f"{tmp_path}/out-2.png: 4 x 2, seed 9", "done"
+    ]  # fmt: skip
+    texts = [part if isinstance(part, str) else part.size for part in given["inputs"]]
+    assert texts == ["look:", (90, 70), str(photo), (90, 70), "image:x", "no such file.png"]
+    assert (given["think"], given["max_rounds"], given["size"], given["seed"]) == (True, 2, (64, 128), 9)
+
+    outputs = json.loads(good(*arguments, "--json", "--no-think"))["outputs"]
+    assert [output["type"] for output in outputs] == ["text", "image", "text", "image", "text"]
+    assert outputs[3]["path"] == f"{tmp_path}/out-2.png" and not given["think"]
+    told = json.loads(Image.open(tmp_path / "out-2.png").text["parameters"])["parts"]
+    assert told == ["look:", "photo.png", str(photo), "photo.png", "image:x", "no such file.png"]
+
+
+def test_interleave_runs_on_the_real_model(tmp_path, photo):
+    report = json.loads(good("interleave", photo, "why?", "-o", tmp_path / "o.png", "--max-think-token-n", 8, "--json"))
+    assert [output["type"] for output in report["outputs"]] == ["text"]
+
+
+# Progress
+
+
+def test_bars_are_shown_on_demand_and_never_by_default_off_a_terminal(tmp_path):
+    arguments = ("generate", "x", "-o", tmp_path / "x.png", *SMALL, "--think", "--max-think-token-n", 4)
+    result = run(*arguments, "--progress", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)
+    for bar in ("ema.safetensors:", "ae.safetensors:", "text:", "image:"):
+        assert bar in result.stderr
+    assert "0/3 " in result.stderr and "0/2 " in result.stderr  # three timesteps make two steps
+    good(*arguments)  # nothing on stderr
+
+
+# Help
+
+
+@pytest.mark.parametrize(
+    "command, defaults", [("generate", GENERATE), ("edit", EDIT), ("chat", CHAT), ("interleave", INTERLEAVE)]
+)
+def test_help_shows_every_hyper_parameter_and_its_default_for_the_task(command, defaults):
+    page = good(command, "--help", env=WIDE)
+    options = re.split(r"\n│ (?=[* ]*--)", page)
+    for part in filter(None, defaults):
+        for field in fields(part):
+            flag, value = "--" + field.name.replace("_", "-"), getattr(part, field.name)
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            shown = {"True": flag[2:], "False": "no-" + flag[2:]}.get(shown, shown)
+            (option,) = [option for option in options if option.startswith(f"{flag} ")]
+            assert f"[default: {shown}]" in option
+    assert ("--cfg-text-scale" in page) == (defaults[0] is not None)
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    script = (
+        "import sys\nfrom bagel_rt.cli import app\ntry: app({!r})\nexcept SystemExit: assert 'torch' not in sys.modules"
+    )
+    for arguments in (["--help"], ["generate", "--help"], ["--version"], ["generate", "x", "-o", "x.jpg"]):
+        subprocess.run([sys.executable, "-c", script.format(arguments)], check=True, capture_output=True)
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    done = process("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"bagel_rt {__version__}\n", "")
+    done = process("generate", "x", "-o", tmp_path / "x.png", *SMALL, "--json")
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(done.stdout)["outputs"][0]["path"] == str(tmp_path / "x.png")
+    done = process("generate", "x", "-o", tmp_path / "no" / "x.png")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback():
+    command = [sys.executable, "-m", "bagel_rt.cli", "conformance", str(PACK), "--case", "0[0-2]*"]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    worker.stdout.close()
+    assert worker.stderr.read() == b""
+    assert worker.wait(timeout=60) == 1
+
+
+def test_characters_the_terminal_lacks_are_escaped(monkeypatch):
+    monkeypatch.setattr(Bagel, "stream", lambda *_, **__: iter(["naïve 🦊"]))
+    result = CliRunner(charset="latin-1").invoke(app, ["chat", "x"])
+    assert (result.exit_code, result.stdout) == (0, "naïve \\U0001f98a\n")

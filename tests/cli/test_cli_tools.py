@@ -1,0 +1,127 @@
+"""``bagel-rt info`` and ``bagel-rt conformance``: what they tell, as text and as JSON, and their exit codes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKPOINT
+from safetensors import safe_open
+from test_cli import PACK, good, run
+
+from bagel_rt import __version__
+
+# info
+
+
+def test_info_tells_versions_devices_ops_and_environment():
+    report = json.loads(good("info", "--json", env={"BAGEL_RT_BACKEND": "reference"}))
+    assert report["versions"]["bagel_rt"] == __version__ and report["versions"]["torch"] == torch.__version__
+    assert report["devices"][0]["device"] == "cpu" and report["devices"][0]["threads"] >= 1
+    assert len(report["devices"]) == 1 + torch.cuda.device_count()
+    assert report["ops"]["rms_norm"] == report["ops"]["sample"] == "reference"
+    assert report["environment"]["BAGEL_RT_BACKEND"] == "reference"
+    said = good("info")
+    assert f"torch        {torch.__version__}" in said and "  rms_norm " in said
+
+
+def test_info_says_why_the_extension_is_absent(monkeypatch):
+    monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION", None)
+    monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION_ERROR", "no compiler\n")
+    assert "\nextension: absent: no compiler\n" in good("info")
+    monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION", object())
+    assert "\nextension: compiled\n" in good("info")
+    monkeypatch.setattr("bagel_rt.kernels.extension.EXTENSION", object())
+    monkeypatch.setattr("bagel_rt.kernels.extension._build_log", lambda: "nvcc is broken\n")
+    assert "\ncuda_kernels: absent: nvcc is broken\n" in good("info")
+
+
+def test_info_reports_a_wrong_backend_instead_of_failing():
+    assert "BAGEL_RT_BACKEND='fast' is not a backend" in good("info", env={"BAGEL_RT_BACKEND": "fast"})
+
+
+def test_info_works_where_triton_cannot_be_imported():
+    script = "import sys\nsys.modules['triton'] = None\nfrom bagel_rt.cli import app\napp(['info', '--json'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["versions"]["python"]
+
+
+def test_info_about_a_model_counts_its_parameters(tmp_path):
+    report = json.loads(good("info", "--json", "--model", CHECKPOINT))["model"]
+    total = 0
+    for file in ("ema.safetensors", "ae.safetensors"):
+        with safe_open(CHECKPOINT / file, "pt") as tensors:
+            total += sum(np.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    assert report["parameters"]["total"] == total == sum(report["parameters"].values()) - total
+    assert (report["name"], report["layers"], report["weights"]) == ("checkpoint", 3, "complete")
+
+    shutil.copytree(CHECKPOINT, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "ema.safetensors", 5000)
+    assert "ema.safetensors" in json.loads(good("info", "--json", "--model", tmp_path / "cut"))["model"]["weights"]
+
+
+# conformance
+
+
+@pytest.fixture
+def spoiled_pack(tmp_path):
+    """A pack of one good case, one whose recording is wrong, and one that is not supported."""
+    pack = tmp_path / "pack"
+    for case in ("00_tokenizer", "01_wrong", "02_unsupported"):
+        (pack / "cases" / case).mkdir(parents=True)
+    (pack / "checkpoint").symlink_to(CHECKPOINT)
+    meta = json.loads((PACK / "cases" / "00_tokenizer" / "meta.json").read_text("utf-8"))
+    (pack / "cases" / "00_tokenizer" / "meta.json").write_text(json.dumps(meta))
+    meta["encode"][3]["ids"] = [0]
+    (pack / "cases" / "01_wrong" / "meta.json").write_text(json.dumps(meta))
+    unsupported = {"inputs": {"hyper": {"enable_taylorseer": True}}}
+    (pack / "cases" / "02_unsupported" / "meta.json").write_text(json.dumps(unsupported))
+    return pack
+
+
+def test_conformance_passes_on_recorded_cases():
+    said = good("conformance", PACK, "--case", "11_t2i_cfg_global", "--case", "0[0-2]_*", "--case", "11*")
+    rows = [line.split() for line in said.splitlines()]
+    assert [row[:2] for row in rows[1:-1]] == [
+        ["pass", name] for name in ("00_tokenizer", "01_image_transforms", "02_positions_time", "11_t2i_cfg_global")
+    ]
+    assert rows[-1] == ["4", "pass,", "0", "FAIL,", "0", "skipped"]
+
+
+def test_conformance_lists_every_comparison_on_demand():
+    said = good("conformance", PACK, "--case", "11*", "--verbose")
+    report = json.loads(good("conformance", PACK, "--case", "11*", "--json"))
+    (case,) = report["cases"]
+    assert (report["pack"], report["failed"], case["case"], case["result"]) == ("bagel", 0, "11_t2i_cfg_global", "pass")
+    for comparison in case["comparisons"]:
+        assert comparison["passed"] and comparison["error"] <= comparison["tolerance"]
+        assert f" {comparison['name']}\n" in said
+
+
+def test_conformance_fails_if_one_case_does(spoiled_pack):
+    result = run("conformance", spoiled_pack)
+    assert (result.exit_code, result.stderr) == (1, "")
+    rows = result.stdout.splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["pass", "FAIL", "skipped", "1"]
+    assert rows[1].endswith("encode 3")
+    result = run("conformance", spoiled_pack, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and report["failed"] == 1
+    assert [case["result"] for case in report["cases"]] == ["pass", "fail", "skipped"]
+    good("conformance", spoiled_pack, "--case", "00*", "--case", "02*")
+
+
+def test_conformance_json_has_no_word_for_nan(monkeypatch):
+    monkeypatch.setattr("bagel_rt.conformance.parts.time_embedding", lambda _, t: torch.full((len(t), 64), torch.nan))
+    result = run("conformance", PACK, "--case", "02*", "--json")
+    assert result.exit_code == 1
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    (case,) = json.loads(result.stdout, parse_constant=refuse)["cases"]
+    assert [item["error"] for item in case["comparisons"] if item["name"] == "t_embed"] == [None]

@@ -1,0 +1,280 @@
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bagel_rt.errors import CheckpointError
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig, TransformerConfig, VAEConfig, ViTConfig
+from bagel_rt.models.bagel.images import ResizeRule
+
+CONFORMANCE = Path(__file__).parents[2] / "conformance" / "bagel" / "checkpoint"
+
+# The published files, without the keys that say nothing new.
+LLM = {
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,  # overridden, like qk_norm
+    "vocab_size": 152064,
+}
+VIT = {
+    "hidden_size": 1152,
+    "image_size": 980,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+
+
+def folder(path, llm=LLM, vit=VIT, config=None):
+    """A model folder of these JSON values, or of these bytes."""
+    for name, value in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
+        if value is not None:
+            (path / name).write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    return path
+
+
+def test_published_folder_without_config_json_is_the_published_model(tmp_path):
+    assert BagelConfig.from_folder(folder(tmp_path)) == BAGEL_7B_MOT
+
+
+def test_config_json_that_states_nothing_or_null_or_unknown_keys_changes_nothing(tmp_path):
+    config = {"vae_config": {"downsample": 8, "resolution": 256}, "image_transforms": None, "llm_config": [], "new": 1}
+    assert BagelConfig.from_folder(str(folder(tmp_path, config=config))) == BAGEL_7B_MOT
+
+
+def test_published_model_has_the_published_shapes():
+    config = BAGEL_7B_MOT
+    assert (config.llm.num_layers, config.llm.head_dim, config.vit.num_layers, config.vit.head_dim) == (28, 128, 26, 72)
+    assert (config.latent_stride, config.latent_features, config.patch_features) == (16, 64, 588)
+    assert config.vae == VAEConfig(3, 3, 128, (1, 2, 4, 4), 2, 16, 0.3611, 0.1159) and config.vae.downsample == 8
+    assert (config.vae_transform, config.vit_transform) == (ResizeRule(1024, 512, 16), ResizeRule(980, 224, 14))
+    assert (config.max_latent_size, config.vit.max_patches_per_side, config.interpolate_pos) == (64, 70, False)
+
+
+def test_conformance_folder_reads_every_stated_size():
+    assert BagelConfig.from_folder(CONFORMANCE) == BagelConfig(
+        llm=TransformerConfig(64, 3, 4, 2, 16, 96, 384, 1e6, 1e-6, 32768),
+        vit=ViTConfig(48, 2, 4, 88, 14, 3, 1e-6, 10),
+        vae=VAEConfig(ch=32, ch_mult=(1, 2, 1, 1), num_res_blocks=1),
+        max_latent_size=16,
+        vae_transform=ResizeRule(128, 64, 16),
+        vit_transform=ResizeRule(140, 56, 14),
+    )
+
+
+def test_every_field_follows_its_key(tmp_path):
+    llm = LLM | {"hidden_size": 96, "intermediate_size": 100, "max_position_embeddings": 77, "num_attention_heads": 6}
+    llm |= {"num_hidden_layers": 5, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 500, "vocab_size": 9}
+    vit = VIT | {"hidden_size": 60, "intermediate_size": 61, "layer_norm_eps": 1e-5, "num_attention_heads": 5}
+    vit |= {"num_hidden_layers": 2, "patch_size": 7}
+    vae = {"ch": 64, "ch_mult": [1, 3], "num_res_blocks": 3, "z_channels": 4, "scale_factor": 2, "shift_factor": -1.5}
+    config = {"vae_config": vae, "latent_patch_size": 4, "max_latent_size": 20, "vit_max_num_patch_per_side": 30}
+    config |= {"image_transforms": {"vae": [160, 80, 16], "vit": [203, 70, 7], "audio": 0}, "interpolate_pos": True}
+    read = BagelConfig.from_folder(folder(tmp_path, llm, vit, config))
+    assert read.llm == TransformerConfig(96, 5, 6, 3, 16, 100, 9, 500, 1e-5, 77)
+    assert read.vit == ViTConfig(60, 1, 5, 61, 7, 3, 1e-5, 30)
+    assert read.vae == VAEConfig(3, 3, 64, (1, 3), 3, 4, 2, -1.5)
+    assert (read.latent_patch_size, read.max_latent_size, read.interpolate_pos) == (4, 20, True)
+    assert (read.latent_stride, read.latent_features) == (8, 64)
+    assert (read.vae_transform, read.vit_transform) == (ResizeRule(160, 80, 16), ResizeRule(203, 70, 7))
+
+
+def test_one_stated_transform_leaves_the_other_official(tmp_path):
+    read = BagelConfig.from_folder(folder(tmp_path, config={"image_transforms": {"vae": [512, 256, 16]}}))
+    assert (read.vae_transform, read.vit_transform) == (ResizeRule(512, 256, 16), ResizeRule(980, 224, 14))
+
+
+def test_interpolated_positions_allow_pictures_larger_than_the_table(tmp_path):
+    config = {"max_latent_size": 32, "interpolate_pos": True}
+    assert BagelConfig.from_folder(folder(tmp_path, config=config)).max_latent_size == 32
+
+
+HIDDEN = "a whole number from 1 to 32768"
+BAD_LLM = [
+    pytest.param("hidden_size", -3584, f"is -3584; allowed: {HIDDEN}", id="hidden-size-negative"),
+    pytest.param("hidden_size", 0, f"is 0; allowed: {HIDDEN}", id="hidden-size-zero"),
+    pytest.param("hidden_size", 28 * 10**13, f"is 280000000000000; allowed: {HIDDEN}", id="hidden-size-huge"),
+    pytest.param("hidden_size", "3584", f"is '3584'; allowed: {HIDDEN}", id="hidden-size-a-string"),
+    pytest.param("hidden_size", 3584.0, f"is 3584.0; allowed: {HIDDEN}", id="hidden-size-a-float"),
+    pytest.param("hidden_size", True, f"is True; allowed: {HIDDEN}", id="hidden-size-a-bool"),
+    pytest.param("hidden_size", None, f"is None; allowed: {HIDDEN}", id="hidden-size-null"),
+    pytest.param("hidden_size", [3584], f"is (3584,); allowed: {HIDDEN}", id="hidden-size-a-list"),
+    pytest.param("hidden_size", float("nan"), f"is nan; allowed: {HIDDEN}", id="hidden-size-NaN"),
+    pytest.param("hidden_size", 3585, "allowed: a multiple of num_attention_heads, 28", id="heads-do-not-divide"),
+    pytest.param("num_attention_heads", 0, "is 0; allowed: a whole number from 1 to 512", id="no-heads"),
+    pytest.param("num_attention_heads", "28", "is '28'; allowed: a whole number from 1 to 512", id="heads-a-string"),
+    pytest.param("num_attention_heads", 14, "is 14; allowed: a multiple of num_key_value_heads, 4", id="uneven-groups"),
+    pytest.param("num_hidden_layers", 513, "is 513; allowed: a whole number from 1 to 512", id="too-many-layers"),
+    pytest.param("num_hidden_layers", "x" * 10**6, "xxx'; allowed: a whole", id="layers-an-endless-string"),
+    pytest.param("intermediate_size", -1, "is -1; allowed: a whole number from 1 to 262144", id="mlp-width-negative"),
+    pytest.param("vocab_size", 1 << 30, "allowed: a whole number from 1 to 2097152", id="vocabulary-huge"),
+    pytest.param("max_position_embeddings", 0, "allowed: a whole number from 1 to 16777216", id="no-positions"),
+    pytest.param("rope_theta", float("nan"), "is nan; allowed: a number from 1 to 1e+12", id="rope-theta-NaN"),
+    pytest.param("rope_theta", float("inf"), "is inf; allowed: a number from 1 to 1e+12", id="rope-theta-infinite"),
+    pytest.param("rope_theta", True, "is True; allowed: a number from 1 to 1e+12", id="rope-theta-a-bool"),
+    pytest.param("rms_norm_eps", 0, "is 0; allowed: a number from 1e-12 to 0.1", id="norm-eps-zero"),
+    pytest.param("rms_norm_eps", "1e-6", "is '1e-6'; allowed: a number from 1e-12 to 0.1", id="norm-eps-a-string"),
+    pytest.param("hidden_act", "gelu", "is 'gelu'; allowed: \"silu\"", id="another-activation"),
+    pytest.param("rope_scaling", {"type": "yarn"}, "is {'type': 'yarn'}; allowed: null", id="scaled-rope"),
+]
+BAD_VIT = [
+    pytest.param("num_hidden_layers", 1, "to 256 after one is subtracted", id="only-the-layer-that-is-dropped"),
+    pytest.param("num_hidden_layers", 26.0, "is 26.0; allowed: a whole number from 1 to 256", id="layers-a-float"),
+    pytest.param("num_attention_heads", 7, ", 7.", id="heads-do-not-divide"),
+    pytest.param("patch_size", 0, "is 0; allowed: a whole number from 1 to 64", id="no-patch"),
+    pytest.param("num_channels", 1, "is 1; allowed: 3", id="grey-vision"),
+    pytest.param("layer_norm_eps", -1e-6, "is -1e-06; allowed: a number from 1e-12 to 0.1", id="norm-eps-negative"),
+    pytest.param("hidden_act", "gelu", "is 'gelu'; allowed: \"gelu_pytorch_tanh\"", id="another-activation"),
+]
+VAE_ALLOWED = "1 to 6 whole numbers from 1 to 16"
+BAD_CONFIG = [
+    pytest.param({"latent_patch_size": 0}, "latent_patch_size is 0; allowed: a whole number", id="no-latent-patch"),
+    pytest.param({"max_latent_size": 1e9}, "max_latent_size is 1000000000.0; allowed", id="latent-table-a-float"),
+    pytest.param({"vit_max_num_patch_per_side": -1}, "vit_max_num_patch_per_side is -1", id="patch-table-negative"),
+    pytest.param({"interpolate_pos": "no"}, "interpolate_pos is 'no'; allowed: true or false", id="flag-a-string"),
+    pytest.param({"connector_act": "relu"}, "connector_act is 'relu'", id="another-connector"),
+    pytest.param({"vae_config": [1]}, "vae_config is [1]; allowed: an object", id="autoencoder-a-list"),
+    pytest.param({"vae_config": {"ch": 48}}, "vae_config: ch is 48; allowed: a multiple of 32", id="group-norm-groups"),
+    pytest.param({"vae_config": {"ch": 0}}, "vae_config: ch is 0", id="no-channels"),
+    pytest.param({"vae_config": {"ch_mult": []}}, VAE_ALLOWED, id="no-levels"),
+    pytest.param({"vae_config": {"ch_mult": 4}}, VAE_ALLOWED, id="levels-a-number"),
+    pytest.param({"vae_config": {"ch_mult": [1, 2, 4, "4"]}}, VAE_ALLOWED, id="level-a-string"),
+    pytest.param({"vae_config": {"ch_mult": [1] * 9}}, VAE_ALLOWED, id="nine-levels"),
+    pytest.param({"vae_config": {"in_channels": 4}}, "in_channels is 4; allowed: 3", id="alpha-in"),
+    pytest.param({"vae_config": {"out_ch": 1}}, "out_ch is 1; allowed: 3", id="grey-out"),
+    pytest.param({"vae_config": {"scale_factor": 0}}, "scale_factor is 0; allowed", id="scale-zero"),
+    pytest.param({"vae_config": {"shift_factor": float("nan")}}, "shift_factor is nan; allowed", id="shift-NaN"),
+    pytest.param(
+        {"vae_config": {"downsample": 16}}, "downsample is 16; allowed: 8", id="downsample-contradicts-levels"
+    ),
+    pytest.param({"image_transforms": {"vae": [1024, 512]}}, "vae is [1024, 512]; allowed: [max", id="two-sizes"),
+    pytest.param({"image_transforms": {"vit": {}}}, "vit is {}; allowed: [max, min, stride]", id="sizes-an-object"),
+    pytest.param({"image_transforms": {"vae": [512, 1024, 16]}}, "max >= min", id="max-below-min"),
+    pytest.param({"image_transforms": {"vae": [1024, 512, 0]}}, "stride >= 1", id="stride-zero"),
+    pytest.param({"image_transforms": {"vae": [1024, 8, 16]}}, "min >= stride", id="min-below-stride"),
+    pytest.param({"image_transforms": {"vae": [10**9, 512, 16]}}, "16384 >= max", id="giant-pictures"),
+    pytest.param({"image_transforms": {"vae": [1024, 512, 24]}}, "allowed: a multiple of 16", id="stride-off-the-grid"),
+    pytest.param(
+        {"oracle_image_transforms": 3}, "oracle_image_transforms is 3; allowed: an object", id="not-an-object"
+    ),
+]
+
+
+def refused(path, file, *parts):
+    """The folder is refused with a short message that names the file, all ``parts`` and a remedy."""
+    with pytest.raises(CheckpointError) as error:
+        BagelConfig.from_folder(path)
+    message = str(error.value)
+    for part in (str(path / file), *parts):
+        assert part in message
+    assert len(message) < 600 and message.isprintable()
+
+
+@pytest.mark.parametrize("key, value, message", BAD_LLM)
+def test_bad_language_model_value_is_refused(tmp_path, key, value, message):
+    refused(folder(tmp_path, llm=LLM | {key: value}), "llm_config.json", key, message, "published model folder")
+
+
+@pytest.mark.parametrize("key, value, message", BAD_VIT)
+def test_bad_vision_value_is_refused(tmp_path, key, value, message):
+    refused(folder(tmp_path, vit=VIT | {key: value}), "vit_config.json", key, message, "published model folder")
+
+
+def test_odd_language_model_heads_are_refused(tmp_path):
+    llm = LLM | {"hidden_size": 28 * 127}
+    refused(folder(tmp_path, llm=llm), "llm_config.json", "head_dim is 127; allowed: an even number, because RoPE")
+
+
+def test_transform_that_does_not_fit_the_patches_is_refused(tmp_path):
+    path = folder(tmp_path, vit=VIT | {"patch_size": 16})
+    refused(path, "config.json", "image_transforms.vit has stride 14; allowed: a multiple of 16")
+
+
+@pytest.mark.parametrize("config, message", BAD_CONFIG)
+def test_bad_value_in_config_json_is_refused(tmp_path, config, message):
+    refused(folder(tmp_path, config=config), "config.json", message, "allowed: ", "published model folder")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "rope_theta", "vocab_size"])
+def test_missing_language_model_key_is_named(tmp_path, key):
+    llm = {name: value for name, value in LLM.items() if name != key}
+    refused(folder(tmp_path, llm=llm), "llm_config.json", f"{key} is missing; allowed: a ")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "patch_size"])
+def test_missing_vision_key_is_named(tmp_path, key):
+    vit = {name: value for name, value in VIT.items() if name != key}
+    refused(folder(tmp_path, vit=vit), "vit_config.json", f"{key} is missing; allowed: a ")
+
+
+@pytest.mark.parametrize("file", ["llm_config.json", "vit_config.json"])
+def test_file_that_is_only_embedded_in_config_json_is_missed(tmp_path, file):
+    folder(tmp_path, config={"llm_config": LLM, "vit_config": VIT})
+    (tmp_path / file).unlink()
+    refused(tmp_path, file, "is missing", "a copy inside config.json is not enough", "published model folder")
+
+
+BAD_JSON = [
+    pytest.param(b"", "is not JSON in UTF-8", id="an-empty-file"),
+    pytest.param(b"{", "is not JSON in UTF-8", id="a-truncated-file"),
+    pytest.param(b'{"a": "\xff"}', "can't decode byte 0xff", id="invalid-UTF-8"),
+    pytest.param(b"[]", "holds a JSON list; allowed: an object", id="a-list"),
+    pytest.param(b"7", "holds a JSON int; allowed: an object", id="a-number"),
+    pytest.param(b"[" * 100_000, "is not JSON in UTF-8", id="brackets-without-end"),
+    pytest.param(b"9" * 10_000, "is not JSON in UTF-8", id="a-number-without-end"),
+    pytest.param(b" " * (17 << 20), "is too large; allowed: up to 16777216 bytes", id="17-MB-of-blanks"),
+]
+
+
+@pytest.mark.parametrize("file", ["llm", "config"])
+@pytest.mark.parametrize("content, message", BAD_JSON)
+def test_bad_json_is_refused(tmp_path, file, content, message):
+    path = folder(tmp_path, **{file: content})
+    refused(path, {"llm": "llm_config.json", "config": "config.json"}[file], message, "published model folder")
+
+
+@pytest.mark.parametrize("file", ["config.json", "vit_config.json"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["a-folder", "a-fifo"])
+def test_something_else_under_a_file_name_is_refused(tmp_path, file, make):
+    folder(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    make(tmp_path / file)
+    refused(tmp_path, file, "is not a file")
+
+
+def test_dangling_link_is_not_taken_for_an_absent_config_json(tmp_path):
+    (folder(tmp_path) / "config.json").symlink_to("nowhere")
+    refused(tmp_path, "config.json", "cannot be read: No such file")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "x" * 5000], ids=["nowhere", "a-file", "an-endless-name"])
+def test_path_that_is_no_folder_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is not a folder. Give the folder that holds llm_config.json"):
+        BagelConfig.from_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "config, field, value, message",
+    [
+        pytest.param(BAGEL_7B_MOT.llm, "num_layers", 0, "num_hidden_layers is 0", id="decoder-without-layers"),
+        pytest.param(BAGEL_7B_MOT.llm, "head_dim", 3, "head_dim is 3; allowed: an even", id="decoder-with-odd-heads"),
+        pytest.param(BAGEL_7B_MOT.vit, "num_heads", 5, "a multiple of num_attention_heads, 5", id="uneven-vision"),
+        pytest.param(BAGEL_7B_MOT.vae, "ch_mult", [1, 2], "1 to 6 whole numbers", id="levels-in-a-list"),
+    ],
+)
+def test_configuration_made_by_hand_is_checked_too(config, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **{field: value})

@@ -1,0 +1,272 @@
+"""The official pixel rules against recorded pictures and sizes; and bad pictures, each refused by name."""
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from bagel_rt.models.bagel.images import (
+    FORMATS,
+    MAX_IMAGE_PIXELS,
+    MAX_IMAGE_SIDE,
+    ResizeRule,
+    image_to_tensor,
+    open_image,
+    tensor_to_image,
+    to_rgb,
+)
+
+PACK = Path(__file__).parents[2] / "conformance" / "bagel"
+CASE = PACK / "cases" / "01_image_transforms"
+META = json.loads((CASE / "meta.json").read_text())
+GOLDEN = load_file(CASE / "tensors.safetensors")
+PICTURE = (PACK / "images" / "a.png").read_bytes()
+VAE, VIT = ResizeRule(128, 64, 16), ResizeRule(140, 56, 14)
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header promises that size and whose pixels never come."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+# Recorded truth
+
+
+def test_pictures_become_the_recorded_pixels():
+    found = {}
+    for row in META["pixel_cases"]:
+        source = open_image(PACK / row["image"])
+        assert (source.mode, list(source.size)) == (row["mode"], row["in_wh"])
+        rgb = to_rgb(source)
+        for_vae = VAE.resize(rgb)
+        for_vit = VIT.resize(for_vae)
+        assert list(for_vae.size) == row["after_vae_resize_wh"]
+        assert list(for_vit.size) == row["after_vit_resize_of_vae_resized_wh"]
+        assert list(image_to_tensor(for_vae).shape) == row["vae_tensor_chw"]
+        letter = Path(row["image"]).stem
+        found |= {f"{letter}.rgb_u8": pixels(rgb), f"{letter}.vit_tensor": image_to_tensor(for_vit)}
+        found |= {f"{letter}.vae_resized_u8": pixels(for_vae), f"{letter}.vit_resized_u8": pixels(for_vit)}
+    for name, tensor in GOLDEN.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("img_num, rows", [(1, "rows"), (3, "rows_img_num_3")], ids=["one-image", "three-images"])
+@pytest.mark.parametrize("name", META["size_rules"])
+def test_sizes_are_the_recorded_ones(name, rows, img_num):
+    table = META["size_rules"][name]
+    rule = ResizeRule(table["max_size"], table["min_size"], table["stride"], table["max_pixels"])
+    for row in table[rows]:
+        assert list(rule.output_size(*row["in_wh"], img_num)) == row["out_wh"], row
+
+
+@pytest.mark.parametrize("case", ["10_t2i_nocfg_shift1", "20_edit_text_channel"])
+def test_what_the_decoder_returned_becomes_the_recorded_png(case):
+    folder = PACK / "cases" / case
+    returned = load_file(folder / "tensors.safetensors")["i00.image_float"]
+    with Image.open(folder / "output_0.png") as want:
+        assert torch.equal(pixels(tensor_to_image(returned[0])), pixels(want))
+
+
+# The rules themselves
+
+
+def test_the_pixel_budget_defaults_to_the_official_one():
+    assert ResizeRule(1024, 512, 16).max_pixels == META["size_rules"]["bagel_vae(1024,512,16)"]["max_pixels"]
+
+
+@pytest.mark.parametrize("side, want", [(24, 32), (40, 32), (56, 64), (23, 16)])
+def test_half_strides_are_rounded_to_even(side, want):
+    rule = ResizeRule(64, 16, 16)
+    assert rule.output_size(side, side) == (want, want)
+
+
+def test_the_budget_is_overshot_because_it_scales_both_sides_by_the_area():
+    assert ResizeRule(100, 10, 10, 5000).output_size(100, 100) == (50, 50)
+
+
+rules = st.builds(
+    lambda stride, low, high, pixels: ResizeRule(stride * (low + high), stride * low, stride, pixels),
+    st.integers(1, 40), st.integers(1, 40), st.integers(0, 40), st.integers(1, 4_000_000),
+)  # fmt: skip
+
+
+@given(rules, st.integers(1, 1 << 16), st.integers(1, 1 << 16), st.integers(1, 9))
+def test_any_size_becomes_whole_strides_within_the_maximum_and_turns_with_the_picture(rule, width, height, img_num):
+    size = rule.output_size(width, height, img_num)
+    assert all(side % rule.stride == 0 and rule.stride <= side <= rule.max_size for side in size)
+    assert rule.output_size(height, width, img_num) == size[::-1]
+
+
+def test_transparent_pixels_are_white_and_half_transparent_ones_half_white():
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 51)])
+    assert pixels(to_rgb(image)).tolist() == [[[10, 20, 30], [255] * 3, [204] * 3]]
+
+
+def test_a_colour_that_the_file_marks_as_transparent_is_white():
+    grey = Image.new("L", (2, 1), 7)
+    grey.putpixel((1, 0), 90)
+    marked = open_image(encoded(grey, transparency=7))
+    assert marked.mode == "L" and pixels(to_rgb(marked)).tolist() == [[[255] * 3, [90] * 3]]
+
+
+def test_alpha_beside_grey_is_dropped_as_officially():
+    assert to_rgb(Image.new("LA", (1, 1), (9, 0))).getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_pixels_keep_their_place_whatever_exif_says():
+    image = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn a quarter
+    turned = open_image(encoded(image, exif=exif))
+    assert turned.getexif()[0x0112] == 6 and torch.equal(pixels(to_rgb(turned)), pixels(image))
+
+
+def test_every_level_survives_the_way_to_a_tensor_and_back():
+    # One level may fall by truncation, as officially; the tensor itself is exact.
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
+    tensor = image_to_tensor(ramp)
+    assert tensor.dtype == torch.float32 and tensor.shape == (3, 16, 16) and tensor.is_contiguous()
+    want = torch.arange(256, dtype=torch.float64) / 255 * 2 - 1
+    torch.testing.assert_close(tensor[1].flatten().double(), want, rtol=0, atol=1e-7)
+    lost = pixels(ramp).int() - pixels(tensor_to_image(tensor)).int()
+    assert set(lost.unique().tolist()) <= {0, 1}
+
+
+def test_levels_are_clamped_and_truncated():
+    values = torch.tensor([-9.0, -1.0, 0.0, 0.999, 1.0, float("inf")]).expand(3, 1, 6)
+    assert pixels(tensor_to_image(values))[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_levels_of_a_bfloat16_picture_are_computed_in_float32():
+    tensor = torch.linspace(-1, 1, 768).reshape(3, 16, 16).bfloat16()
+    assert torch.equal(pixels(tensor_to_image(tensor)), pixels(tensor_to_image(tensor.float())))
+
+
+# What can be opened
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_allowed_format_opens_from_bytes_and_from_a_path(kind, tmp_path):
+    image = Image.new("RGB", (5, 3), "red")
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(image, kind))
+    for source in (path, str(path), path.read_bytes()):
+        opened = open_image(source)
+        assert opened.size == (5, 3) and opened.convert("RGB").getpixel((1, 1))[0] > 250
+
+
+def test_a_pil_image_is_returned_itself_even_if_it_was_not_read_yet():
+    lazy = Image.open(io.BytesIO(PICTURE))
+    assert open_image(lazy) is lazy
+    made = Image.new("RGB", (2, 2))
+    assert open_image(made) is made
+
+
+def test_of_an_animation_the_first_frame_counts():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert to_rgb(open_image(animation)).getpixel((0, 0)) == (255, 0, 0)
+
+
+BAD = {
+    "no-bytes": (b"", "given 0 bytes: not a picture; allowed: PNG"),
+    "a-text": (b"hello", "given 5 bytes: not a picture; allowed: PNG"),
+    "a-format-that-runs-programs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    "half-a-file": (PICTURE[: len(PICTURE) // 2], "cut short or damaged"),
+    "only-a-header": (png_claiming(64, 64), "cut short or damaged"),
+    "no-columns": (png_claiming(0, 5), "0 x 5 pixels|not a picture"),
+    "a-bomb": (png_claiming(8193, 8192), "8193 x 8192 pixels; allowed: 1 to 67108864"),
+    "a-bomb-that-pillow-refuses": (png_claiming(60000, 60000), "cannot be opened: .*decompression bomb"),
+    "a-thread": (png_claiming(MAX_IMAGE_SIDE + 1, 1), "65537 x 1 pixels; .* a side up to 65536"),
+    "an-empty-image": (Image.new("RGB", (0, 3)), "the given RGB image has 0 x 3 pixels"),
+    "an-array": (np.zeros((2, 2, 3), np.uint8), "given as ndarray; allowed: a PIL image, a path or encoded bytes"),
+    "nothing": (None, "given as NoneType"),
+}
+
+
+@pytest.mark.parametrize("source, message", BAD.values(), ids=BAD)
+def test_refuses(source, message):
+    with pytest.raises(ValueError, match=message):
+        open_image(source)
+
+
+def test_names_the_file_that_is_missing_a_folder_or_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.png: no such file; give the path"):
+        open_image(tmp_path / "absent.png")
+    with pytest.raises(FileNotFoundError, match="^data:image/png.{186}: no such file"):
+        open_image("data:image/png" + ";base64,iVBORw0KGgo" * 9999)
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a file"):
+        open_image(str(tmp_path))
+    (tmp_path / "half.jpg").write_bytes(encoded(Image.new("RGB", (99, 99)), "JPEG")[:400])
+    with pytest.raises(ValueError, match="half.jpg .*; save or download it again"):
+        open_image(tmp_path / "half.jpg")
+
+
+def test_the_largest_picture_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="pixels; allowed"):
+        open_image(png_claiming(MAX_IMAGE_PIXELS // 8192 + 1, 8192))
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's remarks on damaged files
+@given(st.sampled_from(FORMATS), st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), min_size=1, max_size=8))
+def test_a_damaged_file_gives_a_picture_or_a_value_error(kind, damage):
+    data = bytearray(encoded(Image.new("P", (7, 5)) if kind == "GIF" else Image.new("RGB", (7, 5), "teal"), kind))
+    for place, value in damage:
+        data[place % len(data)] = value
+    try:
+        image = open_image(bytes(data))
+    except ValueError as error:
+        assert "the given" in str(error)
+    else:
+        assert to_rgb(image).mode == "RGB"
+
+
+REFUSED = {
+    "a-stride-over-the-minimum": (lambda: ResizeRule(64, 8, 16), "1 <= stride <= min_size"),
+    "a-minimum-over-the-maximum": (lambda: ResizeRule(32, 64, 16), "min_size <= max_size"),
+    "no-pixels-allowed": (lambda: ResizeRule(64, 32, 16, 0), "1 <= max_pixels"),
+    "no-width": (lambda: VAE.output_size(0, 5), "0 x 5 pixels"),
+    "no-images": (lambda: VAE.output_size(5, 5, 0), "img_num 0"),
+    "resizing-a-palette": (lambda: VAE.resize(Image.new("P", (9, 9))), "mode P is given; allowed: RGB. Convert it"),
+    "a-tensor-of-grey": (lambda: image_to_tensor(Image.new("L", (9, 9))), "mode L is given"),
+    "a-mode-without-rgb": (lambda: to_rgb(Image.new("La", (1, 1))), "mode La has no RGB form"),
+    "a-batch-as-a-picture": (lambda: tensor_to_image(torch.zeros(1, 3, 4, 4)), r"\[3, H, W\], not \[1, 3, 4, 4\]"),
+}
+
+
+@pytest.mark.parametrize("action, message", REFUSED.values(), ids=REFUSED)
+def test_refuses_what_makes_no_sense(action, message):
+    with pytest.raises(ValueError, match=message):
+        action()
+
+
+def test_refuses_to_show_nan():
+    with pytest.raises(FloatingPointError, match="contains NaN"):
+        tensor_to_image(torch.full((3, 2, 2), float("nan")))

@@ -1,0 +1,168 @@
+"""What is said about a request's memory: the parts, the advice, refusals, and ``bagel-rt memory``."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CHECKPOINT
+from test_cli import good, run
+
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT
+from bagel_rt.models.bagel.memory import RUNTIME, expected_memory, explain
+from bagel_rt.models.bagel.settings import EDIT
+
+
+def test_the_published_model_draws_a_picture_within_the_mark():
+    estimate = expected_memory(BAGEL_7B_MOT)
+    assert estimate.workload.drawn == (1024, 1024) and estimate.workload.branches == 2
+    assert 29e9 < estimate.weights < estimate.total <= 36e9
+    assert estimate.fits(estimate.total) and not estimate.fits(estimate.total - 1)
+
+
+MORE = {
+    "float32": {"dtype": torch.float32},
+    "a batch": {"batch": 2},
+    "a thought": {"max_think_token_n": 1024},
+    "an edit": {"task": "edit"},
+    "an edit of two pictures": {"task": "edit", "images": [(1024, 1024)] * 2},
+    "graphs": {"graphs": True},
+}
+
+
+@pytest.mark.parametrize("more", MORE.values(), ids=MORE)
+def test_more_work_takes_more(more):
+    less = {"graphs": False, "size": (768, 768)}
+    assert expected_memory(BAGEL_7B_MOT, **less | more).total > expected_memory(BAGEL_7B_MOT, **less).total
+
+
+def test_advice_is_what_the_changed_request_takes_best_first():
+    request = {"dtype": torch.float32, "task": "edit", "images": [(1024, 1024)] * 2, "max_think_token_n": 2048}
+    estimate, available = expected_memory(BAGEL_7B_MOT, batch=3, **request), int(45e9)
+    advice = estimate.advice(available)
+    saved = [float(re.search(r": (-?[\d.]+) GB less, ([\d.]+) GB in all", line)[1]) for line in advice]
+    assert saved[:-1] == sorted(saved[:-1], reverse=True) and saved[-1] == max(saved)
+    for said, change in {
+        "bfloat16 weights": {"dtype": torch.bfloat16},
+        "one request at a time": {"batch": 1},
+        "the last input picture alone": {"images": [(1024, 1024)]},
+        "pictures of 512 x 512 pixels": {"images": [(512, 512)] * 2},
+        "max_think_token_n=256": {"max_think_token_n": 256},
+        "all of it": {
+            "dtype": torch.bfloat16,
+            "batch": 1,
+            "images": [(512, 512)],
+            "max_think_token_n": 256,
+            "graphs": False,
+            "settings": replace(EDIT[0], cfg_img_scale=1.0),
+        },
+    }.items():
+        [line] = [line for line in advice if line.startswith(said)]
+        changed = expected_memory(BAGEL_7B_MOT, **{"batch": 3} | request | change)
+        verdict = "enough" if changed.total <= available else "still too much"
+        assert (
+            f"{(estimate.total - changed.total) / 1e9:.1f} GB less, {changed.total / 1e9:.1f} GB in all, {verdict}"
+            in line
+        )
+    assert advice[-1].endswith("enough")
+
+
+def test_advice_says_when_nothing_helps():
+    advice = expected_memory(BAGEL_7B_MOT).advice(int(24e9))
+    assert advice[-1] == "no request fits: the weights alone take 29.6 GB" and not any(
+        "enough" in line for line in advice
+    )
+    assert not any("24" in line or "enough" in line for line in expected_memory(BAGEL_7B_MOT).advice())
+
+
+def test_an_explanation_names_the_parts_and_the_remedies():
+    said = explain(BAGEL_7B_MOT, torch.bfloat16, task="edit", available=int(32e9))
+    estimate = expected_memory(BAGEL_7B_MOT, task="edit")
+    assert f"about {estimate.total / 1e9:.1f} GB in all; the device has 32.0 GB" in said
+    assert re.search(r"\nweights +29\.55 GB\n", said) and "\n- pictures of 512 x 512 pixels" in said
+    assert "free what other programs" not in said
+    assert "free what other programs" in explain(BAGEL_7B_MOT, torch.bfloat16, available=int(80e9))
+
+
+def test_the_parts_add_up():
+    estimate = expected_memory(BAGEL_7B_MOT, task="edit", batch=2)
+    parts = (estimate.weights, estimate.kv_cache, estimate.buffers, estimate.graphs, estimate.phases[estimate.phase])
+    assert estimate.total == sum(parts) + RUNTIME
+    lines = [float(line.split()[-2]) for line in str(estimate).splitlines()]
+    assert sum(lines[:-1]) == pytest.approx(lines[-1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "workload, graphs, phase",
+    [
+        ({"graphs": False}, None, "decoding pictures"),
+        ({}, "denoising", "decoding pictures"),  # while the first picture is decoded, before that is captured
+        ({"task": "edit"}, "decoding pictures", "encoding pictures"),  # from the second request on
+        ({"task": "chat"}, "decoding text", "prefill"),
+        ({"batch": 64}, None, "growing the KV cache"),  # before anything is captured
+    ],
+    ids=["no graphs", "a picture", "an edit", "a question", "many pictures"],
+)
+def test_captured_work_keeps_its_memory_while_other_work_runs(workload, graphs, phase):
+    estimate = expected_memory(BAGEL_7B_MOT, **workload)
+    assert estimate.phase == phase and estimate.graphs == (estimate.phases[graphs] if graphs else 0)
+
+
+@pytest.mark.parametrize(
+    "workload, message",
+    [
+        ({"task": "draw"}, "task is 'draw': allowed are generate, edit, chat"),
+        ({"dtype": torch.float64}, "dtype is torch.float64"),
+        ({"size": (1000, 1024)}, r"size is \(1000, 1024\): allowed are .* multiples of 16"),
+        ({"size": (2048, 1024)}, "from 16 to 1024"),
+        ({"images": [(64, 64)]}, "a generation none"),
+        ({"task": "edit", "images": []}, "an edit takes at least one"),
+        ({"task": "edit", "images": [(64, 0)]}, "from 1 pixel on"),
+        ({"batch": 0}, "batch is 0: allowed are whole numbers from 1 to 64"),
+        ({"text_tokens": 0}, "text_tokens is 0"),
+        ({"max_think_token_n": 40000}, "max_think_token_n is 40000"),
+    ],
+)
+def test_refuses_what_could_not_be_run(workload, message):
+    with pytest.raises(ValueError, match=message):
+        expected_memory(BAGEL_7B_MOT, **workload)
+
+
+# The command
+
+
+def test_command_tells_what_fits():
+    said = good("memory", "--available", 80)
+    estimate = expected_memory(BAGEL_7B_MOT)
+    assert f"in all {estimate.total / 1e9:37.2f} GB\nfits in 80.0 GB" in said
+    said = good("memory", "--available", 32, "--batch", 4)
+    assert "\ndoes not fit in 32.0 GB; less would take:\n" in said and "\none request at a time (batch 1): " in said
+    assert "\ngraphs=False, which is slower: " in said
+
+
+def test_command_as_json():
+    arguments = ("--task", "edit", "--image", "640x480", "--image", "1024x768", "--cfg-img-scale", 1, "--no-graphs")
+    report = json.loads(good("memory", *arguments, "--json", "--available", 20))
+    settings = replace(EDIT[0], cfg_img_scale=1.0)
+    estimate = expected_memory(
+        BAGEL_7B_MOT, task="edit", images=[(480, 640), (768, 1024)], settings=settings, graphs=False
+    )
+    assert report == {"model": "BAGEL-7B-MoT"} | json.loads(json.dumps(estimate.as_dict(int(20e9))))
+    assert report["total"] == estimate.total and report["fits"] is False and report["graphs"] == 0
+
+
+def test_command_reads_a_model_without_its_weights(tmp_path, bagel):
+    for file in CHECKPOINT.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    report = json.loads(good("memory", "--model", tmp_path, "--dtype", "float32", "--size", "96x64", "--json"))
+    estimate = expected_memory(bagel.model.config, dtype=torch.float32, size=(64, 96))
+    assert report["total"] == estimate.total and report["model"] == tmp_path.name
+    assert ("fits" in report) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("arguments, message", [(("--size", "1024"), "1024x768"), (("--batch", 65), "from 1 to 64")])
+def test_command_refuses(arguments, message):
+    result = run("memory", *arguments)
+    assert result.exit_code == 2 and message in result.stderr

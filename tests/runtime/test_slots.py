@@ -1,0 +1,138 @@
+"""The KV cache's slot ranges and the contexts that share them."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bagel_rt.runtime.context import Context
+from bagel_rt.runtime.slots import KVCache
+
+
+def make_cache(slots=0):
+    return KVCache(2, 1, 4, torch.float32, "cpu", slots)
+
+
+def fill(cache, start, length, value):
+    cache.k[:, start : start + length] = value
+    cache.v[:, start : start + length] = -value
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=40), st.integers(0, 20))
+def test_ranges_never_overlap_and_nothing_is_lost(actions, slots):
+    cache, held = make_cache(slots), []
+    for allocates, number in actions:
+        if allocates or not held:
+            held.append((cache.allocate(number), number))
+        else:
+            cache.release(*held.pop(number % len(held)))
+        taken = sorted(slot for start, length in held for slot in range(start, start + length))
+        assert len(taken) == len(set(taken)) and (not taken or taken[-1] < cache.slots)
+        assert cache.free_slots == cache.slots - len(taken)
+    for start, length in held:
+        cache.release(start, length)
+    assert not cache.slots or cache.allocate(cache.slots) == 0, "released ranges did not join again"
+
+
+def test_growing_keeps_what_was_stored():
+    cache = make_cache(3)
+    fill(cache, cache.allocate(3), 3, 7.0)
+    cache.allocate(5)
+    assert cache.slots == 8 and cache.k.shape == (2, 8, 1, 4)
+    assert (cache.k[:, :3] == 7).all() and (cache.v[:, :3] == -7).all()
+    assert cache.layer(1)[0].data_ptr() == cache.k[1].data_ptr(), "layer views are those of the grown buffer"
+
+
+def test_a_clone_shares_slots_and_the_longest_holder_grows_in_place():
+    cache = make_cache(20)
+    context = Context(cache, capacity=10)
+    start = context.extend(4)
+    snapshot = context.clone()
+    assert context.extend(3) == start + 4 and context.storage is snapshot.storage
+    assert (snapshot.length, context.length) == (4, 7)
+    assert cache.free_slots == 10
+
+
+def test_a_shorter_clone_that_grows_moves_and_leaves_the_source_alone():
+    cache = make_cache(20)
+    context = Context(cache, capacity=10)
+    fill(cache, context.extend(4), 4, 1.0)
+    snapshot = context.clone()
+    fill(cache, context.extend(3), 3, 2.0)
+    fill(cache, snapshot.extend(2), 2, 3.0)
+    assert snapshot.storage is not context.storage
+    keys = cache.k[0, :, 0, 0]
+    assert keys[context.key_start :][:7].tolist() == [1, 1, 1, 1, 2, 2, 2]
+    assert keys[snapshot.key_start :][:6].tolist() == [1, 1, 1, 1, 3, 3]
+
+
+def test_the_tail_is_free_again_when_the_longer_clone_is_gone():
+    cache = make_cache(20)
+    context = Context(cache, capacity=10)
+    context.extend(4)
+    longer = context.clone()
+    longer.extend(5)
+    assert not context.fits(1)
+    del longer
+    assert context.fits(6) and not context.fits(7)
+
+
+def test_borrowed_slots_of_two_clones_do_not_collide():
+    cache = make_cache()
+    context = Context(cache, capacity=20)
+    context.extend(4)
+    first, second = context.borrow(5), context.clone().borrow(5)
+    ranges = [set(range(h.key_start + h.length - 5, h.key_start + h.length)) for h in (first, second)]
+    assert not ranges[0] & ranges[1]
+    assert first.storage is context.storage, "the first one fits right behind the context"
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 50])
+def test_dropping_every_context_frees_every_slot(capacity):
+    cache = make_cache()
+    context = Context(cache, capacity=capacity)
+    context.extend(3)
+    twin = context.clone()
+    twin.extend(4), context.extend(2)
+    holder = Context(cache).borrow(6)
+    assert cache.free_slots < cache.slots
+    del context, twin, holder
+    gc.collect()
+    assert cache.free_slots == cache.slots
+
+
+def test_a_failed_growth_changes_nothing(monkeypatch):
+    cache = make_cache(4)
+    fill(cache, cache.allocate(4), 4, 5.0)
+    real, made = torch.Tensor.new_empty, []
+
+    def fails_second(self, *shape, **options):
+        made.append(shape)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", fails_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.allocate(3)
+    monkeypatch.undo()
+    assert (cache.slots, cache.free_slots, cache.k.shape[1], cache.v.shape[1]) == (4, 0, 4, 4)
+    cache.allocate(3)
+    assert (cache.k[:, :4] == 5).all() and (cache.v[:, :4] == -5).all()
+
+
+def test_a_release_in_the_middle_of_an_allocation_is_not_lost():
+    cache = make_cache(10)
+    first = cache.allocate(4)
+
+    class Releases(int):  # compares as a number and, as a finalizer may, returns a range meanwhile
+        def __le__(self, other):
+            cache.release(first, 4)
+            return int(self) <= other
+
+    second = cache.allocate(Releases(6))
+    assert second == 4 and cache.free_slots == 4
+    assert cache.allocate(4) == first

@@ -1,0 +1,118 @@
+"""What requests bring with them does not fill the memory, nor keep those who read it from others."""
+
+import gc
+import io
+import json
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+
+import httpx  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+from serving import CHAT, DRAW, EDIT, PATIENCE, asked, data_url, draw, held, picture, png, send, until  # noqa: E402
+
+from bagel_rt.serve import app as routes  # noqa: E402
+from bagel_rt.serve.images import read_picture  # noqa: E402
+from bagel_rt.serve.limits import Limits  # noqa: E402
+
+FORM = "multipart/form-data; boundary=b"
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def form(file: bytes) -> bytes:
+    """The body of a request for an edit."""
+    body = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--b\r\nContent-Disposition: '
+    return body + b'form-data; name="image"; filename="a.png"\r\n\r\n' + file + b"\r\n--b--\r\n"
+
+
+def test_what_waits_for_the_model_is_small(threads):
+    with held() as server:
+        first = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1)
+        most = server.app.state.server.bagel.model.config.vae_transform.max_size
+        tracemalloc.start()  # which sees bodies, and not what Pillow holds
+        try:
+            edit, chat = form(png(1500, 1500)), json.dumps(asked(picture(data_url(png(1500, 1500))))).encode()
+            large = len(edit)
+            connections = [send(server, EDIT, edit, FORM), send(server, CHAT, chat)]
+            del edit, chat
+            until(lambda: server.worker.waiting == 2)
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < large / 2 and large > 6 << 20
+        finally:
+            tracemalloc.stop()
+        parts = [part for job, _ in server.worker._waiting for part in job.request.inputs]
+        seen = [part.size for part in parts if isinstance(part, Image.Image)]
+        assert len(seen) == 2 and all(max(size) <= most < 1500 for size in seen)
+        for connection in connections:
+            connection.close()
+        server.go.set()
+        assert first.result().status_code == 200
+
+
+def test_bodies_that_are_held_at_once_are_bounded(threads):
+    with held(body=1 << 20) as server:
+        first = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1)
+        waiting = [send(server, EDIT, form(png(550, 550, seed)), FORM) for seed in range(10)]
+        until(lambda: server.worker.waiting == 10)  # of those that wait for the model no body is held any more
+        slow = [send(server, DRAW, b"x" * ((1 << 20) - 1), length=1 << 20) for _ in range(8)]
+        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all of that has come
+        for connection in slow:
+            connection.close()
+        until(lambda: draw(server, num_timesteps=0).status_code == 400)
+        for connection in waiting:
+            connection.close()
+        server.go.set()
+        assert first.result().status_code == 200
+
+
+def test_pictures_that_take_long_to_read_do_not_keep_answers_that_are_done(threads, monkeypatch):
+    go_on, reading = threading.Event(), []
+
+    def slowly(*arguments):
+        reading.append(1)
+        go_on.wait(PATIENCE)
+        return read_picture(*arguments)
+
+    def edit(server):
+        files, fields = {"image": png()}, {"prompt": "x", "num_timesteps": "3"}
+        return httpx.post(f"{server.address}{EDIT}", files=files, data=fields, timeout=PATIENCE)
+
+    monkeypatch.setattr(routes, "read_picture", slowly)
+    with held() as server:
+        first = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1)
+        edits = [threads.submit(edit, server) for _ in range(routes._READERS)]
+        until(lambda: len(reading) == len(edits))
+        server.go.set()
+        try:
+            assert first.result(PATIENCE).status_code == 200
+        finally:
+            go_on.set()
+        assert [answer.result().status_code for answer in edits] == [200] * len(edits)
+
+
+def progressive(scans: int) -> bytes:
+    """A JPEG file whose last scan is there so many times more."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(out := io.BytesIO(), "JPEG", progressive=True)
+    data = out.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + data[-2:]
+
+
+def test_jpeg_files_of_many_scans_are_not_decoded():
+    assert read_picture(progressive(0), Limits()).size == (32, 32)
+    with pytest.raises(ValueError, match="over 1.. scans of a JPEG picture"):
+        read_picture(progressive(200), Limits())
+    assert read_picture(png(1200, 1200), Limits()).size == (1200, 1200)  # noise that has their mark in it by chance

@@ -1,0 +1,303 @@
+"""The server over real HTTP when clients come together, leave early, are slow, or when it is told to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+
+import httpx  # noqa: E402
+import openai  # noqa: E402
+from conftest import CHECKPOINT  # noqa: E402
+from serving import (  # noqa: E402
+    CHAT,
+    DRAW,
+    EDIT,
+    PATIENCE,
+    PICTURE,
+    asked,
+    draw,
+    held,
+    metric,
+    png,
+    send,
+    text,
+    until,
+)
+
+from bagel_rt.serve import responses as answers  # noqa: E402
+from bagel_rt.serve import run
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def leave(server, **options):
+    """Ask for a picture, and go away before it comes."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.address}{DRAW}", json=PICTURE | options, timeout=httpx.Timeout(PATIENCE, read=0.3))
+
+
+def test_a_full_queue_answers_429_and_equal_sizes_are_drawn_together(threads):
+    with held(queue=3, batch=4) as server:
+        first = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1)
+        others = [threads.submit(draw, server, seed=seed) for seed in (2, 3, 4)]
+        until(lambda: server.worker.waiting == 3)
+        busy = draw(server)
+        assert busy.status_code == 429 and busy.headers["retry-after"]
+        assert busy.json()["error"]["type"] == "rate_limit_error"
+        server.go.set()
+        assert [answer.result().status_code for answer in (first, *others)] == [200] * 4
+        assert metric(server.http, "bagel_rt_batch_size_count") == 2
+        assert metric(server.http, "bagel_rt_batch_size_sum") == 4
+
+
+def test_a_client_that_tries_again_gets_through(threads):
+    with held(queue=1, batch=1) as server:
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=50, timeout=PATIENCE)
+        said = {"prompt": "x", "size": "32x32", "extra_body": {"num_timesteps": 3}}
+        answers = [threads.submit(client.images.generate, **said) for _ in range(5)]
+        until(lambda: metric(server.http, 'bagel_rt_requests_total{route="/v1/images/generations",status="429"}'))
+        server.go.set()
+        assert all(answer.result().data for answer in answers)
+
+
+def test_requests_beyond_those_that_can_be_held_are_not_even_read(threads):
+    with held(queue=1, batch=1) as server:  # four in all
+        slow = [send(server, DRAW, b"", length=99) for _ in range(4)]  # clients that never finish their request
+        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all four are inside
+        assert server.http.get("/health").status_code == 200
+        for connection in slow:
+            connection.close()
+        until(lambda: draw(server, num_timesteps=0).status_code == 400)
+
+
+def test_a_client_that_leaves_while_its_picture_is_drawn_frees_the_model():
+    with held() as server:
+        leave(server)
+        until(lambda: not server.worker.running)
+        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+        cache = server.app.state.server.bagel.cache
+        assert cache.free_slots == cache.slots
+
+
+def test_a_client_that_leaves_the_queue_gets_nothing_drawn(threads):
+    with held() as server:
+        first = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1)
+        for _ in range(2):
+            leave(server)
+        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 2)
+        server.go.set()
+        assert first.result().status_code == 200
+        until(lambda: not server.worker.waiting)
+        assert metric(server.http, "bagel_rt_batch_size_sum") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_leaves_its_text_frees_the_model(stream):
+    with held() as server:
+        said = asked(text("x"), stream=stream)
+        if stream:
+            with server.http.stream("POST", CHAT, json=said) as answer:
+                pieces = answer.iter_text()
+                until(lambda: "first " in next(pieces))
+                assert server.worker.running == 1
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                server.http.post(CHAT, json=said, timeout=httpx.Timeout(PATIENCE, read=0.3))
+        until(lambda: not server.worker.running)
+        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+
+
+def test_a_stream_that_is_left_in_the_queue_is_never_written(threads):
+    with held() as server:
+        first = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1)
+        with server.http.stream("POST", CHAT, json=asked(text("x"), stream=True)) as answer:
+            assert '"role": "assistant"' in next(answer.iter_text())
+            assert server.worker.waiting == 1
+        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+        server.go.set()
+        assert first.result().status_code == 200
+        until(lambda: not server.worker.waiting)
+        assert metric(server.http, "bagel_rt_batch_size_sum") == 1
+
+
+def test_requests_that_take_too_long_end_while_they_are_drawn_and_while_they_wait(threads):
+    with held(seconds=4) as server:
+        drawn = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1 or drawn.done())
+        waiting = threads.submit(draw, server, size="48x48")
+        lines = httpx.post(f"{server.address}{CHAT}", json=asked(text("x"), stream=True), timeout=PATIENCE).text
+        for answer in (drawn.result(), waiting.result()):
+            assert answer.status_code == 504 and "took too long" in answer.json()["error"]["message"]
+            assert answer.headers["x-should-retry"] == "false"
+        last = json.loads(lines.strip().splitlines()[-1].removeprefix("data: "))
+        assert last["error"]["code"] == "timeout" and "[DONE]" not in lines
+        server.go.set()
+        assert draw(server).status_code == 200
+
+
+def test_a_body_that_never_ends_is_given_up():
+    with held(seconds=0.5) as server:
+        with send(server, DRAW, b"", length=99) as connection:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 504")
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_error(caplog):
+    with held() as server:
+        with send(server, DRAW, b"{", length=99):
+            until(lambda: server.uvicorn.server_state.tasks)
+        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+        assert not caplog.records
+
+
+def test_an_error_within_a_stream_is_an_error_of_openai_s_client():
+    with held(seconds=0.7) as server:
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+        messages = [{"role": "user", "content": "x"}]
+        with pytest.raises(openai.APIError, match="took too long"):
+            list(client.chat.completions.create(model="small", messages=messages, stream=True))
+
+
+def test_requests_under_way_are_told_when_their_grace_is_over(threads):
+    with held(grace=0.3) as server:
+        drawn = threads.submit(draw, server)
+        until(lambda: server.worker.running == 1)
+        waiting = threads.submit(draw, server, size="48x48")
+        streamed = threads.submit(
+            httpx.post, f"{server.address}{CHAT}", json=asked(text("x"), stream=True), timeout=PATIENCE
+        )
+        until(lambda: server.worker.waiting == 2)
+        server.uvicorn.should_exit = True
+        for answer in (drawn.result(), waiting.result()):
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "stopping"
+        assert '"code": "stopping"' in streamed.result().text
+        until(lambda: not server.worker._thread.is_alive())
+
+
+def test_requests_under_way_finish_within_their_grace(threads):
+    with held(grace=60) as server:
+        answers = [threads.submit(draw, server, seed=seed) for seed in range(6)]
+        until(lambda: server.worker.running + server.worker.waiting == 6)
+        server.uvicorn.should_exit = True
+        until(lambda: server.worker.stopping)
+        server.go.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 6
+
+
+def test_a_request_that_is_still_being_sent_is_told_that_the_server_stops(monkeypatch):
+    monkeypatch.setattr(run, "_MARGIN", 0)
+    with held(grace=0.6) as server:
+        with send(server, DRAW, b"", length=99) as connection:
+            until(lambda: server.uvicorn.server_state.tasks)
+            server.uvicorn.should_exit = True
+            assert connection.recv(4096).startswith(b"HTTP/1.1 503")
+
+
+def test_health_tells_that_the_model_is_lost():
+    with held() as server:
+        server.worker.failure = RuntimeError("CUDA error")
+        answer = server.http.get("/health")
+        assert answer.status_code == 503 and answer.json()["status"] == "failed"
+        assert draw(server).status_code == 503
+
+
+def test_pictures_beyond_the_memory_are_told_so():
+    import torch
+
+    with held() as server:
+
+        def exhausted(requests, progress):
+            raise torch.OutOfMemoryError("CUDA out of memory: /root/model")
+
+        server.app.state.server.bagel.engine.run_images = exhausted
+        answer = draw(server)
+        assert answer.status_code == 503 and answer.headers["x-should-retry"] == "false"
+        assert "not enough memory" in answer.text and "/root" not in answer.text
+
+
+@contextmanager
+def listening(command):
+    """(process, address) of a server."""
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        lines = [""]
+        while "running on" not in lines[-1]:
+            lines.append(server.stderr.readline())
+            assert lines[-1], "".join(lines)
+        yield server, next(word for word in lines[-1].split() if word.startswith("http"))
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
+
+
+def test_sigterm_lets_requests_finish(threads):
+    command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--port", "0", "--device", "cpu", "--grace", "100"]
+    command += ["--model", str(CHECKPOINT)]
+    with listening(command) as (server, address):
+        with httpx.Client(base_url=address) as http:
+            said = PICTURE | {"size": "96x96", "num_timesteps": 60}
+            sent = [threads.submit(draw, SimpleNamespace(address=address), **said) for _ in range(3)]
+            until(lambda: metric(http, "bagel_rt_queue ") + metric(http, "bagel_rt_running ") == 3)
+        log = threads.submit(server.stderr.read)
+        server.send_signal(signal.SIGTERM)
+        assert [answer.result().status_code for answer in sent] == [200] * 3
+        assert server.wait(PATIENCE) == 143
+        assert "Traceback" not in log.result()
+
+
+def test_a_second_interrupt_ends_it_at_once(threads):
+    command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--port", "0", "--device", "cpu", "--grace", "1000"]
+    command += ["--model", str(CHECKPOINT), "--steps", "1000"]
+    with listening(command) as (server, address):
+        said = PICTURE | {"size": "128x128", "num_timesteps": 1000, "n": 8}
+        # More than is done between the two interrupts, however busy the machine is.
+        sent = [threads.submit(draw, SimpleNamespace(address=address), **said) for _ in range(4)]
+        with httpx.Client(base_url=address) as http:
+            until(lambda: metric(http, "bagel_rt_running ") and metric(http, "bagel_rt_queue ") == 24)
+        server.send_signal(signal.SIGINT)
+        log = []
+        while "Waiting for" not in (log or [""])[-1]:
+            log.append(server.stderr.readline())
+        server.send_signal(signal.SIGINT)
+        assert server.wait(PATIENCE) == 130
+        for one in sent:
+            assert isinstance(one.exception(), httpx.HTTPError) or one.result().status_code == 503
+
+
+def test_an_edit_is_cut_short_as_well():
+    with held() as server:
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post(
+                EDIT, files={"image": png()}, data={"prompt": "x"}, timeout=httpx.Timeout(PATIENCE, read=0.3)
+            )
+        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+        until(lambda: not server.worker.running)
+
+
+def test_a_stream_that_has_nothing_to_say_says_so(threads, monkeypatch):
+    monkeypatch.setattr(answers, "_SILENCE", 0.05)
+    with held() as server:
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+        said = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}
+        chunks = threads.submit(lambda: list(client.chat.completions.create(**said)))
+        with server.http.stream("POST", CHAT, json=said) as answer:
+            pieces = answer.iter_text()
+            until(lambda: ": wait\n\n" in next(pieces))
+            server.go.set()
+            assert "".join(pieces).endswith("data: [DONE]\n\n")
+        assert chunks.result()[-1].choices[0].finish_reason == "length"

@@ -1,0 +1,242 @@
+"""Training batches: their mask against the rule, flow matching, latents of padded pictures, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bagel_rt.conformance.training import sequence_mask
+from bagel_rt.pipeline import Bagel
+from bagel_rt.runtime.plan import build_plan
+from bagel_rt.train.batch import TrainingBatch, training_segments
+from bagel_rt.train.objective import encode_padded, flow_pair, flow_timesteps, latent_tokens, training_losses
+
+CHECKPOINT = Path(__file__).parents[1] / "conformance" / "bagel" / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Bagel.from_pretrained(CHECKPOINT, device="cpu").model
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+# The mask
+
+one_split = st.tuples(st.integers(1, 9), st.sampled_from(["causal", "full", "noise"]))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.lists(one_split, min_size=1, max_size=6), max_size=4), st.integers(0, 2**32))
+def test_every_row_sees_what_the_mask_rule_says(samples, seed):
+    splits = [(n, mode, sample) for sample, own in enumerate(samples) for n, mode in own]
+    lengths, modes = [n for n, _, _ in splits], [mode for _, mode, _ in splits]
+    gen = np.random.default_rng(seed).random(sum(lengths)) < 0.5
+    plan = build_plan(training_segments(lengths, modes, [sum(n for n, _ in own) for own in samples], gen), block_q=16)
+    mask = sequence_mask(plan)
+    rows = [(number, mode, sample) for number, (n, mode, sample) in enumerate(splits) for _ in range(n)]
+    for q, (split_q, mode_q, sample_q) in enumerate(rows):
+        for k, (split_k, mode_k, sample_k) in enumerate(rows):
+            one_block = split_q == split_k and mode_q in ("full", "noise")
+            foreign_noise = mode_k == "noise" and split_k != split_q
+            assert mask[q, k] == (sample_q == sample_k and (q >= k or one_block) and not foreign_noise), (q, k)
+    assert sorted(plan.slots) == list(range(len(rows)))
+    assert plan.order.tolist() == [*np.flatnonzero(gen), *np.flatnonzero(~gen)]
+
+
+def test_a_noise_split_that_closes_its_sample_needs_one_span():
+    segments = training_segments([3, 4, 2, 4], ["causal", "noise", "full", "noise"], [13], np.zeros(13, bool))
+    assert [(s.visible, s.write) for s in segments] == [(0, 0), (3, 9), (3, 3), (5, 5)]
+
+
+@pytest.mark.parametrize(
+    "split_lens, attn_modes, sample_lens, rows, message",
+    [
+        ([2, 0], ["causal", "full"], [2], 2, r"split_lens\[1\] is 0, must be at least 1"),
+        ([2], ["causal"], [3, -1], 2, r"sample_lens\[1\] is -1, must be at least 1"),
+        ([2], ["causal", "full"], [2], 2, "attn_modes has 2 entries, but there are 1 split_lens"),
+        ([2], ["sliding"], [2], 2, r"attn_modes\[0\] is 'sliding', must be one of causal, full, noise"),
+        ([2, 3], ["causal", "full"], [4], 4, "split_lens add up to 5 rows, sample_lens to 4"),
+        ([2, 3], ["causal", "full"], [4, 1], 5, "sample 0 ends 1 rows before the split it ends in"),
+        ([2], ["causal"], [2], 3, "gen has 3 entries, but there are 2 rows"),
+    ],
+    ids=[
+        "an empty split", "a negative sample", "a mode too many", "an unknown mode", "lengths that do not add up",
+        "a split across samples", "experts for more rows",
+    ],
+)  # fmt: skip
+def test_segments_refuse(split_lens, attn_modes, sample_lens, rows, message):
+    with pytest.raises(ValueError, match=message):
+        training_segments(split_lens, attn_modes, sample_lens, np.zeros(rows, bool))
+
+
+# Flow matching
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_timesteps_are_the_shifted_sigmoid_and_clean_is_zero(shift):
+    raw = torch.tensor([-torch.inf, -60.0, -1.5, 0.0, 0.3, 4.0, 60.0])
+    u = 1 / (1 + np.exp(-raw.double().numpy()))
+    want = torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
+    t = flow_timesteps(raw, shift)
+    torch.testing.assert_close(t, want, rtol=1e-6, atol=0)
+    assert (t[0], t[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])
+def test_a_shift_that_is_not_positive_is_refused(shift):
+    with pytest.raises(ValueError, match="timestep_shift is .*, must be positive"):
+        flow_timesteps(torch.zeros(1), shift)
+
+
+def test_a_flow_runs_from_the_latent_to_the_noise():
+    z, noise = torch.tensor([[1.0, -2.0]]).repeat(3, 1), torch.tensor([[5.0, 2.0]]).repeat(3, 1)
+    x, target = flow_pair(z, noise, torch.tensor([0.0, 0.25, 1.0]))
+    assert x.tolist() == [[1.0, -2.0], [2.0, -1.0], [5.0, 2.0]]
+    assert target.tolist() == [[4.0, 4.0]] * 3
+
+
+# Latents
+
+
+def test_pictures_of_a_batch_are_encoded_on_one_grey_canvas(model):
+    g = torch.Generator().manual_seed(0)
+    wide, tall, eps = (torch.randn(shape, generator=g) for shape in [(3, 32, 64), (3, 48, 16), (2, 16, 6, 8)])
+    canvas = torch.zeros(2, 3, 48, 64)
+    canvas[0, :, :32], canvas[1, :, :, :16] = wide, tall
+    padded = encode_padded(model, [wide, tall], eps)
+    torch.testing.assert_close(padded, model.vae.encode(canvas, eps))
+    alone = model.vae.encode(wide[None], eps[:1, :, :4])
+    assert (padded[0, :, :4] - alone[0]).abs().max() > 1e-2, "the padding reaches into the picture"
+
+
+def test_each_image_keeps_the_tokens_of_its_own_corner():
+    latents = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
+    tokens = latent_tokens(latents, [(1, 3), (2, 1)], 2)
+    cells = [(0, 0, 0), (0, 0, 2), (0, 0, 4), (1, 0, 0), (1, 2, 0)]  # image, top row, left column of each token
+    want = [latents[i, :, r : r + 2, c : c + 2].permute(1, 2, 0).flatten() for i, r, c in cells]
+    assert torch.equal(tokens, torch.stack(want))
+
+
+def test_latents_of_the_wrong_shape_are_refused(model):
+    latents = torch.zeros(1, 3, 4, 6)
+    with pytest.raises(ValueError, match="2 grids for the latents of 1 images"):
+        latent_tokens(latents, [(1, 1), (1, 1)], 2)
+    with pytest.raises(ValueError, match=r"a grid of 4 x 8 cells exceeds latents of \(3, 4, 6\)"):
+        latent_tokens(latents, [(2, 4)], 2)
+    with pytest.raises(ValueError, match=r"noise is \(1, 16, 2, 2\), must be \(1, 16, 2, 4\) for a canvas of 16 x 32"):
+        encode_padded(model, [torch.zeros(3, 16, 32)], torch.zeros(1, 16, 2, 2))
+    with pytest.raises(ValueError, match="pictures is empty"):
+        encode_padded(model, [], torch.zeros(0, 16, 2, 2))
+
+
+# Batches that contradict themselves or the model
+
+
+def changed(tensor, entry, value):
+    tensor = tensor.clone()
+    tensor[entry] = value
+    return tensor
+
+
+# A text in rows 0 to 2, a ViT image in rows 3 to 6, a noised image in rows 7 to 10; the markers are text.
+BATCH = TrainingBatch(
+    sample_lens=[11],
+    split_lens=[3, 4, 4],
+    attn_modes=["causal", "full", "noise"],
+    packed_position_ids=torch.tensor([0, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4]),
+    packed_text_indexes=torch.tensor([0, 1, 2, 3, 6, 7, 10]),
+    packed_text_ids=torch.tensor([353, 5, 354, 361, 362, 361, 362]),
+    packed_vit_token_indexes=torch.tensor([4, 5]),
+    packed_vit_position_ids=torch.tensor([0, 1]),
+    packed_vit_tokens=torch.zeros(2, 588),
+    vit_token_seqlens=[2],
+    packed_vae_token_indexes=torch.tensor([8, 9]),
+    packed_latent_position_ids=torch.tensor([0, 1]),
+    packed_timesteps=torch.tensor([0.5, 0.5]),
+    ce_loss_indexes=torch.tensor([0, 1]),
+    packed_label_ids=torch.tensor([5, 354]),
+    mse_loss_indexes=torch.tensor([8, 9]),
+    ce_loss_weights=torch.tensor([1.0, 0.5]),
+)
+LATENTS = torch.zeros(2, 64)
+
+INCONSISTENT = {
+    "a row past the end": ("packed_text_indexes", lambda x: changed(x, 0, 11), "has 11, but there are 11 rows"),
+    "a negative row": ("packed_vae_token_indexes", lambda x: changed(x, 0, -1), "has -1, but there are 11 rows"),
+    "a row claimed twice": (
+        "packed_vit_token_indexes", lambda x: changed(x, 0, 8),
+        "row 4 is claimed by none|row 8 is claimed 2 times, by packed_vit_token_indexes and packed_vae_token_indexes",
+    ),
+    "a row claimed twice by one field": (
+        "packed_text_indexes", lambda x: changed(x, 0, 1), "row 0 is claimed by none of the token indexes",
+    ),
+    "samples that end early": ("sample_lens", lambda x: [10], "has 11 entries, but there are 10 rows"),
+    "splits that end early": ("split_lens", lambda x: [3, 4, 3], "split_lens add up to 10 rows, sample_lens to 11"),
+    "an unknown mode": ("attn_modes", lambda x: ["causal", "full", "noisy"], r"attn_modes\[2\] is 'noisy', must be"),
+    "a position too few": ("packed_position_ids", lambda x: x[1:], "has 10 entries, but there are 11 rows"),
+    "a text id too few": ("packed_text_ids", lambda x: x[1:], "has 6 entries, but there are 7 packed_text_indexes"),
+    "a patch too few": ("packed_vit_tokens", lambda x: x[1:], "has 1 entries, but there are 2 packed_vit"),
+    "patches flattened": ("packed_vit_tokens", lambda x: x.flatten(), "must be 2-dimensional and floating"),
+    "image lengths that do not add up": ("vit_token_seqlens", lambda x: [1], r"is \[1\], must .* add up to the 2"),
+    "an image of no patches": ("vit_token_seqlens", lambda x: [2, 0], r"is \[2, 0\], must be positive"),
+    "a timestep too many": ("packed_timesteps", lambda x: x.repeat(2), "has 4 entries, but there are 2 packed_vae"),
+    "a timestep that is no number": ("packed_timesteps", lambda x: x * torch.nan, "a NaN or [+]inf"),
+    "indexes in int32": ("mse_loss_indexes", lambda x: x.int(), r"is \(2,\) torch.int32, must be .* torch.int64"),
+    "ids in floating point": ("packed_text_ids", lambda x: x.float(), "must be 1-dimensional and torch.int64"),
+    "a label too few": ("packed_label_ids", lambda x: x[1:], "has 1 entries, but there are 2 ce_loss_indexes"),
+    "a label at a patch": ("ce_loss_indexes", lambda x: changed(x, 1, 4), "has row 4, which is not a text token"),
+    "two labels of one row": ("ce_loss_indexes", lambda x: x * 0, "has a row twice"),
+    "a weight of zero": ("ce_loss_weights", lambda x: torch.tensor([1.0, 0.0]), "not positive"),
+    "a weight too many": ("ce_loss_weights", lambda x: torch.ones(3), "has 3 entries, but there are 2 ce_loss_indexes"),
+    "a noised token without loss": ("mse_loss_indexes", lambda x: x[1:], "it has 1 rows, packed_timesteps 2 such"),
+    "a loss at a clean token": (
+        "packed_timesteps", lambda x: changed(x, 1, -torch.inf), "it has 2 rows, packed_timesteps 1 such",
+    ),
+}  # fmt: skip
+
+UNFIT = {
+    "a token past the vocabulary": ("packed_text_ids", lambda x: changed(x, 0, 384), "has 384, but there are 384"),
+    "a negative label": ("packed_label_ids", lambda x: -1 - x, "has -6, but there are 384 tokens of the vocabulary"),
+    "a patch off the table": ("packed_vit_position_ids", lambda x: x + 100, "has 100, but there are 100 ViT positions"),
+    "a latent off the table": (
+        "packed_latent_position_ids", lambda x: x + 256, "has 256, but there are 256 latent positions",
+    ),
+    "a negative position": ("packed_position_ids", lambda x: x - 1, "has -1, but there are 32768 RoPE positions"),
+    "patches of another size": ("packed_vit_tokens", lambda x: x[:, 1:], r"is \(2, 587\), must be \(2, 588\)"),
+}  # fmt: skip
+
+
+def test_a_consistent_batch_is_accepted(model):
+    losses = training_losses(model, BATCH, LATENTS, LATENTS)
+    assert (len(BATCH), len(losses.ce_per_token), len(losses.mse_per_token)) == (11, 2, 2)
+
+
+@pytest.mark.parametrize("wrong", INCONSISTENT)
+def test_a_batch_that_contradicts_itself_is_refused(wrong):
+    name, change, message = INCONSISTENT[wrong]
+    with pytest.raises(ValueError, match=message):
+        replace(BATCH, **{name: change(getattr(BATCH, name))})
+
+
+@pytest.mark.parametrize("wrong", UNFIT)
+def test_a_batch_that_does_not_fit_the_model_is_refused(model, wrong):
+    name, change, message = UNFIT[wrong]
+    batch = replace(BATCH, **{name: change(getattr(BATCH, name))})
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        training_losses(model, batch, LATENTS, LATENTS)
+
+
+def test_latents_and_noise_that_do_not_fit_the_batch_are_refused(model):
+    with pytest.raises(ValueError, match=r"latents is \(1, 64\), must be \(2, 64\)"):
+        training_losses(model, BATCH, LATENTS[1:], LATENTS)
+    with pytest.raises(ValueError, match=r"noise is \(2, 63\), must be \(2, 64\)"):
+        training_losses(model, BATCH, LATENTS, LATENTS[:, 1:])

@@ -1,0 +1,231 @@
+"""The parts of the page: controls that explain themselves, albums, thoughts; what a user may get wrong."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import torch
+from conftest import CHECKPOINT
+from PIL import Image
+
+gr = pytest.importorskip("gradio", reason="the extra [ui] is not installed")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from bagel_rt.cli import app  # noqa: E402
+from bagel_rt.models.bagel.config import BAGEL_7B_MOT  # noqa: E402
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_INPUTS, override  # noqa: E402
+from bagel_rt.request import ImageResult  # noqa: E402
+from bagel_rt.ui import gallery as albums  # noqa: E402
+from bagel_rt.ui.chat_tab import _refusal  # noqa: E402
+from bagel_rt.ui.controls import EXPLAINED, Controls, chosen_seed, sizes  # noqa: E402
+from bagel_rt.ui.examples import DRAWN, EDITED, MADE, Examples  # noqa: E402
+from bagel_rt.ui.gallery import Album  # noqa: E402
+from bagel_rt.ui.image_tab import open_given  # noqa: E402
+from bagel_rt.ui.jobs import View  # noqa: E402
+from bagel_rt.ui.theme import status  # noqa: E402
+from bagel_rt.ui.thoughts import split_thought  # noqa: E402
+
+
+@pytest.mark.parametrize("defaults", [GENERATE, EDIT, CHAT, INTERLEAVE], ids=["draw", "edit", "ask", "chat"])
+def test_every_hyperparameter_has_a_control_with_its_default_and_an_explanation(defaults):
+    parts = [part for part in defaults if part is not None]
+    with gr.Blocks():
+        controls = Controls(*parts, prefix="x")
+    names = {field.name for part in parts for field in fields(part)}
+    assert controls.components.keys() == (names - {"cfg_interval"}) | (
+        {"from", "to"} if "cfg_interval" in names else set()
+    )
+    for name in names:
+        title, said = EXPLAINED[name]
+        control = controls.components["from" if name == "cfg_interval" else name]
+        assert said == control.info and title in control.label and name in control.label
+    values = {control: control.preprocess(control.value) for control in controls.components.values()}
+    assert override(defaults, controls.read(values)) == defaults
+
+
+def test_shapes_are_the_official_ones():
+    official = {"1:1": (1024, 1024), "4:3": (768, 1024), "3:4": (1024, 768), "16:9": (576, 1024), "9:16": (1024, 576)}
+    assert sizes(BAGEL_7B_MOT) == official
+
+
+def test_a_seed_is_drawn_if_none_is_given():
+    assert chosen_seed(7) == 7 and chosen_seed(0) == 0
+    assert len({chosen_seed(given) for given in (-1, None, -1.0)}) == 3
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("blue", ("", "blue")),
+        ("<think>two sq", ("two sq", "")),
+        ("<think>\nsquares\n</think>\nblue", ("squares", "blue")),
+        ("<answer>blue</answer>", ("", "blue")),
+    ],
+)
+def test_thoughts_and_answers_are_told_apart(text, expected):
+    assert split_thought(text) == expected
+
+
+def made(seed, thought=None):
+    return ImageResult(Image.new("RGB", (8, 8)), seed, {"num_timesteps": 5}, torch.zeros(1), thought)
+
+
+def album_of(folder, *pages, **source):
+    album = Album(folder, source)
+    for page in pages:
+        album.enter(page)
+    return album
+
+
+def test_pictures_tell_what_they_were_made_of(tmp_path):
+    path = album_of(tmp_path, "page", model="tiny").add("page", made(7, "a plan"), "a cat", prompt="a cat")
+    told = json.loads(Image.open(path).text["parameters"])
+    assert told == {"model": "tiny", "seed": 7, "prompt": "a cat", "num_timesteps": 5, "thought": "a plan"}
+
+
+def files(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_files_of_a_page_are_bounded_and_go_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(albums, "KEPT", 3)
+    album = album_of(tmp_path, "page", "other")
+    for seed in range(5):
+        album.add("page", made(seed), "a")
+    album.add("other", made(9), "b")
+    assert [caption for _, caption in album.pictures("page")] == ["a · seed 4", "a · seed 3", "a · seed 2"]
+    assert files(tmp_path) == [f"bagel-seed-{seed}.png" for seed in (2, 3, 4, 9)]
+    album.preview("page", "draw", made(0).image)
+    album.leave("page")
+    assert files(tmp_path) == ["bagel-seed-9.png"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_preview_has_an_address_of_its_own_and_few_are_kept(tmp_path):
+    album = album_of(tmp_path, "../../page")
+    paths = {album.preview("../../page", "draw", Image.new("RGB", (2000, 1000))) for _ in range(9)}
+    assert len(paths) == 9 and all(Path(path).is_relative_to(tmp_path) for path in paths)
+    kept = list(tmp_path.rglob("*.jpg"))
+    assert len(kept) == 3 and max(Image.open(kept[0]).size) < 1000
+    again = Image.new("RGB", (8, 8))
+    assert album.preview("../../page", "draw", again) == album.preview("../../page", "draw", again)
+
+
+def test_a_page_may_leave_between_two_previews(tmp_path):
+    album, picture = album_of(tmp_path, "page"), Image.new("RGB", (8, 8))
+    assert album.preview("page", "draw", picture)
+    album.leave("page")
+    album.leave("page")
+    assert album.preview("page", "draw", picture) is album.preview("page", "draw", Image.new("RGB", (8, 8))) is None
+    assert album.add("page", made(7), "a") is None and album.pictures("page") == []
+    assert not list(tmp_path.iterdir())
+    album.enter("page")  # it was only the connection that was lost
+    assert album.add("page", made(8), "a") and len(album.pictures("page")) == 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda album, picture: album.preview("page", "draw", picture.image),
+        lambda album, picture: album.add("page", picture, "a"),
+    ],
+)
+def test_a_page_may_leave_while_a_file_is_written(tmp_path, monkeypatch, write):
+    album, save = album_of(tmp_path, "page"), Image.Image.save
+    album.preview("page", "draw", made(1).image)
+
+    def leaving(self, *args, **kwargs):
+        album.leave("page")
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", leaving)
+    assert write(album, made(2)) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_given_picture_is_looked_at_before_it_is_decoded(tmp_path):
+    Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="^large.png has 5000 x 5000 pixels; allowed"):
+        open_given(str(tmp_path / "large.png"))
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match="^a.png: not a picture"):
+        open_given(str(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="^gone.png is no longer here"):
+        open_given(tmp_path / "gone.png")
+
+
+def test_a_photo_stands_as_a_viewer_shows_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: stored a quarter turn to the left
+    stored = Image.new("RGB", (48, 16), "blue")
+    stored.paste("red", (0, 0, 16, 16))  # what is left as it is stored is above as it is seen
+    stored.save(tmp_path / "photo.png", exif=exif)
+    seen = open_given(tmp_path / "photo.png")
+    assert seen.size == (16, 48) and seen.getpixel((8, 4)) == (255, 0, 0) and seen.getpixel((8, 40)) == (0, 0, 255)
+
+
+def test_damaged_words_on_how_a_photo_is_turned_do_not_matter(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "photo.png", exif=b"Exif\0\0no such thing")
+    assert open_given(tmp_path / "photo.png").size == (8, 4)
+
+
+def test_words_of_a_model_and_of_errors_are_no_markup():
+    shown = status(View("failed", error=ValueError("<script>x</script>")))
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+
+
+def test_examples_show_what_was_made_of_them(tmp_path):
+    made_here = {path.stem for path in MADE.iterdir()}
+    assert made_here == {*DRAWN, *EDITED}
+    for name, (*_, text, seed) in (DRAWN | EDITED).items():
+        with Image.open(MADE / f"{name}.png") as picture:
+            told = json.loads(picture.text["parameters"])
+            assert picture.size == (128, 128) and told["prompt"] == text and told["seed"] == seed
+    shown = Examples(tmp_path, small=True)
+    assert all(Path(row[-1]).is_relative_to(tmp_path) for row in (*shown.draw, *shown.edit))
+    assert {len(row) for row in Examples(tmp_path, small=False).edit} == {2}
+
+
+def test_a_conversation_is_bounded_and_says_so():
+    assert "nothing to send" in _refusal([("user", [])])
+    turns = [("user", ["a"]), ("assistant", ["b"])] * (MAX_INPUTS // 2)
+    assert _refusal(turns) is None
+    assert f"{MAX_INPUTS + 1} texts and pictures" in _refusal([*turns, ("user", ["c"])])
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bagel_rt.ui.app", None)
+    result = CliRunner().invoke(app, ["ui"])
+    assert result.exit_code == 2 and "pip install 'bagel_rt[ui]'" in result.output
+
+
+def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("bagel_rt.pipeline.Bagel.from_pretrained", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = CliRunner().invoke(app, ["ui", "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 2 and "cannot be listened at" in result.output
+
+
+def test_the_command_serves_the_page_until_interrupted_and_leaves_no_files(tmp_path):
+    command = [sys.executable, "-m", "bagel_rt.cli", "ui", "--port", "0", "--device", "cpu", "--model", str(CHECKPOINT)]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            url = re.search(r"http://\S+", process.stdout.readline()).group().rstrip(";")
+            assert url.startswith("http://127.0.0.1:") and not url.endswith((":0", ":0/"))
+            with urlopen(url) as answer:
+                assert "bagel_rt" in answer.read().decode()
+            assert files(tmp_path)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(300) == 0
+        finally:
+            process.kill()
+    assert not files(tmp_path)

@@ -1,0 +1,349 @@
+"""The page in headless Chromium, from the click to the picture: draw, edit, ask, talk, cancel; and no network.
+
+Skipped where there is no browser (see ``browsing``), unless BAGEL_RT_NEEDS_BROWSER is set: then that is a failure.
+"""
+
+import importlib
+import io
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import pytest
+from PIL import Image
+
+NEEDED = bool(os.environ.get("BAGEL_RT_NEEDS_BROWSER"))
+for module in ("gradio", "selenium"):
+    importlib.import_module(module) if NEEDED else pytest.importorskip(module, reason=f"{module} is not installed")
+
+from browsing import CHROMIUM, DRIVER, Browser, start_chromium  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+from bagel_rt.engine import Engine  # noqa: E402
+from bagel_rt.models.bagel.prompts import IMAGE_REQUEST  # noqa: E402
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE  # noqa: E402
+from bagel_rt.runtime.denoise import Denoiser  # noqa: E402
+from bagel_rt.ui.app import Page  # noqa: E402
+from bagel_rt.ui.controls import EXPLAINED  # noqa: E402
+from bagel_rt.ui.examples import EDITED  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not (NEEDED or (CHROMIUM and DRIVER)),
+    reason="no Chromium with its driver here: apt-get install chromium chromium-driver",
+)
+TABS = {
+    "draw": "Text to image",
+    "edit": "Image editing",
+    "ask": "Image understanding",
+    "chat": "Interleaved chat",
+}
+
+
+@pytest.fixture(scope="module")
+def looked_up():
+    """Names and addresses that this process asked for, other than its own machine's."""
+    asked, real = [], socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **kwargs):
+        if host not in (None, "", "localhost", "127.0.0.1", "0.0.0.0", "::1"):
+            asked.append(host)
+        return real(host, *args, **kwargs)
+
+    socket.getaddrinfo = getaddrinfo
+    yield asked
+    socket.getaddrinfo = real
+
+
+@pytest.fixture(scope="module")
+def page(bagel, looked_up):
+    with Page(bagel, "recorded", small=True) as page:
+        page.open("127.0.0.1", 0)
+        yield page
+
+
+@pytest.fixture(scope="module")
+def driver():
+    made = start_chromium()
+    yield made
+    made.quit()
+
+
+@pytest.fixture
+def browser(driver, page):
+    return Browser(driver, page.url)
+
+
+def draw(browser, prompt="a red circle"):
+    browser.type("#draw-prompt textarea", prompt)
+    browser.run("draw", "draw-result")
+    assert browser.ended() == "done"
+
+
+@dataclass
+class Slowness:
+    """Seconds that a step takes more, and the numbers of the steps that were done."""
+
+    pause: float = 0.08
+    steps: list[int] = field(default_factory=list)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Steps and tokens that take as long as a larger model's."""
+    slowness, step, decode = Slowness(), Denoiser.step, Engine._decode
+
+    def slow(self, index):
+        time.sleep(slowness.pause)
+        slowness.steps.append(index)
+        step(self, index)
+
+    def slowly(self, *given):
+        for piece in decode(self, *given):
+            time.sleep(0.1)
+            yield piece
+
+    monkeypatch.setattr(Denoiser, "step", slow)
+    monkeypatch.setattr(Engine, "_decode", slowly)
+    return slowness
+
+
+def test_a_picture_is_seen_as_it_is_drawn(browser, slow):
+    draw(browser)
+    previews = {source for source in browser.seen("pictures") if "preview" in source}
+    assert len(previews) > 2 and "preview" not in browser.source("#draw-result")
+
+
+def test_a_seed_repeats_its_picture(browser, page):
+    draw(browser)
+    assert [stage for stage in browser.seen("stages") if stage in ("image", "done")] == ["image", "done"]
+    assert "Seed " in browser.says("#draw-status") and "128 × 128" in browser.says("#draw-status")
+    first, said = browser.source("#draw-result"), browser.says("#draw-status .message")
+    browser.until(lambda: len(browser.all("#gallery img")) == 1)
+    browser.click("#draw-settings button")
+    browser.click("#draw-again")
+    browser.until(lambda: browser.all("#draw-seed input")[0].get_attribute("value") in said)
+    draw(browser)
+    assert browser.says("#draw-status .message") == said
+    browser.until(lambda: len(browser.all("#gallery img")) == 2)
+    pictures = [fetch(source) for source in (first, browser.source("#draw-result"))]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    assert json.loads(pictures[0].text["parameters"])["prompt"] == "a red circle"
+
+
+def test_a_drawn_picture_is_edited_and_asked_about(browser, slow):
+    draw(browser)
+    browser.click("#draw-to-edit")
+    browser.until(lambda: browser.all("#edit-given img"))
+    browser.type("#edit-prompt textarea", "make it blue")
+    browser.run("edit", "edit-result")
+    assert browser.ended() == "done"
+    assert len(browser.seen("pictures")) > 1
+    browser.click("#edit-to-ask")
+    browser.until(lambda: browser.all("#ask-given img"))
+    browser.type("#ask-prompt textarea", "what is it?")
+    browser.run("ask", "ask-answer")
+    assert browser.ended() == "done"
+    assert len(browser.seen("texts")) > 2, "the answer did not grow"
+
+
+def test_an_example_fills_in_what_is_asked_for_and_shows_what_was_made_of_it(browser, page):
+    browser.tab("Image editing")
+    name, (_, text, seed) = next(iter(EDITED.items()))
+    browser.until(lambda: [row for row in browser.all("tr") if text in row.text])[0].click()
+    browser.until(lambda: browser.all("#edit-given img"))
+    assert browser.all("#edit-prompt textarea")[0].get_attribute("value") == text
+    assert fetch(browser.source("#edit-result")).text.keys() == {"Software", "parameters"}
+    assert f"/{name}.png" in browser.source("#edit-result")
+    browser.click("#edit-settings button")
+    assert browser.shown("#edit-seed input").get_attribute("value") == str(seed)
+    browser.click("#edit-to-ask")
+    assert f"/{name}.png" in browser.source("#ask-given")
+
+
+def test_an_example_begins_a_conversation(browser):
+    browser.tab("Interleaved chat")
+    browser.until(lambda: [row for row in browser.all("button, tr") if row.text == "what is in the picture"])[0].click()
+    browser.until(lambda: browser.all("#chat-message img"))
+    assert browser.all("#chat-message textarea")[0].get_attribute("value") == "what is in the picture"
+
+
+def test_thoughts_are_shown_as_they_are_written(browser, slow):
+    browser.click("#draw-think input")
+    browser.type("#draw-prompt textarea", "a cat")
+    browser.click("#draw-settings button")
+    browser.type("#draw-max_think_token_n input[type=number]", "40" + Keys.TAB)
+    browser.run("draw", "draw-thought")
+    assert browser.ended() == "done"
+    assert browser.seen("stages")[-3:] == ["text", "image", "done"]
+    assert len(browser.seen("texts")) > 1 and browser.says("#draw-thought").strip()
+
+
+def say(browser, text):
+    """Send a message; how the turn ends can then be awaited."""
+    browser.watch("chat-messages", "chat")
+    browser.type("#chat-message textarea", text + Keys.ENTER)
+
+
+def said(browser, who):
+    """What the conversation shows of the "user" or of the "bot"."""
+    return [message.text for message in browser.all(f"#chat-messages .message.{who}")]
+
+
+@pytest.fixture
+def chat(browser):
+    browser.tab("Interleaved chat")
+    browser.click("#chat-settings button")
+    browser.type("#chat-max_think_token_n input[type=number]", "30" + Keys.TAB)
+    return browser
+
+
+@pytest.fixture
+def asks_for_a_picture(monkeypatch):
+    """The model asks for one at the end of its first text."""
+    texts, decode = [], Engine._decode
+
+    def decoded(self, *given):
+        texts.append(given)
+        yield from decode(self, *given)
+        if len(texts) == 1:
+            yield IMAGE_REQUEST
+
+    monkeypatch.setattr(Engine, "_decode", decoded)
+
+
+def test_a_conversation_goes_on_and_begins_anew(chat):
+    for turn in range(2):
+        say(chat, f"number {turn}")
+        chat.until(lambda turn=turn: f"number {turn}" in "".join(said(chat, "user")))
+        assert chat.ended() == "done"
+    chat.click("#chat-new")
+    chat.until(lambda: not chat.all("#chat-messages .message"))
+
+
+def test_texts_and_pictures_come_in_turn(chat, asks_for_a_picture, slow, tmp_path):
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    chat.upload("chat-message", tmp_path / "red.png")
+    chat.until(lambda: chat.all("#chat-message img"))
+    say(chat, "and now?")
+    assert chat.ended() == "done"
+    given, *drawn = [image.get_attribute("src") for image in chat.all("#chat-messages img")]
+    assert "red.png" in given and len(drawn) == 1 and "bagel-seed" in drawn[0]
+    assert fetch(drawn[0]).size == fetch(given).size
+    assert len(slow.steps) == 49
+    assert said(chat, "user") and "".join(said(chat, "bot")).strip()
+    assert not [button for button in chat.all("button[aria-label=Share]") if button.is_displayed()]
+    chat.until(lambda: len(chat.all("#gallery img")) == 1)
+
+
+def test_a_stopped_turn_is_given_back(chat, asks_for_a_picture, slow):
+    slow.pause = 1.0  # a busy machine has time to stop it
+    say(chat, "number 1")
+    chat.until(lambda: "image" in chat.seen("stages"))
+    chat.click("#chat-message .stop-button")
+    assert chat.ended() == "cancelled" and slow.steps[-1] < 48
+    slow.pause = 0.0
+    field = chat.shown("#chat-message textarea")
+    chat.until(lambda: field.get_attribute("value") == "number 1")
+    assert not chat.all("#chat-messages .message")
+    say(chat, "number 2")
+    assert chat.ended() == "done"
+    assert [text.strip() for text in said(chat, "user")] == ["number 2"]
+
+
+def test_a_message_of_nothing_is_refused(chat):
+    say(chat, "  ")
+    assert chat.ended() == "failed"
+    assert "nothing to send" in chat.says("#chat-status")
+
+
+def test_cancelling_stops_the_model_and_the_next_request_is_done(browser, slow):
+    slow.pause = 1.0
+    browser.type("#draw-prompt textarea", "a cat")
+    browser.run("draw", "draw-result")
+    browser.until(lambda: "image" in browser.seen("stages"))
+    browser.click("#draw-cancel")
+    assert browser.ended() == "cancelled"
+    assert "Cancelled after step" in browser.says("#draw-status") and slow.steps[-1] < 48
+    slow.pause = 0.0
+    draw(browser)
+
+
+def test_a_mistake_is_explained(browser):
+    browser.tab("Image editing")
+    browser.run("edit", "edit-result")
+    assert browser.ended() == "failed"
+    assert "There is no picture to edit" in browser.says("#edit-status")
+    browser.until(lambda: browser.all("#edit-run")[0].is_enabled())
+
+
+@pytest.mark.parametrize("task, words", [("edit", "make it blue"), ("ask", "what is it")])
+def test_what_is_no_picture_is_named(browser, tmp_path, task, words):
+    (tmp_path / "holiday.png").write_text("no picture")
+    browser.tab(TABS[task])
+    browser.upload(f"{task}-given", tmp_path / "holiday.png")
+    browser.until(lambda: browser.all(f"#{task}-given img"))
+    browser.type(f"#{task}-prompt textarea", words)
+    browser.run(task, f"{task}-status")
+    assert browser.ended() == "failed"
+    assert "holiday.png: not a picture" in browser.says(f"#{task}-status")
+
+
+def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browser, page, slow):
+    slow.pause = 1.0
+
+    def files():
+        return {path for path in Path(page._folder.name).rglob("*") if path.name.startswith(("preview", "bagel-seed"))}
+
+    first, before = browser.driver.current_window_handle, files()
+    browser.driver.switch_to.new_window("tab")
+    other = Browser(browser.driver, page.url)
+    other.type("#draw-prompt textarea", "a cat")
+    other.run("draw", "draw-result")
+    other.until(lambda: any("preview" in source for source in other.seen("pictures")))
+    assert files() - before
+    other.driver.close()
+    other.driver.switch_to.window(first)
+    browser.until(lambda: all(job.ended for job in page._jobs._jobs.values()))
+    browser.until(lambda: files() <= before)
+    assert 0 < slow.steps[-1] < 48
+
+
+def test_every_explanation_is_on_the_page(browser):
+    everywhere, found = {"think", "seed"}, set()
+    own = {
+        "draw": (GENERATE, {"negative_prompt", "previews"}),
+        "edit": (EDIT, {"negative_prompt", "previews"}),
+        "ask": (CHAT, set()),
+        "chat": (INTERLEAVE, {"max_rounds", "previews"}),
+    }
+    for task, (defaults, more) in own.items():
+        names = everywhere | more | {field.name for part in defaults if part for field in fields(part)}
+        browser.tab(TABS[task])
+        browser.click(f"#{task}-settings button")
+        browser.shown(f"#{task}-seed")
+        words = browser.says("body")
+        for name in names:
+            title, said = EXPLAINED[name]
+            assert title in words and said in words, (task, name)
+        found |= names
+    assert found == EXPLAINED.keys()
+
+
+def test_nothing_was_asked_of_another_machine(browser, driver, page, looked_up):
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    others = {url for url in urls if urlsplit(url).scheme not in ("data", "blob") and not url.startswith(page.url)}
+    assert urls and not others and not looked_up
+    errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [error for error in errors if "AbortError" not in error]  # which tell that a page was left
+
+
+def fetch(url: str):
+    """The picture at an address of the page."""
+    with urlopen(url) as answer:
+        return Image.open(io.BytesIO(answer.read()))
