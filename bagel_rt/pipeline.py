@@ -15,17 +15,7 @@ from bagel_rt.models.bagel.contexts import count_tokens, noise_shapes
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
-from bagel_rt.models.bagel.settings import (
-    CHAT,
-    EDIT,
-    GENERATE,
-    INTERLEAVE,
-    MAX_BATCH,
-    MAX_INPUTS,
-    MAX_ROUNDS,
-    override,
-    override_each,
-)
+from bagel_rt.models.bagel.settings import MAX_BATCH, MAX_INPUTS, MAX_ROUNDS, resolve_settings, settings_per_prompt
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.request import (
     ImageResult,
@@ -149,7 +139,10 @@ class Bagel:
         """
         batch = [prompt] if isinstance(prompt, str) else check_list("prompt", prompt, str, MAX_BATCH)
         count, single = len(batch), isinstance(prompt, str)
-        settings = [override(GENERATE, hyperparameters)] if single else override_each(GENERATE, hyperparameters, count)
+        if single:
+            settings = [resolve_settings("generate", hyperparameters)]
+        else:
+            settings = settings_per_prompt("generate", hyperparameters, count)
 
         def each(name: str, value, shared: bool) -> list:
             return [value] * count if single or shared else per_prompt(name, value, count)
@@ -194,7 +187,7 @@ class Bagel:
 
         The rest is as in :meth:`generate`, with the official defaults of editing.
         """
-        settings = override(EDIT, hyperparameters)
+        settings = resolve_settings("edit", hyperparameters)
         inputs = [*open_images(images, least=1), check_text("prompt", prompt)]
         system = _system(THINK_BEFORE_IMAGE, think)
         request = self._request(inputs, None, seeds_for(seed, 1)[0], settings, noise, system, negative_prompt)
@@ -224,7 +217,7 @@ class Bagel:
             progress: called after every token; may raise :class:`Cancelled`.
             **hyperparameters: fields of :class:`TextSettings`.
         """
-        settings = override(CHAT, hyperparameters)
+        settings = resolve_settings("chat", hyperparameters)
         inputs = [*open_images(images), check_text("prompt", prompt)]
         system = _system(THINK_BEFORE_ANSWER, think)
         return self.engine.run_answer(
@@ -255,7 +248,7 @@ class Bagel:
             size: (height, width) of the images if no input is one; else they take the last input image's.
             noise: tensors instead of the seed's draws, in the order of encoding and drawing.
         """
-        settings = override(INTERLEAVE, hyperparameters)
+        settings = resolve_settings("interleave", hyperparameters)
         if type(max_rounds) is not int or not 1 <= max_rounds <= MAX_ROUNDS:
             raise ValueError(f"max_rounds is {max_rounds!r}: allowed are integers from 1 to {MAX_ROUNDS}")
         inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)

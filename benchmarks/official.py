@@ -30,7 +30,7 @@ from bagel_rt.models.bagel.embed import position_ids, time_embedding, unpatchify
 from bagel_rt.models.bagel.images import tensor_to_image, to_rgb
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, ImageSettings, override
+from bagel_rt.models.bagel.settings import ImageSettings, resolve_settings
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.models.bagel.transformer import rope_tables
 from bagel_rt.request import ImageResult, Progress
@@ -187,7 +187,7 @@ class Official:
         if not isinstance(prompt, str):
             options = {"size": size, "think": think, "progress": progress, **hyperparameters}
             return [self.generate(text, seed=seed + index, **options) for index, text in enumerate(prompt)]
-        settings, text = override(GENERATE, hyperparameters)
+        settings, text = resolve_settings("generate", hyperparameters)
         talk = self._talk(seed, THINK_BEFORE_IMAGE if think else None)
         talk.size = size
         self._say(talk, prompt)
@@ -196,7 +196,7 @@ class Official:
     @torch.inference_mode()
     def edit(self, image: Image.Image, prompt: str, *, seed: int, think=False, progress=None, **hyperparameters):
         """Redraw an image."""
-        settings, text = override(EDIT, hyperparameters)
+        settings, text = resolve_settings("edit", hyperparameters)
         talk = self._talk(seed, THINK_BEFORE_IMAGE if think else None)
         self._show(talk, image, generates=True)
         self._say(talk, prompt)
@@ -205,7 +205,7 @@ class Official:
     @torch.inference_mode()
     def chat(self, prompt: str, images=(), *, think=False, progress=None, **hyperparameters) -> str:
         """Answer a question about images."""
-        _, text = override(CHAT, hyperparameters)
+        _, text = resolve_settings("chat", hyperparameters)
         talk = self._talk(0, THINK_BEFORE_ANSWER if think else None)
         for image in [images] if isinstance(images, Image.Image) else images:
             self._show(talk, image, generates=False)

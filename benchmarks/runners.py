@@ -18,7 +18,7 @@ from bagel_rt import Bagel
 from bagel_rt.models.bagel.contexts import frame_text
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_IMAGE
-from bagel_rt.models.bagel.settings import EDIT, GENERATE, ImageSettings, override
+from bagel_rt.models.bagel.settings import TASKS, ImageSettings, resolve_settings
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.models.bagel.workload import Workload
 from bagel_rt.request import Request
@@ -52,7 +52,7 @@ class Case:
         """Of the denoising; None if nothing is drawn."""
         if self.task == "chat":
             return None
-        return replace((EDIT if self.task == "edit" else GENERATE)[0], num_timesteps=self.timesteps)
+        return replace(TASKS[self.task].image, num_timesteps=self.timesteps)
 
     def workload(self, model: BagelModel, tokenizer: Tokenizer, batch: int) -> Workload:
         """It in numbers."""
@@ -105,7 +105,7 @@ class Contender:
         if self.official:
             return [runs.edit(case.picture(), PROMPT, seed=SEED + i, progress=progress, **settings)
                     for i in range(batch)]  # fmt: skip
-        chosen = override(EDIT, settings)
+        chosen = resolve_settings("edit", settings)
         requests = [Request([case.picture(), PROMPT], None, SEED + i, *chosen) for i in range(batch)]
         return runs.engine.run_images(requests, progress)
 

@@ -14,7 +14,7 @@ from bagel_rt.cli import app
 from bagel_rt.kernels.backend import OPS
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.memory import expected_memory
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE
+from bagel_rt.models.bagel.settings import TASKS
 
 CARDS = (24, 32, 40, 48, 80, 141)  # GB
 REQUESTS = {
@@ -31,7 +31,6 @@ REQUESTS = {
 PART = re.compile(r"^\{\{ (\w+)((?: [\w-]+)*) \}\}$", re.MULTILINE)
 ROLE = re.compile(r":\w+:`(~?)([^`]+)`")
 NAMES = re.compile(r"^( +)(\w+(?:, \w+)+): ", re.MULTILINE)
-TASKS = {"generate": GENERATE, "edit": EDIT, "chat": CHAT, "interleave": INTERLEAVE}
 
 
 def command_help(*command: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from bagel_rt import Bagel
-from bagel_rt.models.bagel.settings import EDIT, GENERATE
+from bagel_rt.models.bagel.settings import TASKS
 from bagel_rt.tiny.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
 
 FOLDER = Path(__file__).parent / "hyperparameters"
@@ -65,7 +65,7 @@ def drawing_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
         results = bagel.generate([prompt] * len(values), **_one_seed(given, len(values)))
         tiles = [Tile((result.image,), _label(name, value)) for result, value in zip(results, values, strict=True)]
         sections.append(Section(prompt, "", tiles))
-    return contact_sheet(name, f"text-to-image, {_said(GENERATE[0], name, timesteps)}", sections)
+    return contact_sheet(name, f"text-to-image, {_said(TASKS['generate'].image, name, timesteps)}", sections)
 
 
 def editing_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
@@ -81,7 +81,7 @@ def editing_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
             for value in EDITING[name]
         ]
         sections.append(Section(instruction, "", tiles))
-    return contact_sheet(name, f"editing, {_said(EDIT[0], name, timesteps)}", sections)
+    return contact_sheet(name, f"editing, {_said(TASKS['edit'].image, name, timesteps)}", sections)
 
 
 def answering_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:

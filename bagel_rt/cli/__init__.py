@@ -28,7 +28,7 @@ from bagel_rt.cli.options import read_images, read_part, read_seed, read_size, w
 from bagel_rt.cli.report import CASE_LINE, CHECK_LINE, case_lines, case_result, check_line, finite
 from bagel_rt.cli.serve import serve
 from bagel_rt.cli.ui import ui
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_ROUNDS, check_seed, override
+from bagel_rt.models.bagel.settings import MAX_ROUNDS, check_seed, resolve_settings
 
 _INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -95,7 +95,7 @@ def _main(
 
 
 @app.command()
-@with_hyperparameters(GENERATE)
+@with_hyperparameters("generate")
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; put each in quotes.")],
     output: cli_options.Outputs,
@@ -118,7 +118,7 @@ def generate(
     """
     from bagel_rt.cli.run import Run, numbered
 
-    override(GENERATE, hyperparameters)
+    resolve_settings("generate", hyperparameters)
     size, seed = read_size(model, width, height), read_seed(seed)
     with Run("generate", model, device, dtype, as_json, progress) as run:
         results = run.bagel.generate(
@@ -136,7 +136,7 @@ def generate(
 
 
 @app.command()
-@with_hyperparameters(EDIT)
+@with_hyperparameters("edit")
 def edit(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to change, in quotes.")],
@@ -159,7 +159,7 @@ def edit(
     """
     from bagel_rt.cli.run import Run
 
-    override(EDIT, hyperparameters)
+    resolve_settings("edit", hyperparameters)
     paths, seed = [image, *(more or ())], read_seed(seed)
     pictures = read_images(paths)
     with Run("edit", model, device, dtype, as_json, progress) as run:
@@ -176,7 +176,7 @@ def edit(
 
 
 @app.command()
-@with_hyperparameters(CHAT)
+@with_hyperparameters("chat")
 def chat(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, in quotes.")],
     images: cli_options.MoreImages = None,
@@ -192,7 +192,7 @@ def chat(
     """Ask about pictures, or about anything; the answer appears as it is written."""
     from bagel_rt.cli.run import Run
 
-    override(CHAT, hyperparameters)
+    resolve_settings("chat", hyperparameters)
     paths, seed = images or [], read_seed(seed)
     pictures = read_images(paths)
     with Run("chat", model, device, dtype, as_json, progress) as run:
@@ -208,7 +208,7 @@ def chat(
 
 
 @app.command()
-@with_hyperparameters(INTERLEAVE)
+@with_hyperparameters("interleave")
 def interleave(
     parts: Annotated[
         list[str],
@@ -238,7 +238,7 @@ def interleave(
     """
     from bagel_rt.cli.run import Run, numbered
 
-    override(INTERLEAVE, hyperparameters)
+    resolve_settings("interleave", hyperparameters)
     size, seed = read_size(model, width, height), read_seed(seed)
     inputs = [read_part(part) for part in parts]
     told = [made if isinstance(made, str) else Path(part).name for part, made in zip(parts, inputs, strict=True)]

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from bagel_rt.cli import options as cli_options
-from bagel_rt.models.bagel.settings import EDIT, GENERATE, MAX_BATCH, check_seed, override
+from bagel_rt.models.bagel.settings import MAX_BATCH, check_seed, resolve_settings
 
 _ROW = "{:9} {:23} {:>9} {:>9}  {:>15} {:>9}"
 _SHOWN = {"generate": 8, "edit": 8, "ask": 16}  # tiles of a section of the contact sheet: one or two full rows
-_DRAWN = {"generate": GENERATE, "edit": EDIT}  # the tasks that have settings, and their defaults
+_DRAWN = ("generate", "edit")
 _SECTIONS = {"edit": "edits", "ask": "questions"}
 
 
@@ -84,8 +84,8 @@ def evaluate(
         "num_timesteps": num_timesteps,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    for defaults in _DRAWN.values():
-        override(defaults, settings)
+    for name in _DRAWN:
+        resolve_settings(name, settings)
     check_seed(seed)
     problems = choose_problems(prompts, seed, task or tuple(CATEGORIES))
     tried = {problem.example.task for problem in problems}
@@ -101,7 +101,7 @@ def evaluate(
             "seed": seed,
             "prompts": prompts,
             "batch": batch,
-            "settings": {name: asdict(override(_DRAWN[name], settings)[0]) for name in _DRAWN if name in tried},
+            "settings": {name: asdict(resolve_settings(name, settings).image) for name in _DRAWN if name in tried},
             "complete": ended is None,
             "scores": [asdict(score) for score in scores(trials)],
             "trials": [_told(trial) for trial in trials],

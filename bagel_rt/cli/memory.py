@@ -68,7 +68,7 @@ def memory(
 
     from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig
     from bagel_rt.models.bagel.memory import expected_memory
-    from bagel_rt.models.bagel.settings import EDIT, GENERATE, override
+    from bagel_rt.models.bagel.settings import resolve_settings
 
     given = {"cfg_text_scale": cfg_text_scale, "cfg_img_scale": cfg_img_scale}
     scales = {name: value for name, value in given.items() if value is not None}
@@ -81,7 +81,7 @@ def memory(
         batch=batch,
         text_tokens=text_tokens,
         max_think_token_n=max_think_token_n,
-        settings=override(EDIT if task == "edit" else GENERATE, scales)[0],
+        settings=resolve_settings("edit" if task == "edit" else "generate", scales).image,
         graphs=graphs,
     )
     limit = int(available * 1e9) if available is not None else None

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from bagel_rt.files import partial_path
-from bagel_rt.models.bagel.settings import RENORM_TYPES, check_seed
+from bagel_rt.models.bagel.settings import RENORM_TYPES, TASKS, check_seed
 
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -104,7 +104,7 @@ _HYPERPARAMETERS = {  # name -> (help, metavar)
 }
 
 
-def with_hyperparameters(defaults):
+def with_hyperparameters(task: str):
     """Give a command the hyper-parameters of a task as options: official names, the task's defaults.
 
     The command takes them as ``**hyperparameters``. In its help they precede ``model``.
@@ -114,7 +114,7 @@ def with_hyperparameters(defaults):
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         options = []
-        for part, panel in zip(defaults, ("Denoising", "Text"), strict=True):
+        for part, panel in zip(TASKS[task], ("Denoising", "Text"), strict=True):
             for field in fields(part) if part else ():
                 help, metavar = _HYPERPARAMETERS[field.name]
                 kind = Literal[RENORM_TYPES] if field.name == "cfg_renorm_type" else field.type

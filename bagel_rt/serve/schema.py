@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from bagel_rt.models.bagel.contexts import count_tokens
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_CHARACTERS, MAX_ROUNDS, override
+from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_ROUNDS, resolve_settings
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import Request
 from bagel_rt.serve.limits import Limits
@@ -214,7 +214,7 @@ def image_requests(bagel: Bagel, limits: Limits, said: ImageFields, pictures: li
     _check_most("n", said.n, limits.pictures)
     _check_most("num_timesteps", said.num_timesteps, limits.steps)
     _check_most("max_think_token_n", said.max_think_token_n, limits.written_tokens + 1)
-    image, text = _limited(override(EDIT if pictures else GENERATE, said.hyperparameters), limits)
+    image, text = _limited(resolve_settings("edit" if pictures else "generate", said.hyperparameters), limits)
     size = None if pictures else _read_size(bagel, limits, said.size)
     seed = _read_seed(said.seed, said.n)
     system = THINK_BEFORE_IMAGE if said.think else None
@@ -236,7 +236,7 @@ def chat_request(bagel: Bagel, limits: Limits, said: Chat, parts: list[str | Ima
     _check_most("max_tokens", said.most_tokens, limits.written_tokens)
     _check_most("max_rounds", said.max_rounds, most_rounds)
     _check_most("num_timesteps", said.num_timesteps, limits.steps)
-    image, text = _limited(override(INTERLEAVE if said.draws else CHAT, said.hyperparameters), limits)
+    image, text = _limited(resolve_settings("interleave" if said.draws else "chat", said.hyperparameters), limits)
     rounds = size = None
     if said.draws:
         rounds, size = said.max_rounds or min(3, most_rounds), _read_size(bagel, limits, said.size or "auto")

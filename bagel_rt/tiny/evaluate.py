@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 from PIL import Image
 
-from bagel_rt.models.bagel.settings import EDIT, GENERATE, MAX_BATCH, override
+from bagel_rt.models.bagel.settings import MAX_BATCH, resolve_settings
 from bagel_rt.tiny.examples import Example, make_example
 from bagel_rt.tiny.judge import judge, judge_answer
 from bagel_rt.tiny.render import render
@@ -178,8 +178,8 @@ def evaluate(bagel, problems: Sequence[Problem], batch: int = 16, progress=None,
     """
     if not 1 <= batch <= MAX_BATCH:
         raise ValueError(f"batch is {batch!r}: allowed are integers from 1 to {MAX_BATCH}")
-    for defaults in (GENERATE, EDIT):
-        override(defaults, image_settings)
+    for task in ("generate", "edit"):
+        resolve_settings(task, image_settings)
     return _trials(bagel, problems, batch, progress, image_settings)
 
 

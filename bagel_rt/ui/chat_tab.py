@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from bagel_rt.models.bagel.settings import INTERLEAVE, MAX_INPUTS, MAX_ROUNDS
+from bagel_rt.models.bagel.settings import MAX_INPUTS, MAX_ROUNDS, TASKS
 from bagel_rt.request import ImageResult
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
 from bagel_rt.ui.gallery import Album
@@ -72,7 +72,7 @@ class TalkingTab:
             self._seed = explained("seed", gr.Number, value=-1, elem_id="chat-seed", **limits)
             rounds = {"minimum": 1, "maximum": MAX_ROUNDS, "step": 1, "precision": 0, "value": 3}
             self._rounds = explained("max_rounds", gr.Slider, **rounds)
-            self._controls = Controls(*INTERLEAVE, prefix="chat")
+            self._controls = Controls(*TASKS["interleave"], prefix="chat")
             self._previews = explained("previews", gr.Checkbox, value=True)
 
     def _stop(self, request: gr.Request) -> None:

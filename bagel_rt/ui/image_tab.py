@@ -8,7 +8,7 @@ import gradio as gr
 from PIL import Image, ImageOps
 
 from bagel_rt.models.bagel.images import open_image
-from bagel_rt.models.bagel.settings import EDIT, GENERATE
+from bagel_rt.models.bagel.settings import TASKS
 from bagel_rt.pipeline import Bagel
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained, sizes
 from bagel_rt.ui.gallery import Album
@@ -75,7 +75,7 @@ class DrawingTab:
                 self._width = gr.Slider(value=width, label="Width, pixels", **limits)
                 self._height = gr.Slider(value=height, label="Height, pixels", **limits)
         self._negative = explained("negative_prompt", gr.Textbox, lines=1)
-        self._controls = Controls(*(EDIT if self.edits else GENERATE), prefix=self._name)
+        self._controls = Controls(*TASKS["edit" if self.edits else "generate"], prefix=self._name)
         self._previews = explained("previews", gr.Checkbox, value=True)
 
     def _build_result(self) -> None:

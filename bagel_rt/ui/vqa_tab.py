@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import gradio as gr
 
-from bagel_rt.models.bagel.settings import CHAT
+from bagel_rt.models.bagel.settings import TASKS
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
 from bagel_rt.ui.image_tab import EVENT, given_picture, open_given
 from bagel_rt.ui.jobs import Jobs, View
@@ -34,7 +34,7 @@ class AskingTab:
                 with gr.Accordion("Settings", open=False, elem_id="ask-settings"):
                     limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
                     self._seed = explained("seed", gr.Number, value=-1, elem_id="ask-seed", **limits)
-                    self._controls = Controls(CHAT[1], prefix="ask")
+                    self._controls = Controls(TASKS["chat"].text, prefix="ask")
                 gr.Examples(examples, [self.given, self.prompt])
             with gr.Column(scale=6, min_width=340):
                 shown = {"latex_delimiters": [], "line_breaks": True, "container": True}

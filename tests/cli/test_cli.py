@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from bagel_rt import Bagel, ImageResult, __version__
 from bagel_rt.cli import app
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_ROUNDS
+from bagel_rt.models.bagel.settings import MAX_ROUNDS, TASKS
 
 PACK = Path(__file__).parents[1] / "conformance" / "bagel"
 SMALL = ("--width", "48", "--height", "32", "--num-timesteps", "3", "--device", "cpu")
@@ -231,7 +231,7 @@ def test_the_defaults_that_are_told_are_the_official_ones(tmp_path, photo):
         good("edit", photo, "x", "-o", tmp_path / "a.png", "--device", "cpu", "--num-timesteps", 3, "--json")
     )
     told = report["outputs"][0]["parameters"]
-    official = {field.name: getattr(EDIT[0], field.name) for field in fields(EDIT[0])} | {"num_timesteps": 3}
+    official = asdict(TASKS["edit"].image) | {"num_timesteps": 3}
     assert told.items() >= json.loads(json.dumps(official)).items()
 
 
@@ -350,20 +350,18 @@ def test_bars_are_shown_on_demand_and_never_by_default_off_a_terminal(tmp_path):
 # Help
 
 
-@pytest.mark.parametrize(
-    "command, defaults", [("generate", GENERATE), ("edit", EDIT), ("chat", CHAT), ("interleave", INTERLEAVE)]
-)
-def test_help_shows_every_hyper_parameter_and_its_default_for_the_task(command, defaults):
+@pytest.mark.parametrize("command", TASKS)
+def test_help_shows_every_hyper_parameter_and_its_default_for_the_task(command):
     page = good(command, "--help", env=WIDE)
     options = re.split(r"\n│ (?=[* ]*--)", page)
-    for part in filter(None, defaults):
+    for part in filter(None, TASKS[command]):
         for field in fields(part):
             flag, value = "--" + field.name.replace("_", "-"), getattr(part, field.name)
             shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
             shown = {"True": flag[2:], "False": "no-" + flag[2:]}.get(shown, shown)
             (option,) = [option for option in options if option.startswith(f"{flag} ")]
             assert f"[default: {shown}]" in option
-    assert ("--cfg-text-scale" in page) == (defaults[0] is not None)
+    assert ("--cfg-text-scale" in page) == (TASKS[command].image is not None)
 
 
 def test_help_and_version_do_not_wait_for_torch():

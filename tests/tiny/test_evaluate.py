@@ -11,7 +11,7 @@ from PIL import Image, ImageFont
 from test_cli import WIDE, good, run
 
 from bagel_rt import Bagel, ImageResult
-from bagel_rt.models.bagel.settings import EDIT, GENERATE
+from bagel_rt.models.bagel.settings import TASKS
 from bagel_rt.tiny.claims import Claims
 from bagel_rt.tiny.contact_sheet import RIGHT, WIDTH, WRONG, Section, Tile, contact_sheet, wrapped
 from bagel_rt.tiny.edits import EDITS
@@ -245,8 +245,8 @@ def test_eval_tells_scores_in_a_table_a_sheet_and_json(tmp_path):
     told = json.loads(report.read_text())
     assert (told["task"], told["seed"], told["prompts"], told["complete"]) == ("eval", 3, 1, True)
     assert (told["model"], told["device"], told["dtype"]) == ("tiny", "cpu", "float32") and told["backend"]
-    assert told["settings"]["generate"]["cfg_img_scale"] == GENERATE[0].cfg_img_scale
-    assert told["settings"]["edit"]["cfg_renorm_type"] == EDIT[0].cfg_renorm_type
+    assert told["settings"]["generate"]["cfg_img_scale"] == TASKS["generate"].image.cfg_img_scale
+    assert told["settings"]["edit"]["cfg_renorm_type"] == TASKS["edit"].image.cfg_renorm_type
     assert {settings["cfg_text_scale"] for settings in told["settings"].values()} == {2.0}
     assert [trial["text"] for trial in told["trials"]] == [p.example.text for p in choose_problems(1, 3)]
     assert all(trial["correct"] == (not trial["failures"]) for trial in told["trials"])

@@ -22,7 +22,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from bagel_rt.cli import app  # noqa: E402
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT  # noqa: E402
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE, MAX_INPUTS, override  # noqa: E402
+from bagel_rt.models.bagel.settings import MAX_INPUTS, TASKS, resolve_settings  # noqa: E402
 from bagel_rt.request import ImageResult  # noqa: E402
 from bagel_rt.ui import gallery as albums  # noqa: E402
 from bagel_rt.ui.chat_tab import _refusal  # noqa: E402
@@ -35,9 +35,9 @@ from bagel_rt.ui.theme import status  # noqa: E402
 from bagel_rt.ui.thoughts import split_thought  # noqa: E402
 
 
-@pytest.mark.parametrize("defaults", [GENERATE, EDIT, CHAT, INTERLEAVE], ids=["draw", "edit", "ask", "chat"])
-def test_every_hyperparameter_has_a_control_with_its_default_and_an_explanation(defaults):
-    parts = [part for part in defaults if part is not None]
+@pytest.mark.parametrize("task", TASKS)
+def test_every_hyperparameter_has_a_control_with_its_default_and_an_explanation(task):
+    parts = [part for part in TASKS[task] if part is not None]
     with gr.Blocks():
         controls = Controls(*parts, prefix="x")
     names = {field.name for part in parts for field in fields(part)}
@@ -49,7 +49,7 @@ def test_every_hyperparameter_has_a_control_with_its_default_and_an_explanation(
         control = controls.components["from" if name == "cfg_interval" else name]
         assert said == control.info and title in control.label and name in control.label
     values = {control: control.preprocess(control.value) for control in controls.components.values()}
-    assert override(defaults, controls.read(values)) == defaults
+    assert resolve_settings(task, controls.read(values)) == TASKS[task]
 
 
 def test_shapes_are_the_official_ones():

@@ -26,7 +26,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 from bagel_rt.engine import Engine  # noqa: E402
 from bagel_rt.models.bagel.prompts import IMAGE_REQUEST  # noqa: E402
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, INTERLEAVE  # noqa: E402
+from bagel_rt.models.bagel.settings import TASKS  # noqa: E402
 from bagel_rt.runtime.denoise import Denoiser  # noqa: E402
 from bagel_rt.ui.app import Page  # noqa: E402
 from bagel_rt.ui.controls import EXPLAINED  # noqa: E402
@@ -316,10 +316,10 @@ def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browse
 def test_every_explanation_is_on_the_page(browser):
     everywhere, found = {"think", "seed"}, set()
     own = {
-        "draw": (GENERATE, {"negative_prompt", "previews"}),
-        "edit": (EDIT, {"negative_prompt", "previews"}),
-        "ask": (CHAT, set()),
-        "chat": (INTERLEAVE, {"max_rounds", "previews"}),
+        "draw": (TASKS["generate"], {"negative_prompt", "previews"}),
+        "edit": (TASKS["edit"], {"negative_prompt", "previews"}),
+        "ask": (TASKS["chat"], set()),
+        "chat": (TASKS["interleave"], {"max_rounds", "previews"}),
     }
     for task, (defaults, more) in own.items():
         names = everywhere | more | {field.name for part in defaults if part for field in fields(part)}

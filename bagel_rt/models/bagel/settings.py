@@ -7,6 +7,7 @@ applies although no image is in the context (the effective text scale is then 1 
 import math
 import reprlib
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 RENORM_TYPES = ("global", "channel", "text_channel")
 MAX_TEXT_LENGTH = 32768  # tokens a single answer or thought may take
@@ -117,40 +118,54 @@ class TextSettings:
         _check_number("top_p", self.top_p, 1e-6, 1, "1 samples among all tokens")
 
 
-GENERATE = (ImageSettings(), TextSettings())
-EDIT = (ImageSettings(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"), TextSettings())
-CHAT = (None, TextSettings(max_think_token_n=512))
-INTERLEAVE = (ImageSettings(cfg_text_scale=3.0), TextSettings())
+class Task(NamedTuple):
+    """The hyper-parameters of a task; ``image`` is None where no image is drawn."""
+
+    image: ImageSettings | None
+    text: TextSettings
 
 
-def override(defaults, given: dict):
-    """A task's (image, text) settings with the given hyper-parameters in place of the defaults.
+TASKS = {  # the defaults
+    "generate": Task(ImageSettings(), TextSettings()),
+    "edit": Task(
+        ImageSettings(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"), TextSettings()
+    ),
+    "chat": Task(None, TextSettings(max_think_token_n=512)),
+    "interleave": Task(ImageSettings(cfg_text_scale=3.0), TextSettings()),
+}
+
+
+def resolve_settings(task: str, given: dict) -> Task:
+    """The hyper-parameters of a task: the given ones, else its defaults.
 
     Raises:
         TypeError: a name is no hyper-parameter of this task.
         ValueError: a value is out of range.
     """
-    known = [{field.name for field in fields(part)} if part else set() for part in defaults]
-    unknown = sorted(set(given) - set().union(*known))
+    defaults = TASKS[task]
+    names = [[field.name for field in fields(part)] if part else [] for part in defaults]
+    unknown = sorted(set(given) - {*names[0], *names[1]})
     if unknown:
         raise TypeError(
-            f"unknown hyper-parameter {', '.join(unknown)}; this task has {', '.join(sorted(set().union(*known)))}"
+            f"unknown hyper-parameter {', '.join(unknown)}; this task has {', '.join(sorted(names[0] + names[1]))}"
         )
-    return tuple(
-        replace(part, **{name: value for name, value in given.items() if name in names}) if part else None
-        for part, names in zip(defaults, known, strict=True)
+    return Task(
+        *(
+            replace(part, **{name: given[name] for name in own if name in given}) if part else None
+            for part, own in zip(defaults, names, strict=True)
+        )
     )
 
 
-def override_each(defaults, hyperparameters: dict, count: int) -> list[tuple]:
-    """:func:`override` for each of ``count`` prompts: a hyper-parameter given as a list has one entry for each.
+def settings_per_prompt(task: str, given: dict, count: int) -> list[Task]:
+    """:func:`resolve_settings` for each of ``count`` prompts; a list holds one value per prompt.
 
-    Two numbers are one ``cfg_interval``, whatever holds them.
+    A list of two numbers for ``cfg_interval`` is one interval, not two per-prompt values.
 
     Raises:
-        TypeError, ValueError: as :func:`override`; or a list has another length.
+        TypeError, ValueError: as :func:`resolve_settings`; or a list has another length.
     """
-    lists = {name: values for name, values in hyperparameters.items() if isinstance(values, list)}
+    lists = {name: values for name, values in given.items() if isinstance(values, list)}
     if all(isinstance(value, (int, float)) for value in lists.get("cfg_interval", ())):
         lists.pop("cfg_interval", None)
     for name, values in lists.items():
@@ -158,6 +173,4 @@ def override_each(defaults, hyperparameters: dict, count: int) -> list[tuple]:
             raise ValueError(
                 f"{name} is {reprlib.repr(values)}: give one for all, or a list of {count}, one per prompt"
             )
-    return [
-        override(defaults, hyperparameters | {name: values[i] for name, values in lists.items()}) for i in range(count)
-    ]
+    return [resolve_settings(task, given | {name: values[i] for name, values in lists.items()}) for i in range(count)]

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from bagel_rt.models.bagel.config import BagelConfig
-from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, MAX_BATCH, MAX_INPUTS, ImageSettings
+from bagel_rt.models.bagel.settings import MAX_BATCH, MAX_INPUTS, TASKS, ImageSettings
 from bagel_rt.runtime.context import MAX_ROWS
 from bagel_rt.runtime.denoise import schedule
 
-TASKS = ("generate", "edit", "chat")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,18 +44,18 @@ class Workload:
     graphs: bool = True
 
     def __post_init__(self):
-        if self.task not in TASKS:
-            raise ValueError(f"task is {self.task!r}: allowed are {', '.join(TASKS)}")
+        if self.task not in ("generate", "edit", "chat"):
+            raise ValueError(f"task is {self.task!r}: allowed are generate, edit, chat")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype is {self.dtype}: allowed are {', '.join(map(str, _DTYPES))}")
         size = self.size or (self.config.default_resolution,) * 2
         images = tuple(map(tuple, (size,) if self.images is None and self.task == "edit" else self.images or ()))
-        written = CHAT[1].max_think_token_n if self.task == "chat" else 0
+        written = TASKS["chat"].text.max_think_token_n if self.task == "chat" else 0
         for name, value in (
             ("size", tuple(size)),
             ("images", images),
             ("max_think_token_n", written if self.max_think_token_n is None else self.max_think_token_n),
-            ("settings", self.settings or (EDIT if self.task == "edit" else GENERATE)[0]),
+            ("settings", self.settings or TASKS["edit" if self.task == "edit" else "generate"].image),
         ):
             object.__setattr__(self, name, value)
         self._check_sizes()

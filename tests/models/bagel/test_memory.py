@@ -20,7 +20,7 @@ from bagel_rt.models.bagel.contexts import count_tokens
 from bagel_rt.models.bagel.memory import cache_slots, expected_memory
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
-from bagel_rt.models.bagel.settings import EDIT, GENERATE
+from bagel_rt.models.bagel.settings import TASKS
 from bagel_rt.models.bagel.workload import Workload
 from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.decode import Sampling, TextLoop
@@ -103,12 +103,12 @@ REQUESTS = {
     "a batch": (lambda b: b.generate(["a", "a", "a"], size=(32, 48), **IMAGE), {"size": (32, 48), "batch": 3}, ["a"]),
     "a picture without guidance": (
         lambda b: b.generate("a", size=(32, 32), cfg_text_scale=1.0, **IMAGE),
-        {"size": (32, 32), "settings": replace(GENERATE[0], cfg_text_scale=1.0)},
+        {"size": (32, 32), "settings": replace(TASKS["generate"].image, cfg_text_scale=1.0)},
         ["a"],
     ),
     "a picture with an interval of guidance that no step meets": (
         lambda b: b.generate("a", size=(32, 32), cfg_interval=(0.1, 0.2), **IMAGE),
-        {"size": (32, 32), "settings": replace(GENERATE[0], cfg_interval=(0.1, 0.2), num_timesteps=3)},
+        {"size": (32, 32), "settings": replace(TASKS["generate"].image, cfg_interval=(0.1, 0.2), num_timesteps=3)},
         ["a"],
     ),
     "a thought first": (
@@ -118,7 +118,7 @@ REQUESTS = {
     ),
     "a thought first, guided by the text alone": (
         lambda b: b.generate("a", size=(64, 64), think=True, max_think_token_n=9, cfg_img_scale=1.0, **IMAGE),
-        {"size": (64, 64), "max_think_token_n": 9, "settings": replace(GENERATE[0], cfg_img_scale=1.0)},
+        {"size": (64, 64), "max_think_token_n": 9, "settings": replace(TASKS["generate"].image, cfg_img_scale=1.0)},
         ["a", THINK_BEFORE_IMAGE],
     ),
     "an edit": (lambda b: b.edit(picture(*PHOTO), "night", **IMAGE), {"task": "edit", "images": [PHOTO]}, ["night"]),
@@ -129,7 +129,7 @@ REQUESTS = {
     ),
     "an edit without picture guidance": (
         lambda b: b.edit(picture(*PHOTO), "night", cfg_img_scale=1.0, **IMAGE),
-        {"task": "edit", "images": [PHOTO], "settings": replace(EDIT[0], cfg_img_scale=1.0)},
+        {"task": "edit", "images": [PHOTO], "settings": replace(TASKS["edit"].image, cfg_img_scale=1.0)},
         ["night"],
     ),
     "an edit with a thought": (
@@ -180,7 +180,7 @@ def test_slots_grow_as_the_cache_on_a_gpu_does(monkeypatch):
 @pytest.mark.parametrize("branches", [1, 2, 3])
 @pytest.mark.parametrize("grids", [[(64, 96)], [(16, 16)], [(96, 48)] * 4], ids=["one", "the smallest", "four"])
 def test_a_step_takes_what_is_expected(fresh, as_ops, grids, branches):
-    config, settings = fresh.model.config, replace(EDIT[0], num_timesteps=9)
+    config, settings = fresh.model.config, replace(TASKS["edit"].image, num_timesteps=9)
     settings = replace(settings, cfg_text_scale=4.0 if branches > 1 else 1.0, cfg_img_scale=branches - 1)
     workload = {"task": "edit", "images": grids[:1], "batch": len(grids), "settings": settings, "graphs": False}
     rows, columns = (side // config.latent_stride for side in expected_memory(config, **workload).workload.drawn)
@@ -215,7 +215,7 @@ def test_a_prefill_takes_what_is_expected(request, as_ops, task, images, model):
     bagel, draws = request.getfixturevalue(model), task == "edit"
     inputs = [*(picture(*size) for size in images), "a question " * 50]
     work = {"task": task if images else "generate" if draws else "chat", "images": images or None}
-    said = bagel._request(inputs, (64, 64), 1, EDIT, None, None)
+    said = bagel._request(inputs, (64, 64), 1, TASKS["edit"], None, None)
     with torch.inference_mode():
         prefill = Prefill(bagel.model, bagel.cache)
         kept = bagel.engine._open(said, prefill, draws, 0)

@@ -12,7 +12,7 @@ from test_cli import good, run
 
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.memory import RUNTIME, expected_memory, explain
-from bagel_rt.models.bagel.settings import EDIT
+from bagel_rt.models.bagel.settings import TASKS
 
 
 def test_the_published_model_draws_a_picture_within_the_mark():
@@ -56,7 +56,7 @@ def test_advice_is_what_the_changed_request_takes_best_first():
             "images": [(512, 512)],
             "max_think_token_n": 256,
             "graphs": False,
-            "settings": replace(EDIT[0], cfg_img_scale=1.0),
+            "settings": replace(TASKS["edit"].image, cfg_img_scale=1.0),
         },
     }.items():
         [line] = [line for line in advice if line.startswith(said)]
@@ -145,7 +145,7 @@ def test_command_tells_what_fits():
 def test_command_as_json():
     arguments = ("--task", "edit", "--image", "640x480", "--image", "1024x768", "--cfg-img-scale", 1, "--no-graphs")
     report = json.loads(good("memory", *arguments, "--json", "--available", 20))
-    settings = replace(EDIT[0], cfg_img_scale=1.0)
+    settings = replace(TASKS["edit"].image, cfg_img_scale=1.0)
     estimate = expected_memory(
         BAGEL_7B_MOT, task="edit", images=[(480, 640), (768, 1024)], settings=settings, graphs=False
     )
