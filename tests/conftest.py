@@ -15,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
 import torch  # noqa: E402
 
-CHECKPOINT = Path(__file__).parent / "conformance" / "bagel" / "checkpoint"
+PACK = Path(__file__).parent / "conformance" / "bagel"
+CHECKPOINT = PACK / "checkpoint"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything defines a kernel

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import tokenizers
 import torch
-from conftest import CHECKPOINT
+from conftest import PACK
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -22,7 +22,6 @@ from bagel_rt.models.bagel.embed import patchify, position_ids
 from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 
-PACK = CHECKPOINT.parent
 GUIDANCE = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_min", "cfg_renorm_type")
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT
+from commands import WIDE, good, run
+from conftest import CHECKPOINT, PACK
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,19 +23,7 @@ from bagel_rt import Bagel, ImageResult, __version__
 from bagel_rt.cli import app
 from bagel_rt.models.bagel.settings import MAX_ROUNDS, TASKS
 
-PACK = Path(__file__).parents[1] / "conformance" / "bagel"
 SMALL = ("--width", "48", "--height", "32", "--num-timesteps", "3", "--device", "cpu")
-WIDE = {"COLUMNS": "300"}  # nothing in a help text is wrapped
-
-
-def run(*args, **options):
-    return CliRunner().invoke(app, [str(arg) for arg in args], **options)
-
-
-def good(*args, **options):
-    result = run(*args, **options)
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
-    return result.stdout
 
 
 def process(*args):

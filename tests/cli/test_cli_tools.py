@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT
+from commands import good, run
+from conftest import CHECKPOINT, PACK
 from safetensors import safe_open
-from test_cli import PACK, good, run
 
 from bagel_rt import __version__
 

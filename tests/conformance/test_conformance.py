@@ -1,21 +1,19 @@
 """Recorded behaviour of the official code, case by case, through the same function as ``bagel-rt conformance``."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import CHECKPOINT, PACK
 
 from bagel_rt import Bagel
 from bagel_rt.conformance import find_cases, run_case
 from bagel_rt.conformance.compare import agree, compare
 
-PACK = Path(__file__).parents[1] / "conformance" / "bagel"
 UNSUPPORTED = {"50_taylorseer_t2i", "51_taylorseer_edit"}
 
 
 @pytest.fixture(scope="module")
 def bagel():
-    return Bagel.from_pretrained(PACK / "checkpoint", device="cpu", dtype=torch.float32)
+    return Bagel.from_pretrained(CHECKPOINT, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("case", find_cases(PACK), ids=lambda case: case.name)

@@ -8,8 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import DEVICE
-from test_conformance import PACK
+from conftest import DEVICE, PACK
 
 from bagel_rt import Bagel
 from bagel_rt.conformance import run_case

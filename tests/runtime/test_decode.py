@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_conformance import PACK
+from conftest import PACK
 
 from bagel_rt import Bagel
 from bagel_rt.conformance import run_case

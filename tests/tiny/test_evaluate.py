@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from commands import WIDE, good, run
 from PIL import Image, ImageFont
-from test_cli import WIDE, good, run
 
 from bagel_rt import Bagel, ImageResult
 from bagel_rt.models.bagel.settings import TASKS

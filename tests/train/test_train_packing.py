@@ -1,11 +1,11 @@
 """Packing of samples: the official batches, dropped conditions, filling a batch, and what is refused."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import CHECKPOINT, PACK
 from safetensors.torch import load_file
 
 from bagel_rt.models.bagel.config import BagelConfig
@@ -24,8 +24,7 @@ from bagel_rt.train.packing import (
     pack,
 )
 
-PACK = Path(__file__).parents[1] / "conformance" / "bagel"
-CONFIG = BagelConfig.from_folder(PACK / "checkpoint")
+CONFIG = BagelConfig.from_folder(CHECKPOINT)
 TOKENS = SpecialTokens(353, 354, 361, 362)
 DROPPED = {"edit_all_conditions_dropped": {0, 1, 2}, "edit_vit_dropped": {1}}  # sample -> parts that were dropped
 

@@ -2,12 +2,12 @@
 
 import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CHECKPOINT, PACK
 from safetensors.torch import load_file, save_file
 
 from bagel_rt.conformance.training import run_training_case
@@ -18,14 +18,13 @@ from bagel_rt.runtime.denoise import PackedBranches
 from bagel_rt.train.batch import TrainingBatch
 from bagel_rt.train.objective import flow_pair, flow_timesteps, training_losses
 
-PACK = Path(__file__).parents[1] / "conformance" / "bagel"
 CASES = ["60_train_packed", "61_train_video_shift3"]
 TOLERANCE = 2e-5  # float32, of the largest magnitude
 
 
 @pytest.fixture(scope="module")
 def bagel():
-    return Bagel.from_pretrained(PACK / "checkpoint", device="cpu")
+    return Bagel.from_pretrained(CHECKPOINT, device="cpu")
 
 
 @pytest.fixture(autouse=True)

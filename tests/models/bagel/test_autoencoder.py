@@ -3,12 +3,12 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CHECKPOINT, PACK
 from PIL import Image
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,7 +20,6 @@ from bagel_rt.models.bagel.autoencoder import AutoEncoder, decode_memory, encode
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig, VAEConfig
 from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor
 
-PACK = Path(__file__).parents[2] / "conformance" / "bagel"
 CASE = PACK / "cases" / "04_vae"
 TOLERANCE = 5e-5  # float32 against float32, of the largest recorded magnitude
 
@@ -46,8 +45,8 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.fixture(scope="module")
 def vae() -> AutoEncoder:
     with torch.device("meta"):
-        model = AutoEncoder(BagelConfig.from_folder(PACK / "checkpoint").vae)
-    model.load_state_dict(load_file(PACK / "checkpoint" / "ae.safetensors"), strict=True, assign=True)
+        model = AutoEncoder(BagelConfig.from_folder(CHECKPOINT).vae)
+    model.load_state_dict(load_file(CHECKPOINT / "ae.safetensors"), strict=True, assign=True)
     return model.requires_grad_(False)
 
 

@@ -1,16 +1,15 @@
 """bfloat16 stays as close to the float32 goldens as the official bfloat16 run does on the same models."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import CHECKPOINT, PACK
 from safetensors.torch import load_file
 
 from bagel_rt import Bagel
 from bagel_rt.conformance.recorded import Replay
 
-PACK = Path(__file__).parents[2] / "conformance" / "bagel"
 # Relative L2 of the official code under bfloat16 autocast, measured on these cases: the largest of each kind.
 BUDGET = {"hidden": 1.8e-2, "k": 1.8e-2, "v": 1.8e-2, "velocity": 4.1e-2, "final_latent": 1.7e-2, "logits": 1.9e-2}
 CASES = ["05_text_prefill_layers", "06_image_prefill_layers", "11_t2i_cfg_global", "18_t2i_n50", "20_edit_text_channel",
@@ -34,7 +33,7 @@ class Distances(Replay):
 
 @pytest.fixture(scope="module")
 def bagel():
-    return Bagel.from_pretrained(PACK / "checkpoint", device="cpu", dtype=torch.bfloat16)
+    return Bagel.from_pretrained(CHECKPOINT, device="cpu", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PACK
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,7 +26,6 @@ from bagel_rt.models.bagel.images import (
     to_rgb,
 )
 
-PACK = Path(__file__).parents[2] / "conformance" / "bagel"
 CASE = PACK / "cases" / "01_image_transforms"
 META = json.loads((CASE / "meta.json").read_text())
 GOLDEN = load_file(CASE / "tensors.safetensors")

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import good, run
 from conftest import CHECKPOINT
-from test_cli import good, run
 
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.memory import RUNTIME, expected_memory, explain

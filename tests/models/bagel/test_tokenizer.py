@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from conftest import CHECKPOINT, PACK
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, processors
@@ -14,7 +15,6 @@ from tokenizers import decoders, models, processors
 from bagel_rt.errors import CheckpointError
 from bagel_rt.models.bagel.tokenizer import END, START, TextStream, Tokenizer
 
-PACK = Path(__file__).parents[2] / "conformance" / "bagel"
 META = json.loads((PACK / "cases" / "00_tokenizer" / "meta.json").read_text(encoding="utf-8"))
 PARTS = ("vocab.json", "merges.txt", "tokenizer_config.json")
 
@@ -31,7 +31,7 @@ texts = st.lists(
 def copy_files(folder: Path, names=PARTS) -> Path:
     folder.mkdir(exist_ok=True)
     for name in names:
-        shutil.copyfile(PACK / "checkpoint" / name, folder / name)
+        shutil.copyfile(CHECKPOINT / name, folder / name)
     return folder
 
 
@@ -142,21 +142,21 @@ def test_decoding_agrees_with_the_tokenizers_package(whole, ids):
 
 
 def test_an_added_token_outside_the_byte_alphabet_spells_itself():
-    backend = tokenizers.Tokenizer.from_file(str(PACK / "checkpoint" / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend.add_tokens(["<new word>"])
     tokenizer = Tokenizer(backend, "test")
     assert tokenizer.decode(tokenizer.encode("a <new word>!")) == "a <new word>!"
 
 
 def test_nothing_is_cut_or_filled_up_whatever_the_file_says():
-    backend = tokenizers.Tokenizer.from_file(str(PACK / "checkpoint" / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     assert Tokenizer(backend, "test").decode(Tokenizer(backend, "test").encode("a long text")) == "a long text"
 
 
 def test_nothing_is_added_whatever_the_file_says():
-    backend = tokenizers.Tokenizer.from_file(str(PACK / "checkpoint" / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend.post_processor = processors.TemplateProcessing(f"{START} $A", special_tokens=[(START, 353)])
     assert Tokenizer(backend, "test").encode("ind") == [285]
 
