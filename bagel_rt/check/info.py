@@ -130,22 +130,6 @@ def checkpoint(folder: Path) -> dict:
     }
 
 
-def text(report: dict) -> str:
-    """The report for people."""
-    lines = []
-    for section, content in report.items():
-        if isinstance(content, list):
-            content = {entry["device"]: {name: entry[name] for name in entry if name != "device"} for entry in content}
-        if isinstance(content, dict):
-            lines.append(f"{section}:" if content else f"{section}: none")
-            width = max(map(len, content), default=0)
-            for name, value in content.items():
-                lines.append(f"  {name:{width}}  {_described(value) if isinstance(value, dict) else value}")
-        else:
-            lines.append(f"{section}: {content}")
-    return "\n".join(lines)
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -153,11 +137,6 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _described(entry: dict) -> str:
-    shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in entry.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _part(stem: str, name: str) -> str:

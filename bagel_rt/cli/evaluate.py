@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from tqdm import tqdm
 
 from bagel_rt.cli import options as cli_options
+from bagel_rt.cli.options import RunOptions, with_options
+from bagel_rt.cli.run import Run
+from bagel_rt.files import atomic_write, write_png
 from bagel_rt.models.bagel.settings import MAX_BATCH, check_seed, resolve_settings
 
 _ROW = "{:9} {:23} {:>9} {:>9}  {:>15} {:>9}"
@@ -48,6 +52,7 @@ def _setting(kind, metavar: str, help: str):
     return Annotated[kind | None, option]
 
 
+@with_options
 def evaluate(
     prompts: _Prompts = 20,
     seed: _Seed = 0,
@@ -59,11 +64,8 @@ def evaluate(
     cfg_img_scale: _setting(float, "X", "Guidance by the input picture; at 1 or less none.") = None,
     timestep_shift: _setting(float, "X", "Above 1 more of the steps are near the noise.") = None,
     num_timesteps: _setting(int, "N", "Points of the schedule; N make N - 1 steps.") = None,
-    model: cli_options.Model = None,
-    device: cli_options.Device = None,
-    dtype: cli_options.DType = None,
-    as_json: cli_options.Json = False,
-    progress: cli_options.Progress = None,
+    *,
+    options: RunOptions,
 ) -> None:
     """Measure how often a model draws, edits and answers right, on examples of a world of coloured shapes.
 
@@ -72,8 +74,6 @@ def evaluate(
     kept. Shares have 95% intervals. Equal seeds give equal examples, and --prompts 20 the first 20 of --prompts 100.
     Ctrl-C ends the measurement; what was done until then is reported.
     """
-    from bagel_rt.cli.run import Run
-    from bagel_rt.files import atomic_write, write_png
     from bagel_rt.tiny.evaluate import CATEGORIES, choose_problems, scores
     from bagel_rt.tiny.evaluate import evaluate as solve
 
@@ -89,8 +89,8 @@ def evaluate(
     check_seed(seed)
     problems = choose_problems(prompts, seed, task or tuple(CATEGORIES))
     tried = {problem.example.task for problem in problems}
-    with Run("eval", model, device, dtype, as_json, progress) as run:
-        start, bars = time.perf_counter(), cli_options.shows_progress(progress)
+    with Run("eval", options) as run:
+        start, bars = time.perf_counter(), cli_options.shows_progress(options.progress)
         trials, ended = _collect(solve(run.bagel, problems, batch, run.bars, **settings), len(problems), bars)
         if ended is not None and not trials:
             raise ended
@@ -119,8 +119,6 @@ def evaluate(
 
 def _collect(trials, total: int, shown: bool) -> tuple[list, BaseException | None]:
     """The trials, with a bar; and what ended them early, if anything did."""
-    from tqdm import tqdm
-
     done, right = [], 0
     with tqdm(total=total, desc="eval", unit="example", disable=not shown) as bar:
         try:

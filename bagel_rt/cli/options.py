@@ -1,6 +1,6 @@
-"""What can be said on the command line: the options that commands share, and the reading of their values.
+"""Shared CLI options, and the functions that check and convert their values.
 
-Everything here is checked before a model is loaded; a bad value is a ValueError or typer.BadParameter that names it.
+Values are checked before a model is loaded. An invalid one raises ValueError or typer.BadParameter with its name.
 """
 
 import inspect
@@ -8,34 +8,36 @@ import os
 import secrets
 import socket
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.files import partial_path
 from bagel_rt.models.bagel.settings import RENORM_TYPES, TASKS, check_seed
 
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def writable_file(path: Path) -> Path:
-    """The path, if a file can be written there; else typer.BadParameter."""
+    """Return the path if a file can be written there, else raise typer.BadParameter."""
     try:
         if path.is_dir():
-            raise typer.BadParameter(f"{path} is a folder, give the name of a file in it")
+            raise typer.BadParameter(f"{path} is a folder. Give the name of a file in it.")
         partial_path(path).touch()
         partial_path(path).unlink()
     except OSError as error:
-        raise typer.BadParameter(f"{path}: no file can be written there ({error.strerror})") from None
+        raise typer.BadParameter(f"{path}: cannot write a file there ({error.strerror})") from None
     return path
 
 
 def writable_png(path: Path) -> Path:
-    """The path, if a picture can be written there; else typer.BadParameter."""
+    """Return the path if a PNG can be written there, else raise typer.BadParameter."""
     if path.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{path}: pictures are written as PNG, give a name that ends in .png")
+        raise typer.BadParameter(f"{path}: images are written as PNG. Give a name that ends in .png.")
     return writable_file(path)
 
 
@@ -43,16 +45,18 @@ def _output(help: str):
     return typer.Option("--output", "-o", metavar="FILE.png", callback=writable_png, help=help)
 
 
-Output = Annotated[Path, _output("Where to write the picture. A file of that name is replaced.")]
-Outputs = Annotated[Path, _output("Where to write; several pictures: FILE-1.png, FILE-2.png, ... Files are replaced.")]
-Numbered = Annotated[Path, _output("Pictures are written to FILE-1.png, FILE-2.png, ... Files are replaced.")]
-MoreImages = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="One more picture. Repeatable.")]
-Seed = Annotated[
-    int | None, typer.Option(metavar="N", show_default="random", help="The same seed repeats a result on a machine.")
+Output = Annotated[Path, _output("Where to write the image. An existing file is replaced.")]
+Outputs = Annotated[
+    Path, _output("Where to write the image; several images: FILE-1.png, FILE-2.png, ... Existing files are replaced.")
 ]
-Think = Annotated[bool, typer.Option(help="Let the model write down its thoughts first.")]
+Numbered = Annotated[Path, _output("Images are written to FILE-1.png, FILE-2.png, ... Existing files are replaced.")]
+MoreImages = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="Another image. Repeatable.")]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", show_default="random", help="The same seed repeats a result on one machine.")
+]
+Think = Annotated[bool, typer.Option(help="Let the model write its reasoning first.")]
 Negative = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="What text guidance moves away from, in place of nothing.")
+    str | None, typer.Option(metavar="TEXT", help="Prompt that text guidance moves away from; default: no prompt.")
 ]
 Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the model's largest square")]
 
@@ -83,10 +87,57 @@ Progress = Annotated[
     typer.Option(
         "--progress/--no-progress",
         show_default="if stderr is a terminal",
-        help="Bars on stderr.",
+        help="Progress bars on stderr.",
         rich_help_panel="Report",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model to load, and where to."""
+
+    model: Model = None
+    device: Device = None
+    dtype: DType = None
+
+    @property
+    def folder(self) -> Path:
+        return self.model or DEFAULT_MODEL
+
+    def load(self, progress: bool = False):
+        """Load the model and return a :class:`bagel_rt.Bagel`."""
+        from bagel_rt.pipeline import Bagel
+
+        return Bagel.from_pretrained(self.folder, read_device(self.device), read_dtype(self.dtype), progress=progress)
+
+
+@dataclass(frozen=True)
+class RunOptions(ModelOptions):
+    """The model, and how to report what it does."""
+
+    as_json: Json = False
+    progress: Progress = None
+
+
+def with_options(command):
+    """Expand the command's parameters that are annotated with a dataclass into one option per field."""
+    signature = inspect.signature(command)
+    groups = {p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)}
+    expanded = []
+    for parameter in signature.parameters.values():
+        group = groups.get(parameter.name)
+        expanded += inspect.signature(group).parameters.values() if group else [parameter]
+
+    @wraps(command)
+    def call(**values):
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        return command(**values)
+
+    call.__signature__ = signature.replace(parameters=expanded)
+    return call
+
 
 _HYPERPARAMETERS = {  # name -> (help, metavar)
     "cfg_text_scale": ("Guidance by the last text; at 1 or less no guidance at all.", "X"),
@@ -135,69 +186,68 @@ def with_hyperparameters(task: str):
 
 
 def shows_progress(progress: bool | None) -> bool:
-    """Whether to show bars: as said, else where a person sees them."""
+    """Whether to show progress bars; by default only on a terminal."""
     return sys.stderr.isatty() if progress is None else progress
 
 
 def read_seed(seed: int | None) -> int:
-    """The seed, drawn if none is given, so that it can be reported."""
+    """The seed; a random one if none is given, so that it can be reported."""
     check_seed(seed)
     return secrets.randbelow(2**32) if seed is None else seed
 
 
-def read_size(model: Path | None, width: int | None, height: int | None) -> tuple[int, int] | None:
-    """(height, width), where a side that is not given is that of the model's largest square; None if neither is."""
-    from bagel_rt.checkpoint import DEFAULT_MODEL
+def read_size(model: Path, width: int | None, height: int | None) -> tuple[int, int] | None:
+    """(height, width); a missing side is that of the model's largest square. None if both are missing."""
     from bagel_rt.models.bagel.config import BagelConfig
 
     if width is None and height is None:
         return None
-    config = BagelConfig.from_folder(model or DEFAULT_MODEL)
-    stride, most, usual = config.latent_stride, config.largest_side, config.default_resolution
+    config = BagelConfig.from_folder(model)
+    stride, largest, default = config.latent_stride, config.largest_side, config.default_resolution
     for option, side in (("--width", width), ("--height", height)):
-        if side is not None and (side % stride or not stride <= side <= most):
-            raise ValueError(f"{option} is {side}: allowed are multiples of {stride} from {stride} to {most}")
-    return height or usual, width or usual
+        if side is not None and (side % stride or not stride <= side <= largest):
+            raise ValueError(f"{option} must be a multiple of {stride} from {stride} to {largest}, got {side}.")
+    return height or default, width or default
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened at before a model is loaded, which may take minutes."""
+    """Raise ValueError if the address cannot be bound: before a model is loaded, which may take minutes."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ValueError(f"{host}, port {port} cannot be listened at: {error.strerror or error}") from None
+        raise ValueError(f"cannot bind {host}, port {port}: {error.strerror or error}") from None
 
 
 def read_device(name: str | None):
-    """A device that is here, or None for the default."""
+    """The torch device, which must exist; None for the default."""
     import torch
 
     if name is None:
         return None
     kind, colon, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
-        raise ValueError(f"--device is {name!r}: allowed are cpu, cuda and cuda:N")
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(f"--device {name} is not available: PyTorch finds {torch.cuda.device_count()} CUDA devices.")
     return torch.device(name)
 
 
 def read_dtype(name: str | None):
-    """A torch dtype, or None for the default."""
+    """The torch dtype; None for the default."""
     import torch
 
     return getattr(torch, name) if name else None
 
 
 def read_images(paths) -> list:
-    """Opened pictures."""
+    """Open the images."""
     from bagel_rt.models.bagel.images import open_image
 
     return [open_image(path) for path in paths]
 
 
 def read_part(part: str):
-    """An argument of ``interleave``: a text or an opened picture."""
+    """Read a part of ``interleave``'s input: a text, or the image in a file."""
     kind, _, rest = part.partition(":")
     if kind == "text":
         return rest
@@ -205,6 +255,6 @@ def read_part(part: str):
         return read_images([rest])[0]
     if os.path.isfile(part):
         return read_images([part])[0]
-    if part.lower().endswith(_PICTURE_SUFFIXES) and not any(map(str.isspace, part)):
-        raise ValueError(f"{part}: no such file; if it is meant as a text, write text:{part}")
+    if part.lower().endswith(_IMAGE_SUFFIXES) and not any(map(str.isspace, part)):
+        raise ValueError(f"{part}: no such file. For a text, write text:{part}")
     return part

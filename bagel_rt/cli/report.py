@@ -30,6 +30,27 @@ def check_line(result) -> str:
     return CHECK_LINE.format(result.result, result.op, result.dtype, error, f"{result.allowed:.1e}", told)
 
 
+def info_text(report: dict) -> str:
+    """Format the report of ``info``: a line per entry, entries of a section aligned."""
+    lines = []
+    for section, content in report.items():
+        if isinstance(content, list):
+            content = {entry["device"]: {name: entry[name] for name in entry if name != "device"} for entry in content}
+        if isinstance(content, dict):
+            lines.append(f"{section}:" if content else f"{section}: none")
+            width = max(map(len, content), default=0)
+            for name, value in content.items():
+                lines.append(f"  {name:{width}}  {_described(value) if isinstance(value, dict) else value}")
+        else:
+            lines.append(f"{section}: {content}")
+    return "\n".join(lines)
+
+
+def _described(entry: dict) -> str:
+    shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in entry.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
 def finite(value):
     """The same without the numbers that JSON has no word for; None stands for them."""
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A command at work on a model: loading, progress bars, written pictures, printed texts, and the JSON report."""
+"""Run a command on a loaded model: progress bars, output images and texts, and the JSON report."""
 
 import json
 import time
@@ -8,32 +8,26 @@ import typer
 from tqdm import tqdm
 
 from bagel_rt import __version__
-from bagel_rt.cli.options import read_device, read_dtype, shows_progress
+from bagel_rt.cli.options import RunOptions, shows_progress
 from bagel_rt.files import write_png
 
 
 class Run:
-    """A loaded model at one task. Leaving it ends the bars and prints the JSON report, if one is wanted.
+    """A loaded model running one command. Leaving the context clears the bars and, with ``--json``, prints the report.
 
     Attributes:
         bagel: the model.
-        bars: the progress callback to give to it.
+        bars: its progress callback.
         report: what ``--json`` prints.
     """
 
-    def __init__(
-        self, task: str, model: Path | None, device: str | None, dtype: str | None, as_json: bool, progress: bool | None
-    ):
-        from bagel_rt.checkpoint import DEFAULT_MODEL
-        from bagel_rt.pipeline import Bagel
-
-        folder, shown = model or DEFAULT_MODEL, shows_progress(progress)
-        start = time.perf_counter()
-        self.bagel = Bagel.from_pretrained(folder, read_device(device), read_dtype(dtype), progress=shown)
-        self.bars, self._as_json, self._loaded = Bars(shown), as_json, time.perf_counter()
+    def __init__(self, task: str, options: RunOptions):
+        shown, start = shows_progress(options.progress), time.perf_counter()
+        self.bagel = options.load(shown)
+        self.bars, self._as_json, self._loaded = Bars(shown), options.as_json, time.perf_counter()
         self._source = {
             "task": task,
-            "model": folder.resolve().name,  # never its path: pictures are passed on
+            "model": options.folder.resolve().name,  # not its path: images are shared with others
             "version": __version__,
             "dtype": str(self.bagel.model.dtype).removeprefix("torch."),
         }
@@ -54,30 +48,30 @@ class Run:
             typer.echo(json.dumps(self.report))
 
     def say(self, text: str, end: str = "\n") -> None:
-        """Print a text at once, unless stdout is for JSON."""
+        """Print a text immediately, unless stdout is for JSON."""
         if not self._as_json:
             typer.echo(text + end, nl=False)
 
     def text(self, text: str) -> None:
-        """Report a text that was said."""
+        """Add a text to the report."""
         self.report["outputs"].append({"type": "text", "text": text})
 
-    def picture(self, result, path: Path, **request) -> None:
-        """Write an ImageResult, with what it was made of, and report it."""
+    def image(self, result, path: Path, **request) -> None:
+        """Write an ImageResult with its parameters, and add it to the report."""
         self.bars.close()
         parameters = self._source | {"seed": result.seed} | request | result.parameters
         if result.thought is not None:
             parameters["thought"] = result.thought
             self.say(result.thought)
         write_png(result.image, path, parameters)
-        self.say(f"{path}: {result.image.width} x {result.image.height}, seed {result.seed}")
+        self.say(f"{path}: {result.image.width}x{result.image.height}, seed {result.seed}")
         self.report["outputs"].append(
             {"type": "image", "path": str(path), "seed": result.seed, "parameters": parameters}
         )
 
 
 class Bars:
-    """The progress callback of a request: one bar on stderr for every stage."""
+    """The progress callback of a request: one bar on stderr per stage."""
 
     def __init__(self, shown: bool):
         self._shown, self._bar = shown, None

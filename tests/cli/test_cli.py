@@ -59,10 +59,13 @@ MISTAKES = {
     "no prompt": (("generate", *OUT), "Missing argument 'PROMPT...'"),
     "no output": (("generate", "x"), "Missing option '--output'"),
     "an output that is no PNG": (("generate", "x", "-o", "{tmp}/out.jpg"), "a name that ends in .png"),
-    "an output in a missing folder": (("generate", "x", "-o", "{tmp}/no/out.png"), "no file can be written there"),
+    "an output in a missing folder": (("generate", "x", "-o", "{tmp}/no/out.png"), "cannot write a file there"),
     "an output in a file": (("generate", "x", "-o", "{photo}/out.png"), "Not a directory"),
     "an output that is a folder": (("generate", "x", "-o", "{tmp}/folder.png"), "folder.png is a folder"),
-    "an output where nobody may write": (("generate", "x", "-o", "/proc/out.png"), "/proc/out.png: no file can be"),
+    "an output where nobody may write": (
+        ("generate", "x", "-o", "/proc/out.png"),
+        "out.png: cannot write",
+    ),
     "an output with too long a name": (("generate", "x", "-o", "{tmp}/" + "n" * 300 + ".png"), "too long"),
     "a number that is none": ((*DRAW, "--cfg-text-scale", "big"), "Invalid value for '--cfg-text-scale'"),
     "a scale out of range": ((*DRAW, "--cfg-text-scale", "101"), "cfg_text_scale is 101.0: allowed are"),
@@ -73,11 +76,17 @@ MISTAKES = {
     "a schedule without steps": ((*DRAW, "--num-timesteps", "1"), "num_timesteps is 1: allowed are"),
     "a temperature of zero": (("chat", "x", "--text-temperature", "0"), "text_temperature is 0.0: allowed are"),
     "a negative seed": ((*DRAW, "--seed", "-1"), "seed is -1: allowed are integers from 0"),
-    "a width off the grid": ((*DRAW, "--width", "100"), "--width is 100: allowed are multiples of 16"),
-    "a height of nothing": ((*DRAW, "--height", "0"), "--height is 0: allowed are multiples of 16"),
-    "a width past the position table": ((*DRAW, "--width", "272"), "from 16 to 256"),
-    "a device that does not exist": (("chat", "x", "--device", "tpu"), "--device is 'tpu': allowed are cpu, cuda"),
-    "a device that is not here": (("chat", "x", "--device", "cuda:99"), "PyTorch finds"),
+    "a width off the grid": ((*DRAW, "--width", "100"), "--width must be a multiple of 16 from 16 to 256, got 100."),
+    "a height of nothing": ((*DRAW, "--height", "0"), "--height must be a multiple of 16"),
+    "a width past the position table": ((*DRAW, "--width", "272"), "from 16 to 256, got 272."),
+    "a device that does not exist": (
+        ("chat", "x", "--device", "tpu"),
+        "must be cpu, cuda or cuda:N, got 'tpu'.",
+    ),
+    "a device that is not here": (
+        ("chat", "x", "--device", "cuda:99"),
+        "cuda:99 is not available: PyTorch finds",
+    ),
     "a dtype that does not exist": (("chat", "x", "--dtype", "int8"), "'int8' is not one of"),
     "a picture that is missing": (("edit", "{tmp}/no.png", "x", *OUT), "no.png: no such file"),
     "prompt and picture exchanged": (("edit", "make it night", "{photo}", *OUT), "make it night: no such file"),
@@ -88,7 +97,10 @@ MISTAKES = {
     "no rounds": (("interleave", "a", *OUT, "--max-rounds", "0"), "--max-rounds"),
     "too many rounds": (("interleave", "a", *OUT, "--max-rounds", str(MAX_ROUNDS + 1)), "--max-rounds"),
     "a conformance pack that is none": (("conformance", "{tmp}"), "no conformance pack"),
-    "a case that does not exist": (("conformance", str(PACK), "--case", "99"), "--case 99: no such case"),
+    "a case that does not exist": (
+        ("conformance", str(PACK), "--case", "99"),
+        "--case must match one of 00_",
+    ),
     "a taken folder": (("make-random-checkpoint", "{tmp}"), "exists and is not an empty folder"),
     "a folder that is a file": (("make-random-checkpoint", "{photo}"), "exists and is not an empty folder"),
     "a model to copy that is none": (("make-random-checkpoint", "{tmp}/new", "--like", "{tmp}"), "llm_config.json"),
@@ -152,8 +164,8 @@ def test_a_failure_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
-    def fill_up(image, path, **_):
-        Path(path).write_bytes(b"\x89PNG")
+    def fill_up(image, file, **_):
+        file.write(b"\x89PNG")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     out = tmp_path / "out.png"
@@ -188,7 +200,7 @@ def test_ctrl_c_ends_the_work_with_130_and_no_file(tmp_path):
 def test_generate_writes_what_the_library_draws(bagel, tmp_path):
     out = tmp_path / "a.png"
     said = good("generate", "a cat", "-o", out, *SMALL, "--seed", 5, "--negative-prompt", "dog")
-    assert said == f"{out}: 48 x 32, seed 5\n"
+    assert said == f"{out}: 48x32, seed 5\n"
     want = bagel.generate("a cat", size=(32, 48), num_timesteps=3, seed=5, negative_prompt="dog")
     assert (pixels(out) == pixels(want.image)).all()
 
@@ -305,7 +317,7 @@ def test_interleave_reads_parts_in_order_and_writes_pictures_in_place(monkeypatc
     arguments = ("interleave", *parts, "-o", out, "--seed", 9, "--max-rounds", 2, "--height", 64)
     said = good(*arguments)
     assert said.splitlines() == [
-        "first", f"{tmp_path}/out-1.png: 4 x 2, seed 9", "then", f"{tmp_path}/out-2.png: 4 x 2, seed 9", "done"
+        "first", f"{tmp_path}/out-1.png: 4x2, seed 9", "then", f"{tmp_path}/out-2.png: 4x2, seed 9", "done"
     ]  # fmt: skip
     texts = [part if isinstance(part, str) else part.size for part in given["inputs"]]
     assert texts == ["look:", (90, 70), str(photo), (90, 70), "image:x", "no such file.png"]

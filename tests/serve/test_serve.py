@@ -328,10 +328,10 @@ def test_serve_checks_its_options(tmp_path):
     assert said("--batch", "65")[1].startswith("bagel-rt: error: batch is 65")
     assert said("--model", str(tmp_path / "no"), "--port", "0")[0] == 2
     assert "BAGEL_RT_API_KEY is set but empty" in said(BAGEL_RT_API_KEY=" ")[1]
-    assert "--replicas is 2, but one process has one model" in said("--replicas", "2", "--port", "0")[1]
+    assert "--replicas 2 needs --ray: a process has one model" in said("--replicas", "2", "--port", "0")[1]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, message = said("--port", str(taken.getsockname()[1]))
-        assert code == 2 and "cannot be listened at" in message
+        assert code == 2 and "cannot bind" in message
 
 
 @pytest.mark.parametrize("given", [{"seconds": float("nan")}, {"grace": float("inf")}, {"steps": 1}, {"images": 64}])

@@ -304,7 +304,7 @@ def test_what_ends_before_the_first_result_leaves_nothing(monkeypatch, tmp_path)
         pytest.param(("--num-timesteps", 1), "num_timesteps is 1: allowed are", id="no steps"),
         pytest.param(("--cfg-img-scale", "nan"), "cfg_img_scale is nan: allowed are", id="a scale that is not finite"),
         pytest.param(("--sheet", "sheet.jpg"), "a name that ends in .png", id="a sheet that is no PNG"),
-        pytest.param(("--report", "/no/report.json"), "no file can be written there", id="a report in no folder"),
+        pytest.param(("--report", "/no/report.json"), "cannot write a file there", id="a report in no folder"),
         pytest.param(("--model", "/no"), "no such folder", id="no model"),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr("bagel_rt.pipeline.Bagel.from_pretrained", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = CliRunner().invoke(app, ["ui", "--port", str(taken.getsockname()[1])])
-    assert result.exit_code == 2 and "cannot be listened at" in result.output
+    assert result.exit_code == 2 and "cannot bind" in result.output
 
 
 def test_the_command_serves_the_page_until_interrupted_and_leaves_no_files(tmp_path):
