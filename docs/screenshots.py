@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "ui"))
 
 from browsing import Browser, start_chromium  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402

@@ -1,6 +1,5 @@
 """A trained model as a folder in the official layout."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from bagel_rt.errors import CheckpointError
+from bagel_rt.models.bagel.folder import STORED_AS, copy_tokenizer, missing_tokenizer_files, write_config
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.models.bagel.random_checkpoint import STORED_AS, TOKENIZER_FILES, official_json
 
 
 def save_checkpoint(model: BagelModel, folder: str | Path, tokenizer_folder: str | Path) -> None:
@@ -27,9 +26,7 @@ def save_checkpoint(model: BagelModel, folder: str | Path, tokenizer_folder: str
         CheckpointError: a tokenizer's file is missing, or a weight is not finite; nothing was written then.
     """
     folder, tokenizer_folder = Path(folder), Path(tokenizer_folder)
-    files = [name for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()]
-    missing = sorted(set(TOKENIZER_FILES) - {"generation_config.json", *files})
-    if missing:
+    if missing := missing_tokenizer_files(tokenizer_folder):
         raise CheckpointError(
             f"{tokenizer_folder} lacks {', '.join(missing)}; give the folder of the model's tokenizer"
         )
@@ -37,13 +34,10 @@ def save_checkpoint(model: BagelModel, folder: str | Path, tokenizer_folder: str
     folder.mkdir(parents=True, exist_ok=True)
     for stem, tensors in weights.items():
         save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
-    for name, content in official_json(model.config).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_config(folder, model.config)
     for stem in weights:  # safetensors lets nobody else read its files
         shutil.copymode(folder / "config.json", folder / f"{stem}.safetensors")
-    for name in files:
-        if folder.resolve() != tokenizer_folder.resolve():
-            shutil.copyfile(tokenizer_folder / name, folder / name)
+    copy_tokenizer(tokenizer_folder, folder)
 
 
 def official_tensors(model: BagelModel, stem: str) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shapes_pictures import spoilt
+from pictures import spoilt
 
 from bagel_rt.tiny.claims import Claims, GroupClaim
 from bagel_rt.tiny.examples import Example, make_example

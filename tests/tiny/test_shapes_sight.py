@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from pictures import spoilt
 from PIL import Image
-from shapes_pictures import spoilt
 
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing, draw_scene, split_of

@@ -28,11 +28,11 @@ from bagel_rt.tiny.model import initialize_, tiny_config
 from bagel_rt.tiny.recipe import Recipe, Run, untrained_model
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import split_of
+from bagel_rt.tiny.tokenizer import learn_tokenizer, write_tokenizer
 from bagel_rt.train.autoencoder import AutoencoderSettings
 from bagel_rt.train.objective import training_losses
 from bagel_rt.train.packing import Clean, Noised, Sample, SpecialTokens, ViT, pack
 from bagel_rt.train.packing import Text as TextPart
-from bagel_rt.train.tokenizer import learn_tokenizer, write_tokenizer
 from bagel_rt.train.trainer import TrainingSettings
 
 VAE = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4, scale_factor=0.8, shift_factor=0.1)

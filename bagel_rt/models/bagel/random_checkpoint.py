@@ -10,14 +10,12 @@ parameters: two and a half minutes of one core.
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -28,13 +26,23 @@ from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.checkpoint.write import save_sharded
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig
 from bagel_rt.models.bagel.embed import sincos_table
+from bagel_rt.models.bagel.folder import STORED_AS, copy_tokenizer, write_config
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 
-STORED_AS = {"ema": torch.bfloat16, "ae": torch.float32}  # file stem -> dtype, as published
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _CHUNK = 1 << 22  # numbers drawn from one generator; part of what a seed means
 _MARGIN = 64 << 20  # bytes of disk beside the weights
+
+
+def random_weight(name: str, shape: tuple[int, ...], normal: Callable[[float, float], torch.Tensor]) -> torch.Tensor:
+    """The weight of this official name; ``normal(mean, deviation)`` draws a tensor of ``shape``."""
+    if name.endswith("pos_embed"):
+        return sincos_table(shape[1], math.isqrt(shape[0]))
+    if name.endswith(".bias"):
+        return normal(0.0, 0.02)
+    if len(shape) == 1:  # of a norm
+        return normal(1.0, 0.1)
+    return normal(0.0, math.prod(shape[1:]) ** -0.5)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -46,26 +54,22 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: i
         dtype: the values are rounded to; bfloat16 in ``ema.safetensors``, float32 in ``ae.safetensors``.
         seed: of the whole model.
     """
-    if name.endswith("pos_embed"):
-        return sincos_table(shape[1], math.isqrt(shape[0])).to(dtype)
-    if name.endswith(".bias"):
-        mean, deviation = 0.0, 0.02
-    elif len(shape) == 1:  # of a norm
-        mean, deviation = 1.0, 0.1
-    else:
-        mean, deviation = 0.0, math.prod(shape[1:]) ** -0.5
-    tensor = torch.empty(shape, dtype=dtype)
 
-    @torch.inference_mode()
-    def draw(index: int, chunk: torch.Tensor) -> None:
-        digest = hashlib.blake2b(f"{seed} {name} {index}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        chunk.copy_(torch.empty(len(chunk)).normal_(mean, deviation, generator=generator))
+    def normal(mean: float, deviation: float) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
 
-    chunks = tensor.view(-1).split(_CHUNK)
-    with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as pool:
-        list(pool.map(draw, range(len(chunks)), chunks))
-    return tensor
+        @torch.inference_mode()
+        def draw(index: int, chunk: torch.Tensor) -> None:
+            digest = hashlib.blake2b(f"{seed} {name} {index}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            chunk.copy_(torch.empty(len(chunk)).normal_(mean, deviation, generator=generator))
+
+        chunks = tensor.view(-1).split(_CHUNK)
+        with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as pool:
+            list(pool.map(draw, range(len(chunks)), chunks))
+        return tensor
+
+    return random_weight(name, shape, normal).to(dtype)
 
 
 @torch.inference_mode()
@@ -118,10 +122,11 @@ def make_random_checkpoint(
             f"vocab_size is {config.llm.vocab_size}: the tokenizer in {tokenizer.name} needs {known} or more"
         )
     with _filling(folder, total):
-        _write_configuration(folder, config)
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).exists():
-                shutil.copyfile(tokenizer / name, folder / name)
+        write_config(folder, config)
+        read = BagelConfig.from_folder(folder)
+        if read != config:
+            raise ValueError(f"the official files cannot express this configuration: {config} would be read as {read}")
+        copy_tokenizer(tokenizer, folder)
         with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", disable=not progress) as bar:
 
             def tensor(stem: str, name: str) -> torch.Tensor:
@@ -140,42 +145,6 @@ def make_random_checkpoint(
             )
             (folder / "ae.safetensors").write_bytes(save({name: tensor("ae", name) for name in shapes["ae"]}))
     return total
-
-
-def official_json(config: BagelConfig) -> dict[str, dict]:
-    """The official JSON files that :meth:`BagelConfig.from_folder` reads this configuration from, by file name."""
-    llm, vit, vae = (_by_official_keys(part) for part in (config.llm, config.vit, config.vae))
-    llm |= {"model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
-    sides = {"vit_max_num_patch_per_side": vit.pop("vit_max_num_patch_per_side")}
-    vit["num_hidden_layers"] += 1  # official loaders subtract one
-    vit |= {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
-    rules = {"vae": config.vae_transform, "vit": config.vit_transform}
-    main = {
-        "architectures": ["BagelForConditionalGeneration"],
-        "model_type": "bagel",
-        "torch_dtype": "bfloat16",
-        "connector_act": "gelu_pytorch_tanh",
-        **_by_official_keys(config),
-        **sides,
-        "llm_config": llm,
-        "vit_config": vit,
-        "vae_config": vae | {"downsample": config.vae.downsample},
-        "image_transforms": {name: [rule.max_size, rule.min_size, rule.stride] for name, rule in rules.items()},
-    }
-    return {"config.json": main, "llm_config.json": llm, "vit_config.json": vit}
-
-
-def _by_official_keys(config) -> dict:
-    """The fields of a configuration that its JSON file states, under that file's keys."""
-    return {item.metadata["key"] or item.name: getattr(config, item.name) for item in fields(config) if item.metadata}
-
-
-def _write_configuration(folder: Path, config: BagelConfig) -> None:
-    for name, content in official_json(config).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    read = BagelConfig.from_folder(folder)
-    if read != config:
-        raise ValueError(f"the official files cannot express this configuration: {config} would be read as {read}")
 
 
 @contextmanager

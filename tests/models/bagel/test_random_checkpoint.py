@@ -17,8 +17,9 @@ from bagel_rt import Bagel
 from bagel_rt.cli import app
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig, ResizeRule
 from bagel_rt.models.bagel.embed import sincos_table
+from bagel_rt.models.bagel.folder import official_json
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.models.bagel.random_checkpoint import make_random_checkpoint, official_json, random_tensor, randomize_
+from bagel_rt.models.bagel.random_checkpoint import make_random_checkpoint, random_tensor, randomize_
 
 TINY = BagelConfig.from_folder(CHECKPOINT)
 ODD = replace(

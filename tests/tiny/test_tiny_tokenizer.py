@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.tiny.examples import texts
-from bagel_rt.train.tokenizer import SPECIAL_TOKENS, learn_tokenizer, write_tokenizer
+from bagel_rt.tiny.tokenizer import SPECIAL_TOKENS, learn_tokenizer, write_tokenizer
 
 
 @pytest.fixture(scope="module")

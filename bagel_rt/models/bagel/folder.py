@@ -1,0 +1,64 @@
+"""The files of an official model folder, other than its weights: three configurations and a tokenizer."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from bagel_rt.models.bagel.config import BagelConfig
+
+STORED_AS = {"ema": torch.bfloat16, "ae": torch.float32}
+"""Dtype of the published weights, by file stem."""
+
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+_GENERATION_FILE = "generation_config.json"
+
+
+def missing_tokenizer_files(folder: Path) -> list[str]:
+    """The files of a tokenizer that the folder lacks."""
+    return sorted(name for name in _TOKENIZER_FILES if not (folder / name).is_file())
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer, with ``generation_config.json`` if it has one; nothing if both folders are the same."""
+    if source.resolve() == folder.resolve():
+        return
+    for name in (*_TOKENIZER_FILES, _GENERATION_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_config(folder: Path, config: BagelConfig) -> None:
+    """Write the three JSON files that :meth:`BagelConfig.from_folder` reads ``config`` from."""
+    for name, content in official_json(config).items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def official_json(config: BagelConfig) -> dict[str, dict]:
+    """The official JSON files that :meth:`BagelConfig.from_folder` reads this configuration from, by file name."""
+    llm, vit, vae = (_by_official_keys(part) for part in (config.llm, config.vit, config.vae))
+    llm |= {"model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    sides = {"vit_max_num_patch_per_side": vit.pop("vit_max_num_patch_per_side")}
+    vit["num_hidden_layers"] += 1  # official loaders subtract one
+    vit |= {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
+    rules = {"vae": config.vae_transform, "vit": config.vit_transform}
+    main = {
+        "architectures": ["BagelForConditionalGeneration"],
+        "model_type": "bagel",
+        "torch_dtype": "bfloat16",
+        "connector_act": "gelu_pytorch_tanh",
+        **_by_official_keys(config),
+        **sides,
+        "llm_config": llm,
+        "vit_config": vit,
+        "vae_config": vae | {"downsample": config.vae.downsample},
+        "image_transforms": {name: [rule.max_size, rule.min_size, rule.stride] for name, rule in rules.items()},
+    }
+    return {"config.json": main, "llm_config.json": llm, "vit_config.json": vit}
+
+
+def _by_official_keys(config) -> dict:
+    """The fields of a configuration that its JSON file states, under that file's keys."""
+    return {item.metadata["key"] or item.name: getattr(config, item.name) for item in fields(config) if item.metadata}
