@@ -209,7 +209,7 @@ def build(stage: Stage, deadline: float, save, folder: Path) -> None:
 
 def tests(stage: Stage, deadline: float, save, folder: Path, patterns=TESTS) -> None:
     """The kernels' test files, each in a process of its own, all at once."""
-    files = [path for pattern in patterns for path in sorted((ROOT / "tests").glob(f"test_{pattern}.py"))]
+    files = [path for pattern in patterns for path in sorted((ROOT / "tests").rglob(f"test_{pattern}.py"))]
     with tempfile.TemporaryDirectory() as logs:
         running = {}
         for file in files:
@@ -250,7 +250,8 @@ def sanitize(stage: Stage, deadline: float, save, folder: Path, names=SANITIZED)
         stage.remarks.append("compute-sanitizer was not found; it comes with the CUDA toolkit")
         return
     for name in names:
-        file, path = ROOT / "tests" / f"test_{name}.py", folder / "sanitize.log"
+        (file,) = (ROOT / "tests").rglob(f"test_{name}.py")
+        path = folder / "sanitize.log"
         command = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "99",
                    sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]  # fmt: skip
         with path.open("a+") as log:

@@ -317,7 +317,7 @@ def test_the_tests_stage_counts_and_keeps_the_log_of_what_fails(tmp_path, monkey
 
 
 def test_the_tests_of_every_kernel_are_found():
-    files = [path.name for pattern in gpu_check.TESTS for path in (measure.ROOT / "tests").glob(f"test_{pattern}.py")]
+    files = [path.name for pattern in gpu_check.TESTS for path in (measure.ROOT / "tests").rglob(f"test_{pattern}.py")]
     others = ("attention", "attention_backward", "linear", "norm", "qk_norm_rope", "ops_registration", "backend")
     assert files[0] == "test_conformance_kernels.py" and {f"test_{name}.py" for name in others} <= set(files)
     assert len(files) == len(set(files)) >= len(gpu_check.TESTS)
