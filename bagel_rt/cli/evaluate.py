@@ -1,4 +1,4 @@
-"""``bagel-rt eval``: how often a model is right on the world of shapes, as a table, a contact sheet and JSON."""
+"""``bagel-rt eval``: accuracy on the world of coloured shapes, as a table, a contact sheet and JSON."""
 
 import json
 import time
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from bagel_rt.cli import options as cli_options
 from bagel_rt.cli.options import RunOptions, with_options
+from bagel_rt.cli.report import plain_text
 from bagel_rt.cli.run import Run
 from bagel_rt.files import atomic_write, write_png
 from bagel_rt.models.bagel.settings import MAX_BATCH, check_seed, resolve_settings
 
-_ROW = "{:9} {:23} {:>9} {:>9}  {:>15} {:>9}"
-_SHOWN = {"generate": 8, "edit": 8, "ask": 16}  # tiles of a section of the contact sheet: one or two full rows
+_TILES = {"generate": 8, "edit": 8, "ask": 16}  # per section of the contact sheet: one or two full rows
 _DRAWN = ("generate", "edit")
 _SECTIONS = {"edit": "edits", "ask": "questions"}
 
@@ -36,14 +37,14 @@ _Tasks = Annotated[
 ]
 _Prompts = Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="Examples of each category.")]
 _Seed = Annotated[int, typer.Option(metavar="N", help="Of the examples and of the model's noise.")]
-_Batch = Annotated[int, typer.Option(min=1, max=MAX_BATCH, metavar="N", help="Texts drawn at once.")]
+_Batch = Annotated[int, typer.Option(min=1, max=MAX_BATCH, metavar="N", help="Images generated in one batch.")]
 _Sheet = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.png", callback=_writable_sheet, help="Write a contact sheet: the first of each kind."),
+    typer.Option(metavar="FILE.png", callback=_writable_sheet, help="Write a contact sheet of the first examples."),
 ]
 _Report = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.json", callback=_writable_report, help="Write what --json prints: every example too."),
+    typer.Option(metavar="FILE.json", callback=_writable_report, help="Write the JSON report, with every example."),
 ]
 
 
@@ -61,18 +62,18 @@ def evaluate(
     sheet: _Sheet = None,
     report: _Report = None,
     cfg_text_scale: _setting(float, "X", "Guidance by the last text; at 1 or less no guidance at all.") = None,
-    cfg_img_scale: _setting(float, "X", "Guidance by the input picture; at 1 or less none.") = None,
+    cfg_img_scale: _setting(float, "X", "Guidance by the input image; at 1 or less none.") = None,
     timestep_shift: _setting(float, "X", "Above 1 more of the steps are near the noise.") = None,
     num_timesteps: _setting(int, "N", "Points of the schedule; N make N - 1 steps.") = None,
     *,
     options: RunOptions,
 ) -> None:
-    """Measure how often a model draws, edits and answers right, on examples of a world of coloured shapes.
+    """Measure how often a model generates, edits and answers correctly, on examples of a world of coloured shapes.
 
-    Combinations of shapes, colours and places are those that training on this world leaves out. A program judges: a
-    picture is right if everything that its text says is there, and nothing else; an edit, if also all the rest was
-    kept. Shares have 95% intervals. Equal seeds give equal examples, and --prompts 20 the first 20 of --prompts 100.
-    Ctrl-C ends the measurement; what was done until then is reported.
+    The examples are combinations of shapes, colours and places that training on this world leaves out. A program
+    judges them: an image is right if it shows what its prompt says and nothing else; an edit must also keep the rest.
+    Shares have 95% intervals. The same seed gives the same examples; --prompts 20 gives the first 20 of --prompts 100.
+    Ctrl-C stops the evaluation and reports the results so far.
     """
     from bagel_rt.tiny.evaluate import CATEGORIES, choose_problems, scores
     from bagel_rt.tiny.evaluate import evaluate as solve
@@ -104,21 +105,21 @@ def evaluate(
             "settings": {name: asdict(resolve_settings(name, settings).image) for name in _DRAWN if name in tried},
             "complete": ended is None,
             "scores": [asdict(score) for score in scores(trials)],
-            "trials": [_told(trial) for trial in trials],
+            "trials": [_trial_report(trial) for trial in trials],
         }
         if report is not None:
             with atomic_write(report) as file:
                 file.write((json.dumps(run.report, indent=1) + "\n").encode())
         if sheet is not None:
-            told = {name: value for name, value in run.report.items() if name != "trials"}
-            write_png(_contact_sheet(run.report, trials), sheet, told)
+            parameters = {name: value for name, value in run.report.items() if name != "trials"}
+            write_png(_contact_sheet(run.report, trials), sheet, parameters)
         run.say(_table(run.report))
     if ended is not None:
         raise ended
 
 
 def _collect(trials, total: int, shown: bool) -> tuple[list, BaseException | None]:
-    """The trials, with a bar; and what ended them early, if anything did."""
+    """Run the trials behind a progress bar; return them, and the error that ended them early, if any."""
     done, right = [], 0
     with tqdm(total=total, desc="eval", unit="example", disable=not shown) as bar:
         try:
@@ -128,28 +129,28 @@ def _collect(trials, total: int, shown: bool) -> tuple[list, BaseException | Non
                 bar.set_description(trial.problem.example.task, refresh=False)
                 bar.set_postfix_str(f"{right} right", refresh=False)
                 bar.update()
-        except BaseException as error:  # also Ctrl-C: minutes of work are reported before it takes its course
+        except BaseException as error:  # also Ctrl-C: the trials so far are reported before it is raised
             return done, error
     return done, None
 
 
 def _backend(device) -> str:
-    """What runs the ops on a device: "reference", "triton", "cuda, triton", ..."""
+    """The backends of the ops on a device: "reference", "triton", "cuda, triton", ..."""
     from bagel_rt.kernels.backend import OPS, implementation
 
     return ", ".join(sorted({implementation(op, device) for op in OPS}))
 
 
-def _told(trial) -> dict:
-    example = trial.problem.example
-    told = {"task": example.task, "category": trial.problem.category, "text": example.text, "seed": trial.problem.seed}
+def _trial_report(trial) -> dict:
+    problem, example = trial.problem, trial.problem.example
+    report = {"task": example.task, "category": problem.category, "text": example.text, "seed": problem.seed}
     if example.task == "ask":
-        told |= {"answer": trial.result, "expected": example.answer}
-    return told | {"correct": trial.correct, "failures": list(trial.failures), "seconds": trial.seconds}
+        report |= {"answer": trial.result, "expected": example.answer}
+    return report | {"correct": trial.correct, "failures": list(trial.failures), "seconds": trial.seconds}
 
 
 def _circumstances(report: dict) -> str:
-    """Where and how it was measured, in a line."""
+    """One line: dtype, device, seed, steps, time."""
     steps = {settings["num_timesteps"] - 1 for settings in report["settings"].values()}
     parts = [f"{report['dtype']} on {report['device']} ({report['backend']})", f"seed {report['seed']}"]
     parts += [f"{step} steps" if step > 1 else "1 step" for step in steps]
@@ -162,28 +163,28 @@ def _interval(score: dict) -> str:
 
 
 def _table(report: dict) -> str:
-    """The scores for people."""
-    lines = [f"{report['model']}: {_circumstances(report)}"]
-    lines.append(_ROW.format("task", "category", "right", "share", "95% interval", "seconds"))
+    """The scores as a text table."""
+    numbers = (Column(name, justify="right") for name in ("right", "share", "95% interval", "seconds"))
+    table = Table("task", "category", *numbers, box=None, pad_edge=False)
     for score in report["scores"]:
         right, share = f"{score['correct']}/{score['total']}", f"{100 * score['share']:.1f}%"
         category = score["category"] or "all"
-        lines.append(_ROW.format(score["task"], category, right, share, _interval(score), f"{score['seconds']:.1f}"))
-    return "\n".join(lines)
+        table.add_row(score["task"], category, right, share, _interval(score), f"{score['seconds']:.1f}")
+    return f"{report['model']}: {_circumstances(report)}\n{plain_text(table)}"
 
 
 def _contact_sheet(report: dict, trials: Sequence):
-    """The first trials: of texts to draw by category, of edits and questions all kinds together."""
+    """The first trials of each category of prompts, of all edits and of all questions."""
     from bagel_rt.tiny.contact_sheet import Section, contact_sheet
 
     sections = []
     for score in report["scores"]:
         task, category = score["task"], score["category"]
         if (task == "generate") != (category is not None):
-            continue  # texts to draw have a section for each category, the other tasks one for all
+            continue  # generate has a section per category, the other tasks one each
         chosen = [trial for trial in trials if trial.problem.example.task == task]
         chosen = [trial for trial in chosen if category in (None, trial.problem.category)]
-        tiles = [_tile(trial) for trial in chosen[: _SHOWN[task]]]
+        tiles = [_tile(trial) for trial in chosen[: _TILES[task]]]
         note = f"{score['correct']} of {score['total']} right, 95% interval {_interval(score)}"
         share = (score["low"], score["share"], score["high"])
         sections.append(Section(category or _SECTIONS[task], note, tiles, share))

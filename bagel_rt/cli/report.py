@@ -1,18 +1,24 @@
-"""Reports of checks as lines for people, and as values that JSON has words for."""
+"""Reports as text and as JSON-safe values.
+
+Cases of ``check`` and ``conformance`` are printed one by one, as they end: their columns have fixed widths.
+"""
 
 import math
+
+from rich.console import Console
+from rich.table import Table
 
 CASE_LINE = "{:7}  {:28}  {:>8}  {:>7}  {:>7}  {}"
 CHECK_LINE = "{:7}  {:18}  {:8}  {:>7}  {:>7}  {}"
 
 
 def case_result(report) -> str:
-    """What came of a case of a conformance pack, in a word."""
+    """The result of a conformance case: skipped, pass or FAIL."""
     return "skipped" if report.skipped else "pass" if report.passed else "FAIL"
 
 
 def case_lines(report, verbose: bool) -> str:
-    """A line about a case of a conformance pack and, if ``verbose``, one about every comparison in it."""
+    """A line for a conformance case; if ``verbose``, one more for each of its comparisons."""
     worst = report.worst
     found = (f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name) if worst else ("", "", report.skipped)
     lines = [CASE_LINE.format(case_result(report), report.case, len(report.comparisons), *found)]
@@ -24,10 +30,10 @@ def case_lines(report, verbose: bool) -> str:
 
 
 def check_line(result) -> str:
-    """A line about one kernel in one case, with what went wrong where nothing could be compared."""
+    """A line for one kernel in one case, with the error message if nothing could be compared."""
     error = "" if result.error is None else f"{result.error:.1e}"
-    told = f"{result.case}: {result.note}" if result.note else result.case
-    return CHECK_LINE.format(result.result, result.op, result.dtype, error, f"{result.allowed:.1e}", told)
+    case = f"{result.case}: {result.note}" if result.note else result.case
+    return CHECK_LINE.format(result.result, result.op, result.dtype, error, f"{result.allowed:.1e}", case)
 
 
 def info_text(report: dict) -> str:
@@ -51,8 +57,16 @@ def _described(entry: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
+def plain_text(table: Table) -> str:
+    """Render a table without colour, and at its full width: a pipe or a narrow terminal gets whole rows."""
+    console = Console(width=1000, color_system=None, markup=False, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(map(str.rstrip, capture.get().splitlines()))
+
+
 def finite(value):
-    """The same without the numbers that JSON has no word for; None stands for them."""
+    """JSON-safe values: None instead of nan and inf."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
