@@ -1,4 +1,4 @@
-"""``bagel-rt memory``: what a request will take of a GPU, told before anything is loaded."""
+"""``bagel-rt memory``: the GPU memory that a request needs, computed without loading the model."""
 
 import json
 from pathlib import Path
@@ -10,59 +10,62 @@ from bagel_rt.cli import options as cli_options
 
 _Size = Annotated[
     str | None,
-    typer.Option(metavar="WIDTHxHEIGHT", show_default="the model's largest square", help="Of the pictures to draw."),
+    typer.Option(metavar="WIDTHxHEIGHT", show_default="the model's largest square", help="Of the generated images."),
 ]
 _Images = Annotated[
     list[str] | None,
     typer.Option(
-        "--image", metavar="WIDTHxHEIGHT", show_default="an edit: one of --size", help="An input picture. Repeatable."
+        "--image",
+        metavar="WIDTHxHEIGHT",
+        show_default="an edit: one of --size",
+        help="Of an input image. Repeatable.",
     ),
 ]
 _Available = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1e6, metavar="GB", show_default="the GPU's, if there is one", help="Memory, in 10**9 bytes."
+        min=0, max=1e6, metavar="GB", show_default="the GPU's, if there is one", help="GPU memory, in 10**9 bytes."
     ),
 ]
 
 
 def memory(
     task: Annotated[
-        Literal["generate", "edit", "chat"], typer.Option(help="Of an interleaved answer: edit.")
+        Literal["generate", "edit", "chat"], typer.Option(help="For an interleaved answer: edit.")
     ] = "generate",
     size: _Size = None,
     images: _Images = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Requests at once.")] = 1,
-    text_tokens: Annotated[int, typer.Option(metavar="N", help="Of the texts that are given.")] = 256,
+    batch: Annotated[int, typer.Option(metavar="N", help="Requests in one batch.")] = 1,
+    text_tokens: Annotated[int, typer.Option(metavar="N", help="Of a request's prompts.")] = 256,
     max_think_token_n: Annotated[
-        int | None, typer.Option(metavar="N", show_default="chat: 512, else 0", help="Tokens that the model writes.")
+        int | None, typer.Option(metavar="N", show_default="chat: 512, else 0", help="Maximum tokens generated.")
     ] = None,
     cfg_text_scale: Annotated[
         float | None, typer.Option(metavar="X", show_default="the task's", help="At 1 or less no guidance at all.")
     ] = None,
     cfg_img_scale: Annotated[
-        float | None, typer.Option(metavar="X", show_default="the task's", help="At 1 or less no picture guidance.")
+        float | None, typer.Option(metavar="X", show_default="the task's", help="At 1 or less no image guidance.")
     ] = None,
-    graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs, which keep memory.")] = True,
+    graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs, which keep their memory.")] = True,
     available: _Available = None,
     model: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             show_default="BAGEL-7B-MoT",
-            help="A model's folder; its JSON files are enough.",
+            help="Model folder; its JSON files are enough.",
             rich_help_panel="Model",
         ),
     ] = None,
     dtype: Annotated[cli_options.DTypeName, typer.Option(help="Of the weights.", rich_help_panel="Model")] = "bfloat16",
     as_json: cli_options.Json = False,
 ) -> None:
-    """Tell what memory a request will take on a GPU, by what takes it, and what would make it less.
+    """Show how much GPU memory a request needs, what for, and how to reduce it.
 
-    Computed from sizes alone: no weights are read and no GPU is needed. The KV cache, fixed buffers, captured CUDA
-    graphs and the parts that run one after another are counted as the runtime allocates them; for CUDA and its
-    libraries about 1 GB is allowed. GB are 10**9 bytes. Requests of other sizes, later in the same process, keep
-    buffers of their own, of 16 kinds at most.
+    Computed from sizes alone: no weights are read and no GPU is needed. The KV cache, static buffers, captured CUDA
+    graphs and the phases of a request are counted as the runtime allocates them; about 1 GB is added for CUDA and its
+    libraries. GB are 10**9 bytes. Later requests of other sizes in the same process keep buffers of their own, for at
+    most 16 sizes.
     """
     import torch
 
@@ -96,12 +99,12 @@ def memory(
     if estimate.fits(limit):
         typer.echo(f"fits in {limit / 1e9:.1f} GB")
     else:
-        typer.echo("\n".join([f"does not fit in {limit / 1e9:.1f} GB; less would take:", *estimate.advice(limit)]))
+        typer.echo("\n".join([f"does not fit in {limit / 1e9:.1f} GB; to reduce it:", *estimate.advice(limit)]))
 
 
 def _read_pixels(option: str, size: str) -> tuple[int, int]:
-    """ "1024x768" -> (768, 1024), (height, width)."""
+    """Parse WIDTHxHEIGHT into (height, width)."""
     width, cross, height = size.lower().partition("x")
     if not (cross and width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"{option} is {size!r}: give width and height in pixels, as in 1024x768")
+        raise ValueError(f"{option} must be WIDTHxHEIGHT in pixels, as in 1024x768, got {size!r}.")
     return int(height), int(width)

@@ -209,7 +209,7 @@ def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = 
         lines.append("that should fit: free what other programs, or other tensors of this one, hold of the device")
     advice = estimate.advice(available)
     if advice:
-        lines += ["less would take:", *(f"- {line}" for line in advice)]
+        lines += ["to reduce it:", *(f"- {line}" for line in advice)]
     return "\n".join(lines)
 
 

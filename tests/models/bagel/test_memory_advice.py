@@ -138,7 +138,7 @@ def test_command_tells_what_fits():
     estimate = expected_memory(BAGEL_7B_MOT)
     assert f"in all {estimate.total / 1e9:37.2f} GB\nfits in 80.0 GB" in said
     said = good("memory", "--available", 32, "--batch", 4)
-    assert "\ndoes not fit in 32.0 GB; less would take:\n" in said and "\none request at a time (batch 1): " in said
+    assert "\ndoes not fit in 32.0 GB; to reduce it:\n" in said and "\none request at a time (batch 1): " in said
     assert "\ngraphs=False, which is slower: " in said
 
 
