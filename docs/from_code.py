@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from bagel_rt.cli import app
-from bagel_rt.kernels.backend import OPS
+from bagel_rt.kernels.registry import OPS
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.memory import expected_memory
 from bagel_rt.models.bagel.settings import TASKS
@@ -64,7 +64,7 @@ def memory_table() -> str:
 
 def op_table() -> str:
     """Every registered op, and what its kernel is written in."""
-    return table(("op", "kernel"), [(f"`bagel_rt::{op}`", kernel) for op, kernel in OPS.items()])
+    return table(("op", "kernel"), [(f"`bagel_rt::{op}`", kernel) for op, kernel in sorted(OPS.items())])
 
 
 def table(heads, rows) -> str:

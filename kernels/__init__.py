@@ -6,19 +6,19 @@ check their arguments first, and call the launcher itself unless they are being 
 than everything else they do. They know tensors only: no model, no checkpoint, no context.
 """
 
-from bagel_rt.kernels.attention import attention, attention_dense_reference
-from bagel_rt.kernels.attention_backward import attention_backward
-from bagel_rt.kernels.decode_attention import decode_attention
-from bagel_rt.kernels.decode_linear import decode_linear
-from bagel_rt.kernels.decode_qkv import decode_qkv
-from bagel_rt.kernels.group_norm import group_norm, group_norm_moments
-from bagel_rt.kernels.guidance import cfg_euler_step, guided_velocity
-from bagel_rt.kernels.linear import linear
-from bagel_rt.kernels.linear_backward import linear_backward
-from bagel_rt.kernels.norm import rms_norm
-from bagel_rt.kernels.norm_backward import rms_norm_backward
-from bagel_rt.kernels.qk_norm_rope import qk_norm_rope
-from bagel_rt.kernels.sample import sample
+from .attention import attention, attention_dense_reference
+from .attention_backward import attention_backward
+from .decode_attention import decode_attention
+from .decode_linear import decode_linear
+from .decode_qkv import decode_qkv
+from .group_norm import group_norm, group_norm_moments
+from .guidance import cfg_euler_step, guided_velocity
+from .linear import linear
+from .linear_backward import linear_backward
+from .norm import rms_norm
+from .norm_backward import rms_norm_backward
+from .qk_norm_rope import qk_norm_rope
+from .sample import sample
 
 __all__ = [
     "attention",

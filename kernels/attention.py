@@ -27,27 +27,30 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.attention_batched import attention_batched
-from bagel_rt.kernels.attention_tiles import (
+from . import configs
+from .attention_backward import attention_lse_gradient
+from .attention_batched import attention_batched
+from .attention_tiles import (
     MAX_BLOCK_ROWS,
     block_of_channels,
     describe_tiles,
     load_spans,
     load_tile,
+    masked_scores,
     query_tile,
+    rows_by_spans,
+    runs_attention_kernel,
     shape_class,
     tail_tile,
     tail_tiles,
+    visible_keys,
     whole_tile,
     whole_tiles,
     wide_dtype,
 )
-from bagel_rt.kernels.backend import runs_kernel, wants_gradient
-from bagel_rt.kernels.triton_language import INTERPRETED, dot, jit, tl, triton
-
-MAX_HEAD_DIM = 128
-"""Widest head the kernels take; the reference takes any."""
+from .backend import wants_gradient
+from .registry import op
+from .triton_language import dot, jit, tl, triton
 
 
 def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
@@ -61,18 +64,6 @@ def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
         for (start, end), part in zip(ranges, attended.split([end - start for start, end in ranges]), strict=True):
             out[start:end] = part
     return out
-
-
-def rows_by_spans(blocks):
-    """Spans (the last five columns) -> [start, end) ranges of the rows that have them, neighbours joined."""
-    groups = {}
-    for start, end, *spans in blocks:
-        ranges = groups.setdefault(tuple(spans), [])
-        if ranges and ranges[-1][1] == start:
-            ranges[-1][1] = end
-        else:
-            ranges.append([start, end])
-    return groups
 
 
 def _pick(rows, ranges):
@@ -122,22 +113,6 @@ def attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale):
             weights = (scores - lse[:, start:end, None]).exp().nan_to_num(0)  # no key: -inf - -inf
             out[start:end] = torch.einsum("hts,shd->thd", weights.to(q.dtype).to(wide), v.to(wide))
     return out, lse
-
-
-def visible_keys(cache, spans, Hq):
-    """The slots of a cache that the rows with these spans may see, [n, Hq, D]; each head repeated for its group."""
-    key_start, _, part_end, own_start, own_end = spans
-    keys = torch.cat([cache[key_start : key_start + part_end], cache[own_start:own_end]])
-    return keys.repeat_interleave(Hq // cache.shape[1], 1)
-
-
-def masked_scores(q, k, limits, spans, scale):
-    """Scaled scores [Hq, rows, n] of rows with these spans over their :func:`visible_keys`, -inf where unseen."""
-    _, _, part_end, own_start, own_end = spans
-    wide = torch.promote_types(q.dtype, torch.float32)
-    seen = F.pad(torch.arange(part_end, device=q.device) < limits[:, None], (0, own_end - own_start), value=True)
-    scores = torch.einsum("thd,shd->hts", q.to(wide), k.to(wide)) * scale
-    return scores.masked_fill(~seen, -torch.inf)
 
 
 def attention_dense_reference(q, k, v, mask, scale=None):
@@ -244,49 +219,35 @@ def launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=False, bl
     return out, lse
 
 
-for _name, _outputs in (("attention", "Tensor"), ("attention_lse", "(Tensor, Tensor)")):
-    torch.library.define(
-        f"bagel_rt::{_name}",
-        f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor limits, Tensor blocks, float scale) -> {_outputs}",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
+_ARGUMENTS = "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor limits, Tensor blocks, float scale)"
 
 
-def runs_attention_kernel(q):
-    """Whether attention launches kernels; in the interpreter also in float64, where gradients show exact."""
-    return q.shape[-1] <= MAX_HEAD_DIM and runs_kernel(q, float64=INTERPRETED)
+def _fake(q, k_cache, v_cache, limits, blocks, scale):
+    return q.new_empty(q.shape)
 
 
-def _launch(q, k_cache, v_cache, limits, blocks, scale):
+@op("attention", f"{_ARGUMENTS} -> Tensor", kernel="triton", fake=_fake)
+def _attention(q, k_cache, v_cache, limits, blocks, scale):
     if runs_attention_kernel(q):
         return launch_kernel(q, k_cache, v_cache, limits, blocks, scale)[0]
     return attention_reference(q, k_cache, v_cache, limits, blocks, scale)
 
 
-torch.library.impl("bagel_rt::attention", "default", _launch)
-
-
-def _launch_lse(q, k_cache, v_cache, limits, blocks, scale):
-    if runs_attention_kernel(q):
-        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=True)
-    return attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale)
-
-
-torch.library.impl("bagel_rt::attention_lse", "default", _launch_lse)
-
-
-@torch.library.register_fake("bagel_rt::attention")
-def _fake(q, k_cache, v_cache, limits, blocks, scale):
-    return q.new_empty(q.shape)
-
-
-@torch.library.register_fake("bagel_rt::attention_lse")
 def _fake_lse(q, k_cache, v_cache, limits, blocks, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide_dtype(q))
 
 
-_attention = torch.ops.bagel_rt.attention.default
-_attention_lse = torch.ops.bagel_rt.attention_lse.default
+@op(
+    "attention_lse",
+    f"{_ARGUMENTS} -> (Tensor, Tensor)",
+    kernel="triton",
+    fake=_fake_lse,
+    gradient=attention_lse_gradient,
+)
+def _attention_lse(q, k_cache, v_cache, limits, blocks, scale):
+    if runs_attention_kernel(q):
+        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=True)
+    return attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale)
 
 
 def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
@@ -317,13 +278,11 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
     scale = check_scale("attention", scale, D)
     differentiated = wants_gradient(q, k_cache, v_cache)
     if return_lse or (differentiated and (is_compiling() or runs_attention_kernel(q.detach()))):
-        run = _attention_lse if is_compiling() or differentiated else _launch_lse
-        out, lse = run(q, k_cache, v_cache, limits, blocks, scale)
+        out, lse = _attention_lse(q, k_cache, v_cache, limits, blocks, scale)
         return (out, lse) if return_lse else out
     if differentiated:
         return attention_batched(q, k_cache, v_cache, limits, blocks, scale)
-    run = _attention if is_compiling() else _launch
-    return run(q, k_cache, v_cache, limits, blocks, scale)
+    return _attention(q, k_cache, v_cache, limits, blocks, scale)
 
 
 def check_scale(op, scale, D):

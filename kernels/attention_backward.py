@@ -16,25 +16,28 @@ Work: 10 Hq D flops per visible pair, 14 with what is computed twice.
 """
 
 import torch
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.attention import masked_scores, rows_by_spans, runs_attention_kernel, visible_keys
-from bagel_rt.kernels.attention_tiles import (
+from . import configs
+from .attention_tiles import (
     MAX_BLOCK_ROWS,
     block_of_channels,
     describe_tiles,
     load_spans,
     load_tile,
+    masked_scores,
     query_tile,
+    rows_by_spans,
+    runs_attention_kernel,
     shape_class,
     tail_tile,
     tail_tiles,
+    visible_keys,
     whole_tile,
     whole_tiles,
     wide_dtype,
 )
-from bagel_rt.kernels.triton_language import dot, jit, tl, triton
+from .registry import op
+from .triton_language import dot, jit, tl, triton
 
 
 def attention_backward_reference(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
@@ -245,30 +248,17 @@ def _launch_kernels(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, block
     return dq, dk, dv
 
 
-torch.library.define(
-    "bagel_rt::attention_backward",
-    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor out, Tensor lse, Tensor limits, "
-    "Tensor blocks, float scale) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _launch(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
-    launch = _launch_kernels if runs_attention_kernel(q) else attention_backward_reference
-    return launch(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale)
-
-
-torch.library.impl("bagel_rt::attention_backward", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::attention_backward")
 def _fake(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
     return q.new_empty(q.shape), q.new_empty(k_cache.shape), q.new_empty(k_cache.shape)
 
 
-_attention_backward = torch.ops.bagel_rt.attention_backward.default
-
-
+@op(
+    "attention_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor out, Tensor lse, Tensor limits, "
+    "Tensor blocks, float scale) -> (Tensor, Tensor, Tensor)",
+    kernel="triton",
+    fake=_fake,
+)
 def attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
     """Gradients of :func:`bagel_rt.kernels.attention.attention`, which calls this through autograd.
 
@@ -281,8 +271,8 @@ def attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, bl
     Returns:
         (dq [T, Hq, D], dk [S, Hkv, D], dv [S, Hkv, D]), contiguous, in the dtype of ``q``.
     """
-    run = _attention_backward if is_compiling() else _launch
-    return run(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale)
+    launch = _launch_kernels if runs_attention_kernel(q) else attention_backward_reference
+    return launch(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale)
 
 
 def _setup_context(ctx, inputs, output):
@@ -294,8 +284,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     q, k_cache, v_cache, limits, blocks, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    gradients = _attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, ctx.scale)
+    gradients = attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, ctx.scale)
     return *gradients, None, None, None
 
 
-torch.library.register_autograd("bagel_rt::attention_lse", _backward, setup_context=_setup_context)
+attention_lse_gradient = _backward, _setup_context

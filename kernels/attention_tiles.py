@@ -5,11 +5,16 @@ row sees, and small tiles of BLOCK_TAIL slots for what is left of both, where a 
 """
 
 import torch
+import torch.nn.functional as F
 
-from bagel_rt.kernels.triton_language import TensorDescriptor, descriptor_memory, jit, tl, triton
+from .backend import runs_kernel
+from .triton_language import INTERPRETED, TensorDescriptor, descriptor_memory, jit, tl, triton
 
 MAX_BLOCK_ROWS = 128
 """Most rows of a query block."""
+
+MAX_HEAD_DIM = 128
+"""Widest head the kernels take; the reference takes any."""
 
 
 @jit
@@ -80,6 +85,39 @@ def tail_tile(i, limit, spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
     start = tl.where(i < of_prefix, prefix + i * BLOCK_TAIL, own + (i - of_prefix) * BLOCK_TAIL)
     seen = tl.where(i < of_prefix, key_start + limit, own_end) - start
     return start, tl.where(i < of_prefix, end, own_end), seen
+
+
+def runs_attention_kernel(q):
+    """Whether attention launches kernels; in the interpreter also in float64, where gradients show exact."""
+    return q.shape[-1] <= MAX_HEAD_DIM and runs_kernel(q, float64=INTERPRETED)
+
+
+def rows_by_spans(blocks):
+    """Spans (the last five columns) -> [start, end) ranges of the rows that have them, neighbours joined."""
+    groups = {}
+    for start, end, *spans in blocks:
+        ranges = groups.setdefault(tuple(spans), [])
+        if ranges and ranges[-1][1] == start:
+            ranges[-1][1] = end
+        else:
+            ranges.append([start, end])
+    return groups
+
+
+def visible_keys(cache, spans, Hq):
+    """The slots of a cache that the rows with these spans may see, [n, Hq, D]; each head repeated for its group."""
+    key_start, _, part_end, own_start, own_end = spans
+    keys = torch.cat([cache[key_start : key_start + part_end], cache[own_start:own_end]])
+    return keys.repeat_interleave(Hq // cache.shape[1], 1)
+
+
+def masked_scores(q, k, limits, spans, scale):
+    """Scaled scores [Hq, rows, n] of rows with these spans over their :func:`visible_keys`, -inf where unseen."""
+    _, _, part_end, own_start, own_end = spans
+    wide = torch.promote_types(q.dtype, torch.float32)
+    seen = F.pad(torch.arange(part_end, device=q.device) < limits[:, None], (0, own_end - own_start), value=True)
+    scores = torch.einsum("thd,shd->hts", q.to(wide), k.to(wide)) * scale
+    return scores.masked_fill(~seen, -torch.inf)
 
 
 def wide_dtype(x):

@@ -1,35 +1,11 @@
-"""Which implementation the ops run, and which ops there are."""
+"""Which implementation the ops run: the backend chosen, and where its kernels can run."""
 
 import os
 
 import torch
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.triton_language import INTERPRETED, triton
-
-OPS = {
-    "rms_norm": "triton",
-    "add_rms_norm": "triton",
-    "linear": "triton",
-    "qk_norm_rope": "triton",
-    "attention": "triton",
-    "attention_lse": "triton",
-    "attention_backward": "triton",
-    "decode_attention": "cuda",
-    "decode_linear": "cuda",
-    "decode_qkv": "cuda",
-    "cfg_euler_step": "triton",
-    "group_norm": "triton",
-    "group_norm_moments": "triton",
-    "sample": "cuda",
-}
-"""Every op of the ``bagel_rt`` namespace of ``torch.ops`` -> what its kernel is written in, "triton" or "cuda".
-
-"cuda" kernels are in the extension (:mod:`bagel_rt.kernels.extension`).
-"""
-
-ALSO_TRITON = {"decode_attention"}
-"""The "cuda" ops that have a Triton kernel too, for where there is no extension."""
+from . import configs
+from .triton_language import INTERPRETED, triton
 
 CHOICES = ("auto", "reference", "triton")
 
@@ -109,9 +85,9 @@ def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = F
     return True
 
 
-def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether PyTorch would have to differentiate what is made of ``tensors``."""
-    return torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in tensors)
+def wants_gradient(*arguments) -> bool:
+    """Whether PyTorch would have to differentiate what is made of the tensors among ``arguments``."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments)
 
 
 def check_current_device(x: torch.Tensor) -> None:
@@ -139,16 +115,3 @@ def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
     for name, tensor in others:
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {x.device}; move {name} there")
-
-
-def implementation(op: str, device: torch.device) -> str:
-    """Name what runs ``op`` on ``device`` under the choice in force: "cuda", "triton" or "reference".
-
-    The last of them for a "cuda" op without the extension may be composed of other ops, which have Triton kernels.
-    """
-    from bagel_rt.kernels.extension import runs_extension  # here, because it imports this file
-
-    x, kernel = torch.empty(0, device=device), OPS[op]
-    if kernel == "cuda" and runs_extension(x):
-        return "cuda"
-    return "triton" if (kernel == "triton" or op in ALSO_TRITON) and runs_kernel(x) else "reference"

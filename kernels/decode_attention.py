@@ -19,11 +19,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import extension
-from bagel_rt.kernels.attention import check_heads, check_scale, launch_kernel, runs_attention_kernel
-from bagel_rt.kernels.backend import check_devices, wants_gradient
+from . import extension
+from .attention import check_heads, check_scale, launch_kernel, runs_attention_kernel
+from .backend import check_devices, wants_gradient
+from .registry import op
 
 
 def decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale):
@@ -86,14 +86,17 @@ def _run_extension(q, k_cache, v_cache, starts, lengths, scale):
     return out
 
 
-torch.library.define(
-    "bagel_rt::decode_attention",
+def _fake(q, k_cache, v_cache, starts, lengths, scale):
+    return q.new_empty(q.shape)
+
+
+@op(
+    "decode_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor starts, Tensor lengths, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    kernel="cuda, triton",
+    fake=_fake,
 )
-
-
-def _launch(q, k_cache, v_cache, starts, lengths, scale):
+def _decode_attention(q, k_cache, v_cache, starts, lengths, scale):
     if extension.runs_extension(q, k_cache, v_cache) and _takes(q, k_cache, v_cache):
         return _run_extension(q, k_cache, v_cache, starts, lengths, scale)
     if runs_attention_kernel(q) and not wants_gradient(k_cache, v_cache):
@@ -101,17 +104,6 @@ def _launch(q, k_cache, v_cache, starts, lengths, scale):
         blocks = torch.stack([rows, rows + 1, starts, lengths, lengths, none, none], 1).int()
         return launch_kernel(q, k_cache, v_cache, lengths.int(), blocks, scale, block_rows=1)[0]
     return decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale)
-
-
-torch.library.impl("bagel_rt::decode_attention", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::decode_attention")
-def _fake(q, k_cache, v_cache, starts, lengths, scale):
-    return q.new_empty(q.shape)
-
-
-_decode_attention = torch.ops.bagel_rt.decode_attention.default
 
 
 def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
@@ -140,5 +132,4 @@ def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
             )
     scale = check_scale("decode_attention", scale, D)
     check_devices("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, starts=starts, lengths=lengths)
-    run = _decode_attention if is_compiling() else _launch
-    return run(q, k_cache, v_cache, starts, lengths, scale)
+    return _decode_attention(q, k_cache, v_cache, starts, lengths, scale)

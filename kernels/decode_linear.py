@@ -14,12 +14,12 @@ reference. Traffic: w once; memory-bound.
 """
 
 import torch
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import extension
-from bagel_rt.kernels.backend import check_devices
-from bagel_rt.kernels.linear import linear
-from bagel_rt.kernels.norm import rms_norm, rows_contiguous
+from . import extension
+from .backend import check_devices
+from .linear import linear
+from .norm import rms_norm, rows_contiguous
+from .registry import op
 
 MAX_ROWS = 8
 """Rows of x that the kernels of the one-token path take."""
@@ -62,14 +62,17 @@ def product(x, norm, w, eps):
     return made, held
 
 
-torch.library.define(
-    "bagel_rt::decode_linear",
+def _fake(x, w, norm, eps, residual, swiglu):
+    return x.new_empty(x.shape[0], w.shape[0] // 2 if swiglu else w.shape[0])
+
+
+@op(
+    "decode_linear",
     "(Tensor x, Tensor w, Tensor? norm, float eps, Tensor? residual, bool swiglu) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    kernel="cuda",
+    fake=_fake,
 )
-
-
-def _launch(x, w, norm, eps, residual, swiglu):
+def _decode_linear(x, w, norm, eps, residual, swiglu):
     if extension.runs_extension(x, w, norm, residual) and (made := product(x, norm, w, eps)):
         given, held = made
         residual = None if residual is None else residual.contiguous()
@@ -80,17 +83,6 @@ def _launch(x, w, norm, eps, residual, swiglu):
         del held  # until here: a copy among them must not be freed before its kernel is in the stream
         return y
     return decode_linear_reference(x, w, norm, eps, residual, swiglu)
-
-
-torch.library.impl("bagel_rt::decode_linear", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::decode_linear")
-def _fake(x, w, norm, eps, residual, swiglu):
-    return x.new_empty(x.shape[0], w.shape[0] // 2 if swiglu else w.shape[0])
-
-
-_decode_linear = torch.ops.bagel_rt.decode_linear.default
 
 
 def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
@@ -128,5 +120,4 @@ def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
     if swiglu and N % 2:
         raise ValueError(f"decode_linear: w has {N} rows, but swiglu needs pairs of gate and up")
     check_devices("decode_linear", x=x, w=w, norm=norm, residual=residual)
-    run = _decode_linear if is_compiling() else _launch
-    return run(x, w, norm, eps, residual, swiglu)
+    return _decode_linear(x, w, norm, eps, residual, swiglu)

@@ -13,14 +13,14 @@ Traffic: w once; memory-bound.
 """
 
 import torch
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import extension
-from bagel_rt.kernels.backend import check_devices
-from bagel_rt.kernels.decode_linear import product
-from bagel_rt.kernels.linear import linear
-from bagel_rt.kernels.norm import rms_norm
-from bagel_rt.kernels.qk_norm_rope import qk_norm_rope
+from . import extension
+from .backend import check_devices
+from .decode_linear import product
+from .linear import linear
+from .norm import rms_norm
+from .qk_norm_rope import qk_norm_rope
+from .registry import op
 
 BLOCK_CHANNELS = 16  # of a head, made by one block of the kernel
 MAX_CHANNELS = 128
@@ -33,15 +33,19 @@ def decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_
     return qk_norm_rope(qkv, qk_norm, qk_norm, cos, sin, slots, k_cache, v_cache, 0, eps)
 
 
-torch.library.define(
-    "bagel_rt::decode_qkv",
+def _fake(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+    _, Hkv, D = k_cache.shape
+    return x.new_empty(x.shape[0], qk_norm.shape[0] - Hkv, D)
+
+
+@op(
+    "decode_qkv",
     "(Tensor x, Tensor norm, Tensor w, Tensor bias, Tensor qk_norm, Tensor cos, Tensor sin, Tensor slots, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, float eps) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    kernel="cuda",
+    fake=_fake,
 )
-
-
-def _launch(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+def _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
     S, Hkv, D = k_cache.shape
     if (
         extension.runs_extension(x, norm, w, bias, qk_norm, k_cache, v_cache)
@@ -63,18 +67,6 @@ def _launch(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
         del held, others  # until here: a copy among them must not be freed before its kernel is in the stream
         return q
     return decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)
-
-
-torch.library.impl("bagel_rt::decode_qkv", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::decode_qkv")
-def _fake(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
-    _, Hkv, D = k_cache.shape
-    return x.new_empty(x.shape[0], qk_norm.shape[0] - Hkv, D)
-
-
-_decode_qkv = torch.ops.bagel_rt.decode_qkv.default
 
 
 def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
@@ -129,5 +121,4 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
         raise ValueError(f"decode_qkv: slots is {tuple(slots.shape)} {slots.dtype}, expected {(B,)} torch.int64")
     check_devices("decode_qkv", x=x, norm=norm, w=w, bias=bias, qk_norm=qk_norm, k_cache=k_cache, v_cache=v_cache)
     check_devices("decode_qkv", x=x, cos=cos, sin=sin, slots=slots)
-    run = _decode_qkv if is_compiling() else _launch
-    return run(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)
+    return _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)

@@ -1,4 +1,4 @@
-"""The compiled extension ``bagel_rt._C``, and whether its CUDA kernels run an op.
+"""The compiled extension ``_C`` of the package that holds this one, and whether its CUDA kernels run an op.
 
 The extension holds the planner and, where it was built with a CUDA compiler, the kernels of the one-token path. They
 take addresses and a stream as integers; nothing of torch is compiled in. The tests load another build of the same
@@ -8,14 +8,14 @@ sources, whose kernels run on the host, thread by thread (tests/cuda_on_host).
 import functools
 import itertools
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-import bagel_rt
-from bagel_rt.kernels.backend import backend, check_current_device, wants_gradient
-from bagel_rt.kernels.configs import supports
+from .backend import backend, check_current_device, wants_gradient
+from .configs import supports
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels take."""
@@ -28,19 +28,20 @@ STREAMS = 32
 
 
 def _load_extension():
-    """(``bagel_rt._C``, "") or (None, why it is missing)."""
+    """(the module ``_C`` of the parent package, "") or (None, why it is missing)."""
     if os.environ.get("BAGEL_RT_EXTENSION") == "0":
         return None, "disabled by BAGEL_RT_EXTENSION=0"
     try:
-        return import_module("bagel_rt._C"), ""
+        return import_module(".._C", __package__), ""
     except ImportError as error:
         return None, _build_log() or f"{error}; pip install builds it"
 
 
 def _build_log() -> str:
-    """What setup.py left beside the package about what it could not build."""
-    log = Path(bagel_rt.__file__).with_name("_C.log")
-    return log.read_text() if log.exists() else ""
+    """What setup.py left in the parent package about what it could not build."""
+    parent = sys.modules.get(__package__.rpartition(".")[0])
+    log = Path(parent.__file__).with_name("_C.log") if parent else None
+    return log.read_text() if log and log.exists() else ""
 
 
 EXTENSION, EXTENSION_ERROR = _load_extension()

@@ -11,11 +11,11 @@ others of the batch. Traffic: reads x twice, writes y; memory-bound.
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel, wants_gradient
-from bagel_rt.kernels.triton_language import jit, tl, triton
+from . import configs
+from .backend import runs_kernel, wants_gradient
+from .registry import op
+from .triton_language import jit, tl, triton
 
 LARGEST_GROUP = 4096
 """Channels of a group that the kernels keep in registers; of wider ones the reference takes care."""
@@ -244,53 +244,39 @@ def _run_kernel(x, weight, bias, groups, eps, silu, moments=None):
     return y
 
 
-torch.library.define(
-    "bagel_rt::group_norm",
-    "(Tensor x, Tensor weight, Tensor bias, SymInt groups, float eps, bool silu, Tensor? moments) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "bagel_rt::group_norm_moments",
-    "(Tensor x, SymInt groups, float eps) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
 def _has_kernel(x, groups):
     """Whether there is a kernel for the layout: the cells of a picture one behind the other, channels side by side."""
     return x.shape[0] > 0 and x.permute(0, 2, 3, 1)[0].is_contiguous() and x.shape[1] // groups <= LARGEST_GROUP
 
 
-def _launch_group_norm(x, weight, bias, groups, eps, silu, moments):
-    run = group_norm_reference
-    if runs_kernel(x, weight, bias, moments) and _has_kernel(x, groups):
-        run = _run_kernel
-    return run(x, weight, bias, groups, eps, silu, moments)
-
-
-torch.library.impl("bagel_rt::group_norm", "default", _launch_group_norm)
-
-
-def _launch_group_norm_moments(x, groups, eps):
-    run = _run_moments_kernels if runs_kernel(x) and _has_kernel(x, groups) else group_norm_moments_reference
-    return run(x, groups, eps)
-
-
-torch.library.impl("bagel_rt::group_norm_moments", "default", _launch_group_norm_moments)
-
-
-@torch.library.register_fake("bagel_rt::group_norm")
 def _fake_group_norm(x, weight, bias, groups, eps, silu, moments):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("bagel_rt::group_norm_moments")
+@op(
+    "group_norm",
+    "(Tensor x, Tensor weight, Tensor bias, SymInt groups, float eps, bool silu, Tensor? moments) -> Tensor",
+    kernel="triton",
+    fake=_fake_group_norm,
+)
+def _group_norm(x, weight, bias, groups, eps, silu, moments):
+    kernel = runs_kernel(x, weight, bias, moments) and _has_kernel(x, groups)
+    return (_run_kernel if kernel else group_norm_reference)(x, weight, bias, groups, eps, silu, moments)
+
+
 def _fake_group_norm_moments(x, groups, eps):
     return x.new_empty(x.shape[0], groups, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-_group_norm = torch.ops.bagel_rt.group_norm.default
-_group_norm_moments = torch.ops.bagel_rt.group_norm_moments.default
+@op(
+    "group_norm_moments",
+    "(Tensor x, SymInt groups, float eps) -> Tensor",
+    kernel="triton",
+    fake=_fake_group_norm_moments,
+)
+def _group_norm_moments(x, groups, eps):
+    kernel = runs_kernel(x) and _has_kernel(x, groups)
+    return (_run_moments_kernels if kernel else group_norm_moments_reference)(x, groups, eps)
 
 
 def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
@@ -322,10 +308,9 @@ def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
             raise ValueError(
                 f"group_norm: moments are {tuple(moments.shape)} {moments.dtype}, expected {shape} {dtype}"
             )
-    if moments is None and wants_gradient(x, weight, bias) and not is_compiling():
+    if moments is None and wants_gradient(x, weight, bias):
         return _Differentiated.apply(x, weight, bias, groups, eps, silu)
-    run = _group_norm if is_compiling() else _launch_group_norm
-    return run(x, weight, bias, groups, eps, silu, moments)
+    return _group_norm(x, weight, bias, groups, eps, silu, moments)
 
 
 def group_norm_moments(x, groups, eps):
@@ -341,8 +326,7 @@ def group_norm_moments(x, groups, eps):
         ValueError: the shape or the number of groups does not fit.
     """
     _check_map("group_norm_moments", x, groups)
-    run = _group_norm_moments if is_compiling() else _launch_group_norm_moments
-    return run(x, groups, eps)
+    return _group_norm_moments(x, groups, eps)
 
 
 def _check_map(name, x, groups):

@@ -20,12 +20,12 @@ memory-bound.
 """
 
 import torch
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel
-from bagel_rt.kernels.norm import rows_contiguous
-from bagel_rt.kernels.triton_language import jit, tl, triton
+from . import configs
+from .backend import runs_kernel
+from .norm import rows_contiguous
+from .registry import op
+from .triton_language import jit, tl, triton
 
 RENORMS = ("global", "channel", "text_channel")
 """The norms to renormalise by; their places are what the ``parameters`` of :func:`cfg_euler_step` hold."""
@@ -201,28 +201,20 @@ def _run_kernels(x, v, images, parameters, most_rows, guided):
     _step_kernel[grid](x, v, images, parameters, squares, v.stride(0), GUIDED=guided, **tiles)
 
 
-torch.library.define(
-    "bagel_rt::cfg_euler_step",
-    "(Tensor(a!) x, Tensor v, Tensor images, Tensor parameters, SymInt most_rows, bool guided) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _launch(x, v, images, parameters, most_rows, guided):
-    kernels = runs_kernel(x) and runs_kernel(v)  # either may be float64
-    run = _run_kernels if kernels else cfg_euler_step_reference
-    run(x, v, images, parameters, most_rows, guided)
-
-
-torch.library.impl("bagel_rt::cfg_euler_step", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::cfg_euler_step")
 def _fake(x, v, images, parameters, most_rows, guided):
     return None
 
 
-_guided_step = torch.ops.bagel_rt.cfg_euler_step.default
+@op(
+    "cfg_euler_step",
+    "(Tensor(a!) x, Tensor v, Tensor images, Tensor parameters, SymInt most_rows, bool guided) -> ()",
+    kernel="triton",
+    fake=_fake,
+)
+def _cfg_euler_step(x, v, images, parameters, most_rows, guided):
+    kernels = runs_kernel(x) and runs_kernel(v)  # either may be float64
+    run = _run_kernels if kernels else cfg_euler_step_reference
+    run(x, v, images, parameters, most_rows, guided)
 
 
 def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -296,5 +288,4 @@ def cfg_euler_step(x, v, images, parameters, most_rows, guided=True):
             raise ValueError(f"cfg_euler_step: {name} is on {given.device}, x on {x.device}")
     if most_rows < 0:
         raise ValueError(f"cfg_euler_step: most_rows={most_rows} is negative")
-    run = _guided_step if is_compiling() else _launch
-    run(x, v, images, parameters, most_rows, guided)
+    _cfg_euler_step(x, v, images, parameters, most_rows, guided)

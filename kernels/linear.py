@@ -20,11 +20,12 @@ gradient is in :mod:`bagel_rt.kernels.linear_backward`.
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel, wants_gradient
-from bagel_rt.kernels.triton_language import TensorDescriptor, descriptor_memory, dot, jit, tl, triton
+from . import configs
+from .backend import runs_kernel, wants_gradient
+from .linear_backward import linear_gradient
+from .registry import op
+from .triton_language import TensorDescriptor, descriptor_memory, dot, jit, tl, triton
 
 
 def linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
@@ -160,14 +161,6 @@ def _linear_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y_gen, y_und, 
             _finish(product, bias, residual, y, first, row, rows, n, N, SWIGLU, DESCRIPTORS, TMA_STORE)
 
 
-torch.library.define(
-    "bagel_rt::linear",
-    "(Tensor x, Tensor w_gen, Tensor w_und, Tensor? bias_gen, Tensor? bias_und, Tensor? residual, SymInt G, "
-    "bool swiglu) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
 _SIZES = {"few": 16, "some": 64, "hundreds": 512}
 
 
@@ -185,7 +178,20 @@ def shape_class(x, G, residual, swiglu, aligned):
     return f"{size} {'swiglu' if swiglu else 'bias' if residual is None else 'residual'}"
 
 
-def _launch(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
+def _fake(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
+    N = w_gen.shape[0]
+    return x.new_empty(x.shape[0], N // 2 if swiglu else N)
+
+
+@op(
+    "linear",
+    "(Tensor x, Tensor w_gen, Tensor w_und, Tensor? bias_gen, Tensor? bias_und, Tensor? residual, SymInt G, "
+    "bool swiglu) -> Tensor",
+    kernel="triton",
+    fake=_fake,
+    gradient=linear_gradient,
+)
+def _linear(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
     if runs_kernel(x, w_gen, w_und, bias_gen, bias_und, residual) and x.numel() and w_gen.numel():
         x = x if x.stride(1) == 1 else x.contiguous()
         columns = w_gen.shape[0] // (2 if swiglu else 1)
@@ -232,18 +238,6 @@ def _launch_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y, G, swiglu, 
                                 SWIGLU=swiglu, **tiles)  # fmt: skip
 
 
-torch.library.impl("bagel_rt::linear", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::linear")
-def _fake(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
-    N = w_gen.shape[0]
-    return x.new_empty(x.shape[0], N // 2 if swiglu else N)
-
-
-_linear = torch.ops.bagel_rt.linear.default
-
-
 def linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
     """Multiply packed rows, each with its expert's weight. Differentiable.
 
@@ -282,11 +276,9 @@ def linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, s
             raise ValueError(f"linear: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, N)} {dtype}")
     if swiglu and N % 2:
         raise ValueError(f"linear: swiglu pairs weight rows (gate, up), but there are {N} rows")
-    differentiated = wants_gradient(x, w_gen, w_und, bias_gen, bias_und, residual)
-    if differentiated and swiglu:
+    if swiglu and wants_gradient(x, w_gen, w_und, bias_gen, bias_und):
         return _differentiable_swiglu(x, w_gen, w_und, bias_gen, bias_und, G)
-    run = _linear if is_compiling() or differentiated else _launch
-    return run(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
+    return _linear(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
 
 
 def _differentiable_swiglu(x, w_gen, w_und, bias_gen, bias_und, G):

@@ -11,11 +11,12 @@ and x + r, each [T, H]; memory-bound. The gradient is in :mod:`bagel_rt.kernels.
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel, wants_gradient
-from bagel_rt.kernels.triton_language import jit, tl, triton
+from . import configs
+from .backend import runs_kernel
+from .norm_backward import add_rms_norm_gradient, rms_norm_gradient
+from .registry import op
+from .triton_language import jit, tl, triton
 
 
 def rms_norm_reference(x, residual, w_gen, w_und, G, eps):
@@ -84,46 +85,36 @@ def rows_contiguous(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-torch.library.define(
-    "bagel_rt::rms_norm",
-    "(Tensor x, Tensor w_gen, Tensor w_und, SymInt G, float eps) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "bagel_rt::add_rms_norm",
-    "(Tensor x, Tensor residual, Tensor w_gen, Tensor w_und, SymInt G, float eps) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _launch_rms_norm(x, w_gen, w_und, G, eps):
-    run = _run_kernel if runs_kernel(x, w_gen, w_und) else rms_norm_reference
-    return run(x, None, w_gen, w_und, G, eps)[0]
-
-
-torch.library.impl("bagel_rt::rms_norm", "default", _launch_rms_norm)
-
-
-def _launch_add_rms_norm(x, residual, w_gen, w_und, G, eps):
-    run = _run_kernel if runs_kernel(x, residual, w_gen, w_und) else rms_norm_reference
-    return run(x, residual, w_gen, w_und, G, eps)
-
-
-torch.library.impl("bagel_rt::add_rms_norm", "default", _launch_add_rms_norm)
-
-
-@torch.library.register_fake("bagel_rt::rms_norm")
 def _fake_rms_norm(x, w_gen, w_und, G, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("bagel_rt::add_rms_norm")
+@op(
+    "rms_norm",
+    "(Tensor x, Tensor w_gen, Tensor w_und, SymInt G, float eps) -> Tensor",
+    kernel="triton",
+    fake=_fake_rms_norm,
+    gradient=rms_norm_gradient,
+)
+def _rms_norm(x, w_gen, w_und, G, eps):
+    run = _run_kernel if runs_kernel(x, w_gen, w_und) else rms_norm_reference
+    return run(x, None, w_gen, w_und, G, eps)[0]
+
+
 def _fake_add_rms_norm(x, residual, w_gen, w_und, G, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-_rms_norm = torch.ops.bagel_rt.rms_norm.default
-_add_rms_norm = torch.ops.bagel_rt.add_rms_norm.default
+@op(
+    "add_rms_norm",
+    "(Tensor x, Tensor residual, Tensor w_gen, Tensor w_und, SymInt G, float eps) -> (Tensor, Tensor)",
+    kernel="triton",
+    fake=_fake_add_rms_norm,
+    gradient=add_rms_norm_gradient,
+)
+def _add_rms_norm(x, residual, w_gen, w_und, G, eps):
+    run = _run_kernel if runs_kernel(x, residual, w_gen, w_und) else rms_norm_reference
+    return run(x, residual, w_gen, w_und, G, eps)
 
 
 def rms_norm(x, residual, w_gen, w_und, G, eps):
@@ -149,11 +140,7 @@ def rms_norm(x, residual, w_gen, w_und, G, eps):
         if w.shape != (H,) or w.dtype != x.dtype:
             raise ValueError(f"rms_norm: {name} is {tuple(w.shape)} {w.dtype}, expected {(H,)} {x.dtype}")
     if residual is None:
-        through_dispatcher = is_compiling() or wants_gradient(x, w_gen, w_und)
-        run = _rms_norm if through_dispatcher else _launch_rms_norm
-        return run(x, w_gen, w_und, G, eps), x
+        return _rms_norm(x, w_gen, w_und, G, eps), x
     if residual.shape != shape or residual.dtype != x.dtype:
         raise ValueError(f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, H)} {x.dtype}")
-    through_dispatcher = is_compiling() or wants_gradient(x, residual, w_gen, w_und)
-    run = _add_rms_norm if through_dispatcher else _launch_add_rms_norm
-    return run(x, residual, w_gen, w_und, G, eps)
+    return _add_rms_norm(x, residual, w_gen, w_und, G, eps)

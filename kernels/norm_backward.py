@@ -55,5 +55,5 @@ def _backward_sum(ctx, grad, grad_summed):
     return dx, dx, *dw, None, None
 
 
-torch.library.register_autograd("bagel_rt::rms_norm", _backward, setup_context=_keep)
-torch.library.register_autograd("bagel_rt::add_rms_norm", _backward_sum, setup_context=_keep_sum)
+rms_norm_gradient = _backward, _keep
+add_rms_norm_gradient = _backward_sum, _keep_sum

@@ -16,13 +16,13 @@ and v; memory-bound. The gradient is in :mod:`bagel_rt.kernels.qk_norm_rope_back
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import runs_kernel, wants_gradient
-from bagel_rt.kernels.norm import rows_contiguous, scale_rows_
-from bagel_rt.kernels.qk_norm_rope_backward import qk_norm_rope_backward
-from bagel_rt.kernels.triton_language import jit, tl, triton
+from . import configs
+from .backend import runs_kernel, wants_gradient
+from .norm import rows_contiguous, scale_rows_
+from .qk_norm_rope_backward import qk_norm_rope_backward
+from .registry import op
+from .triton_language import jit, tl, triton
 
 
 def qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
@@ -115,26 +115,21 @@ def _run_kernel(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, e
     return q
 
 
-torch.library.define(
-    "bagel_rt::qk_norm_rope",
-    "(Tensor qkv, Tensor norm_gen, Tensor norm_und, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, SymInt G, float eps) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _launch(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
-    run = _run_kernel if runs_kernel(qkv, norm_gen, norm_und) else qk_norm_rope_reference
-    return run(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
-
-
-torch.library.impl("bagel_rt::qk_norm_rope", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::qk_norm_rope")
 def _fake(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
     _, Hkv, D = k_cache.shape
     return qkv.new_empty(qkv.shape[0], norm_gen.shape[0] - Hkv, D)
+
+
+@op(
+    "qk_norm_rope",
+    "(Tensor qkv, Tensor norm_gen, Tensor norm_und, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, SymInt G, float eps) -> Tensor",
+    kernel="triton",
+    fake=_fake,
+)
+def _qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+    run = _run_kernel if runs_kernel(qkv, norm_gen, norm_und) else qk_norm_rope_reference
+    return run(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -142,7 +137,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
-        q = _launch(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+        q = _qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
         ctx.save_for_backward(qkv, norm_gen, norm_und, cos, sin, slots)
         ctx.numbers = (G, eps)
         ctx.mark_dirty(k_cache, v_cache)
@@ -156,9 +151,6 @@ class _Differentiable(torch.autograd.Function):
         if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
             before = [grad.index_fill(0, slots, 0) for grad in (dk, dv)]
         return *gradients, None, None, None, *before, None, None
-
-
-_qk_norm_rope = torch.ops.bagel_rt.qk_norm_rope.default
 
 
 def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
@@ -214,5 +206,4 @@ def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, 
         raise ValueError(f"qk_norm_rope: slots is {tuple(slots.shape)} {slots.dtype}, expected {(T,)} torch.int64")
     if wants_gradient(qkv, norm_gen, norm_und, k_cache, v_cache):
         return _Differentiable.apply(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)[0]
-    run = _qk_norm_rope if is_compiling() else _launch
-    return run(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+    return _qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)

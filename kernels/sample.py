@@ -28,10 +28,10 @@ Traffic: reads the logits once, with top-k or top-p a few times; memory-bound.
 """
 
 import torch
-from torch.compiler import is_compiling
 
-from bagel_rt.kernels import extension
-from bagel_rt.kernels.backend import check_devices
+from . import extension
+from .backend import check_devices
+from .registry import op
 
 
 def sample_reference(logits, settings, seed, step):
@@ -99,28 +99,20 @@ def _run_extension(logits, settings, seed, step):
     return token
 
 
-torch.library.define(
-    "bagel_rt::sample",
-    "(Tensor logits, Tensor? settings, Tensor? seed, Tensor? step) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _launch(logits, settings, seed, step):
-    B, V = logits.shape
-    kernel = extension.runs_extension(logits) and B <= extension.COUNTERS and V <= MAX_COLUMNS
-    return (_run_extension if kernel else sample_reference)(logits, settings, seed, step)
-
-
-torch.library.impl("bagel_rt::sample", "default", _launch)
-
-
-@torch.library.register_fake("bagel_rt::sample")
 def _fake(logits, settings, seed, step):
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-_sample = torch.ops.bagel_rt.sample.default
+@op(
+    "sample",
+    "(Tensor logits, Tensor? settings, Tensor? seed, Tensor? step) -> Tensor",
+    kernel="cuda",
+    fake=_fake,
+)
+def _sample(logits, settings, seed, step):
+    B, V = logits.shape
+    kernel = extension.runs_extension(logits) and B <= extension.COUNTERS and V <= MAX_COLUMNS
+    return (_run_extension if kernel else sample_reference)(logits, settings, seed, step)
 
 
 def sample(logits, settings=None, seed=None, step=None):
@@ -154,5 +146,4 @@ def sample(logits, settings=None, seed=None, step=None):
                 given = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"sample: {name} is {given}, expected {shape} {dtype}")
         check_devices("sample", logits=logits, settings=settings, seed=seed, step=step)
-    run = _sample if is_compiling() else _launch
-    return run(logits, settings, seed, step)
+    return _sample(logits, settings, seed, step)

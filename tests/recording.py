@@ -4,14 +4,9 @@ Numbers that Python knew when the work was recorded are fixed, as are addresses;
 of this package are recorded whole, as the launches they are on a GPU: what their references read back they read again.
 """
 
-import importlib
-import pkgutil
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-
-import bagel_rt.kernels
 
 
 class Recording(TorchDispatchMode):
@@ -59,7 +54,4 @@ def _tensors(values) -> list[torch.Tensor]:
 
 def dispatch_ops(monkeypatch) -> None:
     """Let the ops go through the dispatcher, where a recording sees them, as they do when they are compiled."""
-    for module in pkgutil.iter_modules(bagel_rt.kernels.__path__):
-        module = importlib.import_module(f"bagel_rt.kernels.{module.name}")
-        if hasattr(module, "is_compiling"):
-            monkeypatch.setattr(module, "is_compiling", lambda: True)
+    monkeypatch.setattr("bagel_rt.kernels.registry.is_compiling", lambda: True)

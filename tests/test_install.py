@@ -167,7 +167,7 @@ def test_this_installation_has_the_extension():
     assert plan.EXTENSION is not None, plan.EXTENSION_ERROR
 
 
-def test_the_sources_are_python_3_10_and_import_the_kernels_by_their_full_name():
+def test_the_sources_are_python_3_10_and_name_the_kernels_in_full_or_relatively():
     folders = ("bagel_rt", "kernels", "benchmarks", "tests")
     for path in [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))

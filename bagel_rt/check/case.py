@@ -60,7 +60,7 @@ class Case:
     """One call of an op.
 
     Attributes:
-        op: a name in ``bagel_rt.kernels.backend.OPS``.
+        op: a name in ``bagel_rt.kernels.registry.OPS``.
         name: what is special about it.
         build: Values -> (function giving the kernel's outputs, function giving the same in float64).
         dtypes: of the inputs.

@@ -90,7 +90,10 @@ def cuda_kernels() -> str:
 def ops() -> dict[str, str]:
     """Op -> what runs it on the default device, "cuda", "triton" or "reference"; or why nothing can."""
     try:
-        from bagel_rt.kernels.backend import OPS, implementation  # here, because kernels may need what is not installed
+        from bagel_rt.kernels.registry import (  # here, because kernels may need what is not installed
+            OPS,
+            implementation,
+        )
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return {op: implementation(op, device) for op in OPS}

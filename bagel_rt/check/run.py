@@ -11,7 +11,8 @@ from bagel_rt.check.case import Case, Values
 from bagel_rt.check.cases import CASES
 from bagel_rt.check.info import versions
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import OPS, check_backend, choose_backend, implementation
+from bagel_rt.kernels.backend import check_backend, choose_backend
+from bagel_rt.kernels.registry import OPS, implementation
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def choose_cases(ops: Sequence[str] | None = None) -> list[Case]:
     """
     for op in ops or ():
         if op not in OPS:
-            raise ValueError(f"--op is {op!r}: allowed are {', '.join(OPS)}")
+            raise ValueError(f"--op must be one of {', '.join(sorted(OPS))}, got {op!r}")
     return [case for case in CASES if case.op in (ops or OPS)]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recording import dispatch_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagel_rt.kernels import (
@@ -18,7 +19,7 @@ from bagel_rt.kernels import (
     rms_norm,
     sample,
 )
-from bagel_rt.kernels.backend import OPS
+from bagel_rt.kernels.registry import OPS
 
 H, HQ, HKV, D, N, S = 64, 4, 2, 16, 96, 32
 
@@ -80,20 +81,27 @@ CALLS = list(calls(1, 0))
 
 
 class Record(TorchDispatchMode):
-    """Records the calls of our ops with their arguments, and the ops that make or write a tensor inside them."""
+    """Records the calls of our ops with their arguments, and the ops that make or write a tensor inside them.
+
+    Of ops that are composed of others of ours, the outermost.
+    """
 
     def __init__(self):
         super().__init__()
-        self.ours, self.inner = [], []
+        self.ours, self.inner, self._inside = [], [], False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if op.namespace == "bagel_rt":
-            with torch.inference_mode(False):  # the op writes to some: keep what it was given
-                given = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-            self.ours.append((op, given, kwargs))
+            if not self._inside:
+                with torch.inference_mode(False):  # the op writes to some: keep what it was given
+                    given = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+                self.ours.append((op, given, kwargs))
+            outer, self._inside = self._inside, True
             with self:
-                return op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+                result = op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+            self._inside = outer
+            return result
         result = op(*args, **kwargs)
         given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
         fresh = isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given
@@ -106,7 +114,7 @@ def run(name, T, G, dtype=torch.float32):
     """Call as a compiled caller does: through the registered op."""
     function, args, kwargs = calls(T, G, dtype)[name]
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), Record() as record:
-        patch.setitem(function.__globals__, "is_compiling", lambda: True)
+        dispatch_ops(patch)
         function(*args, **kwargs)
     return record
 
@@ -123,7 +131,7 @@ def test_an_eager_call_skips_the_dispatcher_and_computes_the_same(name):
     with torch.inference_mode(), Record() as record:
         eager = function(*args, **kwargs)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setitem(function.__globals__, "is_compiling", lambda: True)
+        dispatch_ops(patch)
         torch.testing.assert_close(eager, function(*same_args, **same_kwargs), rtol=0, atol=0)
     written, same = ([a for a in given if isinstance(a, torch.Tensor)] for given in (args, same_args))
     torch.testing.assert_close(written, same, rtol=0, atol=0)

@@ -1,7 +1,6 @@
 """The estimate of a request's memory against what the runtime allocates: slots exactly, tensors within a factor."""
 
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT
 from PIL import Image
+from recording import dispatch_ops
 from safetensors import safe_open
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,9 +64,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.fixture
 def as_ops(monkeypatch):
     """Ops go through the dispatcher, so that each is one operator."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("bagel_rt.kernels.") and hasattr(module, "is_compiling"):
-            monkeypatch.setattr(module, "is_compiling", lambda: True)
+    dispatch_ops(monkeypatch)
 
 
 @pytest.fixture
