@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT
+from live_bytes import LiveBytes
 from PIL import Image
 from recording import dispatch_ops
 from safetensors import safe_open
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bagel_rt import Bagel
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT
@@ -29,36 +27,6 @@ from bagel_rt.runtime.graphs import GraphCache
 from bagel_rt.runtime.slots import GROWTH, KVCache
 
 LOOSE = 1.2  # an estimate is at most so many times what is measured
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the device's storages that operators make while it is entered, as long as they live.
-
-    An op of bagel_rt counts as one operator, of which the outputs are seen: what its kernel allocates.
-    """
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device, self.peak = device, 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    @property
-    def live(self) -> int:
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
-        return sum(size for _, size in self._made.values())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in self._storages((args, kwargs))}
-        for storage in self._storages(result):
-            if storage._cdata not in given:  # neither a view nor written in place
-                self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _storages(self, values):
-        tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
-        return [tensor.untyped_storage() for tensor in tensors if tensor.device.type == self.device.type]
 
 
 @pytest.fixture
