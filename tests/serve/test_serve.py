@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -16,6 +13,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
+from commands import run
 from PIL import Image  # noqa: E402
 from serving import CHAT, DRAW, EDIT, LIMITS, asked, data_url, metric, opened, picture, png, running, text  # noqa: E402
 
@@ -320,9 +318,8 @@ def test_an_error_of_ours_says_nothing_of_itself(address, http, monkeypatch):
 
 def test_serve_checks_its_options(tmp_path):
     def said(*options, **environment):
-        command = [sys.executable, "-m", "bagel_rt.cli", "serve", *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-        return done.returncode, done.stderr
+        result = run("serve", *options, env=environment)
+        return result.exit_code, result.stderr
 
     assert said("--queue", "0") == (2, "bagel-rt: error: queue is 0: allowed are numbers above 0\n")
     assert said("--batch", "65")[1].startswith("bagel-rt: error: batch is 65")
