@@ -34,15 +34,6 @@ KNOWN = {
     ("bagel_rt.runtime.decode", "bagel_rt.models.bagel.transformer"),
     ("bagel_rt.runtime.denoise", "bagel_rt.models.bagel.model"),
     ("bagel_rt.runtime.denoise", "bagel_rt.models.bagel.settings"),
-    ("bagel_rt.kernels.extension", "bagel_rt"),
-    ("bagel_rt.kernels", "absolute"),
-    *(
-        (f"bagel_rt.kernels.{name}", "absolute")
-        for name in (
-            *("attention", "attention_backward", "attention_tiles", "backend", "decode_attention", "decode_linear"),
-            *("decode_qkv", "extension", "group_norm", "guidance", "linear", "norm", "qk_norm_rope", "sample"),
-        )
-    ),
 }
 
 
