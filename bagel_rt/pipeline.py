@@ -29,6 +29,7 @@ from bagel_rt.request import (
     per_prompt,
     seeds_for,
 )
+from bagel_rt.validation import BOOLEAN, check, integer, invalid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -249,8 +250,7 @@ class Bagel:
             noise: tensors instead of the seed's draws, in the order of encoding and drawing.
         """
         settings = resolve_settings("interleave", hyperparameters)
-        if type(max_rounds) is not int or not 1 <= max_rounds <= MAX_ROUNDS:
-            raise ValueError(f"max_rounds is {max_rounds!r}: allowed are integers from 1 to {MAX_ROUNDS}")
+        check("max_rounds", max_rounds, integer(1, MAX_ROUNDS))
         inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
         system = _system(THINK_INTERLEAVED, think)
@@ -318,23 +318,19 @@ class Bagel:
                 )
 
     def check_size(self, size) -> tuple[int, int]:
-        """(height, width) of a picture to draw, by default the usual square; ValueError if the model has no such."""
+        """(height, width) of an image to draw, by default the model's square; ValueError if the model has no such."""
         config = self.model.config
-        stride, largest = config.latent_stride, config.largest_side
         if size is None:
             return (config.default_resolution, config.default_resolution)
-        if not is_size(size) or any(side % stride or not stride <= side <= largest for side in size):
-            raise ValueError(
-                f"size is {size!r}: allowed are (height, width) in multiples of {stride} from {stride} to {largest}, "
-                "the grid that the model has position embeddings for"
-            )
+        if not is_size(size):
+            raise invalid("size", size, "(height, width)")
+        config.check_size(*size)
         return tuple(size)
 
 
 def _system(prompt: str, think) -> str | None:
     """The system prompt of a request that is to think."""
-    if not isinstance(think, bool):
-        raise ValueError(f"think is {think!r}: give True or False")
+    check("think", think, BOOLEAN)
     return prompt if think else None
 
 

@@ -48,11 +48,6 @@ _Report = Annotated[
 ]
 
 
-def _setting(kind, metavar: str, help: str):
-    option = typer.Option(metavar=metavar, show_default="the task's", help=help, rich_help_panel="Denoising")
-    return Annotated[kind | None, option]
-
-
 @with_options
 def evaluate(
     prompts: _Prompts = 20,
@@ -61,10 +56,10 @@ def evaluate(
     batch: _Batch = 16,
     sheet: _Sheet = None,
     report: _Report = None,
-    cfg_text_scale: _setting(float, "X", "Guidance by the last text; at 1 or less no guidance at all.") = None,
-    cfg_img_scale: _setting(float, "X", "Guidance by the input image; at 1 or less none.") = None,
-    timestep_shift: _setting(float, "X", "Above 1 more of the steps are near the noise.") = None,
-    num_timesteps: _setting(int, "N", "Points of the schedule; N make N - 1 steps.") = None,
+    cfg_text_scale: cli_options.hyperparameter("cfg_text_scale", optional=True) = None,
+    cfg_img_scale: cli_options.hyperparameter("cfg_img_scale", optional=True) = None,
+    timestep_shift: cli_options.hyperparameter("timestep_shift", optional=True) = None,
+    num_timesteps: cli_options.hyperparameter("num_timesteps", optional=True) = None,
     *,
     options: RunOptions,
 ) -> None:

@@ -40,12 +40,8 @@ def memory(
     max_think_token_n: Annotated[
         int | None, typer.Option(metavar="N", show_default="chat: 512, else 0", help="Maximum tokens generated.")
     ] = None,
-    cfg_text_scale: Annotated[
-        float | None, typer.Option(metavar="X", show_default="the task's", help="At 1 or less no guidance at all.")
-    ] = None,
-    cfg_img_scale: Annotated[
-        float | None, typer.Option(metavar="X", show_default="the task's", help="At 1 or less no image guidance.")
-    ] = None,
+    cfg_text_scale: cli_options.hyperparameter("cfg_text_scale", optional=True) = None,
+    cfg_img_scale: cli_options.hyperparameter("cfg_img_scale", optional=True) = None,
     graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs, which keep their memory.")] = True,
     available: _Available = None,
     model: Annotated[
@@ -72,6 +68,7 @@ def memory(
     from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig
     from bagel_rt.models.bagel.memory import expected_memory
     from bagel_rt.models.bagel.settings import resolve_settings
+    from bagel_rt.validation import parse_size
 
     given = {"cfg_text_scale": cfg_text_scale, "cfg_img_scale": cfg_img_scale}
     scales = {name: value for name, value in given.items() if value is not None}
@@ -79,8 +76,8 @@ def memory(
         BAGEL_7B_MOT if model is None else BagelConfig.from_folder(model),
         dtype=cli_options.read_dtype(dtype),
         task=task,
-        size=_read_pixels("--size", size) if size else None,
-        images=[_read_pixels("--image", image) for image in images] if images else None,
+        size=parse_size("--size", size.lower()) if size else None,
+        images=[parse_size("--image", image.lower()) for image in images] if images else None,
         batch=batch,
         text_tokens=text_tokens,
         max_think_token_n=max_think_token_n,
@@ -100,11 +97,3 @@ def memory(
         typer.echo(f"fits in {limit / 1e9:.1f} GB")
     else:
         typer.echo("\n".join([f"does not fit in {limit / 1e9:.1f} GB; to reduce it:", *estimate.advice(limit)]))
-
-
-def _read_pixels(option: str, size: str) -> tuple[int, int]:
-    """Parse WIDTHxHEIGHT into (height, width)."""
-    width, cross, height = size.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"{option} must be WIDTHxHEIGHT in pixels, as in 1024x768, got {size!r}.")
-    return int(height), int(width)

@@ -17,7 +17,7 @@ import typer
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.files import partial_path
-from bagel_rt.models.bagel.settings import RENORM_TYPES, TASKS, check_seed
+from bagel_rt.models.bagel.settings import TASKS, ImageSettings, TextSettings, check_seed
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -139,20 +139,24 @@ def with_options(command):
     return call
 
 
-_HYPERPARAMETERS = {  # name -> (help, metavar)
-    "cfg_text_scale": ("Guidance by the last text; at 1 or less no guidance at all.", "X"),
-    "cfg_img_scale": ("Guidance by the input pictures; at 1 or less none.", "X"),
-    "cfg_interval": ("Steps at LOW < t <= HIGH are guided; t runs from 1, noise, to 0.", "LOW HIGH"),
-    "cfg_renorm_min": ("Least factor in renormalising guided velocities; 1 does not.", "X"),
-    "cfg_renorm_type": ("Norm per picture, per token, or per token before picture guidance.", None),
-    "timestep_shift": ("Above 1 more of the steps are near the noise.", "X"),
-    "num_timesteps": ("Points of the schedule; N make N - 1 steps.", "N"),
-    "max_think_token_n": ("Forward passes per text, which has one token less.", "N"),
-    "do_sample": ("Sample tokens; else each is the most likely one.", None),
-    "text_temperature": ("Of --do-sample.", "X"),
-    "top_k": ("Of --do-sample: among the N most likely tokens; 0 for all.", "N"),
-    "top_p": ("Of --do-sample: among the most likely tokens of this probability together.", "X"),
+_HYPERPARAMETERS = {  # name -> (field, panel of the help)
+    field.name: (field, panel)
+    for part, panel in ((ImageSettings, "Denoising"), (TextSettings, "Text"))
+    for field in fields(part)
 }
+_METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
+
+
+def hyperparameter(name: str, optional: bool = False):
+    """The annotation of a hyper-parameter's option. Where it is optional, None stands for the task's default."""
+    field, panel = _HYPERPARAMETERS[name]
+    option = typer.Option(
+        help=field.metadata["help"],
+        metavar=_METAVARS.get(field.type),
+        show_default="the task's" if optional else True,
+        rich_help_panel=panel,
+    )
+    return Annotated[field.type | None if optional else field.type, option]
 
 
 def with_hyperparameters(task: str):
@@ -164,20 +168,16 @@ def with_hyperparameters(task: str):
     def decorate(command):
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        options = []
-        for part, panel in zip(TASKS[task], ("Denoising", "Text"), strict=True):
-            for field in fields(part) if part else ():
-                help, metavar = _HYPERPARAMETERS[field.name]
-                kind = Literal[RENORM_TYPES] if field.name == "cfg_renorm_type" else field.type
-                option = typer.Option(help=help, metavar=metavar, rich_help_panel=panel)
-                options.append(
-                    inspect.Parameter(
-                        field.name,
-                        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                        default=getattr(part, field.name),
-                        annotation=Annotated[kind, option],
-                    )
-                )
+        options = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=getattr(part, field.name),
+                annotation=hyperparameter(field.name),
+            )
+            for part in TASKS[task]
+            for field in (fields(part) if part else ())
+        ]
         place = [parameter.name for parameter in own].index("model")
         command.__signature__ = signature.replace(parameters=own[:place] + options + own[place:])
         return command
@@ -203,11 +203,9 @@ def read_size(model: Path, width: int | None, height: int | None) -> tuple[int, 
     if width is None and height is None:
         return None
     config = BagelConfig.from_folder(model)
-    stride, largest, default = config.latent_stride, config.largest_side, config.default_resolution
-    for option, side in (("--width", width), ("--height", height)):
-        if side is not None and (side % stride or not stride <= side <= largest):
-            raise ValueError(f"{option} must be a multiple of {stride} from {stride} to {largest}, got {side}.")
-    return height or default, width or default
+    size = tuple(config.default_resolution if side is None else side for side in (height, width))
+    config.check_size(*size)
+    return size
 
 
 def check_address(host: str, port: int) -> None:

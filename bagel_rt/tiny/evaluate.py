@@ -20,6 +20,7 @@ from bagel_rt.tiny.examples import Example, make_example
 from bagel_rt.tiny.judge import judge, judge_answer
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import COLORS, SHAPES, SIZES
+from bagel_rt.validation import check, integer
 
 CATEGORIES = {
     "generate": ("one object", "two or three alike", "two with a relation", "groups with a relation"),
@@ -176,8 +177,7 @@ def evaluate(bagel, problems: Sequence[Problem], batch: int = 16, progress=None,
     Raises:
         ValueError, TypeError: a setting is out of range or unknown; nothing was computed.
     """
-    if not 1 <= batch <= MAX_BATCH:
-        raise ValueError(f"batch is {batch!r}: allowed are integers from 1 to {MAX_BATCH}")
+    check("batch", batch, integer(1, MAX_BATCH))
     for task in ("generate", "edit"):
         resolve_settings(task, image_settings)
     return _trials(bagel, problems, batch, progress, image_settings)

@@ -26,6 +26,7 @@ from bagel_rt.models.bagel.autoencoder import AutoEncoder
 from bagel_rt.models.bagel.config import VAEConfig
 from bagel_rt.models.bagel.images import image_to_tensor
 from bagel_rt.train.state import load_state, save_state
+from bagel_rt.validation import check_fields, checked, integer, number
 
 _SAVE_EVERY = 60.0  # seconds
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,26 +52,19 @@ class AutoencoderSettings:
         ValueError: a number out of range.
     """
 
-    steps: int
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    kl: float = 1e-3
-    edges: float = 4.0
-    edges_from: float = 0.56
-    ema: float = 0.998
-    clip: float = 1.0
-    seed: int = 0
+    steps: int = checked(integer(1))
+    learning_rate: float = checked(number(0, above=True), 1e-3)
+    warmup_steps: int = checked(integer(0), 100)
+    kl: float = checked(number(0), 1e-3)
+    edges: float = checked(number(0), 4.0)
+    edges_from: float = checked(number(0), 0.56)
+    ema: float = checked(number(0, 1, below=True), 0.998)
+    clip: float = checked(number(0, above=True), 1.0)
+    seed: int = checked(integer(0), 0)
     bfloat16: bool = True
 
     def __post_init__(self):
-        for name, low in (("steps", 1), ("warmup_steps", 0), ("kl", 0), ("edges", 0), ("edges_from", 0), ("seed", 0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: numbers from {low}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: positive numbers")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; allowed: from 0 to below 1")
+        check_fields(self)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

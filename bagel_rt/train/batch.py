@@ -211,4 +211,4 @@ def check_range(name: str, ids: torch.Tensor, size: int, things: str) -> None:
     """Refuse, in the name of ``name``, ids outside [0, size): there are ``size`` ``things``."""
     outside = ids[(ids < 0) | (ids >= size)]
     if len(outside):
-        raise ValueError(f"{name} has {outside[0]}, but there are {size} {things}: allowed are 0 to {size - 1}")
+        raise ValueError(f"{name} must be from 0 to {size - 1}, got {outside[0]}. There are {size} {things}.")

@@ -25,22 +25,9 @@ from bagel_rt.train.packing import Draw, DropRates, SpecialTokens, fill, noised_
 from bagel_rt.train.parameters import Parameters
 from bagel_rt.train.parts import PartProcesses
 from bagel_rt.train.state import load_state, save_state
+from bagel_rt.validation import check_fields, checked, integer, number
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_LIMITS = {  # of settings: (least, most, whether the least is allowed)
-    "steps": (1, float("inf"), True),
-    "tokens": (1, float("inf"), True),
-    "parts": (1, 64, True),
-    "learning_rate": (0, float("inf"), False),
-    "warmup_steps": (0, float("inf"), True),
-    "decay_steps": (0, float("inf"), True),
-    "clip": (0, float("inf"), False),
-    "ema": (0, 1, True),
-    "ce_weight": (0, float("inf"), True),
-    "mse_weight": (0, float("inf"), True),
-    "timestep_shift": (0, float("inf"), False),
-    "seed": (0, float("inf"), True),
-}
 
 
 @dataclass(frozen=True)
@@ -69,28 +56,24 @@ class TrainingSettings:
         ValueError: a number out of range.
     """
 
-    steps: int
-    tokens: int = 4096
-    parts: int = 1
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    decay_steps: int = 0
-    clip: float = 1.0
-    ema: float = 0.999
-    ce_weight: float = 1.0
-    mse_weight: float = 1.0
+    steps: int = checked(integer(1))
+    tokens: int = checked(integer(1), 4096)
+    parts: int = checked(integer(1, 64), 1)
+    learning_rate: float = checked(number(0, above=True), 1e-3)
+    warmup_steps: int = checked(integer(0), 100)
+    decay_steps: int = checked(integer(0), 0)
+    clip: float = checked(number(0, above=True), 1.0)
+    ema: float = checked(number(0, 1), 0.999)
+    ce_weight: float = checked(number(0), 1.0)
+    mse_weight: float = checked(number(0), 1.0)
     ce_reweighting: bool = False
-    timestep_shift: float = 1.0
+    timestep_shift: float = checked(number(0, above=True), 1.0)
     drop: DropRates = DropRates()
-    seed: int = 0
+    seed: int = checked(integer(0), 0)
     bfloat16: bool = False
 
     def __post_init__(self):
-        for name, (least, most, inclusive) in _LIMITS.items():
-            value = getattr(self, name)
-            if not (least <= value <= most) or (value == least and not inclusive):
-                most = "" if most == float("inf") else f" and at most {most}"
-                raise ValueError(f"{name} is {value}, must be {'at least' if inclusive else 'above'} {least}{most}")
+        check_fields(self)
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of the step with this number, from 0 on."""

@@ -317,7 +317,7 @@ def test_a_stream_that_breaks_off_ends_with_an_event():
     "options, message",
     [
         ({"folder": "/no/where"}, "no such folder"),
-        ({"limits": {"queue": 0}}, "queue is 0: allowed are numbers above 0"),
+        ({"limits": {"queue": 0}}, "queue must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_options_are_refused_before_ray_starts(options, message):

@@ -200,31 +200,31 @@ REFUSED = {
     "a prompt that is none": (DRAW, {"prompt": 3}, "prompt: Input should be a valid string"),
     "an unknown field": (DRAW, {"prompt": "x", "stlye": "vivid"}, "stlye: Extra inputs are not permitted"),
     "addresses of pictures": (DRAW, {"prompt": "x", "response_format": "url"}, "response_format"),
-    "a size that is none": (DRAW, {"prompt": "x", "size": "big"}, "size is 'big'"),
+    "a size that is none": (DRAW, {"prompt": "x", "size": "big"}, "size must be auto or WIDTHxHEIGHT"),
     "a size off the grid": (DRAW, {"prompt": "x", "size": "50x50"}, "multiples of 16"),
-    "a size beyond the limit": (DRAW, {"prompt": "x", "size": "512x512"}, "this server allows up to 96"),
-    "digits of another script": (DRAW, {"prompt": "x", "size": "\u0663\u0662x32"}, "size is"),
-    "too many pictures": (DRAW, {"prompt": "x", "n": 9}, "n is 9: this server allows up to 3"),
-    "too many steps": (DRAW, {"prompt": "x", "num_timesteps": 1000000}, "num_timesteps is 1000000"),
-    "guidance out of range": (DRAW, {"prompt": "x", "cfg_text_scale": 1e9}, "cfg_text_scale is"),
-    "a number that is none": (DRAW, b'{"prompt": "x", "cfg_text_scale": NaN}', "cfg_text_scale is nan"),
-    "a negative seed": (DRAW, {"prompt": "x", "seed": -1}, "seed is -1"),
-    "a long prompt": (DRAW, {"prompt": "word " * 5000}, "this server allows up to 200"),
-    "a very long prompt": (DRAW, {"prompt": "word " * 9999}, "characters: this server allows up to 200 tokens"),
-    "settings of thoughts without one": (DRAW, {"prompt": "x", "do_sample": True}, "do_sample is about thoughts"),
-    "many marks": (DRAW, {"prompt": "a" + "\u0315\u0f73" * 50}, "over 64 combining marks"),
+    "a size beyond the limit": (DRAW, {"prompt": "x", "size": "512x512"}, "must be at most 96 on this server"),
+    "digits of another script": (DRAW, {"prompt": "x", "size": "\u0663\u0662x32"}, "size must be auto"),
+    "too many pictures": (DRAW, {"prompt": "x", "n": 9}, "n must be at most 3 on this server, got 9"),
+    "too many steps": (DRAW, {"prompt": "x", "num_timesteps": 1000000}, "num_timesteps must be at most 2000"),
+    "guidance out of range": (DRAW, {"prompt": "x", "cfg_text_scale": 1e9}, "must be a number from 0 to 100"),
+    "a number that is none": (DRAW, b'{"prompt": "x", "cfg_text_scale": NaN}', "from 0 to 100, got nan"),
+    "a negative seed": (DRAW, {"prompt": "x", "seed": -1}, "seed must be an integer from 0"),
+    "a long prompt": (DRAW, {"prompt": "word " * 1000}, "must be at most 200 on this server"),
+    "a very long prompt": (DRAW, {"prompt": "word " * 9999}, "at most 200 tokens on this server, got"),
+    "settings of thoughts without one": (DRAW, {"prompt": "x", "do_sample": True}, "do_sample has no effect"),
+    "many marks": (DRAW, {"prompt": "a" + "\u0315\u0f73" * 50}, "at most 64 combining marks"),
     "lone surrogates": (DRAW, b'{"prompt": "\\ud800"}', "prompt: Input should be a valid string"),
     "another model": (DRAW, {"prompt": "x", "model": "dall-e-3"}, "'dall-e-3' is not here"),
     "no messages": (CHAT, {"messages": []}, "messages"),
     "nothing said": (CHAT, {"messages": [{"role": "user"}]}, "no message has any content"),
     "an unknown role": (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "role"),
     "several choices": (CHAT, asked(text("x"), n=2), "n: Input should be 1"),
-    "too long an answer": (CHAT, asked(text("x"), max_tokens=10**9), "max_tokens is"),
+    "too long an answer": (CHAT, asked(text("x"), max_tokens=10**9), "max_tokens must be at most"),
     "no answer": (CHAT, asked(text("x"), max_tokens=0), "max_tokens: Input should be greater"),
     "a negative temperature": (CHAT, asked(text("x"), temperature=-1), "temperature"),
-    "sampling without a temperature": (CHAT, asked(text("x"), top_p=0.5), "give a temperature above 0 too"),
-    "a size of no picture": (CHAT, asked(text("x"), size="32x32"), "size is about pictures"),
-    "many rounds": (CHAT, asked(text("x"), modalities=["image"], max_rounds=4), "max_rounds is 4"),
+    "sampling without a temperature": (CHAT, asked(text("x"), top_p=0.5), "Set temperature above 0"),
+    "a size of no picture": (CHAT, asked(text("x"), size="32x32"), "size has no effect without images"),
+    "many rounds": (CHAT, asked(text("x"), modalities=["image"], max_rounds=4), "max_rounds must be at most 3"),
     "no rounds": (CHAT, asked(text("x"), modalities=["image"], max_rounds=0), "max_rounds: Input"),
     "a network address": (CHAT, asked(picture("http://example.com/a.png")), "allowed are data: URLs"),
     "a file": (CHAT, asked(picture("file:///etc/passwd")), "allowed are data: URLs"),
@@ -321,8 +321,8 @@ def test_serve_checks_its_options(tmp_path):
         result = run("serve", *options, env=environment)
         return result.exit_code, result.stderr
 
-    assert said("--queue", "0") == (2, "bagel-rt: error: queue is 0: allowed are numbers above 0\n")
-    assert said("--batch", "65")[1].startswith("bagel-rt: error: batch is 65")
+    assert said("--queue", "0") == (2, "bagel-rt: error: queue must be an integer >= 1, got 0.\n")
+    assert said("--batch", "65")[1].startswith("bagel-rt: error: batch must be an integer from 1 to 64, got 65")
     assert said("--model", str(tmp_path / "no"), "--port", "0")[0] == 2
     assert "BAGEL_RT_API_KEY is set but empty" in said(BAGEL_RT_API_KEY=" ")[1]
     assert "--replicas 2 needs --ray: a process has one model" in said("--replicas", "2", "--port", "0")[1]

@@ -162,8 +162,8 @@ def test_pictures_of_another_size_are_judged_all_the_same(problems, side):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        pytest.param({"batch": 65}, "batch is 65: allowed are integers from 1 to 64", id="too large a batch"),
-        pytest.param({"num_timesteps": 1}, "num_timesteps is 1", id="no steps"),
+        pytest.param({"batch": 65}, "batch must be an integer from 1 to 64, got 65", id="too large a batch"),
+        pytest.param({"num_timesteps": 1}, "num_timesteps must be", id="no steps"),
     ],
 )
 def test_a_bad_setting_is_refused_before_any_work(problems, arguments, message):
@@ -296,13 +296,17 @@ def test_what_ends_before_the_first_result_leaves_nothing(monkeypatch, tmp_path)
     "arguments, message",
     [
         pytest.param(("--prompts", 0), "--prompts", id="no examples"),
-        pytest.param(("--seed", -1), "seed is -1: allowed are", id="a seed below zero"),
+        pytest.param(("--seed", -1), "seed must be an integer from 0", id="a seed below zero"),
         pytest.param(
             ("--task", "draw"), "task 'draw': allowed are generate, edit, ask", id="a task that does not exist"
         ),
         pytest.param(("--batch", 65), "--batch", id="too large a batch"),
-        pytest.param(("--num-timesteps", 1), "num_timesteps is 1: allowed are", id="no steps"),
-        pytest.param(("--cfg-img-scale", "nan"), "cfg_img_scale is nan: allowed are", id="a scale that is not finite"),
+        pytest.param(("--num-timesteps", 1), "num_timesteps must be an integer from 2", id="no steps"),
+        pytest.param(
+            ("--cfg-img-scale", "nan"),
+            "from 0 to 100, got nan",
+            id="a scale that is not finite",
+        ),
         pytest.param(("--sheet", "sheet.jpg"), "a name that ends in .png", id="a sheet that is no PNG"),
         pytest.param(("--report", "/no/report.json"), "cannot write a file there", id="a report in no folder"),
         pytest.param(("--model", "/no"), "no such folder", id="no model"),

@@ -271,10 +271,10 @@ def test_weights_that_are_not_finite_are_not_exported(model, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"steps": 0}, "steps is 0, must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0, must be above 0"),
-        ({"ema": 1.5}, "ema is 1.5, must be at least 0 and at most 1"),
-        ({"clip": math.nan}, "clip is nan, must be above 0"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number > 0, got 0.0"),
+        ({"ema": 1.5}, "ema must be a number from 0 to 1, got 1.5"),
+        ({"clip": math.nan}, "clip must be a number > 0, got nan"),
     ],
 )
 def test_settings_refuse(change, message):

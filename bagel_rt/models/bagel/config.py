@@ -9,98 +9,64 @@ asks for another computation than the one implemented here is refused.
 
 import json
 import os
-import reprlib
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from bagel_rt.checkpoint.files import REMEDY, read_json
 from bagel_rt.errors import CheckpointError
 from bagel_rt.models.bagel.images import ResizeRule
+from bagel_rt.validation import BOOLEAN, Spec, check_fields, checked, integer, invalid, number
 
 _GROUP_NORM_GROUPS = 32
 _ACTIVATION = "gelu_pytorch_tanh"
 
 
-def _field(accepts, allowed: str, key: str | None, default):
-    """A checked dataclass field; ``key`` is its name in the JSON file where that differs."""
-    return field(default=default, metadata={"accepts": accepts, "allowed": allowed, "key": key})
-
-
-def _whole(low: int, high: int, key: str | None = None, default=MISSING, note: str = ""):
-    allowed = f"a whole number from {low} to {high}" if low < high else str(low)
-    return _field(lambda value: type(value) is int and low <= value <= high, allowed + note, key, default)
-
-
-def _number(low: float, high: float, key: str | None = None, default=MISSING):
-    def accepts(value):  # comparisons with NaN are false
-        return type(value) in (int, float) and low <= value <= high
-
-    return _field(accepts, f"a number from {low:g} to {high:g}", key, default)
-
-
-def _wholes(low: int, high: int, length: int, default):
-    def accepts(values):
-        sized = type(values) is tuple and 1 <= len(values) <= length
-        return sized and all(type(value) is int and low <= value <= high for value in values)
-
-    return _field(accepts, f"1 to {length} whole numbers from {low} to {high}", None, default)
-
-
-def _flag(default: bool):
-    return _field(lambda value: type(value) is bool, "true or false", None, default)
-
-
-def _check_fields(config) -> None:
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.metadata and not item.metadata["accepts"](value):
-            name = item.metadata["key"] or item.name
-            raise ValueError(f"{name} is {reprlib.repr(value)}; allowed: {item.metadata['allowed']}")
+def _are_levels(value) -> bool:
+    return isinstance(value, tuple) and 1 <= len(value) <= 6 and all(map(integer(1, 16).accepts, value))
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """The Mixture-of-Transformers decoder; both experts have these shapes. ValueError if a value is out of range."""
 
-    hidden_size: int = _whole(1, 1 << 15)
-    num_layers: int = _whole(1, 512, "num_hidden_layers")
-    num_heads: int = _whole(1, 512, "num_attention_heads")  # query heads
-    num_kv_heads: int = _whole(1, 512, "num_key_value_heads")
-    head_dim: int = _whole(2, 1024)
-    intermediate_size: int = _whole(1, 1 << 18)
-    vocab_size: int = _whole(1, 1 << 21)
-    rope_theta: float = _number(1, 1e12)
-    rms_norm_eps: float = _number(1e-12, 0.1)
-    max_position_embeddings: int = _whole(1, 1 << 24)
+    hidden_size: int = checked(integer(1, 1 << 15))
+    num_layers: int = checked(integer(1, 512), key="num_hidden_layers")
+    num_heads: int = checked(integer(1, 512), key="num_attention_heads")  # query heads
+    num_kv_heads: int = checked(integer(1, 512), key="num_key_value_heads")
+    head_dim: int = checked(integer(2, 1024))
+    intermediate_size: int = checked(integer(1, 1 << 18))
+    vocab_size: int = checked(integer(1, 1 << 21))
+    rope_theta: float = checked(number(1, 1e12))
+    rms_norm_eps: float = checked(number(1e-12, 0.1))
+    max_position_embeddings: int = checked(integer(1, 1 << 24))
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_attention_heads is {self.num_heads}; "
-                f"allowed: a multiple of num_key_value_heads, {self.num_kv_heads}"
+            raise invalid(
+                "num_attention_heads", self.num_heads, f"a multiple of num_key_value_heads, {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; allowed: an even number, because RoPE rotates pairs")
+            raise invalid("head_dim", self.head_dim, "an even number, because RoPE rotates pairs")
 
 
 @dataclass(frozen=True)
 class ViTConfig:
     """The SigLIP vision tower. ValueError if a value is out of range."""
 
-    hidden_size: int = _whole(1, 1 << 14)
-    num_layers: int = _whole(1, 256, "num_hidden_layers", note=" after one is subtracted, as the official loader does")
-    num_heads: int = _whole(1, 256, "num_attention_heads")
-    intermediate_size: int = _whole(1, 1 << 17)
-    patch_size: int = _whole(1, 64)  # pixels
-    num_channels: int = _whole(3, 3, default=3)
-    layer_norm_eps: float = _number(1e-12, 0.1, default=1e-6)
-    max_patches_per_side: int = _whole(1, 1024, "vit_max_num_patch_per_side", default=70)
+    hidden_size: int = checked(integer(1, 1 << 14))
+    num_layers: int = checked(integer(1, 256, "The official loader drops the last layer"), key="num_hidden_layers")
+    num_heads: int = checked(integer(1, 256), key="num_attention_heads")
+    intermediate_size: int = checked(integer(1, 1 << 17))
+    patch_size: int = checked(integer(1, 64))  # pixels
+    num_channels: int = checked(integer(3, 3), 3)
+    layer_norm_eps: float = checked(number(1e-12, 0.1), 1e-6)
+    max_patches_per_side: int = checked(integer(1, 1024), 70, key="vit_max_num_patch_per_side")
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         if self.hidden_size % self.num_heads:
-            raise ValueError(_uneven_heads(self.hidden_size, self.num_heads))
+            raise _uneven_heads(self.hidden_size, self.num_heads)
 
     @property
     def head_dim(self) -> int:
@@ -112,19 +78,20 @@ class ViTConfig:
 class VAEConfig:
     """The FLUX autoencoder; the defaults are the published one. ValueError if a value is out of range."""
 
-    in_channels: int = _whole(3, 3, default=3)
-    out_channels: int = _whole(3, 3, "out_ch", default=3)
-    ch: int = _whole(_GROUP_NORM_GROUPS, 1024, default=128)  # channels at full resolution
-    ch_mult: tuple[int, ...] = _wholes(1, 16, 6, default=(1, 2, 4, 4))  # channels per level, in units of ch
-    num_res_blocks: int = _whole(1, 16, default=2)
-    z_channels: int = _whole(1, 256, default=16)
-    scale_factor: float = _number(1e-3, 1e3, default=0.3611)
-    shift_factor: float = _number(-1e3, 1e3, default=0.1159)
+    in_channels: int = checked(integer(3, 3), 3)
+    out_channels: int = checked(integer(3, 3), 3, key="out_ch")
+    ch: int = checked(integer(_GROUP_NORM_GROUPS, 1024), 128)  # channels at full resolution
+    # Channels per level, in units of ch.
+    ch_mult: tuple[int, ...] = checked(Spec(_are_levels, "1 to 6 integers from 1 to 16"), (1, 2, 4, 4))
+    num_res_blocks: int = checked(integer(1, 16), 2)
+    z_channels: int = checked(integer(1, 256), 16)
+    scale_factor: float = checked(number(1e-3, 1e3), 0.3611)
+    shift_factor: float = checked(number(-1e3, 1e3), 0.1159)
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         if self.ch % _GROUP_NORM_GROUPS:
-            raise ValueError(f"ch is {self.ch}; allowed: a multiple of {_GROUP_NORM_GROUPS}, the groups of GroupNorm")
+            raise invalid("ch", self.ch, f"a multiple of {_GROUP_NORM_GROUPS}, the groups of GroupNorm")
 
     @property
     def downsample(self) -> int:
@@ -139,20 +106,20 @@ class BagelConfig:
     llm: TransformerConfig
     vit: ViTConfig
     vae: VAEConfig = VAEConfig()
-    latent_patch_size: int = _whole(1, 16, default=2)  # latent cells per token and side
-    max_latent_size: int = _whole(1, 1024, default=64)  # latent tokens per side in the position table
+    latent_patch_size: int = checked(integer(1, 16), 2)  # latent cells per token and side
+    max_latent_size: int = checked(integer(1, 1024), 64)  # latent tokens per side in the position table
     vae_transform: ResizeRule = ResizeRule(1024, 512, 16)
     vit_transform: ResizeRule = ResizeRule(980, 224, 14)
-    interpolate_pos: bool = _flag(default=False)  # spread position ids over the whole table
+    interpolate_pos: bool = checked(BOOLEAN, False)  # spread position ids over the whole table
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         for name, rule, unit in (
             ("vae", self.vae_transform, self.latent_stride),
             ("vit", self.vit_transform, self.vit.patch_size),
         ):
             if rule.stride % unit:
-                raise ValueError(f"image_transforms.{name} has stride {rule.stride}; allowed: a multiple of {unit}")
+                raise invalid(f"image_transforms.{name}: stride", rule.stride, f"a multiple of {unit}")
 
     @property
     def latent_stride(self) -> int:
@@ -161,12 +128,20 @@ class BagelConfig:
 
     @property
     def largest_side(self) -> int:
-        """Pixels per side of the largest picture that the position table holds."""
+        """Pixels per side of the largest image that the position table holds."""
         return self.max_latent_size * self.latent_stride
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError unless the model can draw an image of this size."""
+        stride, largest = self.latent_stride, self.largest_side
+        if any(side % stride or not stride <= side <= largest for side in (height, width)):
+            raise ValueError(
+                f"size must be WIDTHxHEIGHT in multiples of {stride} from {stride} to {largest}, got {width}x{height}."
+            )
 
     @property
     def default_resolution(self) -> int:
-        """Pixels per side of a picture whose size nobody gave: the official 1024."""
+        """Pixels per side of an image by default: the official 1024."""
         return min(self.vae_transform.max_size // self.latent_stride * self.latent_stride, self.largest_side)
 
     @property
@@ -200,8 +175,13 @@ class BagelConfig:
         )
 
 
-def _uneven_heads(hidden_size: int, heads: int) -> str:
-    return f"hidden_size is {hidden_size}; allowed: a multiple of num_attention_heads, {heads}"
+def _uneven_heads(hidden_size: int, heads: int) -> ValueError:
+    return invalid("hidden_size", hidden_size, f"a multiple of num_attention_heads, {heads}")
+
+
+def _refusal(source, error: ValueError) -> CheckpointError:
+    """The error of a file whose value is not allowed."""
+    return CheckpointError(f"{source}: {error} {REMEDY}.")
 
 
 def _read_required(path: Path) -> dict:
@@ -216,33 +196,31 @@ def _section(values: dict, key: str, source) -> dict:
     """The object under ``key``; nothing and null count as an empty one."""
     section = values.get(key)
     if section is not None and not isinstance(section, dict):
-        raise CheckpointError(f"{source}: {key} is {reprlib.repr(section)}; allowed: an object. {REMEDY}.")
+        raise _refusal(source, invalid(key, section, "an object"))
     return section or {}
 
 
 def _only(values: dict, key: str, allowed, source) -> None:
     """Refuse a value that asks for another computation than this model's."""
     if values.get(key, allowed) != allowed:
-        raise CheckpointError(
-            f"{source}: {key} is {reprlib.repr(values[key])}; allowed: {json.dumps(allowed)}. {REMEDY}."
-        )
+        raise _refusal(source, invalid(key, values[key], json.dumps(allowed)))
 
 
 def _build(kind, values: dict, source, **given):
     """A ``kind`` from the JSON object ``values``; ``given`` are the fields that do not come from there."""
     for item in fields(kind):
-        key = item.metadata.get("key") or item.name
+        key = item.metadata.get("key", item.name)
         if item.name in given or not item.metadata:
             continue
         if key in values:
             value = values[key]
             given[item.name] = tuple(value) if isinstance(value, list) else value
         elif item.default is MISSING:
-            raise CheckpointError(f"{source}: {key} is missing; allowed: {item.metadata['allowed']}. {REMEDY}.")
+            raise CheckpointError(f"{source}: {key} is missing; it must be {item.metadata['spec'].allowed}. {REMEDY}.")
     try:
         return kind(**given)
     except ValueError as error:
-        raise CheckpointError(f"{source}: {error}. {REMEDY}.") from None
+        raise _refusal(source, error) from None
 
 
 def _read_llm(values: dict, source: Path) -> TransformerConfig:
@@ -252,7 +230,7 @@ def _read_llm(values: dict, source: Path) -> TransformerConfig:
     head_dim = None  # where one of the two is no number, it is refused before this is looked at
     if type(hidden) is int and type(heads) is int and heads > 0:
         if hidden % heads:
-            raise CheckpointError(f"{source}: {_uneven_heads(hidden, heads)}. {REMEDY}.")
+            raise _refusal(source, _uneven_heads(hidden, heads))
         head_dim = hidden // heads
         _only(values, "head_dim", head_dim, source)
     return _build(TransformerConfig, values, source, head_dim=head_dim)
@@ -287,10 +265,8 @@ def _read_transforms(main: dict, source) -> dict[str, ResizeRule]:
             and all(type(size) is int and 1 <= size <= 1 << 14 for size in sizes)
             and sizes[2] <= sizes[1] <= sizes[0]
         ):
-            raise CheckpointError(
-                f"{source}: {key}.{name} is {reprlib.repr(sizes)}; allowed: [max, min, stride], whole numbers with "
-                f"16384 >= max >= min >= stride >= 1. {REMEDY}."
-            )
+            allowed = "[max, min, stride], integers with 16384 >= max >= min >= stride >= 1"
+            raise _refusal(source, invalid(f"{key}.{name}", sizes, allowed))
         rules[f"{name}_transform"] = ResizeRule(*sizes)
     return rules
 

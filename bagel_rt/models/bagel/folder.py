@@ -61,4 +61,4 @@ def official_json(config: BagelConfig) -> dict[str, dict]:
 
 def _by_official_keys(config) -> dict:
     """The fields of a configuration that its JSON file states, under that file's keys."""
-    return {item.metadata["key"] or item.name: getattr(config, item.name) for item in fields(config) if item.metadata}
+    return {item.metadata.get("key", item.name): getattr(config, item.name) for item in fields(config) if item.metadata}

@@ -1,121 +1,142 @@
-"""The official hyper-parameters, their defaults for each task, and their bounds.
+"""The table of hyper-parameters: official names, types, ranges, defaults for each task, and a line of help.
 
-Defaults are those of the official app: text-to-image does not pass ``cfg_img_scale`` there, so the inferencer's 1.5
-applies although no image is in the context (the effective text scale is then 1 + 1.5 * (4 - 1) = 5.5).
+The fields of :class:`ImageSettings` and :class:`TextSettings` are the table. Request checks, command line, server, web
+page and documentation read it. Defaults are those of the official app: text-to-image does not pass ``cfg_img_scale``
+there, so the inferencer's 1.5 applies although no image is in the context (the effective text scale is then
+1 + 1.5 * (4 - 1) = 5.5).
 """
 
-import math
 import reprlib
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-RENORM_TYPES = ("global", "channel", "text_channel")
-MAX_TEXT_LENGTH = 32768  # tokens a single answer or thought may take
+from bagel_rt.validation import BOOLEAN, Spec, check, check_fields, checked, integer, number, one_of
+
 MAX_BATCH = 64  # prompts of one call
 MAX_INPUTS = 64  # texts and images of one request
 MAX_ROUNDS = 16  # images of one interleaved answer
 MAX_CHARACTERS = 1 << 20  # of one text
 
+RenormType = Literal["global", "channel", "text_channel"]
+
 
 def check_seed(seed) -> None:
-    """Refuse what is neither None nor an integer in [0, 2**63)."""
+    """Raise ValueError unless it is None or an integer in [0, 2**63)."""
     if seed is not None:
-        _check_integer("seed", seed, 0, 2**63 - 1, "leave it out for a random one")
+        check("seed", seed, integer(0, 2**63 - 1, "Leave it out for a random one"))
 
 
-def _check_number(name, value, low, high, reason):
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise ValueError(f"{name} is {value!r}: allowed are numbers from {low:g} to {high:g} ({reason})")
+def _hyperparameter(default, spec: Spec, title: str, help: str, slider: tuple | None = None):
+    """A row of the table; ``slider`` is (low, high, step) of the values that are recommended, within those allowed."""
+    return checked(spec, default, title=title, help=help, slider=slider)
 
 
-def _check_integer(name, value, low, high, reason):
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}: allowed are integers from {low} to {high} ({reason})")
+def _is_interval(value) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(number(0, 1).accepts, value))
+    return pair and value[0] <= value[1]
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How an image is denoised.
+    """How an image is denoised. ValueError if a value is out of range."""
 
-    Attributes:
-        cfg_text_scale: guidance away from the context without the last text; 1 or less switches all guidance off
-            (image guidance too, as in the official code). [0, 100]
-        cfg_img_scale: guidance away from the context without images; 1 or less switches it off. [0, 100]
-        cfg_interval: (low, high) within [0, 1]; a step at time t is guided if low < t <= high. t runs from 1 to 0.
-        cfg_renorm_min: lower bound of the factor that shrinks the guided velocity back to the conditional one's norm;
-            1 switches renormalisation off. [0, 1]
-        cfg_renorm_type: "global" (one norm per image), "channel" (per token) or "text_channel" (per token, after text
-            guidance and before image guidance).
-        timestep_shift: s in t = s u / (1 + (s - 1) u); above 1 spends more steps near the noise. (0, 100]
-        num_timesteps: points of the schedule; the model is evaluated num_timesteps - 1 times. [2, 1000]
-    """
-
-    cfg_text_scale: float = 4.0
-    cfg_img_scale: float = 1.5
-    cfg_interval: tuple[float, float] = (0.4, 1.0)
-    cfg_renorm_min: float = 0.0
-    cfg_renorm_type: str = "global"
-    timestep_shift: float = 3.0
-    num_timesteps: int = 50
+    cfg_text_scale: float = _hyperparameter(
+        4.0,
+        number(0, 100, "1 or less turns all guidance off"),
+        "Text guidance",
+        "How closely the image follows the last text. 1 or less turns all guidance off, image guidance too, which is "
+        "faster.",
+        (0, 20, 0.1),
+    )
+    cfg_img_scale: float = _hyperparameter(
+        1.5,
+        number(0, 100, "1 or less turns image guidance off"),
+        "Image guidance",
+        "How closely the image follows the input images. 1 or less turns this off. Without input images it multiplies "
+        "text guidance: 4 with 1.5 acts like 5.5.",
+        (0, 10, 0.1),
+    )
+    cfg_interval: tuple[float, float] = _hyperparameter(
+        (0.4, 1.0),
+        Spec(_is_interval, "(low, high) with 0 <= low <= high <= 1", "Timesteps run from 1, noise, to 0, the image"),
+        "Guided interval",
+        "A step at time t is guided if low < t <= high; t runs from 1, noise, to 0, the image. Unguided steps are "
+        "faster.",
+        (0, 1, 0.05),
+    )
+    cfg_renorm_min: float = _hyperparameter(
+        0.0,
+        number(0, 1, "1 turns renormalisation off"),
+        "Minimum renormalisation factor",
+        "Guided steps are scaled back by a factor of at least this. 0 scales as far as needed, 1 not at all.",
+        (0, 1, 0.05),
+    )
+    cfg_renorm_type: RenormType = _hyperparameter(
+        "global",
+        one_of(get_args(RenormType), "The official model too rejects 'local', which its app lists"),
+        "Renormalisation",
+        "What is scaled back: the whole image (global), each token (channel), or each token before image guidance "
+        "(text_channel).",
+    )
+    timestep_shift: float = _hyperparameter(
+        3.0,
+        number(1e-3, 100, "1 leaves the schedule linear"),
+        "Timestep shift",
+        "1 spaces the steps evenly. Above 1 more of them are near the noise, where the layout is decided; below 1 near "
+        "the image.",
+        (0.1, 10, 0.1),
+    )
+    num_timesteps: int = _hyperparameter(
+        50,
+        integer(2, 1000, "N points make N - 1 evaluations of the model"),
+        "Timesteps",
+        "Points of the schedule. N points make N - 1 steps, and time grows with them.",
+        (2, 200, 1),
+    )
 
     def __post_init__(self):
-        for name in ("cfg_text_scale", "cfg_img_scale"):
-            _check_number(name, getattr(self, name), 0, 100, "1 or less switches this guidance off")
-        _check_number("cfg_renorm_min", self.cfg_renorm_min, 0, 1, "it bounds a factor that never exceeds 1")
-        _check_number("timestep_shift", self.timestep_shift, 1e-3, 100, "1 leaves the schedule linear")
-        _check_integer("num_timesteps", self.num_timesteps, 2, 1000, "N points make N - 1 evaluations of the model")
-        interval = self.cfg_interval
-        if not isinstance(interval, (tuple, list)) or len(interval) != 2:
-            raise ValueError(f"cfg_interval is {interval!r}: give two numbers, for example (0.4, 1.0)")
-        for value in interval:
-            _check_number("cfg_interval", value, 0, 1, "timesteps run from 1 (noise) to 0 (image)")
-        if interval[0] > interval[1]:
-            raise ValueError(
-                f"cfg_interval is {interval!r}: its low end lies above its high end, no step would be guided"
-            )
-        object.__setattr__(self, "cfg_interval", tuple(float(value) for value in interval))
-        if self.cfg_renorm_type not in RENORM_TYPES:
-            raise ValueError(
-                f"cfg_renorm_type is {self.cfg_renorm_type!r}: allowed are {', '.join(RENORM_TYPES)} "
-                "(the official app also lists 'local', which the official model rejects)"
-            )
+        check_fields(self)
+        object.__setattr__(self, "cfg_interval", tuple(float(end) for end in self.cfg_interval))
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How text is decoded.
+    """How text is decoded. ValueError if a value is out of range. The official code has no top_k and top_p."""
 
-    Attributes:
-        max_think_token_n: forward passes at most; the text has one token less (the official count). [1, 32768]
-        do_sample: sample from the softmax; False takes the most likely token.
-        text_temperature: divides the logits when sampling. (0, 100]
-        top_k: sample among the k most likely tokens; 0 for all (the official code has neither this nor the next).
-            [0, 2**24]
-        top_p: sample among the most likely tokens that have this probability together; 1 for all. (0, 1]
-    """
-
-    max_think_token_n: int = 1024
-    do_sample: bool = False
-    text_temperature: float = 0.3
-    top_k: int = 0
-    top_p: float = 1.0
+    max_think_token_n: int = _hyperparameter(
+        1024,
+        integer(1, 32768, "A longer text exceeds the model"),
+        "Maximum text length",
+        "Forward passes per text, which has at most one token less (the official count).",
+        (1, 4096, 1),
+    )
+    do_sample: bool = _hyperparameter(
+        False, BOOLEAN, "Sample", "Draw each token by its probability. Otherwise it is always the most likely one."
+    )
+    text_temperature: float = _hyperparameter(
+        0.3,
+        number(1e-3, 100, "For the most likely token use do_sample=False"),
+        "Temperature",
+        "With do_sample: below 1 likely tokens become likelier, above 1 unlikely ones do.",
+        (0.05, 2, 0.05),
+    )
+    top_k: int = _hyperparameter(
+        0,
+        integer(0, 2**24, "0 samples among all tokens"),
+        "Top k",
+        "With do_sample: draw among the k most likely tokens. 0 means all.",
+        (0, 1000, 1),
+    )
+    top_p: float = _hyperparameter(
+        1.0,
+        number(1e-6, 1, "1 samples among all tokens"),
+        "Top p",
+        "With do_sample: draw among the most likely tokens that have this probability together. 1 means all.",
+        (0.01, 1, 0.01),
+    )
 
     def __post_init__(self):
-        _check_integer(
-            "max_think_token_n", self.max_think_token_n, 1, MAX_TEXT_LENGTH, "a longer text would exceed the model"
-        )
-        if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample is {self.do_sample!r}: give True or False")
-        _check_number(
-            "text_temperature", self.text_temperature, 1e-3, 100, "for the most likely token use do_sample=False"
-        )
-        _check_integer("top_k", self.top_k, 0, 2**24, "0 samples among all tokens")
-        _check_number("top_p", self.top_p, 1e-6, 1, "1 samples among all tokens")
+        check_fields(self)
 
 
 class Task(NamedTuple):

@@ -9,8 +9,7 @@ from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.settings import MAX_BATCH, MAX_INPUTS, TASKS, ImageSettings
 from bagel_rt.runtime.context import MAX_ROWS
 from bagel_rt.runtime.denoise import schedule
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from bagel_rt.validation import check, check_fields, checked, integer, one_of
 
 
 @dataclass(frozen=True)
@@ -33,21 +32,18 @@ class Workload:
     """
 
     config: BagelConfig
-    dtype: torch.dtype = torch.bfloat16
-    task: str = "generate"
+    dtype: torch.dtype = checked(one_of((torch.float32, torch.bfloat16, torch.float16)), torch.bfloat16)
+    task: str = checked(one_of(("generate", "edit", "chat")), "generate")
     size: tuple[int, int] | None = None
     images: Sequence[tuple[int, int]] | None = None
-    batch: int = 1
+    batch: int = checked(integer(1, MAX_BATCH), 1)
     text_tokens: int = 256
     max_think_token_n: int | None = None
     settings: ImageSettings | None = None
     graphs: bool = True
 
     def __post_init__(self):
-        if self.task not in ("generate", "edit", "chat"):
-            raise ValueError(f"task is {self.task!r}: allowed are generate, edit, chat")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype is {self.dtype}: allowed are {', '.join(map(str, _DTYPES))}")
+        check_fields(self)
         size = self.size or (self.config.default_resolution,) * 2
         images = tuple(map(tuple, (size,) if self.images is None and self.task == "edit" else self.images or ()))
         written = TASKS["chat"].text.max_think_token_n if self.task == "chat" else 0
@@ -58,22 +54,10 @@ class Workload:
             ("settings", self.settings or TASKS["edit" if self.task == "edit" else "generate"].image),
         ):
             object.__setattr__(self, name, value)
-        self._check_sizes()
         limit = self.config.llm.max_position_embeddings
-        for name, least, most in (
-            ("batch", 1, MAX_BATCH),
-            ("text_tokens", 1, limit),
-            ("max_think_token_n", 0, limit),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}: allowed are whole numbers from {least} to {most}")
-
-    def _check_sizes(self) -> None:
-        stride, largest = self.config.latent_stride, self.config.largest_side
-        if any(side % stride or not stride <= side <= largest for side in self.size):
-            raise ValueError(
-                f"size is {self.size}: allowed are (height, width) in multiples of {stride} from {stride} to {largest}"
-            )
+        check("text_tokens", self.text_tokens, integer(1, limit))
+        check("max_think_token_n", self.max_think_token_n, integer(0, limit))
+        self.config.check_size(*self.size)
         if (self.task == "edit") > len(self.images) or (self.task == "generate" and self.images):
             raise ValueError(f"images: {len(self.images)} given; an edit takes at least one, a generation none")
         if len(self.images) > MAX_INPUTS or any(side < 1 for pair in self.images for side in pair):

@@ -113,16 +113,16 @@ def test_captured_work_keeps_its_memory_while_other_work_runs(workload, graphs, 
 @pytest.mark.parametrize(
     "workload, message",
     [
-        ({"task": "draw"}, "task is 'draw': allowed are generate, edit, chat"),
-        ({"dtype": torch.float64}, "dtype is torch.float64"),
-        ({"size": (1000, 1024)}, r"size is \(1000, 1024\): allowed are .* multiples of 16"),
+        ({"task": "draw"}, "task must be generate, edit or chat, got 'draw'"),
+        ({"dtype": torch.float64}, "dtype must be .* got torch.float64"),
+        ({"size": (1000, 1024)}, "multiples of 16 from 16 to 1024, got 1024x1000"),
         ({"size": (2048, 1024)}, "from 16 to 1024"),
         ({"images": [(64, 64)]}, "a generation none"),
         ({"task": "edit", "images": []}, "an edit takes at least one"),
         ({"task": "edit", "images": [(64, 0)]}, "from 1 pixel on"),
-        ({"batch": 0}, "batch is 0: allowed are whole numbers from 1 to 64"),
-        ({"text_tokens": 0}, "text_tokens is 0"),
-        ({"max_think_token_n": 40000}, "max_think_token_n is 40000"),
+        ({"batch": 0}, "batch must be an integer from 1 to 64, got 0"),
+        ({"text_tokens": 0}, "text_tokens must be .* got 0"),
+        ({"max_think_token_n": 40000}, "max_think_token_n must be .* got 40000"),
     ],
 )
 def test_refuses_what_could_not_be_run(workload, message):

@@ -193,7 +193,7 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error, existe
             id="small vocabulary",
         ),
         pytest.param(
-            replace(TINY, llm=replace(TINY.llm, head_dim=32)), "head_dim is 32; allowed: 16", id="free head size"
+            replace(TINY, llm=replace(TINY.llm, head_dim=32)), "head_dim must be 16, got 32", id="free head size"
         ),
     ],
 )

@@ -1,0 +1,95 @@
+"""Checked values: what a value may be is stated once, and every error has the same form.
+
+The message is ``<name> must be <allowed>, got <value>. <remedy>.`` Specs go beside the dataclass fields they belong to
+(:func:`checked`, :func:`check_fields`), or to :func:`check` for a loose value.
+"""
+
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a value may be.
+
+    Attributes:
+        accepts: value -> whether it is allowed; gets values of any type.
+        allowed: the allowed values in words, to follow "must be".
+        remedy: what else the user can do, a sentence without its period.
+    """
+
+    accepts: Callable[[Any], bool]
+    allowed: str
+    remedy: str = ""
+
+
+def integer(low: int, high: float = math.inf, remedy: str = "") -> Spec:
+    """An integer in [low, high]; bool is none."""
+    allowed = "an integer " + (f"from {low} to {high}" if high < math.inf else f">= {low}")
+    return Spec(
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        str(low) if low == high else allowed,
+        remedy,
+    )
+
+
+def number(low: float, high: float = math.inf, remedy: str = "", above: bool = False, below: bool = False) -> Spec:
+    """An int or float in [low, high]; ``above`` and ``below`` leave out that end. bool and NaN are none."""
+
+    def accepts(value) -> bool:  # comparisons with NaN are false
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            return False
+        return not (above and value == low) and not (below and value == high)
+
+    allowed = f"from {low:g} to {high:g}"
+    if above or below or high == math.inf:
+        allowed = f">{'' if above else '='} {low:g}"
+        allowed += f" and <{'' if below else '='} {high:g}" if high < math.inf else ""
+    return Spec(accepts, f"a number {allowed}", remedy)
+
+
+BOOLEAN = Spec(lambda value: isinstance(value, bool), "true or false")
+
+
+def one_of(options: tuple, remedy: str = "") -> Spec:
+    """One of several values."""
+    *others, last = map(str, options)
+    return Spec(lambda value: value in options, f"{', '.join(others)} or {last}", remedy)
+
+
+def invalid(name: str, value, allowed: str, remedy: str = "") -> ValueError:
+    """The error for a value that is not allowed."""
+    return ValueError(f"{name} must be {allowed}, got {reprlib.repr(value)}." + (f" {remedy}." if remedy else ""))
+
+
+def check(name: str, value, spec: Spec) -> None:
+    """Raise ValueError unless the value is allowed."""
+    if not spec.accepts(value):
+        raise invalid(name, value, spec.allowed, spec.remedy)
+
+
+def checked(spec: Spec, default=MISSING, **metadata) -> Field:
+    """A dataclass field that :func:`check_fields` checks; further metadata is for its readers."""
+    return field(default=default, metadata={"spec": spec, **metadata})
+
+
+def check_fields(instance) -> None:
+    """Raise ValueError unless every checked field of a dataclass instance is allowed.
+
+    The message names a field by its metadata ``key``, if it has one.
+    """
+    for item in fields(instance):
+        if "spec" in item.metadata:
+            check(item.metadata.get("key", item.name), getattr(instance, item.name), item.metadata["spec"])
+
+
+def parse_size(name: str, text: str, allowed: str = "WIDTHxHEIGHT, such as 1024x768") -> tuple[int, int]:
+    """ "1024x768" -> (768, 1024): height and width in pixels. ValueError, naming ``name``, for any other text."""
+    sides = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", text)
+    if sides is None:
+        raise invalid(name, text, allowed)
+    return int(sides[2]), int(sides[1])
