@@ -3,8 +3,9 @@
 A line ``{{ name arguments }}`` of a page becomes what the function of that name in ``PARTS`` returns for them.
 """
 
+import pydoc
 import re
-from dataclasses import asdict
+from dataclasses import MISSING
 
 import griffe
 import torch
@@ -14,7 +15,7 @@ from bagel_rt.cli import app
 from bagel_rt.kernels.registry import OPS
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.memory import expected_memory
-from bagel_rt.models.bagel.settings import TASKS
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, Task
 
 CARDS = (24, 32, 40, 48, 80, 141)  # GB
 REQUESTS = {
@@ -39,17 +40,22 @@ def command_help(*command: str) -> str:
     return "\n".join(["```text", *(line.rstrip() for line in shown.strip("\n").splitlines()), "```"])
 
 
-def default_table() -> str:
-    """Every hyper-parameter beside its default in each task."""
-    settings = {task: asdict(image) if image else {} for task, (image, _) in TASKS.items()}
-    for task, (_, text) in TASKS.items():
-        settings[task] |= asdict(text)
-    rows = [(f"[`{name}`](#{name})", *(_value(settings[task], name) for task in TASKS)) for name in settings["edit"]]
-    return table(("", *TASKS), rows)
+def hyperparameter_table() -> str:
+    """Every hyper-parameter with its default in each task and what is allowed."""
+    rows = []
+    for name, field in HYPERPARAMETERS.items():
+        defaults = (_default(settings, name) for settings in TASKS.values())
+        rows.append((f"[`{name}`](#{name})", *defaults, field.metadata["spec"].allowed))
+    return table(("", *TASKS, "allowed"), rows)
 
 
-def _value(settings: dict, name: str) -> str:
-    return f"`{settings[name]}`" if name in settings else ""
+def _default(task: Task, name: str) -> str:
+    return next((f"`{getattr(part, name)}`" for part in task if hasattr(part, name)), "")
+
+
+def hyperparameter_help(name: str) -> str:
+    """What a hyper-parameter does."""
+    return HYPERPARAMETERS[name].metadata["help"]
 
 
 def memory_table() -> str:
@@ -73,7 +79,13 @@ def table(heads, rows) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
 
 
-PARTS = {"help": command_help, "defaults": default_table, "memory": memory_table, "ops": op_table}
+PARTS = {
+    "help": command_help,
+    "hyperparameters": hyperparameter_table,
+    "about": hyperparameter_help,
+    "memory": memory_table,
+    "ops": op_table,
+}
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -82,12 +94,21 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """What griffe does not know of the docstrings: references as Sphinx has them, and several names at once."""
+    """Adapts docstrings to griffe: Sphinx roles, several names on one line, and the fields of checked dataclasses."""
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
         """Called by griffe for every object that it has found."""
         if obj.docstring:
             obj.docstring.value = NAMES.sub(_joined, ROLE.sub(_plain, obj.docstring.value))
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_) -> None:
+        """Show a checked field with its default and help instead of the call that makes it."""
+        if str(attr.value).startswith(("checked(", "_hyperparameter(")):
+            field = pydoc.locate(attr.parent.path).__dataclass_fields__[attr.name]
+            attr.value = None if field.default is MISSING else repr(field.default)
+            if "help" in field.metadata:
+                text = f"{field.metadata['help']} Must be {field.metadata['spec'].allowed}."
+                attr.docstring = griffe.Docstring(text, parent=attr)
 
 
 def _plain(role: re.Match) -> str:

@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,12 +14,11 @@ import typer
 from PIL import Image
 
 from bagel_rt.cli import app
-from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-HYPERPARAMETERS = [field.name for part in (ImageSettings, TextSettings) for field in fields(part)]
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

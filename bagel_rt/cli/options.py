@@ -17,7 +17,7 @@ import typer
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.files import partial_path
-from bagel_rt.models.bagel.settings import TASKS, ImageSettings, TextSettings, check_seed
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, TextSettings, check_seed
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -139,22 +139,17 @@ def with_options(command):
     return call
 
 
-_HYPERPARAMETERS = {  # name -> (field, panel of the help)
-    field.name: (field, panel)
-    for part, panel in ((ImageSettings, "Denoising"), (TextSettings, "Text"))
-    for field in fields(part)
-}
 _METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
 
 
 def hyperparameter(name: str, optional: bool = False):
     """The annotation of a hyper-parameter's option. Where it is optional, None stands for the task's default."""
-    field, panel = _HYPERPARAMETERS[name]
+    field = HYPERPARAMETERS[name]
     option = typer.Option(
         help=field.metadata["help"],
         metavar=_METAVARS.get(field.type),
         show_default="the task's" if optional else True,
-        rich_help_panel=panel,
+        rich_help_panel="Text" if field in fields(TextSettings) else "Denoising",
     )
     return Annotated[field.type | None if optional else field.type, option]
 

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from bagel_rt.models.bagel.contexts import count_tokens
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.models.bagel.settings import (
+    HYPERPARAMETERS,
     MAX_CHARACTERS,
     MAX_ROUNDS,
     ImageSettings,
     Task,
-    TextSettings,
     resolve_settings,
 )
 from bagel_rt.pipeline import Bagel
@@ -30,7 +30,6 @@ from bagel_rt.validation import check, integer, invalid, parse_size
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 _CHARACTERS = 32  # per token at most, far above that of real texts; longer prompts are refused before tokenization
 _MARKS = 64  # on one character; writing needs a handful
-_TYPES = {field.name: field.type for part in (ImageSettings, TextSettings) for field in fields(part)}
 _DRAWING = tuple(field.name for field in fields(ImageSettings))
 _THINKING = ("max_think_token_n", "do_sample", "text_temperature")
 
@@ -51,7 +50,8 @@ class _Strict(BaseModel):
 
 def _with_hyperparameters(*names: str) -> type[_Strict]:
     """A base whose fields are hyper-parameters; without a value they are the task's default."""
-    return create_model("Hyperparameters", __base__=_Strict, **{name: (_TYPES[name] | None, None) for name in names})
+    optional = {name: (HYPERPARAMETERS[name].type | None, None) for name in names}
+    return create_model("Hyperparameters", __base__=_Strict, **optional)
 
 
 class ImageFields(_with_hyperparameters(*_DRAWING, *_THINKING)):

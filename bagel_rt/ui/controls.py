@@ -7,16 +7,12 @@ from typing import Literal, get_args, get_origin
 import gradio as gr
 
 from bagel_rt.models.bagel.config import BagelConfig
-from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS, ImageSettings, TextSettings
 
 SEED_LIMIT = 2**53 - 1  # the largest that a browser's numbers hold
 
 EXPLAINED = {  # name -> (title, what it does)
-    **{
-        field.name: (field.metadata["title"], field.metadata["help"])
-        for part in (ImageSettings, TextSettings)
-        for field in fields(part)
-    },
+    **{name: (field.metadata["title"], field.metadata["help"]) for name, field in HYPERPARAMETERS.items()},
     "think": ("Think first", "The model writes down its thoughts, then goes on from them. Guidance never sees them."),
     "seed": ("Seed", "−1 takes a new one each time. The same seed and settings give the same result."),
     "negative_prompt": (

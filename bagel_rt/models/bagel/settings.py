@@ -139,6 +139,9 @@ class TextSettings:
         check_fields(self)
 
 
+HYPERPARAMETERS = {field.name: field for part in (ImageSettings, TextSettings) for field in fields(part)}
+
+
 class Task(NamedTuple):
     """The hyper-parameters of a task; ``image`` is None where no image is drawn."""
 
