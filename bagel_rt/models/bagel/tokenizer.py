@@ -1,7 +1,7 @@
-"""The Qwen2 byte-level BPE tokenizer, and the official rule that cuts an answer out of generated tokens.
+"""The Qwen2 byte-level BPE tokenizer, and the official rule that extracts an answer from generated tokens.
 
-A token of the vocabulary spells bytes, one character per byte (the printable alphabet of GPT-2); a token added to it,
-such as ``<|im_start|>``, spells itself. Every text can be encoded and comes back in Unicode's NFC form.
+A token of the vocabulary spells bytes, one character per byte (the printable alphabet of GPT-2); an added token, such
+as ``<|im_start|>``, spells itself. Any text can be encoded; decoding returns its NFC form.
 """
 
 import codecs
@@ -43,17 +43,17 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, source: Path | str):
-        """Wrap a byte-level BPE.
+        """Wrap a byte-level BPE; its truncation and padding are switched off.
 
         Args:
-            backend: reads special tokens in text; adds none of its own.
-            source: the file it comes from, for messages.
+            backend: recognises special tokens in a text.
+            source: its file, for error messages.
 
         Raises:
-            CheckpointError: it is of another kind, cannot spell every byte, or lacks one of the four tokens.
+            CheckpointError: not a byte-level BPE, cannot spell every byte, or lacks one of the four tokens.
         """
         if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
-            raise CheckpointError(f"{source} is not a byte-level BPE tokenizer, the kind that Qwen2 has. {_REMEDY}.")
+            raise CheckpointError(f"{source} is not a byte-level BPE tokenizer, the kind that Qwen2 uses. {_REMEDY}.")
         missing = [character for character in _BYTE_OF if backend.token_to_id(character) is None]
         if missing:
             raise CheckpointError(f"{source} has no token for {len(missing)} of the 256 bytes. {_REMEDY}.")
@@ -65,11 +65,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path | str) -> "Tokenizer":
-        """Read ``tokenizer.json``, or without it ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``.
+        """Read ``tokenizer.json``, else ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``.
 
         Raises:
-            FileNotFoundError: neither is there.
-            CheckpointError: a file is damaged or does not fit the others; the message names it.
+            FileNotFoundError: neither exists.
+            CheckpointError: a file is damaged or does not match the others; the message names it.
         """
         folder = Path(path)
         whole, parts = folder / "tokenizer.json", ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -78,8 +78,8 @@ class Tokenizer:
         missing = [name for name in parts if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(
-                f"{folder} has no tokenizer.json, and of {', '.join(parts)}, which would do instead, it lacks "
-                f"{', '.join(missing)}. {_REMEDY}."
+                f"{folder} must have tokenizer.json or all of {', '.join(parts)}; "
+                f"missing: {', '.join(missing)}. {_REMEDY}."
             )
         return cls(_read_parts(*(folder / name for name in parts)), folder / parts[-1])
 
@@ -87,37 +87,37 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids, nothing added. The strings of special tokens become their ids.
+        """Encode a text, without adding tokens. The strings of special tokens become their ids.
 
         Raises:
-            ValueError: not a str, or one with surrogates, which are not characters.
+            ValueError: not a str, or it contains surrogates, which are not characters.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}; allowed: str")
+            raise ValueError(f"text must be a str, got {type(text).__name__}.")
         try:
-            # NFC first, as in the official code: tokenizers would look for special tokens before it.
+            # NFC first, as in the official code: tokenizers would look for special tokens before it normalises.
             return self._backend.encode(unicodedata.normalize("NFC", text), add_special_tokens=False).ids
         except TypeError:
-            raise ValueError(f"text holds surrogates, which are not characters: {text[:60]!r}; remove them") from None
+            raise ValueError(f"text must not contain surrogates, got {text[:60]!r}. Remove them.") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text, special tokens included; bytes that are not UTF-8 become U+FFFD.
+        """Decode ids, special tokens included; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: an id that no token has.
+            ValueError: an id has no token.
         """
         spelled = [(token, self.spell(token)) for token in ids]
         unknown = [token for token, spelling in spelled if spelling is None]
         if unknown:
-            raise ValueError(f"token id {unknown[0]}: no such token; allowed: the {len(self)} ids from 0")
+            raise ValueError(f"token id must be one of the {len(self)} ids from 0, got {unknown[0]}.")
         return b"".join(spelling for _, spelling in spelled).decode("utf-8", "replace")
 
     def answer(self, ids: Iterable[int]) -> str:
-        """Generated ids, the start token first -> the answer by the official rule.
+        """Extract the answer from generated ids, start token included, by the official rule.
 
-        It is the text after the first <|im_start|> up to the first <|im_end|> or next <|im_start|>, whether these were
-        generated as special tokens or spelled out. Ids from ``len(self)`` on, which a padded vocabulary can produce,
-        stand for no text.
+        The answer is the text between the first <|im_start|> and the first <|im_end|> or next <|im_start|>, whether
+        these were generated as special tokens or spelled out. Ids from ``len(self)`` on, which a padded vocabulary can
+        produce, add no text.
 
         Raises:
             ValueError: there is no <|im_start|>, or an id is not a number from 0.
@@ -125,11 +125,11 @@ class Tokenizer:
         text = b"".join(self.spell(token) or b"" for token in ids).decode("utf-8", "replace")
         _, start, answer = text.partition(START)
         if not start:
-            raise ValueError(f"the generated text has no {START}: {text[:60]!r}; give its start token too")
+            raise ValueError(f"generated ids must contain {START}, got {text[:60]!r}. Include the start token.")
         return answer.partition(END)[0].partition(START)[0]
 
     def spell(self, token: int) -> bytes | None:
-        """The bytes of one token (they may end inside a character); None if no token has this id.
+        """The bytes of one token, which may end inside a character; None if the id has no token.
 
         Raises:
             ValueError: not a number from 0.
@@ -137,20 +137,21 @@ class Tokenizer:
         try:
             name = self._backend.id_to_token(operator.index(token))
         except (TypeError, OverflowError):
-            raise ValueError(f"token id {token!r}; allowed: whole numbers from 0 to 2**32 - 1") from None
+            raise ValueError(f"token id must be a whole number from 0 to 2**32 - 1, got {token!r}.") from None
         if name is None:
             return None
         try:
             return bytes([_BYTE_OF[character] for character in name])
-        except KeyError:  # an added token with characters outside the alphabet, such as a space
+        except KeyError:  # an added token with a character outside the alphabet, such as a space
             return name.encode()
 
 
 class TextStream:
-    """The answer, piece by piece, while its tokens are generated.
+    """The text of an answer, piece by piece, while its tokens are generated.
 
-    The pieces together are :meth:`Tokenizer.answer` of the start token and all that was fed. Characters come whole, and
-    what may be the beginning of a spelled-out <|im_end|> is held back until that is known.
+    The pieces add up to :meth:`Tokenizer.answer` of the start token and the tokens fed. A piece never ends inside a
+    character or inside what may become a spelled-out marker; that text is held back. (``tokenizers.DecodeStream`` has
+    no flush: an answer that ends inside a character would lose its last U+FFFD.)
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -160,7 +161,7 @@ class TextStream:
         self._ended = False
 
     def feed(self, token: int) -> str:
-        """The next token, the one after <|im_start|> first -> the text that is certain by now, often nothing.
+        """Take the next token after <|im_start|> and return the text it completes, often none.
 
         Raises:
             ValueError: not a number from 0.
@@ -168,7 +169,7 @@ class TextStream:
         return self._release(self._utf8.decode(self._spell(token) or b""))
 
     def finish(self) -> str:
-        """No token is to come -> the text that was held back."""
+        """Return the text still held back; no token may follow."""
         return self._release(self._utf8.decode(b"", final=True)) + self._held
 
     def _release(self, text: str) -> str:
@@ -178,7 +179,7 @@ class TextStream:
         found = [place for place in map(text.find, (START, END)) if place >= 0]
         self._ended = bool(found)
         cut = min(found, default=len(text))
-        last = text.rfind("<", 0, cut)  # both markers hold this character at their beginning only
+        last = text.rfind("<", 0, cut)  # in both markers only the first character
         if not found and last >= 0 and any(marker.startswith(text[last:]) for marker in (START, END)):
             cut = last
         self._held = "" if found else text[cut:]
@@ -186,7 +187,7 @@ class TextStream:
 
 
 def qwen2_backend(model: models.BPE) -> tokenizers.Tokenizer:
-    """Qwen2's steps around a BPE: NFC, the split into words, and bytes as characters. No special tokens yet."""
+    """Add Qwen2's normalisation, word split and byte alphabet to a BPE. Special tokens are not added."""
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
@@ -221,14 +222,14 @@ def _read_parts(vocab: Path, merges: Path, config: Path) -> tokenizers.Tokenizer
         backend.add_tokens([added])
         if backend.token_to_id(added.content) != token:
             raise CheckpointError(
-                f"{config} gives {added.content} the id {token}, but after {vocab.name} it has "
-                f"{backend.token_to_id(added.content)}: the files do not belong together. {_REMEDY}."
+                f"{config} gives {added.content} the id {token}, but appended to {vocab.name} it gets "
+                f"{backend.token_to_id(added.content)}: the files do not match. {_REMEDY}."
             )
     return backend
 
 
 def _added_tokens(path: Path) -> list[tuple[int, AddedToken]]:
-    """(id, token) in the order of ids, from the entry ``added_tokens_decoder`` of ``tokenizer_config.json``."""
+    """(id, token), sorted by id, from ``added_tokens_decoder`` in ``tokenizer_config.json``."""
     entries = read_json(path).get("added_tokens_decoder")
     added = []
     try:
@@ -238,6 +239,6 @@ def _added_tokens(path: Path) -> list[tuple[int, AddedToken]]:
     except (AttributeError, KeyError, TypeError, ValueError):
         shown = reprlib.repr(entries)
         raise CheckpointError(
-            f"{path}: added_tokens_decoder is {shown}; allowed: id -> content and flags of a token. {_REMEDY}."
+            f"{path}: added_tokens_decoder must map ids to a token's content and flags, got {shown}. {_REMEDY}."
         ) from None
     return sorted(added, key=operator.itemgetter(0))

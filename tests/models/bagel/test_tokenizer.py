@@ -217,15 +217,15 @@ def test_nothing_follows_a_marker(whole, marker):
 # Refused
 
 BAD_CALLS = {
-    "text-that-is-bytes": (lambda t: t.encode(b"a"), "text is a bytes; allowed: str"),
-    "no-text": (lambda t: t.encode(None), "text is a NoneType"),
+    "text-that-is-bytes": (lambda t: t.encode(b"a"), "text must be a str, got bytes"),
+    "no-text": (lambda t: t.encode(None), "got NoneType"),
     "half-a-surrogate-pair": (lambda t: t.encode("a\ud83d"), "surrogates"),
-    "an-id-past-the-end": (lambda t: t.decode([64, len(t)]), "token id 366: no such token; allowed: the 366 ids"),
-    "a-negative-id": (lambda t: t.decode([-1]), "token id -1; allowed: whole numbers"),
-    "an-id-that-is-text": (lambda t: t.decode("abc"), "token id 'a'; allowed: whole numbers"),
-    "a-fraction-in-an-answer": (lambda t: t.answer([t.bos, 1.5]), "token id 1.5"),
-    "a-negative-id-in-a-stream": (lambda t: TextStream(t).feed(-3), "token id -3"),
-    "an-answer-without-its-start": (lambda t: t.answer([64, 65]), "has no <|im_start|>: 'ab'; give its start"),
+    "an-id-past-the-end": (lambda t: t.decode([64, len(t)]), "token id must be one of the 366 ids from 0, got 366"),
+    "a-negative-id": (lambda t: t.decode([-1]), "token id must be a whole number from 0 .*, got -1"),
+    "an-id-that-is-text": (lambda t: t.decode("abc"), "token id must be a whole number from 0 .*, got 'a'"),
+    "a-fraction-in-an-answer": (lambda t: t.answer([t.bos, 1.5]), "got 1.5"),
+    "a-negative-id-in-a-stream": (lambda t: TextStream(t).feed(-3), "got -3"),
+    "an-answer-without-its-start": (lambda t: t.answer([64, 65]), "must contain <|im_start|>, got 'ab'"),
 }
 
 
@@ -274,22 +274,22 @@ DAMAGED = {
     "merges-of-one-word": ("merges.txt", lambda p: p.write_text("#version: 0.2\nt h\nthe\n"), "not a BPE vocabulary"),
     "a-config-that-is-not-json": ("tokenizer_config.json", lambda p: p.write_text("{"), "_config.json is not JSON"),
     "a-config-without-added-tokens": (
-        "tokenizer_config.json", lambda p: p.write_text("{}"), "_config.json: added_tokens_decoder is None; allowed",
+        "tokenizer_config.json", lambda p: p.write_text("{}"), "_config.json: added_tokens_decoder must .*, got None",
     ),
     "an-added-token-without-an-id": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens_decoder"].update(x={"content": "<x>"})),
-        "added_tokens_decoder is .*; allowed: id -> content and flags",
+        "added_tokens_decoder must map ids to a token's content and flags, got",
     ),
     "an-added-token-without-content": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens_decoder"].update({"400": {"text": "<x>"}})),
-        "added_tokens_decoder is .*; allowed: id -> content and flags",
+        "added_tokens_decoder must map ids to a token's content and flags, got",
     ),
     "an-added-token-that-is-missing": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, no_token),
-        r"gives <\|vision_end\|> the id 362, but after vocab.json it has 361: the files do not belong together",
+        r"gives <\|vision_end\|> the id 362, but appended to vocab.json it gets 361: the files do not match",
     ),
 }  # fmt: skip
 
@@ -307,7 +307,7 @@ def test_names_the_damaged_file_and_the_remedy(tmp_path, name, damage, message):
 def test_names_the_part_that_is_missing(tmp_path, name):
     copy_files(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"no tokenizer.json, and of .*, it lacks {name}. Take"):
+    with pytest.raises(FileNotFoundError, match=f"must have tokenizer.json or all of .*; missing: {name}. Take"):
         Tokenizer.from_folder(tmp_path)
 
 
