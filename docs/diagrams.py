@@ -1,7 +1,7 @@
-"""The diagram of what rows see, ``docs/diagrams/spans.svg``: ``python docs/diagrams.py``. The others are drawn by hand.
+"""Draw ``docs/diagrams/spans.svg``, the attention spans of packed rows: ``python docs/diagrams.py``.
 
-All lengths are pixels. In a row of cells, s stands for a slot that is seen without a mask, b for one that is seen below
-the row's limit, n for one that is not seen.
+SVG is written directly: the diagram shares its style sheet, with dark mode, with the hand-written ones. All lengths are
+pixels. In a row of cells, s is a slot seen without a mask, b one seen below the row's limit, n one not seen.
 """
 
 import re
@@ -33,14 +33,14 @@ def text(x: float, y: float, names: str, words: str) -> str:
 
 
 def table(left: int, title: str, columns, rows, blocks, labels) -> list[str]:
-    """Rows of cells with words above and beside them.
+    """Draw rows of cells with labels above and beside them.
 
     Args:
-        left: of the first cell.
-        columns: (words, number of slots), in order.
-        rows: (colour of the row's mark, its cells).
-        blocks: (first row, row after the last) of each query block.
-        labels: (words, first row, row after the last).
+        left: x of the first cell.
+        columns: (label, number of slots), in order.
+        rows: (class of the row's mark, its cells).
+        blocks: (first row, end row) of each query block.
+        labels: (label, first row, end row).
     """
     lines, start = [text(left, 42, "title", title)], left
     for words, slots in columns:
@@ -62,7 +62,7 @@ def table(left: int, title: str, columns, rows, blocks, labels) -> list[str]:
 
 
 def spans(style: str) -> str:
-    """The diagram; ``style`` is what all of them begin with."""
+    """The diagram, after the shared ``style``."""
     lines = [rect("page", 0.5, 0.5, 979, HEIGHT - 1).replace("/>", ' rx="8"/>')]
     columns, labels = [("image", 6), ("text", 4)], [("latents", 0, 4), ("markers", 4, 6), ("text", 6, 10)]
     lines += table(150, "Filling a context", columns, FILLING, [(0, 4), (4, 10)], labels)
@@ -79,7 +79,7 @@ def spans(style: str) -> str:
 
 
 def shared_style() -> str:
-    """From a diagram that was drawn by hand."""
+    """The style sheet of the hand-written diagrams."""
     return re.search(r"^  <style>.*</defs>$", (FOLDER / "loop.svg").read_text(encoding="utf-8"), re.M | re.S).group()
 
 

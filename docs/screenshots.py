@@ -1,6 +1,6 @@
-"""The pictures of the page in the browser, ``docs/ui/TAB.webp``: ``python docs/screenshots.py``.
+"""Take the screenshots of the web page, ``docs/ui/TAB.webp``: ``python docs/screenshots.py``.
 
-A headless Chromium does on every tab what a person would, with the embedded model, and looks at what there is then.
+A headless Chromium uses every tab with the built-in model, then takes its screenshot.
 """
 
 import io
@@ -24,7 +24,7 @@ WIDTH = 1240
 
 
 def set_seed(browser: Browser, task: str) -> None:
-    """So that the pictures are the same every time."""
+    """Fix the seed, so that the screenshots are reproducible."""
     browser.click(f"#{task}-settings button")
     browser.type(f"#{task}-seed input", "0" + Keys.TAB)
     browser.click(f"#{task}-settings button")
@@ -60,13 +60,13 @@ def chat(browser: Browser) -> None:
 
 
 def photograph(browser: Browser) -> Image.Image:
-    """The whole page as it is, without the pointer's traces."""
+    """A screenshot of the whole page, without focus or hover effects."""
     run = browser.driver.execute_script
     run("document.activeElement.blur(); window.scrollTo(0, 0); document.documentElement.style.overflow = 'hidden'")
     for height in (lambda: 400, lambda: run("return document.documentElement.scrollHeight")):  # a page fills its window
         size = {"width": WIDTH, "height": height(), "deviceScaleFactor": 1, "mobile": False}
         browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        time.sleep(1)  # until pictures and transitions are there
+        time.sleep(1)  # until images are loaded and transitions have ended
     return Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
 
 

@@ -1,6 +1,6 @@
-"""What ``bagel-rt info`` reports: versions, devices, the extension, the ops' backends, the environment, a checkpoint.
+"""Collect versions, devices, the extension, the ops' backends, the environment and a checkpoint's sizes.
 
-Everything here is optional to find: a missing package, GPU or extension is a line of the report, never an error.
+A missing package, GPU or extension is an entry of the report, not an error.
 """
 
 import math
@@ -19,8 +19,7 @@ from bagel_rt.kernels.extension import cuda_error
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.runtime import plan
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", "tqdm", "typer")
-MISSING = "not installed"
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", "tqdm", "typer")
 
 
 def collect(model: Path | None = None) -> dict:
@@ -44,18 +43,18 @@ def collect(model: Path | None = None) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, of this package, Python and everything that results may depend on."""
+    """Package -> version, of this package, Python and the dependencies that may affect results."""
     found = {"bagel_rt": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = MISSING
+            found[package] = "not installed"
     return found
 
 
 def devices() -> list[dict]:
-    """The CPU, then every CUDA device: name, what it can do, memory in GiB."""
+    """The CPU, then every CUDA device: name, compute capability, memory in GiB."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     found = [
         {
@@ -81,19 +80,16 @@ def devices() -> list[dict]:
 
 
 def cuda_kernels() -> str:
-    """Whether the extension's CUDA kernels run on the current GPU, or why not; without a GPU, whether it has them."""
+    """Whether the extension's CUDA kernels run on the current GPU, or why not; without one, whether they are built."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     error = cuda_error(device)
     return f"absent: {error}" if error else "compiled"
 
 
 def ops() -> dict[str, str]:
-    """Op -> what runs it on the default device, "cuda", "triton" or "reference"; or why nothing can."""
+    """Op -> its backend on the default device, "cuda", "triton" or "reference"; or the error that prevents all."""
     try:
-        from bagel_rt.kernels.registry import (  # here, because kernels may need what is not installed
-            OPS,
-            implementation,
-        )
+        from bagel_rt.kernels.registry import OPS, implementation  # here: kernels may import what is not installed
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return {op: implementation(op, device) for op in OPS}
@@ -103,7 +99,7 @@ def ops() -> dict[str, str]:
 
 def checkpoint(folder: Path) -> dict:
     """A checkpoint's name, sizes and parameter counts, and whether its weights match its configuration."""
-    from bagel_rt.models.bagel.model import IGNORED_TENSORS, BagelModel  # here for the same reason
+    from bagel_rt.models.bagel.model import IGNORED_TENSORS, BagelModel  # here: as above
 
     config = BagelConfig.from_folder(folder)
     destinations = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).destinations()

@@ -1,6 +1,6 @@
-"""A contact sheet: small pictures in rows, the text each was made from under it; if judged, marked as right or wrong.
+"""A contact sheet: rows of small images with captions, optionally marked as right or wrong.
 
-All lengths are pixels. Pictures stand in columns; a pair, before and after, takes the room of two.
+All lengths are pixels. Images stand in columns; a pair, before and after, takes two columns.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 8
-PICTURE, PADDING, GAP, MARGIN = 128, 8, 12, 32
-COLUMN = PICTURE + 2 * PADDING
+SIDE, PADDING, GAP, MARGIN = 128, 8, 12, 32
+COLUMN = SIDE + 2 * PADDING
 WIDTH = 2 * MARGIN + COLUMNS * COLUMN + (COLUMNS - 1) * GAP
 FRAME, BADGE = 3, 22
 BAR = (160, 8)
@@ -20,25 +20,25 @@ INK, FAINT, RIGHT, WRONG = "#24292f", "#6b7178", "#2c8a4b", "#c8373f"
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One picture, or two of which the second was made from the first, and what is written below.
+    """One image, or an image and its edited version, with a caption.
 
     Attributes:
-        pictures: one or two; shown as squares.
-        lines: (text, colour), each wrapped to the tile's width.
-        correct: which mark the last picture gets; None for no mark.
+        images: one or two; shown as squares.
+        lines: (text, colour) of the caption, each wrapped to the tile's width.
+        correct: mark of the last image; None for no mark.
     """
 
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     lines: tuple[tuple[str, str], ...]
     correct: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """Tiles under a heading, if there is one with a bar that shows a share and how sure it is.
+    """Tiles under a heading, with an optional bar that shows a share and its interval.
 
     Attributes:
-        title, note: the heading, and what stands small behind it and the bar.
+        title, note: the heading, and small print to its right.
         tiles: at least one.
         share: (low, share, high), each in [0, 1]; None for no bar.
     """
@@ -50,7 +50,7 @@ class Section:
 
 
 def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
-    """The sheet as an RGB picture, ``WIDTH`` wide and as high as it must be."""
+    """Draw the sheet as an RGB image of width ``WIDTH``."""
     blocks = [_heading(title, note)]
     for section in sections:
         blocks.append(_section_heading(section))
@@ -65,7 +65,7 @@ def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.I
 
 
 def wrapped(text: str, font, width: int) -> list[str]:
-    """The text in lines of at most ``width``; a word that is longer is broken."""
+    """Wrap the text to lines of at most ``width``; a longer word is broken."""
     lines, line = [], ""
     for word in text.split():
         while font.getlength(word) > width:
@@ -82,11 +82,11 @@ def wrapped(text: str, font, width: int) -> list[str]:
 
 
 def _font(size: int):
-    return ImageFont.load_default(size)  # carried by Pillow itself, so that sheets look alike everywhere
+    return ImageFont.load_default(size)  # bundled with Pillow: sheets look the same on every machine
 
 
 def _block(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A strip of the page between its margins."""
+    """An empty strip of the page, between its margins."""
     image = Image.new("RGB", (WIDTH - 2 * MARGIN, height), PAGE)
     return image, ImageDraw.Draw(image)
 
@@ -122,35 +122,35 @@ def _draw_share(draw: ImageDraw.ImageDraw, left: int, share: tuple[float, float,
 
 
 def _rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
-    """Tiles in rows of ``COLUMNS`` columns."""
+    """Distribute tiles over rows of ``COLUMNS`` columns."""
     rows, taken = [[]], 0
     for tile in tiles:
-        if taken + len(tile.pictures) > COLUMNS:
+        if taken + len(tile.images) > COLUMNS:
             rows.append([])
             taken = 0
         rows[-1].append(tile)
-        taken += len(tile.pictures)
+        taken += len(tile.images)
     return rows
 
 
 def _row(tiles: Sequence[Tile]) -> Image.Image:
-    """Cards side by side, all as high as the highest must be."""
+    """Draw tiles side by side, as cards of equal height."""
     texts = [_lines(tile) for tile in tiles]
-    height = max(map(len, texts)) * 16 + PICTURE + 3 * PADDING + 4
+    height = max(map(len, texts)) * 16 + SIDE + 3 * PADDING + 4
     image, draw = _block(height)
     left = 0
     for tile, lines in zip(tiles, texts, strict=True):
         width = _width(tile)
         draw.rounded_rectangle((left, 0, left + width - 1, height - 1), 8, CARD, EDGE)
-        _draw_pictures(image, draw, tile, left + PADDING)
+        _draw_images(image, draw, tile, left + PADDING)
         for number, (line, colour) in enumerate(lines):
-            draw.text((left + PADDING, PICTURE + 2 * PADDING + 4 + 16 * number), line, colour, _font(13))
+            draw.text((left + PADDING, SIDE + 2 * PADDING + 4 + 16 * number), line, colour, _font(13))
         left += width + GAP
     return image
 
 
 def _width(tile: Tile) -> int:
-    return len(tile.pictures) * (COLUMN + GAP) - GAP
+    return len(tile.images) * (COLUMN + GAP) - GAP
 
 
 def _lines(tile: Tile) -> list[tuple[str, str]]:
@@ -158,28 +158,28 @@ def _lines(tile: Tile) -> list[tuple[str, str]]:
     return [(line, colour) for text, colour in tile.lines for line in wrapped(text, _font(13), width)]
 
 
-def _draw_pictures(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int) -> None:
-    for number, picture in enumerate(tile.pictures):
-        shown = picture.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+def _draw_images(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int) -> None:
+    for number, tile_image in enumerate(tile.images):
+        shown = tile_image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         image.paste(shown, (left, PADDING))
-        if number < len(tile.pictures) - 1:
-            draw.rectangle((left, PADDING, left + PICTURE - 1, PADDING + PICTURE - 1), outline=EDGE)
-            start, middle = left + PICTURE + 7, PADDING + PICTURE // 2
-            left += PICTURE + 2 * PADDING + GAP
+        if number < len(tile.images) - 1:
+            draw.rectangle((left, PADDING, left + SIDE - 1, PADDING + SIDE - 1), outline=EDGE)
+            start, middle = left + SIDE + 7, PADDING + SIDE // 2
+            left += SIDE + 2 * PADDING + GAP
             draw.line((start, middle, left - 8, middle), FAINT, 2)
             draw.line((left - 13, middle - 5, left - 8, middle, left - 13, middle + 5), FAINT, 2, joint="curve")
     if tile.correct is None:
-        draw.rectangle((left, PADDING, left + PICTURE - 1, PADDING + PICTURE - 1), outline=EDGE)
+        draw.rectangle((left, PADDING, left + SIDE - 1, PADDING + SIDE - 1), outline=EDGE)
         return
     colour, edge = RIGHT if tile.correct else WRONG, FRAME // 2
-    box = (left - edge, PADDING - edge, left + PICTURE - 1 + edge, PADDING + PICTURE - 1 + edge)
+    box = (left - edge, PADDING - edge, left + SIDE - 1 + edge, PADDING + SIDE - 1 + edge)
     draw.rounded_rectangle(box, 3, None, colour, FRAME)
     badge = _badge(tile.correct)
-    image.paste(badge, (left + PICTURE - BADGE + 5, PADDING - 5), badge)
+    image.paste(badge, (left + SIDE - BADGE + 5, PADDING - 5), badge)
 
 
 def _badge(correct: bool) -> Image.Image:
-    """A round mark with a tick or a cross in it; drawn four times as large, for smooth edges."""
+    """A round mark with a tick or a cross; drawn four times as large and scaled down, for smooth edges."""
     side = 4 * BADGE
     image = Image.new("RGBA", (side, side))
     draw = ImageDraw.Draw(image)

@@ -1,6 +1,6 @@
-"""The pictures of the documentation, made by the embedded model: ``python docs/pictures.py``.
+"""Make ``docs/default-model.png`` with the built-in model: ``python docs/images.py``.
 
-Every one is the first that its seed gives. Nothing is chosen by hand but the texts.
+Every image is the first that its seed gives; only the prompts are chosen by hand.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ ASKED = (
 
 
 def default_model(bagel: Bagel) -> Image.Image:
-    """Drawing, editing and answering: the first thing that a reader of the project sees."""
+    """A contact sheet of generated images, edits and answers."""
     drawn = [result.image for result in bagel.generate(list(DRAWN), seed=list(range(len(DRAWN))))]
     first = drawn[0]
     edited = [bagel.edit(first, text, seed=0).image for text in EDITED]
@@ -44,10 +44,10 @@ def default_model(bagel: Bagel) -> Image.Image:
         Section(
             "answers",
             "",
-            [Tile((first,), ((text, FAINT), (said, INK))) for text, said in zip(ASKED, answers, strict=True)],
+            [Tile((first,), ((text, FAINT), (answer, INK))) for text, answer in zip(ASKED, answers, strict=True)],
         ),
     ]
-    return contact_sheet("What the embedded model draws, edits and answers", "128 x 128 pixels, on a CPU", sections)
+    return contact_sheet("What the built-in model draws, edits and answers", "128x128 pixels, on a CPU", sections)
 
 
 if __name__ == "__main__":
