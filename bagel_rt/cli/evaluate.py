@@ -131,7 +131,7 @@ def _collect(trials, total: int, shown: bool) -> tuple[list, BaseException | Non
 
 def _backend(device) -> str:
     """The backends of the ops on a device: "reference", "triton", "cuda, triton", ..."""
-    from bagel_rt.kernels.backend import OPS, implementation
+    from bagel_rt.kernels.registry import OPS, implementation
 
     return ", ".join(sorted({implementation(op, device) for op in OPS}))
 
