@@ -88,6 +88,7 @@ def test_random_weights_are_sane_and_texts_do_not_end(tiny):
 # Measuring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, who",
     [(name, "graphs") for name in SMALL]
@@ -107,6 +108,7 @@ def test_every_contender_is_measured_at_every_case(runs, name, who):
     assert "no timeline" not in row.note and "another text" not in row.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text-to-image", "edit", "think then draw"])
 def test_batches_are_measured(runs, name):
     *_, found = runs.measure(("task", "graphs", 2, SMALL[name]))

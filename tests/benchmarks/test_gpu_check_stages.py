@@ -114,6 +114,7 @@ def tool(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_the_sanitizer_tells_errors_of_memory_from_failing_tests(tool, tmp_path):
     assert gpu_check.sanitizer() == str(tool)
     stage = Stage("sanitize")

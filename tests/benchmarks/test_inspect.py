@@ -30,7 +30,7 @@ def run_inspect(*arguments, **environment):
     return subprocess.run(command, cwd=configs.PATH.parents[1], env=kept, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES])
 def report(request, tmp_path_factory):
     """What the inspection of the shipped table says of one architecture."""
     path = tmp_path_factory.mktemp("inspect") / "report.json"
@@ -95,6 +95,15 @@ def test_tma_loads_where_the_tiles_say_so(report):
     assert [k for k in asking if not k["tma_loads"]] == []
 
 
+def test_the_classes_of_one_op_can_be_inspected_alone(tmp_path):
+    path = tmp_path / "report.json"
+    done = run_inspect("--arch", "sm_90", "--op", "rms_norm", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = json.loads(path.read_text())["kernels"]
+    assert {k["op"] for k in kernels} == {"rms_norm"} and not any(k["problems"] for k in kernels)
+
+
+@pytest.mark.slow
 def test_bad_tiles_are_told(tmp_path):
     table = deepcopy(configs.TABLE)
     linear = table["linear"]["sm_90"]

@@ -15,6 +15,7 @@ from benchmarks import serve_load  # noqa: E402
 from benchmarks.serve_load import CHAT, DRAW, Asked, Found, same  # noqa: E402
 
 
+@pytest.mark.slow
 def test_clients_that_come_together_get_their_answers():
     found = serve_load.load(CHECKPOINT, requests=40, clients=8, seed=0)
     assert found.wrong == [], found.table()

@@ -50,12 +50,14 @@ def wrong_lines(runtime, requests=6):
     return "\n".join(soak.soak(runtime, requests, seed=0).wrong)
 
 
+@pytest.mark.slow
 def test_a_slot_that_stays_taken_is_found(runtime):
     held = SlotRange(runtime.cache, 5)
     assert "5 slots are still taken" in wrong_lines(runtime)
     held.release()
 
 
+@pytest.mark.slow
 def test_memory_that_stays_allocated_is_found(runtime, monkeypatch):
     leaked, edit, chat = [], Bagel.edit, Bagel.chat
     leak = lambda call: lambda *a, **o: leaked.append(torch.zeros(1 << 18)) or call(*a, **o)  # noqa: E731
@@ -64,6 +66,7 @@ def test_memory_that_stays_allocated_is_found(runtime, monkeypatch):
     assert "bytes are allocated since the warm-up" in wrong_lines(runtime)
 
 
+@pytest.mark.slow
 def test_another_result_behind_a_failure_is_found(runtime, monkeypatch):
     fails, generate = [], Bagel.generate
 
@@ -78,6 +81,7 @@ def test_another_result_behind_a_failure_is_found(runtime, monkeypatch):
     assert "generate behind exhausted memory in generate gives another result than before" in wrong_lines(runtime, 3)
 
 
+@pytest.mark.slow
 def test_a_result_that_a_new_runtime_does_not_give_is_found(runtime, monkeypatch):
     generate = Bagel.generate
 
@@ -90,6 +94,7 @@ def test_a_result_that_a_new_runtime_does_not_give_is_found(runtime, monkeypatch
     assert found.equal < found.compared
 
 
+@pytest.mark.slow
 def test_a_request_that_raises_and_memory_that_does_not_run_out_are_found(runtime, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no kernel image")

@@ -86,7 +86,7 @@ PLANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("block_q", [5, 128], ids=lambda n: f"blocks-of-{n}")
+@pytest.mark.parametrize("block_q", [pytest.param(5, marks=pytest.mark.slow), 128], ids="blocks-of-{}".format)
 @pytest.mark.parametrize("segments", PLANS.values(), ids=PLANS)
 def test_matches_dense_softmax_on(device, segments, block_q):
     check_plan(device, segments, block_q)
@@ -95,6 +95,7 @@ def test_matches_dense_softmax_on(device, segments, block_q):
 HEADS = [(7, 1, 16), (4, 2, 32), (4, 1, 64), (3, 3, 72), (28, 4, 128)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("Hq, Hkv, D", HEADS, ids=[f"{Hq}-heads-on-{Hkv}-d{D}" for Hq, Hkv, D in HEADS])
 def test_matches_dense_softmax_for_heads(device, Hq, Hkv, D, dtype):
@@ -125,6 +126,7 @@ def packed_segments(draw):
     return draw(st.permutations(segments))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(segments=packed_segments(), block_q=st.sampled_from([3, 16]))
 def test_matches_dense_softmax_on_any_plan(device, segments, block_q):

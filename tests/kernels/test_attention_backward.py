@@ -50,6 +50,7 @@ def check(device, segments, Hq=4, Hkv=2, D=16, dtype=torch.float32, block_q=128,
     assert not found[1][~mask.any(0).to(device)].any() and not found[2][~mask.any(0).to(device)].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", PLANS.values(), ids=PLANS)
 def test_matches_dense_attention_on(device, segments):
     check(device, segments, block_q=5)
@@ -58,6 +59,7 @@ def test_matches_dense_attention_on(device, segments):
 HEADS = [(7, 1, 16), (4, 2, 32), (4, 1, 64), (3, 3, 72), (28, 4, 128)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("Hq, Hkv, D", HEADS, ids=[f"{Hq}-heads-on-{Hkv}-d{D}" for Hq, Hkv, D in HEADS])
 def test_matches_dense_attention_for_heads(device, Hq, Hkv, D, dtype):
@@ -76,12 +78,14 @@ def test_matches_dense_attention_on_a_training_batch_of_several_tiles(device):
     check(device, TRAINING, Hq=3, Hkv=1, block_q=32, extra_slots=9)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(segments=packed_segments(), block_q=st.sampled_from([3, 16]))
 def test_matches_dense_attention_on_any_plan(device, segments, block_q):
     check(device, segments, 2, 1, block_q=block_q)
 
 
+@pytest.mark.slow
 def test_gradcheck(device):
     plan = build_plan([segment("causal", 2, (0, 0), 0, 1), segment("noise", 2, (0, 1), 0, 1, write=4)])
     limits, blocks = torch.from_numpy(plan.limits).to(device), torch.from_numpy(plan.blocks).to(device)

@@ -35,6 +35,7 @@ def small_tiles(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "Hq, Hkv, D, dtype",
     [(3, 1, 16, torch.float32), (2, 2, 72, torch.float16), (7, 1, 32, torch.bfloat16), (4, 2, 8, torch.float16)],
@@ -44,6 +45,7 @@ def test_whole_and_partial_tiles_of_both_spans(small_tiles, Hq, Hkv, D, dtype):
     check_plan(DEVICE, LONG, Hq=Hq, Hkv=Hkv, D=D, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_gradients_of_whole_and_partial_tiles(small_tiles):
     check_backward(DEVICE, LONG, Hq=3, Hkv=1, dtype=torch.float16)
 

@@ -56,6 +56,7 @@ def talk(address: str, begun: threading.Semaphore) -> str:
     return "\n".join(lines).strip()
 
 
+@pytest.mark.slow
 def test_serve_ray_answers_everyone_when_it_is_told_to_stop(environment):
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--ray", "--replicas", "2", "--device", "cpu"]
     command += ["--model", str(CHECKPOINT), "--port", "0", "--steps", "1000", "--grace", "4"]
@@ -141,10 +142,12 @@ def replaced(address: str, lost: str) -> bool:
     return lost not in found and len(found) == 2 and who_answers(address) == found
 
 
+@pytest.mark.slow
 def test_requests_are_shared(address):
     assert who_answers(address) == set(alive()) and len(alive()) == 2
 
 
+@pytest.mark.slow
 def test_an_answer_is_the_library_s(http, bagel):
     answer = http.post(DRAW, json=QUICK | {"seed": 3}).json()
     drawn = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
@@ -152,6 +155,7 @@ def test_an_answer_is_the_library_s(http, bagel):
     assert drawn.tobytes() == wanted.tobytes()
 
 
+@pytest.mark.slow
 def test_a_stream_comes_in_pieces(http):
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "stream": True}
     with http.stream("POST", CHAT, json=body) as answer:
@@ -159,11 +163,13 @@ def test_a_stream_comes_in_pieces(http):
     assert lines[-1] == "data: [DONE]" and len(lines) > 4
 
 
+@pytest.mark.slow
 def test_errors_are_json_whoever_makes_them(http):
     for answer in (http.post(DRAW, json={}), http.get("/nothing"), http.post("/v1/models")):
         assert answer.status_code in (400, 404, 405) and answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_frees_the_model(http):
     # The last header would have Ray go on for nobody.
     for headers in ({}, {"X-Request-Id": "\xff"}, {"X-Request-Disconnect-Disabled": "?1"}):
@@ -178,6 +184,7 @@ def test_a_client_that_leaves_frees_the_model(http):
     until(idle)
 
 
+@pytest.mark.slow
 def test_a_killed_replica_s_requests_end_and_it_returns(address, http):
     import ray
 
@@ -198,6 +205,7 @@ def test_a_killed_replica_s_requests_end_and_it_returns(address, http):
     until(lambda: replaced(address, lost))
 
 
+@pytest.mark.slow
 def test_a_replica_whose_model_is_lost_is_replaced(address):
     import ray
 
@@ -235,6 +243,7 @@ def listened_at() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="what listens is read from Linux' /proc")
 def test_only_the_loopback_interface_is_listened_at(address):
 

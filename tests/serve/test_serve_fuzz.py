@@ -322,6 +322,12 @@ def run(app, cases, whole=False):
     return found
 
 
+def seeds(count):
+    """The first of them for the fast tests."""
+    return [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, count))]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("known", bodies(), ids=itertools.count())
 def test_every_odd_value_in_every_place(known):
     route, body = known
@@ -338,21 +344,21 @@ def test_every_odd_value_in_every_place(known):
     assert found[200] > len(cases) / 50 and found[400] > len(cases) / 2
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_bodies(app, seed):
     rng = random.Random(seed)
     found = run(app, [body_case(rng) for _ in range(CASES)])
     assert found[200] > CASES / 50 and found[400] > CASES / 2 and found[GONE]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 def test_forms(app, seed):
     rng = random.Random(100 + seed)
     found = run(app, [form_case(rng) for _ in range(CASES)])
     assert found[200] > CASES / 50 and found[400] > CASES / 2 and found[GONE]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_pictures(app, seed):
     rng = random.Random(200 + seed)
     found = run(app, [picture_case(rng) for _ in range(CASES)])
