@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
 attention_module = sys.modules["bagel_rt.kernels.attention"]  # the package's attribute of that name is the function
 
 LONG = [
-    segment("causal", 45, (0, 0), 0, 37), segment("full", 33, (1, 32), 0, 82),
-    segment("noise", 70, (1, 69), 0, 115, 130), segment("noise", 70, (1, 69), 0, 50, 210),
+    segment("causal", 25, (0, 0), 0, 37), segment("full", 20, (1, 19), 0, 62),
+    segment("noise", 37, (1, 36), 0, 82, 90), segment("noise", 37, (1, 36), 0, 50, 130),
 ]  # fmt: skip
 LOADS = ["pointers", "host descriptors", "device descriptors"]
 
@@ -74,15 +74,16 @@ def strided(cache, dtype):
     return {"wider-heads": wide[..., :D], "one-of-three-layers": layers[1], "odd-address": odd, "channels-apart": apart}
 
 
-@pytest.mark.parametrize("view", ["wider-heads", "one-of-three-layers", "odd-address", "channels-apart"])
-def test_reads_strided_caches_in_place(small_tiles, view):
-    plan = build_plan(LONG)
+@pytest.mark.slow
+def test_reads_strided_caches_in_place(small_tiles):
+    plan = build_plan(LONG[2:3])
     limits, blocks = torch.from_numpy(plan.limits).to(DEVICE), torch.from_numpy(plan.blocks).to(DEVICE)
     q = values(1, len(plan.order), 4, 16, dtype=torch.float16).to(DEVICE)
-    k, v = (values(seed, 300, 2, 16, dtype=torch.float16).to(DEVICE) for seed in (2, 3))
+    k, v = (values(seed, 130, 2, 16, dtype=torch.float16).to(DEVICE) for seed in (2, 3))
     want = attention(q, k, v, limits, blocks)
-    found = attention(q, strided(k, q.dtype)[view], strided(v, q.dtype)[view], limits, blocks)
-    torch.testing.assert_close(found, want, rtol=0, atol=0)
+    for name, view in strided(k, q.dtype).items():
+        found = attention(q, view, strided(v, q.dtype)[name], limits, blocks)
+        torch.testing.assert_close(found, want, rtol=0, atol=0, msg=name)
 
 
 def test_what_tma_cannot_address_is_read_by_pointers():
