@@ -1,4 +1,4 @@
-"""``bagel-rt`` as its users meet it: what is printed, written and exited with; every mistake in one line."""
+"""``bagel-rt``: output, files, exit codes; every usage error is one line."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def photo(tmp_path):
     return path
 
 
-# Bad input: nothing on stdout, one line on stderr, exit code 2, nothing written; and no model was loaded.
+# Usage errors: nothing on stdout, one line on stderr, exit code 2, nothing written, no model loaded.
 
 OUT = ("-o", "{tmp}/out.png")
 DRAW = ("generate", "x", *OUT)
@@ -62,10 +62,7 @@ MISTAKES = {
     "an output in a missing folder": (("generate", "x", "-o", "{tmp}/no/out.png"), "cannot write a file there"),
     "an output in a file": (("generate", "x", "-o", "{photo}/out.png"), "Not a directory"),
     "an output that is a folder": (("generate", "x", "-o", "{tmp}/folder.png"), "folder.png is a folder"),
-    "an output where nobody may write": (
-        ("generate", "x", "-o", "/proc/out.png"),
-        "out.png: cannot write",
-    ),
+    "an output where nobody may write": (("generate", "x", "-o", "/proc/out.png"), "out.png: cannot write"),
     "an output with too long a name": (("generate", "x", "-o", "{tmp}/" + "n" * 300 + ".png"), "too long"),
     "a number that is none": ((*DRAW, "--cfg-text-scale", "big"), "Invalid value for '--cfg-text-scale'"),
     "a scale out of range": ((*DRAW, "--cfg-text-scale", "101"), "must be a number from 0 to 100, got 101.0"),
@@ -79,28 +76,19 @@ MISTAKES = {
     "a width off the grid": ((*DRAW, "--width", "100"), "multiples of 16 from 16 to 256, got 100x"),
     "a height of nothing": ((*DRAW, "--height", "0"), "multiples of 16 from 16 to 256, got"),
     "a width past the position table": ((*DRAW, "--width", "272"), "from 16 to 256, got 272x"),
-    "a device that does not exist": (
-        ("chat", "x", "--device", "tpu"),
-        "must be cpu, cuda or cuda:N, got 'tpu'.",
-    ),
-    "a device that is not here": (
-        ("chat", "x", "--device", "cuda:99"),
-        "cuda:99 is not available: PyTorch finds",
-    ),
+    "a device that does not exist": (("chat", "x", "--device", "tpu"), "must be cpu, cuda or cuda:N, got 'tpu'."),
+    "a device that is not here": (("chat", "x", "--device", "cuda:99"), "cuda:99 is not available: PyTorch finds"),
     "a dtype that does not exist": (("chat", "x", "--dtype", "int8"), "'int8' is not one of"),
-    "a picture that is missing": (("edit", "{tmp}/no.png", "x", *OUT), "no.png: no such file"),
-    "prompt and picture exchanged": (("edit", "make it night", "{photo}", *OUT), "make it night: no such file"),
-    "a picture that is a text": (("chat", "x", "--image", "{tmp}/note.txt"), "note.txt: not a picture"),
-    "a picture that is a folder": (("chat", "x", "--image", "{tmp}"), "is not a file"),
-    "a part that looks like a missing picture": (("interleave", "a", "b.png", *OUT), "write text:b.png"),
-    "a part that must be a picture": (("interleave", "a", "image:b", *OUT), "b: no such file"),
+    "an image that is missing": (("edit", "{tmp}/no.png", "x", *OUT), "no.png: no such file"),
+    "prompt and image exchanged": (("edit", "make it night", "{photo}", *OUT), "make it night: no such file"),
+    "an image that is a text": (("chat", "x", "--image", "{tmp}/note.txt"), "note.txt: not a picture"),
+    "an image that is a folder": (("chat", "x", "--image", "{tmp}"), "is not a file"),
+    "a part that looks like a missing image": (("interleave", "a", "b.png", *OUT), "write text:b.png"),
+    "a part that must be an image": (("interleave", "a", "image:b", *OUT), "b: no such file"),
     "no rounds": (("interleave", "a", *OUT, "--max-rounds", "0"), "--max-rounds"),
     "too many rounds": (("interleave", "a", *OUT, "--max-rounds", str(MAX_ROUNDS + 1)), "--max-rounds"),
     "a conformance pack that is none": (("conformance", "{tmp}"), "no conformance pack"),
-    "a case that does not exist": (
-        ("conformance", str(PACK), "--case", "99"),
-        "--case must match one of 00_",
-    ),
+    "a case that does not exist": (("conformance", str(PACK), "--case", "99"), "--case must match one of 00_"),
     "a taken folder": (("make-random-checkpoint", "{tmp}"), "exists and is not an empty folder"),
     "a folder that is a file": (("make-random-checkpoint", "{photo}"), "exists and is not an empty folder"),
     "a model to copy that is none": (("make-random-checkpoint", "{tmp}/new", "--like", "{tmp}"), "llm_config.json"),
@@ -110,7 +98,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("args, message", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line_before_any_work(args, message, tmp_path, photo, monkeypatch):
+def test_usage_error_is_one_line_before_any_work(args, message, tmp_path, photo, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
@@ -137,7 +125,7 @@ def test_a_mistake_is_one_line_before_any_work(args, message, tmp_path, photo, m
                      "vocab.json", id="no tokenizer"),
     ],
 )  # fmt: skip
-def test_a_bad_model_folder_is_bad_input(spoil, message, tmp_path):
+def test_damaged_model_folder_exits_with_2(spoil, message, tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "model")
     spoil(tmp_path / "model")
     result = run("chat", "hello", "--model", tmp_path / "model")
@@ -146,10 +134,10 @@ def test_a_bad_model_folder_is_bad_input(spoil, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-# Work that fails
+# Failures
 
 
-def test_a_failure_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failure_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("CUDA out of memory\nand forty lines of C++")
 
@@ -163,7 +151,7 @@ def test_a_failure_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
     assert "in fail" in run("generate", "x", "-o", out, env={"BAGEL_RT_DEBUG": "1"}).stderr
 
 
-def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_image(tmp_path, monkeypatch):
     def fill_up(image, file, **_):
         file.write(b"\x89PNG")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -176,7 +164,7 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.png"]
 
 
-def test_ctrl_c_ends_the_work_with_130_and_no_file(tmp_path):
+def test_ctrl_c_exits_with_130_and_leaves_no_file(tmp_path):
     out = tmp_path / "out.png"
     arguments = ["generate", "x", "-o", str(out), "--num-timesteps", "1000", "--progress", "--device", "cpu"]
     command = [sys.executable, "-m", "bagel_rt.cli", *arguments]
@@ -194,30 +182,31 @@ def test_ctrl_c_ends_the_work_with_130_and_no_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# Pictures
+# Images
 
 
-def test_generate_writes_what_the_library_draws(bagel, tmp_path):
+def test_generate_writes_the_image_of_the_library(bagel, tmp_path):
     out = tmp_path / "a.png"
-    said = good("generate", "a cat", "-o", out, *SMALL, "--seed", 5, "--negative-prompt", "dog")
-    assert said == f"{out}: 48x32, seed 5\n"
+    printed = good("generate", "a cat", "-o", out, *SMALL, "--seed", 5, "--negative-prompt", "dog")
+    assert printed == f"{out}: 48x32, seed 5\n"
     want = bagel.generate("a cat", size=(32, 48), num_timesteps=3, seed=5, negative_prompt="dog")
     assert (pixels(out) == pixels(want.image)).all()
 
 
-def test_a_picture_tells_how_to_draw_it_again(tmp_path):
+def test_png_parameters_reproduce_the_image(tmp_path):
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     options = (*SMALL, "--negative-prompt", "dull", "--cfg-interval", 0.1, 0.9, "--cfg-renorm-type", "channel")
     options += ("--timestep-shift", 2.5, "--think", "--max-think-token-n", 6, "--do-sample")
     good("generate", "ein Käfig 🦊", "-o", first, *options)
     image = Image.open(first)
-    told = json.loads(image.text["parameters"])
+    parameters = json.loads(image.text["parameters"])
     assert image.text["Software"] == f"bagel_rt {__version__}"
-    assert (told.pop("task"), told.pop("version"), told.pop("model")) == ("generate", __version__, "checkpoint")
+    source = {name: parameters.pop(name) for name in ("task", "version", "model")}
+    assert source == {"task": "generate", "version": __version__, "model": "checkpoint"}
     assert str(tmp_path) not in str(image.text) and str(CHECKPOINT) not in str(image.text)
-    assert told.pop("thought")
-    prompt, options = told.pop("prompt"), []
-    for name, value in told.items():
+    assert parameters.pop("thought")
+    prompt, options = parameters.pop("prompt"), []
+    for name, value in parameters.items():
         flag = "--" + name.replace("_", "-")
         options += (
             [flag] * value if isinstance(value, bool) else [flag, *value] if type(value) is list else [flag, value]
@@ -227,16 +216,16 @@ def test_a_picture_tells_how_to_draw_it_again(tmp_path):
     assert Image.open(second).text == image.text
 
 
-def test_the_defaults_that_are_told_are_the_official_ones(tmp_path, photo):
+def test_reported_defaults_are_the_official_ones(tmp_path, photo):
     report = json.loads(
         good("edit", photo, "x", "-o", tmp_path / "a.png", "--device", "cpu", "--num-timesteps", 3, "--json")
     )
-    told = report["outputs"][0]["parameters"]
+    parameters = report["outputs"][0]["parameters"]
     official = asdict(TASKS["edit"].image) | {"num_timesteps": 3}
-    assert told.items() >= json.loads(json.dumps(official)).items()
+    assert parameters.items() >= json.loads(json.dumps(official)).items()
 
 
-def test_several_prompts_make_numbered_pictures_with_seeds_in_order(bagel, tmp_path):
+def test_several_prompts_write_numbered_images_with_consecutive_seeds(bagel, tmp_path):
     report = json.loads(good("generate", "a", "b", "-o", tmp_path / "x.png", *SMALL, "--seed", 7, "--json"))
     assert sorted(os.listdir(tmp_path)) == ["x-1.png", "x-2.png"]
     assert [(output["path"], output["seed"]) for output in report["outputs"]] == [
@@ -247,17 +236,17 @@ def test_several_prompts_make_numbered_pictures_with_seeds_in_order(bagel, tmp_p
     assert np.abs(pixels(tmp_path / "x-2.png").astype(int) - pixels(want.image)).max() <= 1  # alone, not in a batch
 
 
-def test_a_random_seed_is_told_and_differs(tmp_path):
+def test_random_seed_is_reported_and_differs(tmp_path):
     reports = [json.loads(good("generate", "a", "-o", tmp_path / "x.png", *SMALL, "--json")) for _ in range(2)]
     assert len({report["outputs"][0]["seed"] for report in reports}) == 2
 
 
-def test_one_side_leaves_the_other_at_the_model_s_own(tmp_path):
+def test_missing_side_defaults_to_that_of_the_model(tmp_path):
     good("generate", "a", "-o", tmp_path / "x.png", "--height", 32, "--num-timesteps", 2, "--device", "cpu")
     assert Image.open(tmp_path / "x.png").size == (128, 32)
 
 
-def test_edit_takes_pictures_in_order_and_may_replace_its_input(bagel, tmp_path, photo):
+def test_edit_takes_images_in_order_and_may_replace_its_input(bagel, tmp_path, photo):
     other = tmp_path / "other.png"
     Image.new("RGB", (64, 80), "teal").save(other)
     original = Image.open(photo).copy()
@@ -267,7 +256,7 @@ def test_edit_takes_pictures_in_order_and_may_replace_its_input(bagel, tmp_path,
     assert json.loads(Image.open(photo).text["parameters"])["images"] == ["photo.png", "other.png"]
 
 
-def test_a_written_picture_has_the_permissions_of_any_new_file(tmp_path):
+def test_output_has_default_permissions(tmp_path):
     good("generate", "a", "-o", tmp_path / "x.PNG", *SMALL)
     (tmp_path / "plain").touch()
     assert (tmp_path / "x.PNG").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -276,13 +265,13 @@ def test_a_written_picture_has_the_permissions_of_any_new_file(tmp_path):
 # Texts
 
 
-def test_chat_prints_the_library_s_answer(bagel, photo):
-    said = good("chat", "what is it?", "--image", photo, "--max-think-token-n", 12, "--device", "cpu")
-    assert said == bagel.chat("what is it?", [photo], max_think_token_n=12) + "\n"
-    assert len(said) > 3
+def test_chat_prints_the_answer_of_the_library(bagel, photo):
+    printed = good("chat", "what is it?", "--image", photo, "--max-think-token-n", 12, "--device", "cpu")
+    assert printed == bagel.chat("what is it?", [photo], max_think_token_n=12) + "\n"
+    assert len(printed) > 3
 
 
-def test_chat_in_json_tells_seed_and_parameters(bagel):
+def test_chat_json_has_seed_and_parameters(bagel):
     options = ("--do-sample", "--text-temperature", 2, "--max-think-token-n", 12, "--device", "cpu")
     report = json.loads(good("chat", "hm", "--json", *options))
     decoding = {"max_think_token_n": 12, "do_sample": True, "text_temperature": 2.0, "top_k": 0, "top_p": 1.0}
@@ -292,7 +281,7 @@ def test_chat_in_json_tells_seed_and_parameters(bagel):
     assert report["seconds"] > 0 and report["load_seconds"] > 0
 
 
-def test_chat_prints_each_piece_before_it_asks_for_the_next(monkeypatch):
+def test_chat_prints_each_piece_before_the_next_is_generated(monkeypatch):
     def stream(self, prompt, images, **_):
         yield "one "
         assert sys.stdout.buffer.getvalue() == b"one "
@@ -303,20 +292,20 @@ def test_chat_prints_each_piece_before_it_asks_for_the_next(monkeypatch):
     assert good("chat", "count") == "one two\n"
 
 
-def test_interleave_reads_parts_in_order_and_writes_pictures_in_place(monkeypatch, tmp_path, photo):
+def test_interleave_keeps_the_order_of_texts_and_images(monkeypatch, tmp_path, photo):
     given = {}
-    picture = ImageResult(Image.new("RGB", (4, 2)), 9, {"num_timesteps": 3}, torch.zeros(1))
+    image = ImageResult(Image.new("RGB", (4, 2)), 9, {"num_timesteps": 3}, torch.zeros(1))
 
     def interleave(self, inputs, **options):
         given.update(options, inputs=inputs)
-        return ["first", picture, "then", picture, "done"]
+        return ["first", image, "then", image, "done"]
 
     monkeypatch.setattr(Bagel, "interleave", interleave)
     out = tmp_path / "out.png"
     parts = ("look:", photo, f"text:{photo}", f"image:{photo}", "text:image:x", "no such file.png")
     arguments = ("interleave", *parts, "-o", out, "--seed", 9, "--max-rounds", 2, "--height", 64)
-    said = good(*arguments)
-    assert said.splitlines() == [
+    printed = good(*arguments)
+    assert printed.splitlines() == [
         "first", f"{tmp_path}/out-1.png: 4x2, seed 9", "then", f"{tmp_path}/out-2.png: 4x2, seed 9", "done"
     ]  # fmt: skip
     texts = [part if isinstance(part, str) else part.size for part in given["inputs"]]
@@ -326,8 +315,8 @@ def test_interleave_reads_parts_in_order_and_writes_pictures_in_place(monkeypatc
     outputs = json.loads(good(*arguments, "--json", "--no-think"))["outputs"]
     assert [output["type"] for output in outputs] == ["text", "image", "text", "image", "text"]
     assert outputs[3]["path"] == f"{tmp_path}/out-2.png" and not given["think"]
-    told = json.loads(Image.open(tmp_path / "out-2.png").text["parameters"])["parts"]
-    assert told == ["look:", "photo.png", str(photo), "photo.png", "image:x", "no such file.png"]
+    parameters = json.loads(Image.open(tmp_path / "out-2.png").text["parameters"])["parts"]
+    assert parameters == ["look:", "photo.png", str(photo), "photo.png", "image:x", "no such file.png"]
 
 
 def test_interleave_runs_on_the_real_model(tmp_path, photo):
@@ -338,7 +327,7 @@ def test_interleave_runs_on_the_real_model(tmp_path, photo):
 # Progress
 
 
-def test_bars_are_shown_on_demand_and_never_by_default_off_a_terminal(tmp_path):
+def test_progress_bars_are_off_by_default_without_a_terminal(tmp_path):
     arguments = ("generate", "x", "-o", tmp_path / "x.png", *SMALL, "--think", "--max-think-token-n", 4)
     result = run(*arguments, "--progress", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)
@@ -365,7 +354,7 @@ def test_help_shows_every_hyper_parameter_and_its_default_for_the_task(command):
     assert ("--cfg-text-scale" in page) == (TASKS[command].image is not None)
 
 
-def test_help_and_version_do_not_wait_for_torch():
+def test_help_and_version_do_not_import_torch():
     script = (
         "import sys\nfrom bagel_rt.cli import app\ntry: app({!r})\nexcept SystemExit: assert 'torch' not in sys.modules"
     )
@@ -383,7 +372,7 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
-def test_a_reader_that_leaves_early_causes_no_traceback():
+def test_closed_pipe_causes_no_traceback():
     command = [sys.executable, "-m", "bagel_rt.cli", "conformance", str(PACK), "--case", "0[0-2]*"]
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     worker.stdout.close()
@@ -391,7 +380,7 @@ def test_a_reader_that_leaves_early_causes_no_traceback():
     assert worker.wait(timeout=60) == 1
 
 
-def test_characters_the_terminal_lacks_are_escaped(monkeypatch):
+def test_characters_missing_from_the_terminal_are_escaped(monkeypatch):
     monkeypatch.setattr(Bagel, "stream", lambda *_, **__: iter(["naïve 🦊"]))
     result = CliRunner(charset="latin-1").invoke(app, ["chat", "x"])
     assert (result.exit_code, result.stdout) == (0, "naïve \\U0001f98a\n")

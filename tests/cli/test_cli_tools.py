@@ -1,4 +1,4 @@
-"""``bagel-rt info`` and ``bagel-rt conformance``: what they tell, as text and as JSON, and their exit codes."""
+"""``bagel-rt info`` and ``bagel-rt conformance``: text, JSON and exit codes; and tables as text."""
 
 import json
 import os
@@ -11,25 +11,27 @@ import pytest
 import torch
 from commands import good, run
 from conftest import CHECKPOINT, PACK
+from rich.table import Table
 from safetensors import safe_open
 
 from bagel_rt import __version__
+from bagel_rt.cli.report import plain_text
 
 # info
 
 
-def test_info_tells_versions_devices_ops_and_environment():
+def test_info_reports_versions_devices_ops_and_environment():
     report = json.loads(good("info", "--json", env={"BAGEL_RT_BACKEND": "reference"}))
     assert report["versions"]["bagel_rt"] == __version__ and report["versions"]["torch"] == torch.__version__
     assert report["devices"][0]["device"] == "cpu" and report["devices"][0]["threads"] >= 1
     assert len(report["devices"]) == 1 + torch.cuda.device_count()
     assert report["ops"]["rms_norm"] == report["ops"]["sample"] == "reference"
     assert report["environment"]["BAGEL_RT_BACKEND"] == "reference"
-    said = good("info")
-    assert f"torch        {torch.__version__}" in said and "  rms_norm " in said
+    printed = good("info")
+    assert f"torch        {torch.__version__}" in printed and "  rms_norm " in printed
 
 
-def test_info_says_why_the_extension_is_absent(monkeypatch):
+def test_info_explains_why_the_extension_is_absent(monkeypatch):
     monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION", None)
     monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION_ERROR", "no compiler\n")
     assert "\nextension: absent: no compiler\n" in good("info")
@@ -44,13 +46,13 @@ def test_info_reports_a_wrong_backend_instead_of_failing():
     assert "BAGEL_RT_BACKEND='fast' is not a backend" in good("info", env={"BAGEL_RT_BACKEND": "fast"})
 
 
-def test_info_works_where_triton_cannot_be_imported():
+def test_info_works_without_triton():
     script = "import sys\nsys.modules['triton'] = None\nfrom bagel_rt.cli import app\napp(['info', '--json'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["versions"]["python"]
 
 
-def test_info_about_a_model_counts_its_parameters(tmp_path):
+def test_info_counts_the_parameters_of_a_model(tmp_path):
     report = json.loads(good("info", "--json", "--model", CHECKPOINT))["model"]
     total = 0
     for file in ("ema.safetensors", "ae.safetensors"):
@@ -84,22 +86,22 @@ def spoiled_pack(tmp_path):
 
 
 def test_conformance_passes_on_recorded_cases():
-    said = good("conformance", PACK, "--case", "11_t2i_cfg_global", "--case", "0[0-2]_*", "--case", "11*")
-    rows = [line.split() for line in said.splitlines()]
+    printed = good("conformance", PACK, "--case", "11_t2i_cfg_global", "--case", "0[0-2]_*", "--case", "11*")
+    rows = [line.split() for line in printed.splitlines()]
     assert [row[:2] for row in rows[1:-1]] == [
         ["pass", name] for name in ("00_tokenizer", "01_image_transforms", "02_positions_time", "11_t2i_cfg_global")
     ]
     assert rows[-1] == ["4", "pass,", "0", "FAIL,", "0", "skipped"]
 
 
-def test_conformance_lists_every_comparison_on_demand():
-    said = good("conformance", PACK, "--case", "11*", "--verbose")
+def test_conformance_verbose_lists_every_comparison():
+    printed = good("conformance", PACK, "--case", "11*", "--verbose")
     report = json.loads(good("conformance", PACK, "--case", "11*", "--json"))
     (case,) = report["cases"]
     assert (report["pack"], report["failed"], case["case"], case["result"]) == ("bagel", 0, "11_t2i_cfg_global", "pass")
     for comparison in case["comparisons"]:
         assert comparison["passed"] and comparison["error"] <= comparison["tolerance"]
-        assert f" {comparison['name']}\n" in said
+        assert f" {comparison['name']}\n" in printed
 
 
 def test_conformance_fails_if_one_case_does(spoiled_pack):
@@ -115,7 +117,7 @@ def test_conformance_fails_if_one_case_does(spoiled_pack):
     good("conformance", spoiled_pack, "--case", "00*", "--case", "02*")
 
 
-def test_conformance_json_has_no_word_for_nan(monkeypatch):
+def test_conformance_json_has_null_for_nan(monkeypatch):
     monkeypatch.setattr("bagel_rt.conformance.parts.time_embedding", lambda _, t: torch.full((len(t), 64), torch.nan))
     result = run("conformance", PACK, "--case", "02*", "--json")
     assert result.exit_code == 1
@@ -125,3 +127,15 @@ def test_conformance_json_has_no_word_for_nan(monkeypatch):
 
     (case,) = json.loads(result.stdout, parse_constant=refuse)["cases"]
     assert [item["error"] for item in case["comparisons"] if item["name"] == "t_embed"] == [None]
+
+
+# tables
+
+
+def test_tables_are_neither_coloured_nor_cut(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    table = Table("op", "note", box=None, pad_edge=False)
+    table.add_row("[bold]", "x" * 200)
+    table.add_row("a", "")
+    assert plain_text(table).splitlines() == ["op      note", "[bold]  " + "x" * 200, "a"]
