@@ -26,10 +26,9 @@ from bagel_rt.request import (
     check_text,
     is_size,
     open_images,
-    per_prompt,
     seeds_for,
 )
-from bagel_rt.validation import BOOLEAN, check, integer, invalid
+from bagel_rt.validation import BOOLEAN, check, integer, invalid, per_prompt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,6 +1,5 @@
 """What a caller gives and gets: requests, results, progress, and the checks that run before any work."""
 
-import reprlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from PIL import Image
 
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSettings, TextSettings, check_seed
+from bagel_rt.validation import per_prompt
 
 ImageSource = Image.Image | str | Path | bytes
 
@@ -92,13 +92,6 @@ class Request:
 def is_size(size) -> bool:
     """Whether it is a pair of integers."""
     return isinstance(size, (tuple, list)) and len(size) == 2 and all(type(side) is int for side in size)
-
-
-def per_prompt(name: str, values, count: int) -> list:
-    """A list with one entry for each of ``count`` prompts; ValueError if it is not."""
-    if not isinstance(values, (list, tuple)) or len(values) != count:
-        raise ValueError(f"{name} is {reprlib.repr(values)}: give one for all, or a list of {count}, one per prompt")
-    return list(values)
 
 
 def seeds_for(seed, count: int) -> list[int]:

@@ -87,6 +87,13 @@ def check_fields(instance) -> None:
             check(item.metadata.get("key", item.name), getattr(instance, item.name), item.metadata["spec"])
 
 
+def per_prompt(name: str, values, count: int) -> list:
+    """The values as a list with one entry for each of ``count`` prompts; ValueError if it is not one."""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise invalid(name, values, f"one value for all prompts or a list of {count}, one per prompt")
+    return list(values)
+
+
 def parse_size(name: str, text: str, allowed: str = "WIDTHxHEIGHT, such as 1024x768") -> tuple[int, int]:
     """ "1024x768" -> (768, 1024): height and width in pixels. ValueError, naming ``name``, for any other text."""
     sides = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", text)

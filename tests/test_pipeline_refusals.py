@@ -59,17 +59,17 @@ REFUSED = {
 REFUSED_LISTS = {
     "too few": (
         dict(cfg_text_scale=[3.0]),
-        r"cfg_text_scale is \[3.0\]: give one for all, or a list of 2, one per prompt",
+        r"cfg_text_scale must be .* or a list of 2, one per prompt, got \[3.0\]",
     ),
     "a bad entry": (dict(cfg_renorm_min=[0.0, 3.0]), "cfg_renorm_min must be a number from 0 to 1, got 3.0"),
     "an interval of three": (
         dict(cfg_interval=[0.1, 0.2, 0.3]),
         r"cfg_interval must be .* got \[0.1, 0.2, 0.3\]",
     ),
-    "thinking of others": (dict(think=[True]), r"think is \[True\]: give one for all, or a list of 2"),
+    "thinking of others": (dict(think=[True]), r"think must be .* or a list of 2, one per prompt, got \[True\]"),
     "thinking that is no flag": (dict(think=[True, 1]), "think must be true or false, got 1"),
-    "negative prompts for others": (dict(negative_prompt=["a"] * 3), "negative_prompt is .* or a list of 2"),
-    "intervals for others": (dict(cfg_interval=[(0.1, 0.2)] * 3), "give one for all, or a list of 2, one per prompt"),
+    "negative prompts for others": (dict(negative_prompt=["a"] * 3), "negative_prompt must be .* or a list of 2"),
+    "intervals for others": (dict(cfg_interval=[(0.1, 0.2)] * 3), "or a list of 2, one per prompt"),
 }
 
 

@@ -6,11 +6,10 @@ there, so the inferencer's 1.5 applies although no image is in the context (the 
 1 + 1.5 * (4 - 1) = 5.5).
 """
 
-import reprlib
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, get_args
 
-from bagel_rt.validation import BOOLEAN, Spec, check, check_fields, checked, integer, number, one_of
+from bagel_rt.validation import BOOLEAN, Spec, check, check_fields, checked, integer, number, one_of, per_prompt
 
 MAX_BATCH = 64  # prompts of one call
 MAX_INPUTS = 64  # texts and images of one request
@@ -26,9 +25,9 @@ def check_seed(seed) -> None:
         check("seed", seed, integer(0, 2**63 - 1, "Leave it out for a random one"))
 
 
-def _hyperparameter(default, spec: Spec, title: str, help: str, slider: tuple | None = None):
-    """A row of the table; ``slider`` is (low, high, step) of the values that are recommended, within those allowed."""
-    return checked(spec, default, title=title, help=help, slider=slider)
+def _hyperparameter(default, spec: Spec, title: str, slider: tuple | None, help: str):
+    """A row of the table; ``slider`` is (low, high, step) of the recommended values, within the allowed ones."""
+    return checked(spec, default, title=title, slider=slider, help=help)
 
 
 def _is_interval(value) -> bool:
@@ -36,63 +35,39 @@ def _is_interval(value) -> bool:
     return pair and value[0] <= value[1]
 
 
+_INTERVAL = Spec(_is_interval, "(low, high) with 0 <= low <= high <= 1", "Timesteps run from 1, noise, to 0, the image")
+_RENORM_TYPE = one_of(get_args(RenormType), "The official app lists 'local' too, but the official model rejects it")
+
+
+# fmt: off
 @dataclass(frozen=True)
 class ImageSettings:
     """How an image is denoised. ValueError if a value is out of range."""
 
     cfg_text_scale: float = _hyperparameter(
-        4.0,
-        number(0, 100, "1 or less turns all guidance off"),
-        "Text guidance",
-        "How closely the image follows the last text. 1 or less turns all guidance off, image guidance too, which is "
-        "faster.",
-        (0, 20, 0.1),
-    )
+        4.0, number(0, 100, "1 or less turns all guidance off"), "Text guidance", (0, 20, 0.1),
+        "How closely the image follows the last text. 1 or less turns all guidance off, image guidance too: faster.")
     cfg_img_scale: float = _hyperparameter(
-        1.5,
-        number(0, 100, "1 or less turns image guidance off"),
-        "Image guidance",
+        1.5, number(0, 100, "1 or less turns image guidance off"), "Image guidance", (0, 10, 0.1),
         "How closely the image follows the input images. 1 or less turns this off. Without input images it multiplies "
-        "text guidance: 4 with 1.5 acts like 5.5.",
-        (0, 10, 0.1),
-    )
+        "text guidance: 4 with 1.5 acts like 5.5.")
     cfg_interval: tuple[float, float] = _hyperparameter(
-        (0.4, 1.0),
-        Spec(_is_interval, "(low, high) with 0 <= low <= high <= 1", "Timesteps run from 1, noise, to 0, the image"),
-        "Guided interval",
-        "A step at time t is guided if low < t <= high; t runs from 1, noise, to 0, the image. Unguided steps are "
-        "faster.",
-        (0, 1, 0.05),
-    )
+        (0.4, 1.0), _INTERVAL, "Guided interval", (0, 1, 0.05),
+        "A step at time t is guided if low < t <= high; t runs from 1, noise, to 0, the image. Other steps are faster.")
     cfg_renorm_min: float = _hyperparameter(
-        0.0,
-        number(0, 1, "1 turns renormalisation off"),
-        "Minimum renormalisation factor",
-        "Guided steps are scaled back by a factor of at least this. 0 scales as far as needed, 1 not at all.",
-        (0, 1, 0.05),
-    )
+        0.0, number(0, 1, "1 turns renormalisation off"), "Minimum renormalisation factor", (0, 1, 0.05),
+        "Guided steps are scaled back by a factor of at least this. 0 scales as far as needed, 1 not at all.")
     cfg_renorm_type: RenormType = _hyperparameter(
-        "global",
-        one_of(get_args(RenormType), "The official model too rejects 'local', which its app lists"),
-        "Renormalisation",
+        "global", _RENORM_TYPE, "Renormalisation", None,
         "What is scaled back: the whole image (global), each token (channel), or each token before image guidance "
-        "(text_channel).",
-    )
+        "(text_channel).")
     timestep_shift: float = _hyperparameter(
-        3.0,
-        number(1e-3, 100, "1 leaves the schedule linear"),
-        "Timestep shift",
+        3.0, number(1e-3, 100, "1 leaves the schedule linear"), "Timestep shift", (0.1, 10, 0.1),
         "1 spaces the steps evenly. Above 1 more of them are near the noise, where the layout is decided; below 1 near "
-        "the image.",
-        (0.1, 10, 0.1),
-    )
+        "the image.")
     num_timesteps: int = _hyperparameter(
-        50,
-        integer(2, 1000, "N points make N - 1 evaluations of the model"),
-        "Timesteps",
-        "Points of the schedule. N points make N - 1 steps, and time grows with them.",
-        (2, 200, 1),
-    )
+        50, integer(2, 1000, "N points make N - 1 evaluations of the model"), "Timesteps", (2, 200, 1),
+        "Points of the schedule. N points make N - 1 steps, and time grows with them.")
 
     def __post_init__(self):
         check_fields(self)
@@ -104,39 +79,24 @@ class TextSettings:
     """How text is decoded. ValueError if a value is out of range. The official code has no top_k and top_p."""
 
     max_think_token_n: int = _hyperparameter(
-        1024,
-        integer(1, 32768, "A longer text exceeds the model"),
-        "Maximum text length",
-        "Forward passes per text, which has at most one token less (the official count).",
-        (1, 4096, 1),
-    )
+        1024, integer(1, 32768, "A longer text exceeds the model"), "Maximum text length", (1, 4096, 1),
+        "Forward passes per text, which has at most one token less (the official count).")
     do_sample: bool = _hyperparameter(
-        False, BOOLEAN, "Sample", "Draw each token by its probability. Otherwise it is always the most likely one."
-    )
+        False, BOOLEAN, "Sample", None,
+        "Draw each token by its probability. Otherwise it is always the most likely one.")
     text_temperature: float = _hyperparameter(
-        0.3,
-        number(1e-3, 100, "For the most likely token use do_sample=False"),
-        "Temperature",
-        "With do_sample: below 1 likely tokens become likelier, above 1 unlikely ones do.",
-        (0.05, 2, 0.05),
-    )
+        0.3, number(1e-3, 100, "For the most likely token use do_sample=False"), "Temperature", (0.05, 2, 0.05),
+        "With do_sample: below 1 likely tokens become likelier, above 1 unlikely ones do.")
     top_k: int = _hyperparameter(
-        0,
-        integer(0, 2**24, "0 samples among all tokens"),
-        "Top k",
-        "With do_sample: draw among the k most likely tokens. 0 means all.",
-        (0, 1000, 1),
-    )
+        0, integer(0, 2**24, "0 samples among all tokens"), "Top k", (0, 1000, 1),
+        "With do_sample: draw among the k most likely tokens. 0 means all.")
     top_p: float = _hyperparameter(
-        1.0,
-        number(1e-6, 1, "1 samples among all tokens"),
-        "Top p",
-        "With do_sample: draw among the most likely tokens that have this probability together. 1 means all.",
-        (0.01, 1, 0.01),
-    )
+        1.0, number(1e-6, 1, "1 samples among all tokens"), "Top p", (0.01, 1, 0.01),
+        "With do_sample: draw among the most likely tokens that have this probability together. 1 means all.")
 
     def __post_init__(self):
         check_fields(self)
+# fmt: on
 
 
 HYPERPARAMETERS = {field.name: field for part in (ImageSettings, TextSettings) for field in fields(part)}
@@ -193,8 +153,5 @@ def settings_per_prompt(task: str, given: dict, count: int) -> list[Task]:
     if all(isinstance(value, (int, float)) for value in lists.get("cfg_interval", ())):
         lists.pop("cfg_interval", None)
     for name, values in lists.items():
-        if len(values) != count:
-            raise ValueError(
-                f"{name} is {reprlib.repr(values)}: give one for all, or a list of {count}, one per prompt"
-            )
+        per_prompt(name, values, count)
     return [resolve_settings(task, given | {name: values[i] for name, values in lists.items()}) for i in range(count)]

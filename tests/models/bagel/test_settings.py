@@ -1,0 +1,52 @@
+"""The table of hyper-parameters, and that every interface reads it."""
+
+from dataclasses import asdict, fields
+
+import pytest
+import typer
+
+from bagel_rt.cli import app
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, resolve_settings, settings_per_prompt
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_row_is_complete(name):
+    metadata = HYPERPARAMETERS[name].metadata
+    assert metadata["title"] and metadata["help"].endswith(".") and "\n" not in metadata["help"]
+    if metadata["slider"] and name != "cfg_interval":
+        low, high, _ = metadata["slider"]
+        assert metadata["spec"].accepts(low) and metadata["spec"].accepts(high)
+        values = [getattr(part, name) for task in TASKS.values() for part in task if hasattr(part, name)]
+        assert all(low <= value <= high for value in values)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_command_line_shows_the_help_and_defaults_of_the_table(task):
+    options = {option.name: option for option in typer.main.get_command(app).commands[task].params}
+    defaults = {name: value for part in TASKS[task] if part for name, value in asdict(part).items()}
+    assert {name: options[name].default for name in HYPERPARAMETERS if name in options} == defaults
+    assert all(options[name].help == HYPERPARAMETERS[name].metadata["help"] for name in defaults)
+
+
+def test_server_takes_the_hyperparameters_of_images_by_name():
+    pytest.importorskip("pydantic", reason="the extra [serve] is not installed")
+    from bagel_rt.serve.schema import Chat, Generation
+
+    drawing = {field.name for field in fields(TASKS["generate"].image)}
+    assert drawing <= Generation.model_fields.keys() and drawing <= Chat.model_fields.keys()
+
+
+def test_given_values_replace_the_defaults():
+    image, text = resolve_settings("edit", {"num_timesteps": 7, "top_k": 3})
+    assert image.num_timesteps == 7 and image.cfg_img_scale == 2.0 and text.top_k == 3
+
+
+def test_task_refuses_hyperparameters_it_does_not_have():
+    with pytest.raises(TypeError, match="unknown hyper-parameter cfg_text_scale; this task has do_sample"):
+        resolve_settings("chat", {"cfg_text_scale": 3.0})
+
+
+def test_list_holds_one_value_per_prompt():
+    settings = settings_per_prompt("generate", {"cfg_text_scale": [1.0, 2.0], "cfg_interval": [0.1, 0.2]}, 2)
+    assert [task.image.cfg_text_scale for task in settings] == [1.0, 2.0]
+    assert [task.image.cfg_interval for task in settings] == [(0.1, 0.2)] * 2
