@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from bagel_rt.runtime.plan import MODES, Plan, Segment, build_plan
+from bagel_rt.validation import invalid
 
 # Index field -> the fields that give one entry for each of its rows.
 _PER_ROW = {
@@ -208,7 +209,7 @@ def _split_samples(split_lens, attn_modes, sample_lens) -> list[list[tuple[int, 
 
 
 def check_range(name: str, ids: torch.Tensor, size: int, things: str) -> None:
-    """Refuse, in the name of ``name``, ids outside [0, size): there are ``size`` ``things``."""
+    """Raise ValueError, naming ``name``, for ids outside [0, size): there are ``size`` ``things``."""
     outside = ids[(ids < 0) | (ids >= size)]
     if len(outside):
-        raise ValueError(f"{name} must be from 0 to {size - 1}, got {outside[0]}. There are {size} {things}.")
+        raise invalid(name, outside[0].item(), f"from 0 to {size - 1}", f"There are {size} {things}")
