@@ -9,8 +9,6 @@ Step n's pictures and noise are drawn from generators seeded with (seed, n), so 
 not been stopped. Maps are bfloat16 if wanted; weights, sums of the loss and the optimizer are float32.
 """
 
-import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
-from bagel_rt.errors import CheckpointError
 from bagel_rt.models.bagel.autoencoder import AutoEncoder
 from bagel_rt.models.bagel.config import VAEConfig
 from bagel_rt.models.bagel.images import image_to_tensor
-from bagel_rt.train.state import load_state, save_state
+from bagel_rt.train.run import MOMENTS, TrainingRun, allocate_moments
 from bagel_rt.validation import check_fields, checked, integer, number
-
-_SAVE_EVERY = 60.0  # seconds
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 DrawPictures = Callable[[np.random.Generator, float], Sequence[Image.Image]]
 
@@ -72,12 +65,10 @@ class AutoencoderSettings:
         return self.learning_rate * warm * (1 + np.cos(np.pi * step / self.steps)) / 2
 
 
-class AutoencoderTrainer:
-    """A run in a folder: ``state.safetensors`` (resumed from if it is there) and ``log.jsonl``, a line a step.
+class AutoencoderTrainer(TrainingRun):
+    """The training of an autoencoder in a folder, resumed if it holds the state of one."""
 
-    Attributes:
-        step: steps done.
-    """
+    name, shown = "autoencoder", ("reconstruction", "kl")
 
     def __init__(
         self, config: VAEConfig, draw: DrawPictures, settings: AutoencoderSettings, folder: str | Path, device="cpu"
@@ -93,11 +84,9 @@ class AutoencoderTrainer:
         Raises:
             CheckpointError: the folder holds the state of a run of another shape or other settings.
         """
-        self.settings, self.draw, self.step = settings, draw, 0
-        self._updating = False  # whether some of what a step changes is changed and some is not
-        self._run = f"{config} {settings}"
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, settings.steps)
+        self.settings, self.draw = settings, draw
+        self._configuration = f"{config} {settings}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.network = AutoEncoder(config)
@@ -108,43 +97,10 @@ class AutoencoderTrainer:
         self._average = [weight.clone() for weight in self._weights]
         self.network.to(torch.bfloat16 if settings.bfloat16 else torch.float32)
         self._optimizer = torch.optim.AdamW(self._weights, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-        for weight in self._weights:  # what the optimizer would make at its first step
-            zeros = {kind: torch.zeros_like(weight) for kind in _MOMENTS}
-            self._optimizer.state[weight] = {"step": torch.zeros((), device=device), **zeros}
+        allocate_moments(self._optimizer, self._weights)
+        for weight in self._weights:
             weight.grad = torch.zeros_like(weight)
-        self._state_file = self.folder / "state.safetensors"
-        if self._state_file.exists():
-            self._resume()
-
-    def run(self, seconds: float | None = None, progress: bool = True) -> bool:
-        """Train until all steps are done (True) or ``seconds`` are over (False).
-
-        The state is saved then, every few minutes, and on Ctrl-C.
-        """
-        total, begun, saved = self.settings.steps, time.monotonic(), time.monotonic()
-        bar = tqdm(total=total, initial=self.step, unit="step", desc="autoencoder", disable=not progress)
-        try:
-            with bar, open(self._shortened_log(), "a", encoding="utf-8") as log:
-                while self.step < total and (seconds is None or time.monotonic() - begun < seconds):
-                    found = self.advance()
-                    log.write(json.dumps({"step": self.step, **found}) + "\n")
-                    bar.update()
-                    bar.set_postfix({name: f"{value:.4f}" for name, value in found.items()})
-                    if time.monotonic() - saved > _SAVE_EVERY:
-                        log.flush()
-                        self.save()
-                        saved = time.monotonic()
-        finally:
-            if not self._updating:  # half a step would be worse than the steps since the last save
-                self.save()
-        return self.step == total
-
-    def _shortened_log(self) -> Path:
-        """The log without the steps after the last save, which will be done again."""
-        log = self.folder / "log.jsonl"
-        if log.exists():
-            log.write_text("".join(log.read_text("utf-8").splitlines(keepends=True)[: self.step]), "utf-8")
-        return log
+        self._resume(self._optimizer)
 
     def averaged(self) -> AutoEncoder:
         """An autoencoder of the averaged weights, float32, without gradients."""
@@ -153,32 +109,18 @@ class AutoencoderTrainer:
             weight.copy_(average)
         return model
 
-    def save(self) -> None:
-        """Write the state, atomically."""
-        save_state(self._state_file, self._tensors(), {"step": self.step, "run": self._run})
-
-    def _resume(self) -> None:
-        facts = load_state(self._state_file, self._tensors())
-        if facts["run"] != self._run:
-            raise CheckpointError(
-                f"{self._state_file} is of the run {facts['run']}, this one is {self._run}. Continue with the settings "
-                "it was begun with, or take another folder."
-            )
-        self.step = facts["step"]
-        for state in self._optimizer.state.values():
-            state["step"].fill_(self.step)
+    def _identity(self) -> dict:
+        return {"run": self._configuration}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a step changes, under the names it is saved by."""
         tensors, names = {}, [name for name, _ in self.network.named_parameters()]
         for name, weight, average in zip(names, self._weights, self._average, strict=True):
             state = self._optimizer.state[weight]
-            kinds = {"weight": weight, "average": average, **{kind: state[kind] for kind in _MOMENTS}}
+            kinds = {"weight": weight, "average": average, **{kind: state[kind] for kind in MOMENTS}}
             tensors |= {f"{kind}/{name}": tensor for kind, tensor in kinds.items()}
         return tensors
 
-    def advance(self) -> dict[str, float]:
-        """One step; its losses."""
+    def train_step(self) -> dict[str, float]:
         settings = self.settings
         rng = np.random.default_rng((settings.seed, self.step))
         pixels = torch.stack([image_to_tensor(picture) for picture in self.draw(rng, self.step / settings.steps)]).to(

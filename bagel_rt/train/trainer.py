@@ -15,19 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from bagel_rt.errors import CheckpointError
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.train.batch import TrainingBatch
 from bagel_rt.train.objective import training_losses
 from bagel_rt.train.packing import Draw, DropRates, SpecialTokens, fill, noised_splits, pack
 from bagel_rt.train.parameters import Parameters
 from bagel_rt.train.parts import PartProcesses
-from bagel_rt.train.state import load_state, save_state
+from bagel_rt.train.run import MOMENTS, TrainingRun, allocate_moments
 from bagel_rt.validation import check_fields, checked, integer, number
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -86,13 +82,14 @@ class TrainingSettings:
         return min(self.ema, (1 + step) / (10 + step))
 
 
-class Trainer:
-    """A run in a folder: ``state.safetensors`` (resumed from if it is there) and ``log.jsonl``, a line a step.
+class Trainer(TrainingRun):
+    """The training of a model in a folder, resumed if it holds the state of one.
 
     Attributes:
-        step: steps done.
         parameters: the weights being trained.
     """
+
+    name, shown = "training", ("ce", "mse")
 
     def __init__(
         self, model: BagelModel, tokens: SpecialTokens, draw: Draw, settings: TrainingSettings, folder: str | Path
@@ -108,65 +105,30 @@ class Trainer:
         Raises:
             CheckpointError: the folder holds the state of a run of another model or other settings.
         """
-        self.settings, self.tokens, self.draw, self.folder = settings, tokens, draw, Path(folder)
-        self.parameters, self.step = Parameters(model), 0
-        self._updating = False  # whether some of what a step changes is changed and some is not
+        super().__init__(folder, settings.steps)
+        self.settings, self.tokens, self.draw, self.parameters = settings, tokens, draw, Parameters(model)
         self._trained = self.parameters.trained()
         self._average = {name: leaf.detach().clone() for name, leaf in self._trained.items()}
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), lr=0.0, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=True
         )
-        self._moments = self._allocate_moments()
+        allocate_moments(self._optimizer, self._trained.values())
         self._gradients = self._allocate_gradients()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = self.folder / "log.jsonl"
         self._processes = self._side_by_side() if settings.parts > 1 and model.device.type == "cpu" else None
-        if (self.folder / "state.safetensors").exists():
-            self._resume()
+        self._resume(self._optimizer)
 
     def run(self, seconds: float | None = None, progress: bool = True, save_every: float = 300.0) -> bool:
-        """Train until all steps are done or the time is over; the state is saved then, every so often, and on Ctrl-C.
-
-        Args:
-            seconds: time after which no further step is begun; by default there is no end to it.
-            progress: show a bar on stderr.
-            save_every: seconds between saves.
-
-        Returns:
-            Whether all steps are done.
-        """
-        begun = saved = time.monotonic()
-        bar = tqdm(total=self.settings.steps, initial=self.step, desc="training", unit="step", disable=not progress)
-        self._shorten_log()
         threads = torch.get_num_threads()
         if self._processes is not None:
             torch.set_num_threads(1)  # others would spin between their turns, in the way of the parts
         try:
-            with bar, open(self._log, "a", encoding="utf-8") as log:
-                while not self.done and (seconds is None or time.monotonic() - begun < seconds):
-                    record = self.train_step()
-                    log.write(json.dumps(record) + "\n")
-                    bar.update()
-                    bar.set_postfix(ce=f"{record['ce']:.3f}", mse=f"{record['mse']:.3f}")
-                    if time.monotonic() - saved > save_every:
-                        log.flush()
-                        self.save()
-                        saved = time.monotonic()
+            return super().run(seconds, progress, save_every)
         finally:
             torch.set_num_threads(threads)
             if self._processes is not None:
                 self._processes.close()
-            if not self._updating:  # half a step would be worse than the steps since the last save
-                self.save()
-        return self.done
-
-    @property
-    def done(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self.settings.steps
 
     def train_step(self) -> dict:
-        """One step; what it says of itself, for the log."""
         settings, begun = self.settings, time.perf_counter()
         if self._processes is None:
             parts = [self._part(self.step, part) for part in range(settings.parts)]
@@ -184,7 +146,7 @@ class Trainer:
         self.step += 1
         self._updating = False
         losses = {name: sum(getattr(part, name) for part in parts) / settings.parts for name in ("ce", "mse")}
-        return {"step": self.step, **losses, "norm": float(norm), "rate": rate, "tokens": sum(p.rows for p in parts),
+        return {**losses, "norm": float(norm), "rate": rate, "tokens": sum(p.rows for p in parts),
                 "seconds": round(time.perf_counter() - begun, 4)}  # fmt: skip
 
     def _part(self, step: int, part: int) -> "_Part":
@@ -229,48 +191,19 @@ class Trainer:
             leaves = {**self.parameters.leaves, **self._average}
             return self.parameters.model({name: leaf.detach().clone() for name, leaf in leaves.items()})
 
-    def save(self) -> None:
-        """Write the state, atomically."""
-        save_state(self.folder / "state.safetensors", self._tensors(), {"step": self.step, **self._identity()})
-
-    def _resume(self) -> None:
-        path = self.folder / "state.safetensors"
-        facts = load_state(path, self._tensors())
-        for name, value in self._identity().items():
-            if facts.get(name) != value:
-                raise CheckpointError(
-                    f"{path} was trained with {name} {facts.get(name)}, this run has {value}. Continue with the "
-                    "settings it was begun with, or take another folder."
-                )
-        self.step = facts["step"]
-        for state in self._optimizer.state.values():
-            state["step"].fill_(self.step)
-
     def _identity(self) -> dict:
-        """The settings that a resumed run must share, as JSON has them."""
         settings = {
             name: value for name, value in asdict(self.settings).items() if name not in ("steps", "decay_steps")
         }
         return json.loads(json.dumps(settings))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a step changes, under the names it is saved by."""
-        groups = {"weight": {name: leaf.detach() for name, leaf in self._trained.items()}, "average": self._average}
-        return {
-            f"{kind}/{name}": tensor
-            for kind, group in (groups | self._moments).items()
-            for name, tensor in group.items()
-        }
-
-    def _allocate_moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The optimizer's state before its first step, so that a saved one has a place to go."""
-        moments = {kind: {} for kind in _MOMENTS}
+        tensors = {}
         for name, leaf in self._trained.items():
-            state = {kind: torch.zeros_like(leaf) for kind in _MOMENTS}
-            self._optimizer.state[leaf] = {"step": torch.zeros((), dtype=torch.float32, device=leaf.device), **state}
-            for kind in _MOMENTS:
-                moments[kind][name] = state[kind]
-        return moments
+            moments = {kind: self._optimizer.state[leaf][kind] for kind in MOMENTS}
+            kinds = {"weight": leaf.detach(), "average": self._average[name], **moments}
+            tensors |= {f"{kind}/{name}": tensor for kind, tensor in kinds.items()}
+        return tensors
 
     def _allocate_gradients(self) -> torch.Tensor:
         """[parts, numbers that are trained], of each part of a step."""
@@ -281,12 +214,6 @@ class Trainer:
         weight = 1 - self.settings.ema_at(self.step)
         leaves = [leaf.detach() for leaf in self._trained.values()]
         torch._foreach_lerp_(list(self._average.values()), leaves, weight)
-
-    def _shorten_log(self) -> None:
-        """Forget the steps after the last save, which will be done again."""
-        if self._log.exists():
-            lines = self._log.read_text("utf-8").splitlines(keepends=True)
-            self._log.write_text("".join(lines[: self.step]), "utf-8")
 
 
 class _Part(NamedTuple):

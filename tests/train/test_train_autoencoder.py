@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     for _ in range(2):
         part = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path / "parts")
         for _ in range(3):
-            part.advance()
+            part.train_step()
         part.save()
     resumed = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path / "parts")
     assert resumed.run(progress=False) and resumed.step == 6
@@ -134,7 +134,7 @@ def test_the_log_has_one_line_for_each_step_though_some_were_done_twice(tmp_path
 
 def test_half_a_step_is_not_saved(tmp_path, monkeypatch):
     trainer = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
-    trainer.advance()
+    trainer.train_step()
     trainer.save()
     before = tensors(trainer.averaged())
 
@@ -153,7 +153,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     trainer._weights[0].fill_(float("nan"))
     before = trainer._weights[1].clone()
     with pytest.raises(RuntimeError, match="non-finite"):
-        trainer.advance()
+        trainer.train_step()
     assert torch.equal(trainer._weights[1], before)
 
 
@@ -172,7 +172,7 @@ def test_it_learns(tmp_path, bfloat16):
 
 def test_a_run_of_other_settings_is_refused(tmp_path):
     AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path).save()
-    with pytest.raises(CheckpointError, match=r"is of the run .*steps=6.*this one is .*steps=7"):
+    with pytest.raises(CheckpointError, match=r"was trained with run .*steps=6.*this run has .*steps=7"):
         AutoencoderTrainer(CONFIG, plain_pictures, AutoencoderSettings(steps=7), tmp_path)
 
 
