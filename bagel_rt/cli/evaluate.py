@@ -108,7 +108,7 @@ def evaluate(
         if sheet is not None:
             parameters = {name: value for name, value in run.report.items() if name != "trials"}
             write_png(_contact_sheet(run.report, trials), sheet, parameters)
-        run.say(_table(run.report))
+        run.print(_table(run.report))
     if ended is not None:
         raise ended
 
@@ -144,7 +144,7 @@ def _trial_report(trial) -> dict:
     return report | {"correct": trial.correct, "failures": list(trial.failures), "seconds": trial.seconds}
 
 
-def _circumstances(report: dict) -> str:
+def _conditions(report: dict) -> str:
     """One line: dtype, device, seed, steps, time."""
     steps = {settings["num_timesteps"] - 1 for settings in report["settings"].values()}
     parts = [f"{report['dtype']} on {report['device']} ({report['backend']})", f"seed {report['seed']}"]
@@ -165,7 +165,7 @@ def _table(report: dict) -> str:
         right, share = f"{score['correct']}/{score['total']}", f"{100 * score['share']:.1f}%"
         category = score["category"] or "all"
         table.add_row(score["task"], category, right, share, _interval(score), f"{score['seconds']:.1f}")
-    return f"{report['model']}: {_circumstances(report)}\n{plain_text(table)}"
+    return f"{report['model']}: {_conditions(report)}\n{plain_text(table)}"
 
 
 def _contact_sheet(report: dict, trials: Sequence):
@@ -185,7 +185,7 @@ def _contact_sheet(report: dict, trials: Sequence):
         sections.append(Section(category or _SECTIONS[task], note, tiles, share))
     right = sum(trial.correct for trial in trials)
     title = f"{report['model']}: {right} of {len(trials)} right"
-    return contact_sheet(title, _circumstances(report), sections)
+    return contact_sheet(title, _conditions(report), sections)
 
 
 def _tile(trial):

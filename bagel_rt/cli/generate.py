@@ -37,7 +37,9 @@ def generate(
     with Run("generate", options) as run:
         results = run.bagel.generate(prompts, progress=run.bars, **request)
         for number, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
-            run.image(result, numbered(output, number) if len(prompts) > 1 else output, prompt=prompt, think=think)
+            run.write_image(
+                result, numbered(output, number) if len(prompts) > 1 else output, prompt=prompt, think=think
+            )
 
 
 @with_hyperparameters("edit")
@@ -65,7 +67,7 @@ def edit(
     request = {"seed": seed, "negative_prompt": negative_prompt, "think": think} | hyperparameters
     with Run("edit", options) as run:
         result = run.bagel.edit(images, prompt, progress=run.bars, **request)
-        run.image(result, output, prompt=prompt, images=[path.name for path in paths], think=think)
+        run.write_image(result, output, prompt=prompt, images=[path.name for path in paths], think=think)
 
 
 @with_hyperparameters("chat")
@@ -88,9 +90,9 @@ def chat(
         pieces = []
         for piece in run.bagel.stream(prompt, opened, think=think, seed=seed, progress=bars, **hyperparameters):
             pieces.append(piece)
-            run.say(piece, end="")
-        run.say("")
-        run.text("".join(pieces))
+            run.print(piece, end="")
+        run.print("")
+        run.add_text("".join(pieces))
         request = {"prompt": prompt, "images": [path.name for path in paths], "think": think}
         run.report |= {"seed": seed, "parameters": request | hyperparameters}
 
@@ -130,9 +132,9 @@ def interleave(
         images = 0
         for made in run.bagel.interleave(inputs, progress=run.bars, **request):
             if isinstance(made, str):
-                run.say(made)
-                run.text(made)
+                run.print(made)
+                run.add_text(made)
             else:
                 images += 1
-                run.image(made, numbered(output, images), parts=names, think=think)
+                run.write_image(made, numbered(output, images), parts=names, think=think)
         run.report |= {"seed": seed, "parameters": {"parts": names, "think": think} | hyperparameters}

@@ -47,24 +47,24 @@ class Run:
             self.report["seconds"] = time.perf_counter() - self._loaded
             typer.echo(json.dumps(self.report))
 
-    def say(self, text: str, end: str = "\n") -> None:
+    def print(self, text: str, end: str = "\n") -> None:
         """Print a text immediately, unless stdout is for JSON."""
         if not self._as_json:
             typer.echo(text + end, nl=False)
 
-    def text(self, text: str) -> None:
+    def add_text(self, text: str) -> None:
         """Add a text to the report."""
         self.report["outputs"].append({"type": "text", "text": text})
 
-    def image(self, result, path: Path, **request) -> None:
+    def write_image(self, result, path: Path, **request) -> None:
         """Write an ImageResult with its parameters, and add it to the report."""
         self.bars.close()
         parameters = self._source | {"seed": result.seed} | request | result.parameters
         if result.thought is not None:
             parameters["thought"] = result.thought
-            self.say(result.thought)
+            self.print(result.thought)
         write_png(result.image, path, parameters)
-        self.say(f"{path}: {result.image.width}x{result.image.height}, seed {result.seed}")
+        self.print(f"{path}: {result.image.width}x{result.image.height}, seed {result.seed}")
         self.report["outputs"].append(
             {"type": "image", "path": str(path), "seed": result.seed, "parameters": parameters}
         )
