@@ -1,12 +1,13 @@
-"""An HTTP server with OpenAI's interface, over one model on one GPU (extra ``[serve]``).
+"""An OpenAI-compatible HTTP server over one model on one GPU (extra ``[serve]``).
 
-run.py          the HTTP server around the application
-app.py          the routes
-schema.py       what requests may say, and what that means to the model
-pictures.py     pictures in requests, and in answers
-worker.py       the thread that owns the model: a bounded queue, batches, cancellation
-answers.py      what clients get
-protection.py   keys, sizes of bodies, errors without traces
-limits.py       what is accepted
-measures.py     what /metrics tells
+run.py         uvicorn around the application
+app.py         the routes
+schema.py      request bodies, and the model's requests made from them
+images.py      decode, fetch and encode images
+worker.py      jobs of the model thread that deliver to the event loop
+responses.py   response bodies and streams
+middleware.py  API key, size limits, error responses
+limits.py      bounds of requests
+metrics.py     counters of /metrics
+replicas.py    one server on each of several GPUs, under Ray Serve
 """

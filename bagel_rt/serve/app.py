@@ -1,4 +1,4 @@
-"""The routes."""
+"""The FastAPI application: OpenAI's image and chat routes over one model thread, plus /health and /metrics."""
 
 import asyncio
 import threading
@@ -15,51 +15,50 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import parse_options_header
 from starlette.responses import JSONResponse
 
-from bagel_rt.errors import Cancelled
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageResult
 from bagel_rt.serve import schema
-from bagel_rt.serve.images import as_seen, read_picture, read_url
+from bagel_rt.serve.images import read_image, read_url, shrink_for_model
 from bagel_rt.serve.limits import Limits
-from bagel_rt.serve.metrics import CONTENT_TYPE, Measures
-from bagel_rt.serve.middleware import Gate, answer_to, forget_body, readable
-from bagel_rt.serve.responses import ChatAnswer, EventStream, picture_answer
-from bagel_rt.serve.worker import Job, Worker
+from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
+from bagel_rt.serve.middleware import Gate, error_response_for, parse_body, release_body
+from bagel_rt.serve.responses import ChatResponse, EventStream, images_response
+from bagel_rt.serve.worker import AsyncJob, start_worker
 
 _EDIT_FILES = ("image", "image[]")
-_INTERVAL = "cfg_interval"  # a list in a form: written as JSON or, by OpenAI's client, as fields named with []
-_CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # of a form; some of the others that Python knows take hours to decode
-_READERS = 4  # threads that read requests: each may hold one of the largest pictures that are allowed
-_WRITERS = 2  # threads of answers, of their own: who sends what takes long to read is not to keep others' answers
+_INTERVAL = "cfg_interval"  # a list in a form: JSON or, from OpenAI's client, fields named with []
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # of a form; some other codecs of Python take hours on hostile input
+_READERS = 4  # threads that decode requests; each may hold one image of the maximum size
+_WRITERS = 2  # threads that encode responses; separate, so that slow requests do not delay finished responses
 
 
 class Server:
-    """One model behind its routes.
+    """One model behind the routes.
 
     Attributes:
-        worker: the model's thread; made when the application starts.
-        measures: of ``/metrics``.
+        worker: the model thread; started with the application.
+        metrics: counters of ``/metrics``.
     """
 
     def __init__(self, bagel: Bagel, name: str, limits: Limits, hosts: frozenset[str] = frozenset()):
         """
         Args:
             bagel: the model.
-            name: what it is called in answers.
+            name: of the model in responses.
             limits: of requests.
-            hosts: that pictures may be fetched from.
+            hosts: hosts that images may be fetched from.
         """
         self.bagel, self.name, self.limits, self.hosts = bagel, name, limits, hosts
-        self.measures, self.worker, self.created = Measures(), None, int(time.time())
+        self.metrics, self.worker, self.created = Metrics(), None, int(time.time())
         self._readers = self._writers = self._ending = None
 
     @asynccontextmanager
     async def lifespan(self, _) -> AsyncIterator[None]:
-        """The worker lives as long as the application."""
+        """Run the model thread while the application runs."""
         self._readers, self._writers = anyio.CapacityLimiter(_READERS), anyio.CapacityLimiter(_WRITERS)
         self._ending = None
-        self.worker = Worker(self.bagel, self.limits.queue, self.limits.batch, self.measures.observe)
-        self.measures.watch(self.worker)
+        self.worker = start_worker(self.bagel, self.limits.queue, self.limits.batch, self.metrics.observe)
+        self.metrics.watch(self.worker)
         try:
             yield
         finally:
@@ -67,24 +66,23 @@ class Server:
             await asyncio.to_thread(self._ending.join)
 
     def end(self) -> None:
-        """Take no more requests, and let those that are under way finish or, after ``limits.grace`` seconds, fail.
-        Returns at once."""
+        """Refuse new requests; running ones finish or, after ``limits.grace`` seconds, fail. Returns at once."""
         if self._ending is None:
             self.worker.refuse()
-            # A thread that the process does not wait for, should it be told to end at once.
+            # A daemon, so that a second signal ends the process without waiting for it.
             self._ending = threading.Thread(target=self.worker.stop, args=(self.limits.grace,), daemon=True)
             self._ending.start()
 
     async def health(self) -> Response:
-        """200 while requests are taken, else 503."""
+        """200 while requests are accepted, else 503."""
         worker = self.worker
         status = "failed" if worker.failure is not None else "stopping" if worker.stopping else "ok"
         state = {"status": status, "model": self.name, "queue": worker.waiting}
         return JSONResponse(state, 200 if status == "ok" else 503)
 
-    async def metrics(self) -> Response:
-        """Prometheus' text."""
-        return Response(self.measures.text(), media_type=CONTENT_TYPE)
+    async def scrape(self) -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(self) -> dict:
         """The only model, as a list."""
@@ -100,7 +98,7 @@ class Server:
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
-            raise HTTPException(404, f"the model {name[:60]!r} is not here: allowed is {self.name!r}, or no name")
+            raise HTTPException(404, f"model must be {self.name!r} or left out, got {name[:60]!r}")
 
     async def _read(self, function: Callable, *arguments):
         return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._readers)
@@ -109,134 +107,135 @@ class Server:
         return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._writers)
 
     async def generations(self, request: Request, deadline: float) -> Response:
-        """Text to pictures."""
-        said = schema.Generation.model_validate(readable(await _body(request)))
-        forget_body(request)
-        return await self._draw(request, deadline, said, [])
+        """Text to images."""
+        body = schema.Generation.model_validate(parse_body(await _read_body(request)))
+        release_body(request)
+        return await self._draw(request, deadline, body, [])
 
     async def edits(self, request: Request, deadline: float) -> Response:
-        """Pictures and a text to pictures."""
+        """Images and a text to images."""
         files, fields = await self._read_form(request)
         if not files:
-            raise ValueError("image is missing: send one to edit, as a file of multipart/form-data")
-        said = schema.Edit.model_validate(fields)
-        self._check_model(said.model)
-        pictures = []
-        while files:  # which are not to wait for the model
-            pictures.append(await self._read(self._seen, files.pop(0)))
-        forget_body(request)
-        return await self._draw(request, deadline, said, pictures)
+            raise ValueError("image is missing. Send the image to edit as a file of multipart/form-data.")
+        body = schema.Edit.model_validate(fields)
+        self._check_model(body.model)
+        images = []
+        while files:  # drops each file once it is decoded: none should be held in the queue
+            images.append(await self._read(self._read_file, files.pop(0)))
+        release_body(request)
+        return await self._draw(request, deadline, body, images)
 
     async def _read_form(self, request: Request) -> tuple[list[bytes], dict]:
         """(contents of the files, fields) of a form.
 
         Raises:
-            ValueError: it is in another charset, has other files, or says something twice.
+            ValueError: unsupported charset, unknown file, or a repeated field.
         """
         charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
         if charset.lower() not in _CHARSETS:
-            raise ValueError(f"the form's charset is {charset[:40].decode('latin-1')!r}: send UTF-8")
+            raise ValueError(f"the form's charset must be UTF-8, got {charset[:40].decode('latin-1')!r}")
         files, fields, interval = [], {}, []
         async with request.form(max_files=self.limits.images, max_fields=40) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     if name not in _EDIT_FILES:
-                        raise ValueError(f"{name[:40]!r} is a file: allowed are files named image or image[]")
+                        raise ValueError(f"a file must be named image or image[], got {name[:40]!r}")
                     files.append(await value.read())
                 elif name == f"{_INTERVAL}[]":
                     interval.append(value)
                 elif name in fields:
-                    raise ValueError(f"{name[:40]!r} is given twice: send it once")
+                    raise ValueError(f"{name[:40]!r} is given twice. Send it once.")
                 elif name == _INTERVAL:
-                    fields[name] = readable(f'{{"{name}": {value}}}'.encode())[name]
+                    fields[name] = parse_body(f'{{"{name}": {value}}}'.encode())[name]
                 else:
                     fields[name] = value
         if interval and _INTERVAL in fields:
-            raise ValueError(f"{_INTERVAL} and {_INTERVAL}[] are both given: send one of them")
+            raise ValueError(f"{_INTERVAL} and {_INTERVAL}[] are both given. Send one of them.")
         if interval:
             fields[_INTERVAL] = interval
         return files, fields
 
-    def _seen(self, data: bytes) -> Image.Image:
-        return as_seen(read_picture(data, self.limits), self.bagel.model.config.vae_transform)
+    def _read_file(self, data: bytes) -> Image.Image:
+        return shrink_for_model(read_image(data, self.limits), self.bagel.model.config.vae_transform)
 
-    async def _draw(self, request: Request, deadline: float, said: schema.ImageFields, pictures) -> Response:
-        self._check_model(said.model)
-        requests = await self._read(schema.image_requests, self.bagel, self.limits, said, pictures)
+    async def _draw(self, request: Request, deadline: float, body: schema.ImageFields, images: list) -> Response:
+        self._check_model(body.model)
+        requests = await self._read(schema.image_requests, self.bagel, self.limits, body, images)
         first = requests[0]
-        together = (schema.drawn_size(self.bagel, first), first.image.num_timesteps, first.system is None)
-        jobs = [Job(one, "picture", deadline, together) for one in requests]
+        batch_key = (schema.drawn_size(self.bagel, first), first.image.num_timesteps, first.system is None)
+        jobs = [AsyncJob(one, "image", deadline, batch_key) for one in requests]
         self.worker.submit(jobs)
-        async with _present(request, jobs):
+        async with _cancel_on_disconnect(request, jobs):
             results = [await _result(job) for job in jobs]
-        self.measures.pictures.inc(len(results))
-        shown = schema.prompt_tokens(self.bagel, first)
-        return JSONResponse(await self._write(picture_answer, results, said.output_format, shown))
+        self.metrics.images.inc(len(results))
+        prompt_tokens = schema.prompt_tokens(self.bagel, first)
+        return JSONResponse(await self._write(images_response, results, body.output_format, prompt_tokens))
 
     async def completions(self, request: Request, deadline: float) -> Response:
-        """Texts and pictures to a text; or, with ``modalities`` of both, to texts and pictures."""
+        """Texts and images to a text or, with ``modalities`` of both, to texts and images."""
         begun = time.perf_counter()
-        said = schema.Chat.model_validate(readable(await _body(request)))
-        self._check_model(said.model)
-        parts = await self._read(self._read_parts, said)
-        said.messages = []  # whose pictures, as they came, are not to wait for the model
-        forget_body(request)
-        asked = await self._read(schema.chat_request, self.bagel, self.limits, said, parts)
-        shown = sum(schema.prompt_tokens(self.bagel, asked))
-        job = Job(asked, "interleaved" if said.draws else "text", deadline)
+        body = schema.Chat.model_validate(parse_body(await _read_body(request)))
+        self._check_model(body.model)
+        parts = await self._read(self._read_parts, body)
+        body.messages = []  # the encoded images should not be held in the queue
+        release_body(request)
+        model_request = await self._read(schema.chat_request, self.bagel, self.limits, body, parts)
+        prompt_tokens = sum(schema.prompt_tokens(self.bagel, model_request))
+        job = AsyncJob(model_request, "interleaved" if body.draws else "text", deadline)
         self.worker.submit([job])
-        answer = ChatAnswer(job, self.name, shown, self._write)
-        if said.stream:
+        response = ChatResponse(job, self.name, prompt_tokens, self._write)
+        if body.stream:
 
             def ended(status: int) -> None:
-                self._count_written(answer)
-                self.measures.answered("/v1/chat/completions", status, time.perf_counter() - begun)
+                self._count(response)
+                self.metrics.record("/v1/chat/completions", status, time.perf_counter() - begun)
 
-            with_usage = said.stream_options is not None and said.stream_options.include_usage
-            return EventStream(job, answer.events(with_usage), ended)
-        async with _present(request, [job]):
-            body = await answer.whole()
-        self._count_written(answer)
-        return JSONResponse(body)
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(job, response.events(with_usage), ended)
+        async with _cancel_on_disconnect(request, [job]):
+            content = await response.whole()
+        self._count(response)
+        return JSONResponse(content)
 
-    def _count_written(self, answer: ChatAnswer) -> None:
-        if answer.written is not None:
-            self.measures.tokens.inc(answer.written.tokens)
-            self.measures.pictures.inc(sum(isinstance(part, ImageResult) for part in answer.written.parts))
+    def _count(self, response: ChatResponse) -> None:
+        if response.completion is not None:
+            self.metrics.tokens.inc(response.completion.tokens)
+            self.metrics.images.inc(sum(isinstance(part, ImageResult) for part in response.completion.parts))
 
-    def _read_parts(self, said: schema.Chat) -> list:
-        parts = [part for message in said.messages for part in message.parts]
-        pictures = sum(part.type == "image_url" for part in parts)
-        if pictures > self.limits.images:
-            raise ValueError(f"{pictures} pictures: this server allows up to {self.limits.images} in a request")
+    def _read_parts(self, body: schema.Chat) -> list:
+        parts = [part for message in body.messages for part in message.parts]
+        images = sum(part.type == "image_url" for part in parts)
+        if images > self.limits.images:
+            raise ValueError(f"messages must have at most {self.limits.images} images, got {images}")
         rule = self.bagel.model.config.vae_transform
         return [
-            part.text if part.type == "text" else as_seen(read_url(part.image_url.url, self.limits, self.hosts), rule)
+            part.text
+            if part.type == "text"
+            else shrink_for_model(read_url(part.image_url.url, self.limits, self.hosts), rule)
             for part in parts
         ]
 
 
-async def _body(request: Request) -> bytes:
-    """The bytes of a body; the request does not keep them."""
+async def _read_body(request: Request) -> bytes:
+    """The bytes of a body; unlike ``request.body()``, the request does not keep them."""
     return b"".join([chunk async for chunk in request.stream()])
 
 
-async def _result(job: Job) -> ImageResult:
+async def _result(job: AsyncJob) -> ImageResult:
     async with aclosing(job.listen()) as events:
         return [value async for _, value in events][-1]
 
 
 @asynccontextmanager
-async def _present(request: Request, jobs: list[Job]) -> AsyncIterator[None]:
-    """Meanwhile jobs are cancelled if the client goes away; at the end nobody waits for them any more."""
+async def _cancel_on_disconnect(request: Request, jobs: list[AsyncJob]) -> AsyncIterator[None]:
+    """Cancel jobs if the client disconnects inside this block, and whatever is left of them at its end."""
 
     async def watch():
-        with suppress(Exception):  # of a client that sends more than its request: nobody takes that in
+        with suppress(Exception):  # of a client that sends more than its request
             while (await request.receive())["type"] != "http.disconnect":
                 pass
         for job in jobs:
             job.cancel()
-            job.tell("error", Cancelled())
 
     watching = asyncio.create_task(watch())
     try:
@@ -250,14 +249,14 @@ async def _present(request: Request, jobs: list[Job]) -> AsyncIterator[None]:
 def create_app(
     bagel: Bagel, name: str, limits: Limits | None = None, key: str | None = None, hosts: frozenset[str] = frozenset()
 ) -> FastAPI:
-    """The application over a loaded model; run it with :func:`bagel_rt.serve.run.make_server`.
+    """Create the application over a loaded model; run it with :func:`bagel_rt.serve.run.make_server`.
 
     Args:
-        bagel: the model; the application's own from its start on.
-        name: of the model in answers.
+        bagel: the model; used by the application alone once it has started.
+        name: of the model in responses.
         limits: of requests.
-        key: that clients must send; None for none.
-        hosts: that pictures may be fetched from.
+        key: API key that clients must send; None for none.
+        hosts: hosts that images may be fetched from.
     """
     limits = limits or Limits()
     server = Server(bagel, name, limits, hosts)
@@ -268,12 +267,12 @@ def create_app(
         async def handler(request: Request) -> Response:
             begun = time.perf_counter()
             try:
-                answer = await handle(request, time.monotonic() + limits.seconds)
+                response = await handle(request, time.monotonic() + limits.seconds)
             except Exception as error:
-                answer = answer_to(error)
-            if not isinstance(answer, EventStream):  # which is answered at its end
-                server.measures.answered(route, answer.status_code, time.perf_counter() - begun)
-            return answer
+                response = error_response_for(error)
+            if not isinstance(response, EventStream):  # a stream is counted at its end
+                server.metrics.record(route, response.status_code, time.perf_counter() - begun)
+            return response
 
         return handler
 
@@ -286,8 +285,8 @@ def create_app(
     app.add_api_route("/v1/models", server.models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", server.model, methods=["GET"])
     app.add_api_route("/health", server.health, methods=["GET"])
-    app.add_api_route("/metrics", server.metrics, methods=["GET"])
-    app.add_exception_handler(HTTPException, lambda _, error: answer_to(error))
-    app.add_exception_handler(Exception, lambda _, error: answer_to(error))
+    app.add_api_route("/metrics", server.scrape, methods=["GET"])
+    app.add_exception_handler(HTTPException, lambda _, error: error_response_for(error))
+    app.add_exception_handler(Exception, lambda _, error: error_response_for(error))
     app.add_middleware(Gate, key=key, limits=limits)
     return app

@@ -1,7 +1,7 @@
-"""Pictures in requests and in answers.
+"""Decode, fetch and encode images.
 
-A request brings pictures as data URLs or as files; addresses on the network are fetched only from hosts that the server
-was told to allow, over HTTPS, without redirects, and never from an address that is not public.
+Images arrive as data URLs or files. Other URLs are fetched only from hosts on the server's allowlist, over HTTPS,
+without redirects, and never from an address that is not public.
 """
 
 import base64
@@ -21,135 +21,134 @@ from bagel_rt.serve.limits import Limits
 
 _MEDIA = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 _FETCH_SECONDS = 10.0  # from the connection to the last byte
-_SCANS = 100  # of a JPEG picture; progressive ones have about ten
-_TUNNELS = [
-    ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")
-]  # to any IPv4 address
+_SCANS = 100  # of a JPEG image; progressive ones have about ten
+# IPv6 networks that lead to any IPv4 address, private ones included: NAT64 and 6to4.
+_TUNNELS = [ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")]
 
 
 def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> Image.Image:
-    """The picture of a data URL, or of an address on one of these hosts. Blocks while it is fetched and decoded.
+    """Decode the image of a data URL, or fetch it from one of ``hosts``. Blocks meanwhile.
 
     Raises:
-        ValueError: it is another kind of address, no picture, or too large.
+        ValueError: another kind of URL, not an image, or too large.
     """
     if url[:5].lower() == "data:":
-        return read_picture(_data(url), limits)
+        return read_image(_decode_data_url(url), limits)
     parts = urlsplit(url)
     if parts.scheme != "https" or parts.hostname is None or parts.hostname.lower() not in hosts:
-        allowed = f", or https addresses on {', '.join(sorted(hosts))}" if hosts else ""
-        raise ValueError(f"image_url is {url[:60]!r}: allowed are data: URLs{allowed}")
-    return read_picture(_fetch(parts, limits.body), limits)
+        allowed = f" or an https URL on {', '.join(sorted(hosts))}" if hosts else ""
+        raise ValueError(f"image_url must be a data: URL{allowed}, got {url[:60]!r}")
+    return read_image(_fetch(parts, limits.body), limits)
 
 
-def read_picture(data: bytes, limits: Limits) -> Image.Image:
-    """An encoded picture in RGB; its size is looked at before it is decoded.
+def read_image(data: bytes, limits: Limits) -> Image.Image:
+    """Decode an image to RGB; its size is checked before it is decoded.
 
     Raises:
-        ValueError: it is no picture, damaged, has more pixels or scans than are allowed, or colours that are not RGB's.
+        ValueError: not an image, damaged, more pixels or scans than allowed, or colours without an RGB form.
     """
-    # A scan is asked for with a few bytes, and takes as long as a whole picture. In other data, such as the video that
-    # telephones append, its mark comes by chance once in 65536 bytes.
-    most = _SCANS + len(data) // 32768
-    if data.count(b"\xff\xda") > most:
-        raise ValueError(f"the given {len(data)} bytes have over {most} scans of a JPEG picture: save it again")
+    # A scan costs a few bytes to request and as long as a whole image to decode. In other data, such as the video that
+    # phones append, its marker occurs by chance once in 65536 bytes.
+    max_scans = _SCANS + len(data) // 32768
+    if data.count(b"\xff\xda") > max_scans:
+        raise ValueError(f"a JPEG image of {len(data)} bytes must have at most {max_scans} scans. Save it again.")
     image = open_image(data, limits.pixels)
     try:
         return to_rgb(image)
-    except Exception as error:  # Pillow raises whatever its converters do at a damaged palette
-        raise ValueError(f"the given {len(data)} bytes: the picture has no RGB form: {error}") from None
+    except Exception as error:  # Pillow's converters raise all kinds of exceptions on a damaged palette
+        raise ValueError(f"the image of {len(data)} bytes cannot be converted to RGB: {error}") from None
 
 
-def as_seen(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    """The picture as the model's first step makes it, if that is smaller: what waits in the queue should not be large.
+def shrink_for_model(image: Image.Image, rule: ResizeRule) -> Image.Image:
+    """Apply the model's own resize now if it makes the image smaller: less memory is held in the queue.
 
-    The rule leaves what it made as it is, so the model sees the same.
+    Only where the rule leaves its own result unchanged, so that the model sees the same pixels.
     """
     size = rule.output_size(*image.size)
     smaller = size[0] * size[1] < image.width * image.height
     return rule.resize(image) if smaller and rule.output_size(*size) == size else image
 
 
-def encode(image: Image.Image, form: str) -> str:
-    """Base64 of a picture as "png", "jpeg" or "webp"."""
+def encode(image: Image.Image, output_format: str) -> str:
+    """Encode an image as "png", "jpeg" or "webp", in base64."""
     out = io.BytesIO()
-    image.save(out, _MEDIA[form], **({"quality": 95} if form != "png" else {}))
+    image.save(out, _MEDIA[output_format], **({"quality": 95} if output_format != "png" else {}))
     return base64.b64encode(out.getvalue()).decode()
 
 
-def _data(url: str) -> bytes:
+def _decode_data_url(url: str) -> bytes:
     header, comma, content = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
-        raise ValueError("image_url is a data URL without base64 content: write data:image/png;base64,...")
+        raise ValueError("image_url is a data URL without base64 content. Write data:image/png;base64,...")
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"image_url is a data URL whose base64 is damaged: {error}") from None
+        raise ValueError(f"image_url is a data URL with invalid base64: {error}") from None
 
 
-class _Ending(ssl.SSLSocket):
-    """Gives nothing after a moment in time, however slowly it comes until then: a timeout by itself is begun anew with
-    every byte."""
+class _DeadlineSocket(ssl.SSLSocket):
+    """A socket with one deadline for everything it receives: a plain timeout restarts with every byte."""
 
     end = float("inf")
 
     def recv_into(self, *arguments) -> int:
-        self.settimeout(_left(self.end))
+        self.settimeout(_remaining(self.end))
         return super().recv_into(*arguments)
 
 
-class _Pinned(http.client.HTTPSConnection):
-    """A connection to an address that was looked at, under the name that the certificate is for."""
+class _PinnedConnection(http.client.HTTPSConnection):
+    """Connects to an address that was checked, and verifies the certificate for the host's name: a second DNS lookup
+    could return a private address."""
 
     def __init__(self, host: str, port: int, address: str, end: float):
         context = ssl.create_default_context()
-        context.sslsocket_class = _Ending
+        context.sslsocket_class = _DeadlineSocket
         super().__init__(host, port, context=context)
         self._address, self._end = address, end
 
     def connect(self) -> None:
-        raw = socket.create_connection((self._address, self.port), _left(self._end))
-        raw.settimeout(_left(self._end))
+        raw = socket.create_connection((self._address, self.port), _remaining(self._end))
+        raw.settimeout(_remaining(self._end))
         self.sock = self._context.wrap_socket(raw, server_hostname=self.host)
         self.sock.end = self._end
 
 
 def _fetch(parts, limit: int) -> bytes:
-    """What an allowed address gives."""
+    """Fetch the content of a URL on an allowed host."""
     host, port = parts.hostname, parts.port or 443
     address = public_address(host, port)
-    connection = _Pinned(host, port, address, time.monotonic() + _FETCH_SECONDS)
+    connection = _PinnedConnection(host, port, address, time.monotonic() + _FETCH_SECONDS)
     try:
         path = parts.path or "/"
         connection.request("GET", f"{path}?{parts.query}" if parts.query else path, headers={"Accept": "image/*"})
         response = connection.getresponse()
         if response.status != 200:
-            raise ValueError(f"{host} answers {response.status} {response.reason}: redirects are not followed")
+            raise ValueError(f"{host} returned {response.status} {response.reason}. Redirects are not followed.")
         data = bytearray()
-        while chunk := response.read1(1 << 16):  # what is there: read() would wait for all of it, however slow
+        while chunk := response.read1(1 << 16):  # whatever has arrived: read() would wait for all of it
             data += chunk
             if len(data) > limit:
-                raise ValueError(f"the picture on {host} has over {limit} bytes")
+                raise ValueError(f"the image on {host} must have at most {limit} bytes")
         return bytes(data)
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{host} gives no picture: {error}") from None
+        raise ValueError(f"cannot fetch the image from {host}: {error}") from None
     finally:
         connection.close()
 
 
-def _left(end: float) -> float:
-    """Seconds until then."""
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError(f"it takes over {_FETCH_SECONDS:g} s")
-    return left
+def _remaining(end: float) -> float:
+    """Seconds until a deadline."""
+    remaining = end - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError(f"took over {_FETCH_SECONDS:g} s")
+    return remaining
 
 
 def public_address(host: str, port: int) -> str:
-    """An address of a host, if all that it has are public.
+    """One address of a host whose addresses are all public.
 
     Raises:
-        ValueError: one is private, of this machine, or otherwise not on the public network; or there is none.
+        ValueError: an address is private, loopback or otherwise not public; or the host has none.
     """
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
@@ -158,7 +157,6 @@ def public_address(host: str, port: int) -> str:
     for address in found:
         parsed = ipaddress.ip_address(address.partition("%")[0])
         parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        carries = any(parsed in network for network in _TUNNELS)
-        if not parsed.is_global or parsed.is_multicast or carries:
+        if not parsed.is_global or parsed.is_multicast or any(parsed in network for network in _TUNNELS):
             raise ValueError(f"{host} has the address {address}, which is not public")
     return sorted(found)[0]

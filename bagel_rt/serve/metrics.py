@@ -1,47 +1,48 @@
-"""What ``/metrics`` tells, in Prometheus' text format."""
+"""Metrics of ``/metrics``, in Prometheus' text format."""
+
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-CLOSED = 499  # the status that stands for a client that went away
+from bagel_rt.model_thread import ModelThread
+
+CLOSED = 499  # nginx's status for a client that disconnected
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 
 
-class Measures:
+class Metrics:
     """Counters of one server, in a registry of its own."""
 
     def __init__(self):
-        self._registry = registry = CollectorRegistry()
-        self.requests = Counter("bagel_rt_requests", "Answered requests", ["route", "status"], registry=registry)
-        self.seconds = Histogram(
-            "bagel_rt_request_seconds", "From a request to its answer", ["route"], buckets=_SECONDS, registry=registry
-        )
-        self.waited = Histogram("bagel_rt_queue_seconds", "Waiting for the model", buckets=_SECONDS, registry=registry)
-        self.batch = Histogram(
-            "bagel_rt_batch_size", "Pictures drawn together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
-        )
-        self.pictures = Counter("bagel_rt_pictures", "Pictures drawn", registry=registry)
-        self.tokens = Counter("bagel_rt_tokens", "Tokens written", registry=registry)
-        self.cancelled = Counter("bagel_rt_cancelled", "Requests whose client went away", registry=registry)
-        self._waiting = Gauge("bagel_rt_queue", "Requests that wait", registry=registry)
-        self._running = Gauge("bagel_rt_running", "Requests that the model works on", registry=registry)
+        self._registry = CollectorRegistry()
+        counter, gauge, histogram = (partial(kind, registry=self._registry) for kind in (Counter, Gauge, Histogram))
+        self.requests = counter("bagel_rt_requests", "Requests by route and status", ["route", "status"])
+        self.seconds = histogram("bagel_rt_request_seconds", "Latency of requests", ["route"], buckets=_SECONDS)
+        self.waited = histogram("bagel_rt_queue_seconds", "Time in the queue", buckets=_SECONDS)
+        self.batch = histogram("bagel_rt_batch_size", "Requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64))
+        self.images = counter("bagel_rt_pictures", "Generated images")
+        self.tokens = counter("bagel_rt_tokens", "Generated tokens")
+        self.cancelled = counter("bagel_rt_cancelled", "Requests whose client disconnected")
+        self._waiting = gauge("bagel_rt_queue", "Requests in the queue")
+        self._running = gauge("bagel_rt_running", "Requests that the model works on")
 
-    def watch(self, worker) -> None:
-        """Tell a worker's queue and load when asked."""
+    def watch(self, worker: ModelThread) -> None:
+        """Read the queue gauges from a model thread."""
         self._waiting.set_function(lambda: worker.waiting)
         self._running.set_function(lambda: worker.running)
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a request that has its answer, or whose client went away before (499)."""
+    def record(self, route: str, status: int, seconds: float) -> None:
+        """Count a finished request; its status is 499 if the client disconnected before."""
         self.requests.labels(route, status).inc()
         self.seconds.labels(route).observe(seconds)
         if status == CLOSED:
             self.cancelled.inc()
 
     def observe(self, what: str, value: float) -> None:
-        """What a worker reports: "batch" or "waited"."""
+        """Count what a model thread reports: "batch" or "waited"."""
         {"batch": self.batch, "waited": self.waited}[what].observe(value)
 
     def text(self) -> bytes:
-        """All of it."""
+        """All metrics, as Prometheus reads them."""
         return generate_latest(self._registry)

@@ -1,13 +1,12 @@
-"""The server on several GPUs: replicas of the application under Ray Serve, one a GPU (extra ``[ray]``).
+"""The server on several GPUs: replicas of the application under Ray Serve, one per GPU (extra ``[ray]``).
 
-Ray's proxy listens, and gives a request to one of the replicas that have the fewest under way. A replica that dies, or
-whose model's thread has ended, is started anew. Requests that it was at work on are answered with an error, which says
-that they may be sent again: a picture that is half drawn is nowhere else. The others never reach it.
+Ray's proxy listens and routes each request to a replica with the fewest running requests. A replica that dies, or
+whose model thread has ended, is restarted. Its running requests fail with an error that asks to send them again.
 
-On one machine :func:`run` does everything. On a cluster that is there, ``serve run
-bagel_rt.serve.replicas:application folder=... replicas=4`` does, with :data:`ENVIRONMENT` set on all of it.
+On one machine, use :func:`run`. On an existing cluster, use ``serve run bagel_rt.serve.replicas:application folder=...
+replicas=4`` with :data:`ENVIRONMENT` set on every machine.
 
-Ray reads its variables when it is imported, so it is imported in functions.
+Ray reads its environment variables when it is imported, so the functions import it.
 """
 
 import json
@@ -29,50 +28,50 @@ from starlette.middleware import Middleware
 from bagel_rt.serve.limits import Limits
 
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports its use to its makers otherwise
+    "RAY_USAGE_STATS_ENABLED": "0",  # Ray sends usage statistics to its vendor otherwise
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "bagel_rt.serve.replicas.proxy_middlewares",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a proxy that starts slower than 5 s is ended, again and again
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # with the default of 5 s, a slow proxy is restarted for ever
 }
-"""Variables that are set, unless they are, before Ray is imported."""
+"""Defaults of environment variables, set before Ray is imported."""
 
 _ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray then stays on the loopback interface, on Linux too
 LOOPBACK = "127.0.0.1"
-_APPLICATION = "bagel_rt"  # what Ray calls it
-_OBJECT_STORE = 128 << 20  # bytes; requests and answers do not go through it
-_HEALTH_SECONDS = 1.0  # between two looks at a replica
-_LAST_WORDS = 1.0  # seconds for what has been answered to be sent, when a replica or the proxy ends
-_ATTEMPTS = 3  # to start a replica, until it is given up
-_MARGIN = 10.0  # seconds beyond those that requests have, for answers to be sent
+_APPLICATION = "bagel_rt"  # its name in Ray
+_OBJECT_STORE = 128 << 20  # bytes; requests and responses bypass it
+_HEALTH_SECONDS = 1.0  # between two health checks of a replica
+_LAST_WORDS = 1.0  # seconds to send finished responses before a replica or the proxy ends
+_ATTEMPTS = 3  # to start a replica
+_MARGIN = 10.0  # seconds to send responses after a request's time limit
 _JSON = (b"content-type", b"application/json")
 
 _OBEYED = frozenset({
     b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-request-id", b"x-session-id",
     b"serve-multiplexed-model-id",
 })  # fmt: skip
-"""Headers that Ray's proxy obeys: a client could have its request done without a limit, or when it has left."""
+"""Headers that Ray's proxy obeys: they let a client lift the time limit, or keep its request running after it left."""
 
 _OURS = "server_error"
-_LOST = (503, "the replica at work on this request is not there any more: send it again", _OURS, "replica_lost", 1)
+_LOST = (503, "the replica that ran this request has ended. Send the request again.", _OURS, "replica_lost", 1)
 _REFUSALS = {
-    # The application has all paths: if one is not found, the application is not there any more.
-    404: (503, "the server takes no more requests: try later", _OURS, "stopping", 5),
-    408: (504, "the request took too long: ask for less, or try again", _OURS, "timeout", None),
-    429: (429, "too many requests wait: try again", "rate_limit_error", "busy", 1),
+    # The application handles all paths: a 404 of the proxy means that the application has been removed.
+    404: (503, "the server takes no more requests. Try again later.", _OURS, "stopping", 5),
+    408: (504, "the request took too long. Ask for less, or try again.", _OURS, "timeout", None),
+    429: (429, "the queue is full. Try again.", "rate_limit_error", "busy", 1),
 }
-"""Status of the proxy's own errors -> status, message, type, code and seconds until another try of what is sent."""
+"""Status of the proxy's own errors -> (status, message, type, code, seconds until a retry) of the response."""
 
 
 class Options(BaseModel):
-    """What is served, and how often.
+    """Options of a deployment.
 
     Attributes:
-        folder: the model; None for the embedded one.
-        name: what it is called in answers; by default as the folder.
-        replicas: how many of it.
-        device: "cuda" for a GPU each, "cpu"; by default GPUs if this machine has any.
+        folder: checkpoint folder; None for the embedded model.
+        name: of the model in responses; by default the folder's name.
+        replicas: number of replicas.
+        device: "cuda" for one GPU per replica, or "cpu"; by default "cuda" if this machine has a GPU.
         dtype: of the weights, as on the command line.
-        limits: fields of :class:`~bagel_rt.serve.limits.Limits`, of each replica.
-        image_hosts: that pictures may be fetched from.
+        limits: fields of :class:`~bagel_rt.serve.limits.Limits`, for each replica.
+        image_hosts: hosts that images may be fetched from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,8 +85,8 @@ class Options(BaseModel):
     image_hosts: tuple[str, ...] = ()
 
 
-class Named:
-    """ASGI middleware: an answer's header ``X-Replica`` tells which replica gave it."""
+class ReplicaHeader:
+    """ASGI middleware: adds the header ``X-Replica``, the id of the replica that responds."""
 
     def __init__(self, app):
         from ray import serve
@@ -95,21 +94,21 @@ class Named:
         self._app, self._name = app, serve.get_replica_context().replica_id.unique_id.encode()
 
     async def __call__(self, scope, receive, send) -> None:
-        async def named(message):
+        async def with_header(message):
             if message["type"] == "http.response.start":
                 message = message | {"headers": [*message.get("headers", ()), (b"x-replica", self._name)]}
             await send(message)
 
-        await self._app(scope, receive, named)
+        await self._app(scope, receive, with_header)
 
 
 def application(options: Options):
-    """The application, a ``ray.serve.Application``, for ``serve.run`` or the command ``serve run``.
+    """Build the ``ray.serve.Application``, for ``serve.run`` or the command ``serve run``.
 
-    The key that clients must send is taken from BAGEL_RT_API_KEY here.
+    The API key is read from BAGEL_RT_API_KEY here.
 
     Raises:
-        ValueError: a limit is out of range, the folder is none, or the key is empty.
+        ValueError: a limit is out of range, the folder does not exist, or the key is empty.
     """
     import torch
     from ray import serve
@@ -120,7 +119,7 @@ def application(options: Options):
 
     folder, limits = Path(options.folder or DEFAULT_MODEL).resolve(), Limits(**options.limits)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give the path of a downloaded BAGEL checkpoint folder")
+        raise ValueError(f"{folder}: no such folder. Give the path of a downloaded BAGEL checkpoint folder.")
     device = _device(options)
     name, key = options.name or folder.name, read_key()
     hosts = frozenset(host.lower() for host in options.image_hosts)
@@ -131,36 +130,35 @@ def application(options: Options):
         from bagel_rt.serve.app import create_app
 
         _listen_on_loopback()
-        warnings.filterwarnings("ignore", module="PIL")  # of damaged pictures: clients could fill the log with them
+        warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
         app = create_app(Bagel.from_pretrained(folder, device, dtype), name, limits, key, hosts)
-        app.add_middleware(Named)
+        app.add_middleware(ReplicaHeader)
         return app
 
     @serve.ingress(build)
     class Replica:
-        """A model on a GPU of its own."""
+        """One model on one GPU."""
 
         def check_health(self) -> None:
-            """Called by Ray. A replica whose model's thread has ended ends its process, and Ray starts another: it
-            refuses requests faster than others do them, and so would be given most of them, until Ray has found it
-            failing three times."""
+            """Called by Ray. End the process if the model thread has ended; Ray then starts another replica. Ray itself
+            waits for three failed checks, and would meanwhile route most requests here, because refusals are fast."""
             failure = self.app.state.server.worker.failure
             if failure is not None:
                 threading.Timer(_LAST_WORDS, os._exit, (1,)).start()
-                raise RuntimeError(f"the model's thread has ended: {failure!r}")
+                raise RuntimeError(f"the model thread has ended: {failure!r}")
 
         def end(self) -> None:
-            """Called when the server is told to stop, before Ray waits for what is under way."""
+            """Called when the server stops, before Ray waits for running requests."""
             self.app.state.server.end()
 
     return serve.deployment(
         Replica,
         name="bagel_rt",
         num_replicas=options.replicas,
-        # Processors are not counted: a replica keeps one busy, and should start wherever there is a GPU.
+        # CPUs are not counted: a replica should start wherever there is a GPU.
         ray_actor_options={"num_cpus": 0, "num_gpus": int(device == "cuda")},
-        # More than a replica takes, so that who is refused is told so by its own queue, at once. In the proxy requests
-        # wait only while replicas start: as many as these will take, which may also come all at once.
+        # More than a replica accepts, so that its own queue refuses at once. Requests wait in the proxy only while
+        # replicas start: at most as many as these will accept.
         max_ongoing_requests=limits.requests + 16,
         max_queued_requests=options.replicas * limits.requests,
         backpressure_config=BackpressureConfig(status_code=429),
@@ -172,8 +170,7 @@ def application(options: Options):
 
 
 def _listen_on_loopback() -> None:
-    """Ray has each replica listen at all interfaces, for calls of other replicas. Where Ray itself is on the loopback
-    interface, so is this."""
+    """Bind each replica's gRPC port to the loopback interface if Ray itself is on it; Ray binds all interfaces."""
     import ray
     from ray.serve._private import replica
 
@@ -189,48 +186,48 @@ def _device(options: Options) -> str:
 
 
 def start(options: Options, host: str = LOOPBACK, port: int = 8000) -> str:
-    """Start Ray on this machine alone, and the replicas. Returns the address when they take requests.
+    """Start Ray on this machine and the replicas. Returns the address once they accept requests.
 
-    Only the proxy listens at ``host``: all else of Ray stays on the loopback interface, unless Ray was imported before,
-    and without its dashboard. Port 0 takes a free one.
+    Only the proxy listens on ``host``. The rest of Ray stays on the loopback interface, unless Ray was imported before,
+    and has no dashboard. Port 0 takes a free one.
 
     Raises:
-        ValueError: as :func:`application`; or there are fewer GPUs than replicas.
-        OSError: the address cannot be listened at.
-        RuntimeError: a replica does not start; Ray's message says why.
+        ValueError: as :func:`application`; or fewer GPUs than replicas.
+        OSError: the address cannot be bound.
+        RuntimeError: a replica does not start; the message is Ray's.
     """
     for name, value in (ENVIRONMENT | _ONE_MACHINE).items():
         os.environ.setdefault(name, value)
     import ray
     from ray import serve
 
-    served = application(options)
-    six = ":" in host
-    with socket.create_server((host, port), family=socket.AF_INET6 if six else socket.AF_INET) as free:
-        port = free.getsockname()[1]  # or an error, before anything is started
-    seconds = 2 * Limits(**options.limits).seconds + _MARGIN  # as the application gives them, and for it to say so
+    app = application(options)
+    ipv6 = ":" in host
+    with socket.create_server((host, port), family=socket.AF_INET6 if ipv6 else socket.AF_INET) as free:
+        port = free.getsockname()[1]  # fails here if the port is taken, before anything is started
+    seconds = 2 * Limits(**options.limits).seconds + _MARGIN  # the application's own time limit comes first
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which ends the process with code 15
+            signal.signal(signal.SIGTERM, handler)  # replaces Ray's, which ends the process with code 15
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if _device(options) == "cuda" and gpus < options.replicas:
-            raise ValueError(f"replicas is {options.replicas}, but Ray finds {gpus} GPUs: one is needed for each")
+            raise ValueError(f"replicas must be at most {gpus}, the number of GPUs, got {options.replicas}")
         listening = {"host": host, "port": port, "request_timeout_s": seconds}
         serve.start(proxy_location="HeadOnly", http_options=listening)
-        serve.run(served, name=_APPLICATION, route_prefix="/")
+        serve.run(app, name=_APPLICATION, route_prefix="/")
     except BaseException:
         ray.shutdown()
         raise
-    return f"http://[{host}]:{port}" if six else f"http://{host}:{port}"
+    return f"http://[{host}]:{port}" if ipv6 else f"http://{host}:{port}"
 
 
 def stop(grace: float = Limits.grace) -> None:
-    """Take no more requests, let those that are under way finish or, after ``grace`` seconds, fail, and end Ray.
+    """Refuse new requests, let running ones finish or, after ``grace`` seconds, fail; then end Ray.
 
     Args:
-        grace: as in the limits that the replicas were started with.
+        grace: as in the limits of the replicas.
     """
     import ray
     from ray import serve
@@ -245,12 +242,12 @@ def stop(grace: float = Limits.grace) -> None:
 
 
 def _drain(grace: float) -> None:
-    """End the application while the proxy lives: serve.shutdown() ends that first, and every connection with it."""
+    """End the application while the proxy lives: serve.shutdown() ends the proxy first, with every connection."""
     from ray import serve
 
     if _APPLICATION not in serve.status().applications:
         return
-    with suppress(Exception):  # a replica that does not hear of it is waited for all the same
+    with suppress(Exception):  # replicas that cannot be reached are waited for as well
         serve.get_app_handle(_APPLICATION).broadcast("end").results(timeout_s=_MARGIN)
     serve.delete(_APPLICATION, _blocking=False)
     end = time.monotonic() + grace + 2 * _MARGIN
@@ -260,26 +257,26 @@ def _drain(grace: float) -> None:
 
 
 def run(options: Options, host: str = LOOPBACK, port: int = 8000) -> None:
-    """:func:`start`, then wait for Ctrl-C or SIGTERM, then :func:`stop`; a second signal ends all at once. To be called
-    in the main thread.
+    """:func:`start`, wait for Ctrl-C or SIGTERM, then :func:`stop`; a second signal ends everything at once. Call it in
+    the main thread.
 
     Raises:
-        SystemExit: at the end, with the code that shells have for the signal: 130 or 143.
+        SystemExit: at the end, with the shell's exit code for the signal: 130 or 143.
     """
-    with _leaving():
+    with _exit_on_signals():
         try:
             address = start(options, host, port)
             print(f"{options.replicas} replicas running on {address}; Ctrl-C ends them", flush=True)
             threading.Event().wait()
-        except SystemExit as told:  # code 15 is that of Ray's handler, which is there for a moment
-            raise SystemExit(128 + signal.SIGTERM if told.code == signal.SIGTERM else told.code) from None
+        except SystemExit as error:  # code 15 comes from Ray's handler, which is installed for a moment
+            raise SystemExit(128 + signal.SIGTERM if error.code == signal.SIGTERM else error.code) from None
         finally:
             stop(Limits(**options.limits).grace)
 
 
 @contextmanager
-def _leaving() -> Iterator[None]:
-    """Meanwhile SIGINT and SIGTERM raise SystemExit."""
+def _exit_on_signals() -> Iterator[None]:
+    """Make SIGINT and SIGTERM raise SystemExit inside this block."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers]
     try:
@@ -289,11 +286,11 @@ def _leaving() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Answered:
-    """ASGI middleware of Ray's proxy: its own errors, too, have OpenAI's form, and clients give it no orders.
+class ProxyErrors:
+    """ASGI middleware of Ray's proxy: puts the proxy's own errors into OpenAI's format, and drops control headers.
 
-    The proxy answers in plain text where a replica has ended, none is there, or a path is unknown to it; where an
-    answer has begun, it just ends the connection. Here the former become JSON, the latter an event at the stream's end.
+    The proxy responds in plain text if a replica has ended, none exists, or a path is unknown; if a response has
+    started, it only closes the connection. The former become JSON, the latter an error event at the stream's end.
     """
 
     def __init__(self, app):
@@ -302,16 +299,16 @@ class Answered:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray's own routes
             return await self._app(scope, receive, send)
-        begun = ended = streams = replaced = False
+        started = ended = streams = replaced = False
 
         async def watched(message):
-            nonlocal begun, ended, streams, replaced
+            nonlocal started, ended, streams, replaced
             if message["type"] == "http.response.start":
                 kind = dict(message.get("headers", ())).get(b"content-type", b"")
                 replaced = message["status"] >= 400 and not kind.startswith(b"application/json")
                 if replaced:
                     await _refuse(send, *_REFUSALS.get(message["status"], _LOST))
-                begun, streams = True, kind.startswith(b"text/event-stream")
+                started, streams = True, kind.startswith(b"text/event-stream")
             elif message["type"] == "http.response.body":
                 ended = not message.get("more_body", False)
             if not replaced:
@@ -319,15 +316,15 @@ class Answered:
 
         headers = [(name, value) for name, value in scope["headers"] if name.replace(b"_", b"-") not in _OBEYED]
         await self._app(scope | {"headers": headers}, receive, watched)
-        if not begun:
+        if not started:
             await _refuse(send, *_LOST)
         elif streams and not ended:
             await send({"type": "http.response.body", "body": b"data: " + _error(*_LOST[1:4]) + b"\n\n"})
 
 
-async def _refuse(send, status: int, message: str, kind: str, code: str, after: int | None) -> None:
-    again = (b"x-should-retry", b"false") if after is None else (b"retry-after", str(after).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [_JSON, again]})
+async def _refuse(send, status: int, message: str, kind: str, code: str, retry_after: int | None) -> None:
+    retry = (b"x-should-retry", b"false") if retry_after is None else (b"retry-after", str(retry_after).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [_JSON, retry]})
     await send({"type": "http.response.body", "body": _error(message, kind, code)})
 
 
@@ -336,5 +333,5 @@ def _error(message: str, kind: str, code: str) -> bytes:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """Called by Ray in every proxy."""
-    return [Middleware(Answered)]
+    """Middlewares of every proxy; called by Ray."""
+    return [Middleware(ProxyErrors)]

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: pictures, and chats as a whole or as server-sent events."""
+"""Responses in OpenAI's format: images, and chats as one body or as server-sent events."""
 
 import json
 import time
@@ -11,54 +11,58 @@ from starlette.responses import StreamingResponse
 from bagel_rt.request import ImageResult
 from bagel_rt.serve.images import encode
 from bagel_rt.serve.metrics import CLOSED
-from bagel_rt.serve.middleware import answer_to
-from bagel_rt.serve.worker import Job, Written
+from bagel_rt.serve.middleware import error_response_for
+from bagel_rt.serve.worker import AsyncJob, Completion
 
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # what is written is to be seen at once
-_SILENCE = 15.0  # seconds after which a stream says that it goes on: proxies end connections on which nothing comes
-_WAIT = ": wait\n\n"  # a comment, which clients leave out
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer the stream
+_SILENCE = 15.0  # seconds until a keep-alive comment: proxies close connections on which nothing is sent
+_WAIT = ": wait\n\n"  # a comment, which clients ignore
 
 
-def picture_answer(results: list[ImageResult], form: str, prompt_tokens: tuple[int, int]) -> dict:
-    """The body of the answer to a request for pictures.
+def images_response(results: list[ImageResult], output_format: str, prompt_tokens: tuple[int, int]) -> dict:
+    """The body of a response with images.
 
     Args:
         results: one or more.
-        form: "png", "jpeg" or "webp".
-        prompt_tokens: (of texts, of pictures) that were sent.
+        output_format: "png", "jpeg" or "webp".
+        prompt_tokens: (text tokens, image tokens) of the request.
     """
     data = []
     for result in results:
         thought = {"revised_prompt": result.thought} if result.thought is not None else {}
-        data.append({"b64_json": encode(result.image, form), "seed": result.seed} | thought)
-    drawn, shown = sum(len(result.latents) for result in results), sum(prompt_tokens)
+        data.append({"b64_json": encode(result.image, output_format), "seed": result.seed} | thought)
+    input_tokens, output_tokens = sum(prompt_tokens), sum(len(result.latents) for result in results)
     details = {"text_tokens": prompt_tokens[0], "image_tokens": prompt_tokens[1]}
-    usage = {"input_tokens": shown, "input_tokens_details": details, "output_tokens": drawn}
+    usage = {"input_tokens": input_tokens, "input_tokens_details": details, "output_tokens": output_tokens}
     size = f"{results[0].image.width}x{results[0].image.height}"
-    answer = {"created": int(time.time()), "data": data, "size": size, "output_format": form}
-    return answer | {"usage": usage | {"total_tokens": shown + drawn}}
+    body = {"created": int(time.time()), "data": data, "size": size, "output_format": output_format}
+    return body | {"usage": usage | {"total_tokens": input_tokens + output_tokens}}
 
 
-class ChatAnswer:
-    """What a job writes, as OpenAI has it."""
+class ChatResponse:
+    """The response of a chat job, whole or streamed.
 
-    def __init__(self, job: Job, model: str, prompt_tokens: int, aside: Callable):
+    Attributes:
+        completion: the job's result; None until it has one.
+    """
+
+    def __init__(self, job: AsyncJob, model: str, prompt_tokens: int, in_thread: Callable):
         """
         Args:
-            job: a chat, submitted.
+            job: a submitted chat.
             model: its name.
-            prompt_tokens: that were sent.
-            aside: runs a function in another thread; awaited.
+            prompt_tokens: of the request.
+            in_thread: an async function that runs a function in another thread.
         """
-        self._job, self._model, self._prompt_tokens, self._aside = job, model, prompt_tokens, aside
+        self._job, self._model, self._prompt_tokens, self._in_thread = job, model, prompt_tokens, in_thread
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self.written: Written | None = None
+        self.completion: Completion | None = None
 
     async def whole(self) -> dict:
-        """The body of the answer.
+        """The body of an unstreamed response.
 
         Raises:
-            Exception: as :meth:`~bagel_rt.serve.worker.Job.listen`.
+            Exception: as :meth:`~bagel_rt.serve.worker.AsyncJob.listen`.
         """
         text, images = [], []
         async with aclosing(self._deltas()) as deltas:
@@ -70,11 +74,11 @@ class ChatAnswer:
         return self._body("chat.completion", [choice]) | {"usage": self._usage()}
 
     async def events(self, with_usage: bool) -> AsyncGenerator[str, None]:
-        """Server-sent events: a role, what is new, a reason, ``with_usage`` the counts, and [DONE]; a comment whenever
-        nothing is new for a while.
+        """Server-sent events: the role, deltas, the finish reason, usage if ``with_usage``, and [DONE]; a comment after
+        each period without news.
 
         Raises:
-            Exception: as :meth:`~bagel_rt.serve.worker.Job.listen`.
+            Exception: as :meth:`~bagel_rt.serve.worker.AsyncJob.listen`.
         """
         yield self._event({"role": "assistant", "content": ""})
         async with aclosing(self._deltas(_SILENCE)) as deltas:
@@ -86,7 +90,7 @@ class ChatAnswer:
         yield "data: [DONE]\n\n"
 
     async def _deltas(self, silence: float | None = None) -> AsyncGenerator[dict | None, None]:
-        """What is new; None after each ``silence`` of so many seconds."""
+        """Deltas of the message; None after ``silence`` seconds without one."""
         async with aclosing(self._job.listen(silence)) as events:
             async for kind, value in events:
                 if kind == "silence":
@@ -94,15 +98,15 @@ class ChatAnswer:
                 elif kind == "text":
                     yield {"content": value}
                 else:
-                    self.written = value
+                    self.completion = value
                     for part in value.parts:
-                        yield await self._aside(_part_of, part)
+                        yield await self._in_thread(_part_delta, part)
 
     def _reason(self) -> str:
-        return "length" if self.written.cut else "stop"
+        return "length" if self.completion.cut else "stop"
 
     def _usage(self) -> dict:
-        prompt, tokens = self._prompt_tokens, self.written.tokens
+        prompt, tokens = self._prompt_tokens, self.completion.tokens
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
     def _event(self, delta: dict, reason: str | None = None) -> str:
@@ -114,21 +118,21 @@ class ChatAnswer:
 
 
 class EventStream(StreamingResponse):
-    """Events of a job, which ends with them however they end: with an error that is an event too, or because the
-    client goes away, be it before the first or between two of them."""
+    """Server-sent events of a job. The job is cancelled when the stream ends, also if the client disconnects before the
+    first event or between two. An error becomes the last event."""
 
-    def __init__(self, job: Job, events: AsyncGenerator[str, None], ended: Callable[[int], None]):
+    def __init__(self, job: AsyncJob, events: AsyncGenerator[str, None], ended: Callable[[int], None]):
         """
         Args:
-            job: that the events are about.
+            job: source of the events.
             events: each ends with an empty line.
-            ended: called once, with the status that a whole answer would have had.
+            ended: called once, with the status that an unstreamed response would have.
         """
         super().__init__(self._with_errors(events), media_type="text/event-stream", headers=_STREAM_HEADERS)
         self._job, self._events, self._ended, self._status = job, events, ended, CLOSED
 
     async def __call__(self, scope, receive, send) -> None:
-        # Told of a later version than 2.3, Starlette does not look whether the client is there while nothing is sent.
+        # For spec versions above 2.3, Starlette does not watch for a disconnect while nothing is sent.
         scope = scope | {"asgi": scope.get("asgi", {}) | {"spec_version": "2.3"}}
         try:
             await super().__call__(scope, receive, send)
@@ -144,17 +148,17 @@ class EventStream(StreamingResponse):
                 yield event
             self._status = 200
         except Exception as error:
-            answer = answer_to(error)
-            self._status = answer.status_code
-            yield _event(json.loads(answer.body))
+            response = error_response_for(error)
+            self._status = response.status_code
+            yield _event(json.loads(response.body))
 
 
 def _event(body: dict) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
-def _part_of(part: str | ImageResult) -> dict:
-    """A text or picture of an interleaved answer, as a delta."""
+def _part_delta(part: str | ImageResult) -> dict:
+    """A text or image of an interleaved answer, as a delta."""
     if isinstance(part, str):
         return {"content": part}
     url = f"data:image/png;base64,{encode(part.image, 'png')}"

@@ -26,7 +26,7 @@ from conftest import CHECKPOINT  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from bagel_rt.serve import replicas  # noqa: E402
-from bagel_rt.serve.replicas import Answered, Options  # noqa: E402
+from bagel_rt.serve.replicas import Options, ProxyErrors  # noqa: E402
 
 DRAW, CHAT = "/v1/images/generations", "/v1/chat/completions"
 QUICK = {"prompt": "a cat", "size": "32x32", "num_timesteps": 3}
@@ -256,7 +256,7 @@ def test_only_the_loopback_interface_is_listened_at(address):
 
 
 def conversation(*messages, headers=()):
-    """An application that sends these messages; what a client of ``Answered`` around it gets, and what headers the
+    """An application that sends these messages; what a client of ``ProxyErrors`` around it gets, and what headers the
     application."""
     sent, got = [], []
 
@@ -268,7 +268,7 @@ def conversation(*messages, headers=()):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Answered(app)({"type": "http", "path": "/v1/models", "headers": list(headers)}, None, send))
+    asyncio.run(ProxyErrors(app)({"type": "http", "path": "/v1/models", "headers": list(headers)}, None, send))
     return sent, got
 
 

@@ -16,8 +16,8 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 from serving import CHAT, DRAW, EDIT, PATIENCE, asked, data_url, draw, held, picture, png, send, until  # noqa: E402
 
-from bagel_rt.serve import app as routes  # noqa: E402
-from bagel_rt.serve.images import read_picture  # noqa: E402
+from bagel_rt.serve import app as app_module  # noqa: E402
+from bagel_rt.serve.images import read_image  # noqa: E402
 from bagel_rt.serve.limits import Limits  # noqa: E402
 
 FORM = "multipart/form-data; boundary=b"
@@ -51,7 +51,7 @@ def test_what_waits_for_the_model_is_small(threads):
             assert tracemalloc.get_traced_memory()[0] < large / 2 and large > 6 << 20
         finally:
             tracemalloc.stop()
-        parts = [part for job, _ in server.worker._waiting for part in job.request.inputs]
+        parts = [part for job in server.worker._waiting for part in job.request.inputs]
         seen = [part.size for part in parts if isinstance(part, Image.Image)]
         assert len(seen) == 2 and all(max(size) <= most < 1500 for size in seen)
         for connection in connections:
@@ -83,17 +83,17 @@ def test_pictures_that_take_long_to_read_do_not_keep_answers_that_are_done(threa
     def slowly(*arguments):
         reading.append(1)
         go_on.wait(PATIENCE)
-        return read_picture(*arguments)
+        return read_image(*arguments)
 
     def edit(server):
         files, fields = {"image": png()}, {"prompt": "x", "num_timesteps": "3"}
         return httpx.post(f"{server.address}{EDIT}", files=files, data=fields, timeout=PATIENCE)
 
-    monkeypatch.setattr(routes, "read_picture", slowly)
+    monkeypatch.setattr(app_module, "read_image", slowly)
     with held() as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
-        edits = [threads.submit(edit, server) for _ in range(routes._READERS)]
+        edits = [threads.submit(edit, server) for _ in range(app_module._READERS)]
         until(lambda: len(reading) == len(edits))
         server.go.set()
         try:
@@ -112,7 +112,7 @@ def progressive(scans: int) -> bytes:
 
 
 def test_jpeg_files_of_many_scans_are_not_decoded():
-    assert read_picture(progressive(0), Limits()).size == (32, 32)
-    with pytest.raises(ValueError, match="over 1.. scans of a JPEG picture"):
-        read_picture(progressive(200), Limits())
-    assert read_picture(png(1200, 1200), Limits()).size == (1200, 1200)  # noise that has their mark in it by chance
+    assert read_image(progressive(0), Limits()).size == (32, 32)
+    with pytest.raises(ValueError, match="at most 1.. scans"):
+        read_image(progressive(200), Limits())
+    assert read_image(png(1200, 1200), Limits()).size == (1200, 1200)  # noise that has their mark in it by chance

@@ -32,8 +32,7 @@ from serving import (  # noqa: E402
     until,
 )
 
-from bagel_rt.serve import responses as answers  # noqa: E402
-from bagel_rt.serve import run
+from bagel_rt.serve import responses, run  # noqa: E402
 
 
 @pytest.fixture
@@ -226,7 +225,7 @@ def test_pictures_beyond_the_memory_are_told_so():
         server.app.state.server.bagel.engine.run_images = exhausted
         answer = draw(server)
         assert answer.status_code == 503 and answer.headers["x-should-retry"] == "false"
-        assert "not enough memory" in answer.text and "/root" not in answer.text
+        assert "out of memory" in answer.text and "/root" not in answer.text
 
 
 @contextmanager
@@ -290,7 +289,7 @@ def test_an_edit_is_cut_short_as_well():
 
 
 def test_a_stream_that_has_nothing_to_say_says_so(threads, monkeypatch):
-    monkeypatch.setattr(answers, "_SILENCE", 0.05)
+    monkeypatch.setattr(responses, "_SILENCE", 0.05)
     with held() as server:
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
         said = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}

@@ -15,11 +15,12 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import torch  # noqa: E402
 
-from bagel_rt.errors import Cancelled
+from bagel_rt.errors import Cancelled  # noqa: E402
+from bagel_rt.model_thread import Busy, DeadlineExceeded, ModelThread, Stopping  # noqa: E402
 from bagel_rt.models.bagel.settings import TextSettings  # noqa: E402
 from bagel_rt.request import Progress, Request  # noqa: E402
-from bagel_rt.serve.app import _present  # noqa: E402
-from bagel_rt.serve.worker import Busy, Failed, Job, Late, Stopping, Worker, Written  # noqa: E402
+from bagel_rt.serve.app import _cancel_on_disconnect  # noqa: E402
+from bagel_rt.serve.worker import AsyncJob, Completion, Failed, start_worker  # noqa: E402
 
 
 class Model:
@@ -61,8 +62,8 @@ def request(prompt):
     return Request([prompt], (16, 16), 0, None, TextSettings(max_think_token_n=5))
 
 
-def picture(prompt, seconds=60, together="same"):
-    return Job(request(prompt), "picture", time.monotonic() + seconds, together)
+def image_job(prompt, seconds=60, batch_key="same"):
+    return AsyncJob(request(prompt), "image", time.monotonic() + seconds, batch_key)
 
 
 async def result(job):
@@ -93,7 +94,7 @@ def run(model):
 
     def run(test, **options):
         async def whole():
-            worker = Worker(model, **({"queue": 3, "batch": 2} | options))
+            worker = start_worker(model, **({"queue": 3, "batch": 2} | options))
             try:
                 await asyncio.wait_for(test(worker), 120)
             finally:
@@ -109,7 +110,7 @@ def run(model):
 def test_jobs_of_equal_size_are_drawn_together_and_others_keep_their_turn(run, model):
     async def test(worker):
         model.go.clear()
-        jobs = [picture("a"), picture("b"), picture("c", together="other"), picture("d")]
+        jobs = [image_job("a"), image_job("b"), image_job("c", batch_key="other"), image_job("d")]
         worker.submit(jobs[:1])
         await until(lambda: worker.running == 1)
         worker.submit(jobs[1:])
@@ -122,7 +123,7 @@ def test_jobs_of_equal_size_are_drawn_together_and_others_keep_their_turn(run, m
 
 def test_jobs_that_go_with_nobody_are_drawn_alone(run, model):
     async def test(worker):
-        jobs = [picture(name, together=None) for name in "abc"]
+        jobs = [image_job(name, batch_key=None) for name in "abc"]
         worker.submit(jobs)
         assert await ends(*jobs) == ["a", "b", "c"]
         assert model.drawn == [["a"], ["b"], ["c"]]
@@ -133,17 +134,17 @@ def test_jobs_that_go_with_nobody_are_drawn_alone(run, model):
 def test_a_full_queue_takes_none_of_a_request_and_an_empty_one_all(run, model):
     async def test(worker):
         model.go.clear()
-        first = picture("first")
+        first = image_job("first")
         worker.submit([first])
         await until(lambda: worker.running == 1)
-        many = [picture(str(number)) for number in range(5)]
+        many = [image_job(str(number)) for number in range(5)]
         worker.submit(many)  # more than the queue is long, but it will never be emptier
         with pytest.raises(Busy):
-            worker.submit([picture("late")])
+            worker.submit([image_job("late")])
         assert worker.waiting == 5
         for job in many[:3]:
             job.cancel()
-        worker.submit([last := picture("last")])  # those that nobody waits for make room
+        worker.submit([last := image_job("last")])  # those that nobody waits for make room
         assert worker.waiting == 3
         model.go.set()
         assert await ends(first, *many[3:], last) == ["first", "3", "4", "last"]
@@ -154,12 +155,12 @@ def test_a_full_queue_takes_none_of_a_request_and_an_empty_one_all(run, model):
 def test_what_nobody_waits_for_is_not_drawn(run, model):
     async def test(worker):
         model.go.clear()
-        first, gone, late = picture("first"), picture("gone"), picture("late", seconds=0.05)
+        first, gone, late = image_job("first"), image_job("gone"), image_job("late", seconds=0.05)
         worker.submit([first])
         await until(lambda: worker.running == 1)
         worker.submit([gone, late])
         gone.cancel()
-        assert isinstance((await ends(late))[0], Late)
+        assert isinstance((await ends(late))[0], DeadlineExceeded)
         model.go.set()
         assert await ends(first) == ["first"] and isinstance((await ends(gone))[0], Cancelled)
         assert model.drawn == [["first"]]
@@ -170,7 +171,7 @@ def test_what_nobody_waits_for_is_not_drawn(run, model):
 def test_a_batch_goes_on_for_those_that_stay_and_ends_when_all_have_left(run, model):
     async def test(worker):
         model.go.clear()
-        stay, leave = picture("stay"), picture("leave")
+        stay, leave = image_job("stay"), image_job("leave")
         worker.submit([stay, leave])
         await until(lambda: worker.running == 2)
         leave.cancel()
@@ -185,8 +186,8 @@ def test_a_batch_goes_on_for_those_that_stay_and_ends_when_all_have_left(run, mo
 def test_a_job_that_is_late_while_it_runs_ends(run, model):
     async def test(worker):
         model.go.clear()
-        worker.submit([job := picture("slow", seconds=0.05)])
-        assert isinstance((await ends(job))[0], Late)
+        worker.submit([job := image_job("slow", seconds=0.05)])
+        assert isinstance((await ends(job))[0], DeadlineExceeded)
         await until(lambda: worker.running == 0)
 
     run(test)
@@ -194,7 +195,7 @@ def test_a_job_that_is_late_while_it_runs_ends(run, model):
 
 def test_one_that_fails_does_not_spoil_its_batch(run, model):
     async def test(worker):
-        jobs = [picture("good"), picture("poison")]
+        jobs = [image_job("good"), image_job("poison")]
         worker.submit(jobs)
         good, bad = await ends(*jobs)
         assert good == "good" and isinstance(bad, Failed) and not bad.memory and len(bad.name) == 12
@@ -205,10 +206,10 @@ def test_one_that_fails_does_not_spoil_its_batch(run, model):
 
 def test_a_batch_beyond_the_memory_is_drawn_one_by_one(run, model):
     async def test(worker):
-        jobs = [picture("large"), picture("small")]
+        jobs = [image_job("large"), image_job("small")]
         worker.submit(jobs)
         assert await ends(*jobs) == ["large", "small"]
-        worker.submit([huge := picture("huge")])
+        worker.submit([huge := image_job("huge")])
         [failed] = await ends(huge)
         assert isinstance(failed, Failed) and failed.memory
         assert model.released == 2
@@ -218,11 +219,11 @@ def test_a_batch_beyond_the_memory_is_drawn_one_by_one(run, model):
 
 def test_pieces_that_wait_come_as_one(run, model):
     async def test(worker):
-        job = Job(request("word"), "text", time.monotonic() + 60)
+        job = AsyncJob(request("word"), "text", time.monotonic() + 60)
         worker.submit([job])
         await until(lambda: job.ended and worker.running == 0)
         events = [event async for event in job.listen()]
-        assert events == [("text", "word"), ("result", Written([], 4, True))]
+        assert events == [("text", "word"), ("result", Completion([], 4, True))]
 
     run(test)
 
@@ -230,11 +231,11 @@ def test_pieces_that_wait_come_as_one(run, model):
 def test_pieces_come_as_they_are_written(run, model):
     async def test(worker):
         model.go.clear()
-        worker.submit([job := Job(request("no"), "text", time.monotonic() + 60)])
+        worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
         async with aclosing(job.listen()) as events:
             assert await anext(events) == ("text", "n")
             model.go.set()
-            assert [event async for event in events] == [("text", "o"), ("result", Written([], 2, False))]
+            assert [event async for event in events] == [("text", "o"), ("result", Completion([], 2, False))]
 
     run(test)
 
@@ -242,12 +243,12 @@ def test_pieces_come_as_they_are_written(run, model):
 def test_silence_is_told(run, model):
     async def test(worker):
         model.go.clear()
-        worker.submit([job := Job(request("no"), "text", time.monotonic() + 60)])
+        worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
         async with aclosing(job.listen(silence=0.02)) as events:
             assert [await anext(events) for _ in range(3)] == [("text", "n"), ("silence", None), ("silence", None)]
             model.go.set()
             rest = [event async for event in events if event[0] != "silence"]
-            assert rest == [("text", "o"), ("result", Written([], 2, False))]
+            assert rest == [("text", "o"), ("result", Completion([], 2, False))]
 
     run(test)
 
@@ -258,8 +259,8 @@ def test_a_connection_that_fails_ends_its_jobs(run, model):
 
     async def test(worker):
         model.go.clear()
-        worker.submit([job := picture("slow")])
-        async with _present(SimpleNamespace(receive=fail), [job]):
+        worker.submit([job := image_job("slow")])
+        async with _cancel_on_disconnect(SimpleNamespace(receive=fail), [job]):
             assert [type(end) for end in await ends(job)] == [Cancelled]
         await until(lambda: worker.running == 0)
 
@@ -269,12 +270,12 @@ def test_a_connection_that_fails_ends_its_jobs(run, model):
 def test_whoever_stops_listening_has_cancelled(run, model):
     async def test(worker):
         model.go.clear()
-        worker.submit([job := Job(request("word"), "text", time.monotonic() + 60)])
+        worker.submit([job := AsyncJob(request("word"), "text", time.monotonic() + 60)])
         async with aclosing(job.listen()) as events:
             await anext(events)
         model.go.set()
         await until(lambda: worker.running == 0)
-        assert job.cancelled and job.ended
+        assert job.ended
 
     run(test)
 
@@ -282,7 +283,7 @@ def test_whoever_stops_listening_has_cancelled(run, model):
 def test_at_the_end_jobs_have_their_grace_and_then_fail(run, model):
     async def test(worker):
         model.go.clear()
-        jobs = [picture("runs", together=None), picture("waits", together=None)]
+        jobs = [image_job("runs", batch_key=None), image_job("waits", batch_key=None)]
         worker.submit(jobs)
         await until(lambda: worker.running == 1)
         stopping = asyncio.create_task(asyncio.to_thread(worker.stop, 0.05))
@@ -290,14 +291,14 @@ def test_at_the_end_jobs_have_their_grace_and_then_fail(run, model):
         await stopping
         assert not worker._thread.is_alive()
         with pytest.raises(Stopping):
-            worker.submit([picture("after")])
+            worker.submit([image_job("after")])
 
     run(test)
 
 
 def test_at_the_end_jobs_that_can_be_done_are_done(run, model):
     async def test(worker):
-        jobs = [picture(name, together=None) for name in "abc"]
+        jobs = [image_job(name, batch_key=None) for name in "abc"]
         worker.submit(jobs)
         await asyncio.to_thread(worker.stop, 30)
         assert await ends(*jobs) == ["a", "b", "c"]
@@ -310,7 +311,7 @@ def test_a_model_that_is_stuck_in_a_step_does_not_keep_its_clients(run, model):
     model.run_images = lambda requests, progress: stuck.wait(60)
 
     async def test(worker):
-        worker.submit([job := picture("stuck")])
+        worker.submit([job := image_job("stuck")])
         await until(lambda: worker.running == 1)
         await asyncio.to_thread(worker.stop, 0.05)
         assert isinstance((await ends(job))[0], Stopping)
@@ -323,15 +324,15 @@ def test_a_lost_device_ends_all_and_is_told(run, model, monkeypatch):
     def lost(worker):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Worker, "_check_device", lost)
+    monkeypatch.setattr(ModelThread, "_check_device", lost)
 
     async def test(worker):
-        jobs = [picture("poison", together=None), picture("waits", together=None)]
+        jobs = [image_job("poison", batch_key=None), image_job("waits", batch_key=None)]
         worker.submit(jobs)
         assert [type(end) for end in await ends(*jobs)] == [Stopping, Stopping]
         await until(lambda: worker.failure is not None)
         with pytest.raises(Stopping):
-            worker.submit([picture("after")])
+            worker.submit([image_job("after")])
 
     run(test)
 
@@ -355,7 +356,7 @@ def test_nothing_of_a_job_outlives_it(run, model, monkeypatch, prompt):
         gc.collect()
         gc.disable()
         try:
-            job = picture(prompt)
+            job = image_job(prompt)
             kept.append(weakref.ref(job))
             worker.submit([job])
             try:

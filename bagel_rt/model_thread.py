@@ -1,0 +1,227 @@
+"""The one thread that runs the model, and the bounded queue in front of it.
+
+A model's cache, buffers and CUDA graphs belong to one thread. The HTTP server and the web page both queue their
+requests here as jobs; jobs of equal ``batch_key`` run together. Each adds its own delivery in ``Job.deliver``.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+
+from bagel_rt.errors import Cancelled
+from bagel_rt.pipeline import Bagel
+
+log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Stopping(Exception):
+    """The thread is stopping or its device is lost; the request was not done."""
+
+
+class DeadlineExceeded(Exception):
+    """The request took longer than allowed."""
+
+
+class Job:
+    """One request. It ends exactly once: with a result, or with an exception.
+
+    Attributes:
+        deadline: by ``time.monotonic``.
+        batch_key: jobs of equal keys may run together; by default it runs alone.
+        ended: whether it has its result or exception.
+    """
+
+    def __init__(self, deadline: float = math.inf, batch_key: Hashable = None):
+        self.deadline, self.ended, self._queued_at = deadline, False, 0.0
+        self.batch_key = object() if batch_key is None else batch_key
+        self._lock = threading.Lock()
+
+    def deliver(self, outcome: object) -> None:
+        """Take the result, or an exception made for this job alone. Called once, from any thread; must not block."""
+        raise NotImplementedError
+
+    def end(self, outcome: object) -> None:
+        """End the job unless it has ended, from any thread. A running model stops at its next step."""
+        with self._lock:
+            ended, self.ended = self.ended, True
+        if not ended:
+            self.deliver(outcome)
+
+    def cancel(self) -> None:
+        """End the job with :class:`~bagel_rt.errors.Cancelled`."""
+        self.end(Cancelled())
+
+    def expire(self) -> bool:
+        """End the job if its deadline has passed. Returns whether it has ended, for whatever reason."""
+        if time.monotonic() > self.deadline:
+            self.end(DeadlineExceeded())
+        return self.ended
+
+
+class ModelThread:
+    """Runs jobs in order of arrival, in batches.
+
+    Attributes:
+        failure: the exception that ended the thread, if one did.
+        stopping: whether new jobs are refused.
+    """
+
+    def __init__(
+        self,
+        bagel: Bagel,
+        run: Callable[[list[Job], Callable[[], None]], list],
+        on_error: Callable[[Exception, int], Exception],
+        queue: int,
+        batch: int = 1,
+        observe: Callable[[str, float], None] = lambda *_: None,
+    ):
+        """
+        Args:
+            bagel: used by this thread alone from now on, except for its checks.
+            run: runs a batch and returns its results. It calls its second argument between steps, which raises
+                Cancelled once all jobs of the batch have ended.
+            on_error: called with an exception of ``run`` and the batch size; returns the exception for the job.
+            queue: maximum number of waiting jobs.
+            batch: maximum number of jobs that run together.
+            observe: called with ("batch", jobs) and ("waited", seconds).
+        """
+        self._bagel, self._run_batch, self._on_error = bagel, run, on_error
+        self._limit, self._batch, self._observe = queue, batch, observe
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self.stopping = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="bagel_rt", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of jobs that the model works on."""
+        return len(self._running)
+
+    def ahead(self, job: Job) -> int:
+        """Number of unfinished jobs that come before a waiting one."""
+        with self._changed:
+            jobs = [other for other in self._running + self._waiting if other is job or not other.ended]
+            return jobs.index(job) if job in jobs else 0
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Queue all jobs or none. An empty queue takes any number: it will never have more room.
+
+        Raises:
+            Busy: the queue has no room.
+            Stopping: no more jobs are taken.
+        """
+        with self._changed:
+            if self.stopping or self.failure is not None:
+                raise Stopping("the model takes no more requests")
+            self._drop_ended()
+            if self._waiting and len(self._waiting) + len(jobs) > self._limit:
+                raise Busy(f"{len(self._waiting)} requests already wait for the model: try again later")
+            for job in jobs:
+                job._queued_at = time.monotonic()
+            self._waiting += jobs
+            self._changed.notify()
+
+    def refuse(self) -> None:
+        """Refuse new jobs; waiting and running ones go on."""
+        with self._changed:
+            self.stopping = True
+            self._changed.notify()
+
+    def stop(self, grace: float) -> None:
+        """End the thread. Jobs have ``grace`` seconds, then end with :class:`Stopping`. Blocks for at most ``grace``
+        seconds more, for the step that the model is at."""
+        self.refuse()
+        self._thread.join(grace)
+        with self._changed:
+            self._end_all()
+        self._thread.join(grace)
+
+    def _run(self) -> None:
+        try:
+            device = self._bagel.model.device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # the current device is per thread
+            while jobs := self._next():
+                self._work(jobs)
+                self._running = jobs = []  # release the jobs' tensors before waiting for the next ones
+        except BaseException as error:
+            log.critical("the model thread has ended", exc_info=error)
+            with self._changed:
+                self.failure = error.with_traceback(None)
+                self._end_all()
+                self._waiting = self._running = []
+
+    def _end_all(self) -> None:
+        for job in self._running + self._waiting:
+            job.end(Stopping("the model takes no more requests"))
+
+    def _check_device(self) -> None:
+        """Raise a pending CUDA error: after some of them every later call in this process fails too."""
+        if self._bagel.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _next(self) -> list[Job]:
+        """Wait for the next batch; empty when the thread is to end."""
+        with self._changed:
+            self._drop_ended()
+            while not self._waiting:
+                if self.stopping:
+                    return []
+                self._changed.wait()
+                self._drop_ended()
+            key = self._waiting[0].batch_key
+            self._running = jobs = [job for job in self._waiting if job.batch_key == key][: self._batch]
+            self._waiting = [job for job in self._waiting if job not in jobs]
+        now = time.monotonic()
+        for job in jobs:
+            self._observe("waited", now - job._queued_at)
+        self._observe("batch", len(jobs))
+        return jobs
+
+    def _drop_ended(self) -> None:
+        """Remove ended jobs from the queue: they would hold images and room."""
+        self._waiting = [job for job in self._waiting if not job.expire()]
+
+    def _work(self, jobs: list[Job]) -> None:
+        """Run a batch. If it fails, run its jobs one by one: one of them may be at fault, or all exceed the memory."""
+
+        def check() -> None:
+            if all([job.expire() for job in jobs]):
+                raise Cancelled
+
+        try:
+            for job, result in zip(jobs, self._run_batch(jobs, check), strict=True):
+                job.end(result)
+            return
+        except Cancelled:
+            for job in jobs:
+                job.cancel()
+            return
+        except Exception as error:
+            failure = self._on_error(error, len(jobs))
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if out_of_memory:  # outside the handler, which keeps the frames of the error and their tensors
+            self._bagel.release_memory()
+        self._check_device()
+        if len(jobs) == 1:
+            jobs[0].end(failure)
+            return
+        for job in jobs:
+            if not job.expire():
+                self._work([job])
