@@ -1,16 +1,18 @@
-"""A page to draw, edit, ask and talk in the browser, over one model (extra ``[ui]``).
+"""A web page for generation, editing, understanding and chat, over one model (extra ``[ui]``).
 
-app.py        the page: what is common to the tasks
-drawing.py    text to image, and image editing
-asking.py     image understanding
-talking.py    interleaved chat
-controls.py   the hyper-parameters, with what they do
-examples.py   prompts and pictures to begin with
-jobs.py       the thread that owns the model: one request at a time, seen while it is worked on, cancelled any time
-look.py       colours, type, the status line
+app.py        the page: tabs, gallery, server
+image_tab.py  text to image, and image editing
+vqa_tab.py    image understanding
+chat_tab.py   interleaved chat
+controls.py   controls of the hyper-parameters
+examples.py   example prompts and images
+gallery.py    files of generated images and previews
+jobs.py       requests in the model thread, with live views
+thoughts.py   split a text into thought and answer
+theme.py      colours, fonts, the status line
 """
 
 import os
 
-# Before Gradio is imported, which asks its makers' servers for its version otherwise.
+# Set before Gradio is imported: otherwise it contacts its vendor's servers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

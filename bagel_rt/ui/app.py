@@ -1,4 +1,4 @@
-"""The page: a tab for each task over one model, and the pictures of the session."""
+"""The page: one tab per task over one model, and a gallery of the session's images."""
 
 import os
 import socket
@@ -9,47 +9,47 @@ import gradio as gr
 
 from bagel_rt import __version__
 from bagel_rt.pipeline import Bagel
-from bagel_rt.ui.chat_tab import TalkingTab
+from bagel_rt.ui.chat_tab import ChatTab
 from bagel_rt.ui.examples import Examples
-from bagel_rt.ui.gallery import Album
-from bagel_rt.ui.image_tab import EVENT, DrawingTab
+from bagel_rt.ui.gallery import Gallery
+from bagel_rt.ui.image_tab import EVENT, ImageTab
 from bagel_rt.ui.jobs import MAX_JOBS, Jobs
 from bagel_rt.ui.theme import CSS, masthead, theme
-from bagel_rt.ui.vqa_tab import AskingTab
+from bagel_rt.ui.vqa_tab import VqaTab
 
 _UPLOAD = "32mb"
 _DAY = 24 * 3600
 
 
 class Page:
-    """The page and what stands behind it. Use it in a ``with``: leaving ends requests and takes all files away.
+    """The page with its jobs and files. A context manager: leaving it cancels requests and deletes all files.
 
     Attributes:
-        url: where it is, once it is open.
+        url: address of the page once it is open.
     """
 
     def __init__(self, bagel: Bagel, name: str, small: bool):
         """
         Args:
-            bagel: the page's alone from now on.
-            name: of the model, as it is shown.
-            small: whether it is the embedded model, which knows nothing but coloured shapes; for the examples.
+            bagel: used by the page alone from now on.
+            name: of the model, as shown.
+            small: whether it is the embedded model of coloured shapes, which has examples of its own.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="bagel_rt-", ignore_cleanup_errors=True)
-        os.environ["GRADIO_TEMP_DIR"] = self._folder.name  # of uploads, and of copies of what is shown
+        os.environ["GRADIO_TEMP_DIR"] = self._folder.name  # for uploads and copies of shown files
         dtype = str(bagel.model.dtype).removeprefix("torch.")
         source = {"model": name, "version": __version__, "dtype": dtype}
-        self._jobs, self._album = Jobs(bagel), Album(Path(self._folder.name), source)
+        self._jobs, self._gallery = Jobs(bagel), Gallery(Path(self._folder.name), source)
         self._blocks = self._build(masthead(name, str(bagel.model.device), dtype), small)
         self.url = ""
 
     def open(self, host: str, port: int) -> None:
-        """Serve it, in threads of its own; at port 0, at a free one.
+        """Serve the page from background threads. Port 0 takes a free one.
 
         Raises:
-            ValueError: it cannot be served there.
+            ValueError: the address cannot be bound.
         """
-        queue = self._blocks.queue(default_concurrency_limit=None, max_size=2 * MAX_JOBS)  # the line is in Jobs
+        queue = self._blocks.queue(default_concurrency_limit=None, max_size=2 * MAX_JOBS)  # the queue is in Jobs
         try:
             _, self.url, _ = queue.launch(
                 server_name=host,
@@ -66,8 +66,7 @@ class Page:
                 css=CSS,
             )
         except OSError as error:
-            advice = "give another port, or 0 for a free one"
-            raise ValueError(f"nothing can be served at {host}, port {port}: {advice}") from error
+            raise ValueError(f"cannot bind {host}, port {port}. Use another port, or 0 for a free one.") from error
 
     def wait(self) -> None:
         """Serve until interrupted."""
@@ -83,8 +82,8 @@ class Page:
 
     def _build(self, head: str, small: bool) -> gr.Blocks:
         examples = Examples(Path(self._folder.name), small)
-        gallery = gr.Gallery(
-            label="Pictures of this session",
+        shown = gr.Gallery(
+            label="Images of this session",
             columns=6,
             height="auto",
             object_fit="contain",
@@ -99,24 +98,24 @@ class Page:
             gr.HTML(head, elem_classes="bare")
             with gr.Tabs(elem_id="tasks") as tabs:
                 with gr.Tab("Text to image", id="draw"):
-                    draw = DrawingTab(self._jobs, self._album, gallery, examples.draw)
+                    draw = ImageTab(self._jobs, self._gallery, shown, examples.draw)
                 with gr.Tab("Image editing", id="edit"):
-                    edit = DrawingTab(self._jobs, self._album, gallery, examples.edit, edits=True)
+                    edit = ImageTab(self._jobs, self._gallery, shown, examples.edit, edits=True)
                 with gr.Tab("Image understanding", id="ask"):
-                    ask = AskingTab(self._jobs, examples.ask)
+                    ask = VqaTab(self._jobs, examples.ask)
                 with gr.Tab("Interleaved chat", id="chat"):
-                    # The embedded model has not learned to think.
-                    TalkingTab(self._jobs, self._album, gallery, examples.talk, think=not small)
-            gallery.render()
+                    # The embedded model was not trained to think.
+                    ChatTab(self._jobs, self._gallery, shown, examples.chat, think=not small)
+            shown.render()
             for tab in (draw, edit):
-                for button, given, to in ((tab.edit, edit.given, "edit"), (tab.ask, ask.given, "ask")):
-                    button.click(_carry(to), tab.drawn, [given, tabs], **EVENT)
+                for button, image, to in ((tab.edit, edit.input, "edit"), (tab.ask, ask.input, "ask")):
+                    button.click(_carry(to), tab.result, [image, tabs], **EVENT)
             blocks.unload(self._leave)
         return blocks
 
     def _leave(self, request: gr.Request) -> None:
         self._jobs.leave(request.session_hash)
-        self._album.leave(request.session_hash)
+        self._gallery.leave(request.session_hash)
 
 
 def _free_port() -> int:
@@ -126,5 +125,5 @@ def _free_port() -> int:
 
 
 def _carry(tab: str):
-    """A handler that brings a picture to a tab."""
+    """A handler that sends an image to another tab."""
     return lambda path: (path, gr.Tabs(selected=tab))

@@ -1,4 +1,4 @@
-"""The tab that talks: texts and pictures in, texts and pictures out, turn after turn."""
+"""The chat tab: interleaved texts and images, turn by turn."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,28 +8,28 @@ import gradio as gr
 from bagel_rt.models.bagel.settings import MAX_INPUTS, MAX_ROUNDS, TASKS
 from bagel_rt.request import ImageResult
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
-from bagel_rt.ui.gallery import Album
-from bagel_rt.ui.image_tab import EVENT, open_given
+from bagel_rt.ui.gallery import Gallery
+from bagel_rt.ui.image_tab import EVENT, open_upload
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.theme import idle, status
 from bagel_rt.ui.thoughts import split_thought
 
-_HELP = "Texts and pictures in any order. Models that were trained to draw as they think draw in between."
-_NOTHING = idle("Nothing said yet.")
-Turn = tuple[str, list[str | Path]]  # "user" or "assistant", and texts and files of pictures
+_HELP = "Texts and images in any order. Models trained for it generate images in between."
+_IDLE = idle("No messages yet.")
+Turn = tuple[str, list[str | Path]]  # "user" or "assistant", and its texts and image files
 
 
-class TalkingTab:
-    """Interleaved chat, in the layout that is being built. The model is shown the whole conversation at every turn."""
+class ChatTab:
+    """Interleaved chat, added to the current Gradio layout. Each turn sends the whole conversation to the model."""
 
-    def __init__(self, jobs: Jobs, album: Album, gallery: gr.Gallery, examples: list[list], think: bool):
+    def __init__(self, jobs: Jobs, gallery: Gallery, shown: gr.Gallery, examples: list[list], think: bool):
         """
         Args:
-            gallery: shows what the album holds.
+            shown: control that shows the gallery.
             examples: [message] each.
-            think: whether the model thinks first, as long as nobody says otherwise.
+            think: default of the checkbox "think".
         """
-        self.jobs, self.album, self.gallery = jobs, album, gallery
+        self.jobs, self.gallery, self._shown = jobs, gallery, shown
         with gr.Row(equal_height=False):
             with gr.Column(scale=7, min_width=340):
                 self._build_conversation()
@@ -39,11 +39,11 @@ class TalkingTab:
         self._turns = gr.State([])
         inputs = {self.message, self._turns, self._think, self._seed, self._rounds, self._previews}
         inputs |= set(self._controls.components.values())
-        outputs = [self._chat, self.message, self._status, self._turns, self.gallery, self._new]
+        outputs = [self._chat, self.message, self._status, self._turns, self._shown, self._new]
         self.message.submit(self._talk, inputs, outputs, **EVENT)
         self.message.stop(self._stop, queue=False, **EVENT)
         fresh = [self._chat, self._turns, self._status]
-        self._new.click(lambda: ([], [], _NOTHING), None, fresh, queue=False, **EVENT)
+        self._new.click(lambda: ([], [], _IDLE), None, fresh, queue=False, **EVENT)
 
     def _build_conversation(self) -> None:
         self._chat = gr.Chatbot(
@@ -56,13 +56,13 @@ class TalkingTab:
         )
         self.message = gr.MultimodalTextbox(
             show_label=False,
-            placeholder="A message; pictures may go with it",
+            placeholder="A message, with images if you like",
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
             elem_id="chat-message",
         )
-        self._status = gr.HTML(_NOTHING, elem_id="chat-status", elem_classes="bare")
+        self._status = gr.HTML(_IDLE, elem_id="chat-status", elem_classes="bare")
 
     def _build_settings(self, think: bool) -> None:
         self._new = gr.Button("New conversation", elem_id="chat-new")
@@ -79,20 +79,20 @@ class TalkingTab:
         self.jobs.cancel((request.session_hash, "chat"))
 
     def _talk(self, values: dict, request: gr.Request) -> Iterator[dict]:
-        """One turn from the message to the end of the answer: changes of the page."""
+        """Run one turn; yield updates of the page."""
         page, seed, message = request.session_hash, chosen_seed(values[self._seed]), values[self.message]
         options = self._controls.read(values)
         options |= {"seed": seed, "think": values[self._think], "max_rounds": values[self._rounds]}
         parts = [*map(Path, message["files"]), *([message["text"]] if message["text"].strip() else [])]
         turns: list[Turn] = [*values[self._turns], ("user", parts)]
-        if refused := _refusal(turns):
-            yield {self._status: status(View("failed", error=ValueError(refused))), self.message: message}
+        if problem := _problem(turns):
+            yield {self._status: status(View("failed", error=ValueError(problem))), self.message: message}
             return
-        self.album.enter(page)
+        self.gallery.enter(page)
 
         def call(progress) -> list[str | ImageResult]:
             inputs = [part for _, parts in turns for part in parts]
-            inputs = [open_given(part) if isinstance(part, Path) else part for part in inputs]
+            inputs = [open_upload(part) if isinstance(part, Path) else part for part in inputs]
             return self.jobs.bagel.interleave(inputs, progress=progress, **options)
 
         yield {
@@ -101,8 +101,8 @@ class TalkingTab:
             self.message: gr.update(value=None, submit_btn=False, stop_btn=True),
             self._new: gr.update(interactive=False),
         }
-        for view in self.jobs.watch((page, "chat"), call, values[self._previews], whole=True):
-            if view.ended and view.stage != "done":  # the turn did not take place: the message may be sent again
+        for view in self.jobs.watch((page, "chat"), call, values[self._previews], keep_last=True):
+            if view.ended and view.stage != "done":  # drop the turn, and return its message for another try
                 yield {
                     self._chat: _messages(turns[:-1]),
                     self._status: status(view),
@@ -113,44 +113,41 @@ class TalkingTab:
             answer: Turn = ("assistant", self._answer(view, page, message["text"]))
             changes = {self._status: status(view, f"Seed {seed}"), self._chat: _messages([*turns, answer], view)}
             if view.ended:
-                pictures = self.album.pictures(page)
+                images = self.gallery.images(page)
                 changes |= {
                     self._turns: [*turns, answer],
                     self.message: gr.update(submit_btn=True, stop_btn=False),
                     self._new: gr.update(interactive=True),
-                    self.gallery: gr.update(value=pictures, visible=bool(pictures)),
+                    self._shown: gr.update(value=images, visible=bool(images)),
                 }
             yield changes
 
     def _answer(self, view: View, page: str, prompt: str) -> list[str | Path]:
-        """The answer as far as it goes, pictures as files; those of a page that has left are none."""
+        """The answer so far, images as files; a page that has left gets no files."""
         parts: list[str | Path] = []
         for number, part in enumerate(view.result if view.ended else view.parts):
             if isinstance(part, str):
                 parts.append(part)
                 continue
             if isinstance(part, ImageResult):
-                path = self.album.add(page, part, prompt, prompt=prompt)
+                path = self.gallery.add(page, part, prompt, prompt=prompt)
             else:
-                path = self.album.preview(page, f"chat {number}", part)
+                path = self.gallery.preview(page, f"chat {number}", part)
             parts += [Path(path)] if path else []
         return parts
 
 
-def _refusal(turns: Sequence[Turn]) -> str | None:
-    """Why a conversation cannot go on with its last message, if it cannot."""
+def _problem(turns: Sequence[Turn]) -> str | None:
+    """Why the last message cannot be sent, or None."""
     if not turns[-1][1]:
-        return "There is nothing to send: write a message, or add a picture."
+        return "There is nothing to send. Write a message or add an image."
     if (count := sum(len(parts) for _, parts in turns)) > MAX_INPUTS:
-        return (
-            f"The conversation would have {count} texts and pictures; the model is shown {MAX_INPUTS} at most. Begin a "
-            "new one."
-        )
+        return f"A conversation must have at most {MAX_INPUTS} texts and images, got {count}. Start a new one."
     return None
 
 
 def _messages(turns: Sequence[Turn], view: View | None = None) -> list[dict]:
-    """Turns as the chat shows them; thoughts fold away when they are done."""
+    """Turns as messages of the chat control; finished thoughts are collapsed."""
     messages = []
     for role, parts in turns:
         for part in parts:
@@ -159,9 +156,9 @@ def _messages(turns: Sequence[Turn], view: View | None = None) -> list[dict]:
                 continue
             thought, answer = split_thought(part) if role == "assistant" else ("", part)
             if thought:
-                going_on = view is not None and not view.ended and part is parts[-1] and not answer
-                about = {"title": "Thoughts", "status": "pending" if going_on else "done"}
-                messages.append({"role": role, "content": thought, "metadata": about})
+                pending = view is not None and not view.ended and part is parts[-1] and not answer
+                metadata = {"title": "Thoughts", "status": "pending" if pending else "done"}
+                messages.append({"role": role, "content": thought, "metadata": metadata})
             if answer:
                 messages.append({"role": role, "content": answer})
     return messages

@@ -1,4 +1,4 @@
-"""The tabs that draw: text to image, and image editing."""
+"""The tabs text to image and image editing."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,32 +11,32 @@ from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.settings import TASKS
 from bagel_rt.pipeline import Bagel
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained, sizes
-from bagel_rt.ui.gallery import Album
+from bagel_rt.ui.gallery import Gallery
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.theme import idle, status
 from bagel_rt.ui.thoughts import thought_of
 
-MAX_PIXELS = 1 << 24  # of a picture that is given, looked at before it is decoded
+MAX_PIXELS = 1 << 24  # of an uploaded image, checked before it is decoded
 EVENT = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-class DrawingTab:
-    """Text to image, or image editing, in the layout that is being built.
+class ImageTab:
+    """Text to image or image editing, added to the current Gradio layout.
 
     Attributes:
-        given: the control that takes a picture; None in text to image.
-        prompt: the text.
-        drawn: the picture that was made.
-        edit, ask: buttons that take it elsewhere.
+        input: control of the image to edit; None in text to image.
+        prompt: control of the text.
+        result: control of the generated image.
+        edit, ask: buttons that send the result to another tab.
     """
 
-    def __init__(self, jobs: Jobs, album: Album, gallery: gr.Gallery, examples: list[list], edits: bool = False):
+    def __init__(self, jobs: Jobs, gallery: Gallery, shown: gr.Gallery, examples: list[list], edits: bool = False):
         """
         Args:
-            gallery: shows what the album holds.
-            examples: [prompt] each, or [prompt, seed, result]; of editing, with the picture before them.
+            shown: control that shows the gallery.
+            examples: [prompt] each, or [prompt, seed, result]; for editing, preceded by the image.
         """
-        self.jobs, self.album, self.gallery, self.edits = jobs, album, gallery, edits
+        self.jobs, self.gallery, self._shown, self.edits = jobs, gallery, shown, edits
         self._name = "edit" if edits else "draw"
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=340) as left:
@@ -51,7 +51,7 @@ class DrawingTab:
 
     def _build_request(self) -> None:
         name, edits = self._name, self.edits
-        self.given = given_picture("edit-given") if edits else None
+        self.input = image_input("edit-given") if edits else None
         label = "What to change" if edits else "What to draw"
         self.prompt = gr.Textbox(label=label, lines=3, max_lines=12, elem_id=f"{name}-prompt", autofocus=not edits)
         self._shapes = sizes(self.jobs.bagel.model.config)
@@ -81,8 +81,8 @@ class DrawingTab:
     def _build_result(self) -> None:
         name = self._name
         shown = {"type": "filepath", "interactive": False, "buttons": ["download", "fullscreen"]}
-        self.drawn = gr.Image(label="Result", height=520, elem_id=f"{name}-result", elem_classes="picture", **shown)
-        self._status = gr.HTML(idle("Nothing drawn yet."), elem_id=f"{name}-status", elem_classes="bare")
+        self.result = gr.Image(label="Result", height=520, elem_id=f"{name}-result", elem_classes="fitted", **shown)
+        self._status = gr.HTML(idle("No image yet."), elem_id=f"{name}-status", elem_classes="bare")
         with gr.Row():
             words = "Edit further" if self.edits else "Edit this"
             self.edit = gr.Button(words, size="sm", interactive=False, elem_id=f"{name}-to-edit")
@@ -92,20 +92,20 @@ class DrawingTab:
             self._thought = gr.Markdown(elem_id=f"{name}-thought", latex_delimiters=[])
 
     def _build_examples(self, examples: list[list]) -> None:
-        filled = [*([self.given] if self.edits else []), self.prompt, self._seed, self.drawn]
+        filled = [*([self.input] if self.edits else []), self.prompt, self._seed, self.result]
         shown = gr.Examples(examples, filled[: len(examples[0])])
-        if len(examples[0]) == len(filled):  # with a result, that was made beforehand
-            said = {self._status: idle("Made beforehand, with this seed and the settings as they are at first.")}
-            said |= {button: gr.update(interactive=True) for button in (self.edit, self.ask)}
-            shown.load_input_event.then(lambda: said, None, list(said), queue=False, **EVENT)
+        if len(examples[0]) == len(filled):  # with a stored result
+            updates = {self._status: idle("A stored result, made with this seed and the default settings.")}
+            updates |= {button: gr.update(interactive=True) for button in (self.edit, self.ask)}
+            shown.load_input_event.then(lambda: updates, None, list(updates), queue=False, **EVENT)
 
     def _wire(self) -> None:
-        self._used = gr.State(-1)  # the seed of the last picture
+        self._used = gr.State(-1)  # seed of the last image
         inputs = {self.prompt, self._seed, self._think, self._negative, self._previews}
         inputs |= set(self._controls.components.values())
-        inputs |= {self.given} if self.edits else {self._height, self._width}
-        outputs = [self.drawn, self._status, self._thoughts, self._thought, self._run, self._cancel, self._used]
-        outputs += [self.gallery, self.edit, self.ask, self._again]
+        inputs |= {self.input} if self.edits else {self._height, self._width}
+        outputs = [self.result, self._status, self._thoughts, self._thought, self._run, self._cancel, self._used]
+        outputs += [self._shown, self.edit, self.ask, self._again]
         gr.on([self._run.click, self.prompt.submit], self._draw, inputs, outputs, **EVENT)
         self._cancel.click(self._stop, queue=False, **EVENT)
         self._again.click(lambda seed: seed, self._used, self._seed, queue=False, **EVENT)
@@ -118,25 +118,25 @@ class DrawingTab:
         self.jobs.cancel((request.session_hash, self._name))
 
     def _draw(self, values: dict, request: gr.Request) -> Iterator[dict]:
-        """One request from the click to the picture: changes of the page."""
+        """Run one request; yield updates of the page."""
         page, seed = request.session_hash, chosen_seed(values[self._seed])
-        self.album.enter(page)
+        self.gallery.enter(page)
         call = self._call(values, seed)
         yield {
-            self.drawn: None,
+            self.result: None,
             self._status: status(View("waiting")),
             self._thought: "",
             self._thoughts: gr.update(visible=values[self._think]),
             self._run: gr.update(interactive=False),
             self._cancel: gr.update(interactive=True),
             self._used: seed,
-        } | self._after(False)
+        } | self._enable(False)
         for view in self.jobs.watch((page, self._name), call, values[self._previews]):
             changes = {self._status: status(view)}
             if view.text:
                 changes[self._thought] = thought_of(view.text)
-            if view.picture is not None and not view.ended:
-                changes[self.drawn] = self.album.preview(page, self._name, view.picture)
+            if view.image is not None and not view.ended:
+                changes[self.result] = self.gallery.preview(page, self._name, view.image)
             if view.stage == "done":
                 changes |= self._finished(view, page, values)
             if view.ended:
@@ -144,62 +144,63 @@ class DrawingTab:
             yield changes
 
     def _call(self, values: dict, seed: int):
-        """What the model is to do: takes a progress callback, gives an ImageResult."""
+        """The call of the model: takes a progress callback, returns an ImageResult."""
         options = self._controls.read(values)
         options |= {"seed": seed, "think": values[self._think], "negative_prompt": values[self._negative] or None}
         prompt = values[self.prompt]
         if self.edits:
-            return partial(_edit, self.jobs.bagel, values[self.given], prompt, options)
+            return partial(_edit, self.jobs.bagel, values[self.input], prompt, options)
         size = (values[self._height], values[self._width])
         return lambda progress: self.jobs.bagel.generate(prompt, size=size, progress=progress, **options)
 
     def _finished(self, view: View, page: str, values: dict) -> dict:
-        """Changes of the page when there is a picture."""
-        made, prompt = view.result, values[self.prompt]
-        path = self.album.add(page, made, prompt, prompt=prompt, think=values[self._think])
-        words = f"Seed {made.seed} · {made.image.width} × {made.image.height} pixels"
+        """Updates of the page with the final image."""
+        result, prompt = view.result, values[self.prompt]
+        path = self.gallery.add(page, result, prompt, prompt=prompt, think=values[self._think])
+        words = f"Seed {result.seed} · {result.image.width} × {result.image.height} pixels"
         changes = {
-            self.drawn: path,
-            self.gallery: gr.update(value=self.album.pictures(page), visible=True),
+            self.result: path,
+            self._shown: gr.update(value=self.gallery.images(page), visible=True),
             self._status: status(view, words),
         }
-        if made.thought is not None:
-            changes[self._thought] = thought_of(made.thought)
-        return changes | self._after(True)
+        if result.thought is not None:
+            changes[self._thought] = thought_of(result.thought)
+        return changes | self._enable(True)
 
-    def _after(self, possible: bool) -> dict:
-        """What can be done with a picture, once there is one."""
-        return {button: gr.update(interactive=possible) for button in (self.edit, self.ask, self._again)}
+    def _enable(self, enabled: bool) -> dict:
+        """Enable or disable the buttons that use the result."""
+        return {button: gr.update(interactive=enabled) for button in (self.edit, self.ask, self._again)}
 
 
-def given_picture(name: str) -> gr.Image:
-    """A control that takes a picture, and gives the file as it was sent."""
-    place = {"elem_id": name, "elem_classes": "picture"}
-    control = gr.Image(label="Picture", height=280, sources=["upload", "clipboard"], **place)
-    # Gradio would open the file here already, and tell nothing of what is wrong with it.
+def image_input(elem_id: str) -> gr.Image:
+    """A control for an image; its value is the path of the uploaded file."""
+    sources = ["upload", "clipboard"]
+    control = gr.Image(label="Image", height=280, sources=sources, elem_id=elem_id, elem_classes="fitted")
+    # Gradio would decode the file here, and hide what is wrong with it.
     control.preprocess = lambda payload: payload and payload.path
     return control
 
 
-def open_given(path: str | Path) -> Image.Image:
-    """An uploaded picture, as a viewer shows it: photos of telephones are often stored sideways.
+def open_upload(path: str | Path) -> Image.Image:
+    """Open an uploaded image in the orientation of its EXIF data: phones often store photos sideways.
 
     Raises:
-        ValueError: it is none, or too large, which is found before it is decoded; the message has its name alone.
+        ValueError: not an image, or too large; the latter is found before it is decoded. The message has the file's
+            name, not its path.
     """
     try:
         image = open_image(path, MAX_PIXELS)
-    except FileNotFoundError:  # a page may be open for longer than files are kept
-        raise ValueError(f"{Path(path).name} is no longer here: give it again") from None
+    except FileNotFoundError:  # a page may stay open for longer than its files are kept
+        raise ValueError(f"{Path(path).name} has expired. Upload it again.") from None
     except ValueError as error:
         raise ValueError(str(error).replace(f"{path!s:.200}", Path(path).name)) from None
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # what says how it is turned is damaged; Pillow raises whatever its parsers do
+    except Exception:  # damaged EXIF data; Pillow's parsers raise all kinds of exceptions
         return image
 
 
 def _edit(bagel: Bagel, path: str | None, prompt: str, options: dict, progress):
     if path is None:
-        raise ValueError("There is no picture to edit: give one, or take an example.")
-    return bagel.edit(open_given(path), prompt, progress=progress, **options)
+        raise ValueError("There is no image to edit. Upload one, or click an example.")
+    return bagel.edit(open_upload(path), prompt, progress=progress, **options)

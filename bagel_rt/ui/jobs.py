@@ -1,42 +1,42 @@
-"""Requests in the thread that owns the model: one at a time, in the order of their coming, each seen while it runs.
+"""Requests of the page: they run in the model thread, one at a time, and are watched while they run.
 
-A job is begun by a page and watched by it; it ends done, failed or cancelled. The page may look as rarely as it likes:
-it sees the newest state, never a backlog.
+A viewer that looks rarely sees the newest state, never a backlog.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from PIL import Image
 
 from bagel_rt.errors import Cancelled
+from bagel_rt.model_thread import Busy, Job, ModelThread, Stopping
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import Progress
 
-MAX_JOBS = 32  # under way and waiting; each has a thread of the web server
+MAX_JOBS = 32  # running and waiting; each has a thread of the web server
 _PAUSE = 0.05  # seconds between two views
-_PREVIEW_PAUSE = 0.2  # seconds between two previews, at least
-_PREVIEW_SHARE = 5  # previews take one part in so many of the time
+_PREVIEW_PAUSE = 0.2  # minimum seconds between two previews
+_PREVIEW_SHARE = 5  # previews take at most 1 / this of the time
+_CLOSE_SECONDS = 60.0  # for the step that the model is at
 _LOG = logging.getLogger("bagel_rt.ui")
 
 
 @dataclass(frozen=True)
 class View:
-    """A job at a moment.
+    """State of a request at one moment.
 
     Attributes:
-        stage: "waiting", "reading", "text" or "image" while it goes on; "done", "failed" or "cancelled" at the end.
-        step, total: of a text or a picture.
-        ahead: jobs that come before a waiting one.
-        seconds: since the model began.
-        parts: what was made so far, in order: texts as they grow, previews of pictures.
-        result: of a job that is done.
-        error: what a failed job raised.
+        stage: "waiting", "reading", "text" or "image" until it ends; then "done", "failed" or "cancelled".
+        step, total: of a text or an image.
+        ahead: number of requests before a waiting one.
+        seconds: since the model started on it.
+        parts: texts so far and previews of images, in order.
+        result: of a request that is done.
+        error: what a failed request raised.
     """
 
     stage: str
@@ -50,157 +50,143 @@ class View:
 
     @property
     def ended(self) -> bool:
-        """Whether it is the last one."""
+        """Whether this is the last view."""
         return self.stage in ("done", "failed", "cancelled")
 
     @property
     def text(self) -> str:
-        """The newest text, or none."""
+        """The newest text, or an empty one."""
         return next((part for part in reversed(self.parts) if isinstance(part, str)), "")
 
     @property
-    def picture(self) -> Image.Image | None:
+    def image(self) -> Image.Image | None:
         """The newest preview."""
         return next((part for part in reversed(self.parts) if isinstance(part, Image.Image)), None)
 
 
-class Job:
-    """One request."""
+class WatchedJob(Job):
+    """One request of a page, with the view of its state."""
 
-    def __init__(self, call: Callable, previews: bool, whole: bool):
+    def __init__(self, call: Callable, previews: bool, keep_last: bool):
         """
         Args:
-            call: takes a progress callback, gives the result.
-            previews: whether unfinished pictures are looked at.
-            whole: whether the last preview of a picture, which is the picture, is always looked at: it stays where the
-                request goes on behind it.
+            call: takes a progress callback, returns the result.
+            previews: whether to decode previews of images.
+            keep_last: whether to always decode an image's last step, for a chat in which that preview stays.
         """
-        self._call, self._previews, self._whole = call, previews, whole
+        super().__init__()
+        self._call, self._previews, self._keep_last = call, previews, keep_last
         self._changed = threading.Condition()
         self._view = View("waiting")
-        self._cancelled = False
         self._began = self._preview_due = 0.0
         self._stage_has_part = False
 
-    @property
-    def ended(self) -> bool:
-        return self._view.ended
+    def run(self, check: Callable[[], None]) -> object:
+        """Run it in the model thread; ``check`` raises once it was cancelled."""
+        self._began = time.monotonic()
+        self._update(stage="reading")
+        return self._call(partial(self._progress, check))
 
-    def cancel(self) -> None:
-        """Nobody wants it any more: it ends before its next step. From any thread."""
-        with self._changed:
-            self._cancelled = True
-            if self._view.stage == "waiting":
-                self._view = replace(self._view, stage="cancelled")
-            self._changed.notify_all()
-
-    def run(self) -> None:
-        """Do it, in the model's thread."""
-        with self._changed:
-            if self.ended:
-                return
-            self._began = time.monotonic()
-            self._tell(stage="reading")
-        try:
-            result = self._call(self._progress)
-        except Cancelled:
-            self._tell(stage="cancelled")
-        except Exception as error:
-            if not isinstance(error, ValueError):  # which say what is wrong with the request
-                _LOG.exception("a request failed")
-            self._tell(stage="failed", error=error)
+    def deliver(self, outcome: object) -> None:
+        if isinstance(outcome, Cancelled):
+            self._update(stage="cancelled")
+        elif isinstance(outcome, Exception):
+            self._update(stage="failed", error=outcome)
         else:
-            self._tell(stage="done", result=result)
+            self._update(stage="done", result=outcome)
 
     def views(self, ahead: Callable[[], int]) -> Iterator[View]:
-        """The job's states as they change, until it has ended. Whoever stops looking has cancelled it.
+        """Yield the state whenever it has changed, until the end. Closing the iterator cancels the request.
 
         Args:
-            ahead: tells how many jobs come before this one while it waits.
+            ahead: returns the number of requests before this one while it waits.
         """
-        seen = None
+        view, waiting = None, 0
         try:
-            while seen is None or not seen.ended:
+            while view is None or not view.ended:
+                seen, seen_waiting = view, waiting
                 with self._changed:
                     self._changed.wait_for(lambda seen=seen: self._view is not seen, timeout=1.0)
-                    if self._view.stage == "waiting" and self._view.ahead != ahead():
-                        self._view = replace(self._view, ahead=ahead())
                     view = self._view
-                if view is not seen:
-                    seen = view
-                    yield view
+                waiting = ahead() if view.stage == "waiting" else 0
+                if view is not seen or waiting != seen_waiting:
+                    yield replace(view, ahead=waiting)
                     time.sleep(0 if view.ended else _PAUSE)
         finally:
             self.cancel()
 
-    def _progress(self, progress: Progress) -> None:
-        if self._cancelled:
-            raise Cancelled
+    def _progress(self, check: Callable[[], None], progress: Progress) -> None:
+        check()
         if progress.stage != self._view.stage:
             self._stage_has_part = False
         parts, now = self._view.parts, time.monotonic()
-        last = self._whole and progress.step == progress.total
+        last = self._keep_last and progress.step == progress.total
         if progress.stage == "text" or (self._previews and (last or now >= self._preview_due)):
-            made = progress.preview()[0]
+            part = progress.preview()[0]
             after = time.monotonic()
             self._preview_due = after + max(_PREVIEW_PAUSE, (_PREVIEW_SHARE - 1) * (after - now))
-            parts = (*(parts[:-1] if self._stage_has_part else parts), made)
+            parts = (*(parts[:-1] if self._stage_has_part else parts), part)
             self._stage_has_part = True
-        self._tell(stage=progress.stage, step=progress.step, total=progress.total, parts=parts)
+        self._update(stage=progress.stage, step=progress.step, total=progress.total, parts=parts)
 
-    def _tell(self, **changes) -> None:
+    def _update(self, **changes) -> None:
         with self._changed:
-            self._view = replace(self._view, seconds=time.monotonic() - self._began, **changes)
-            self._changed.notify_all()
+            if not self._view.ended:  # a cancelled request may still be at its last step
+                seconds = time.monotonic() - self._began if self._began else 0.0
+                self._view = replace(self._view, seconds=seconds, **changes)
+                self._changed.notify_all()
 
 
 class Jobs:
-    """The model's thread, and all jobs of the pages that are open.
+    """The model thread and the requests of all open pages.
 
     Attributes:
-        bagel: used by that thread alone, but for its configuration.
+        bagel: used by that thread alone, except for its configuration.
     """
 
     def __init__(self, bagel: Bagel):
         self.bagel = bagel
-        device = bagel.model.device
-        use = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-        self._thread = ThreadPoolExecutor(1, "bagel_rt", *use)
+        self._thread = ModelThread(bagel, lambda jobs, check: [jobs[0].run(check)], _log_failure, MAX_JOBS - 1)
         self._lock = threading.Lock()
-        self._jobs: dict[tuple, Job] = {}
+        self._jobs: dict[tuple, WatchedJob] = {}
 
-    def watch(self, key: tuple, call: Callable, previews: bool = False, whole: bool = False) -> Iterator[View]:
-        """Queue a request, and see how it goes; where too many wait already, it fails. One that goes on under the same
-        key is cancelled.
+    def watch(self, key: tuple, call: Callable, previews: bool = False, keep_last: bool = False) -> Iterator[View]:
+        """Queue a request and yield its views; if the queue is full, one failed view. Cancels the request of the same
+        key, if there is one.
 
         Args:
             key: (page, task).
-            call, previews, whole: as :class:`Job` takes them.
+            call, previews, keep_last: see :class:`WatchedJob`.
         """
         self.cancel(key)
+        job = WatchedJob(call, previews, keep_last)
         with self._lock:
-            self._jobs = {key: job for key, job in self._jobs.items() if not job.ended}
-            if len(self._jobs) >= MAX_JOBS:
-                error = ValueError(f"{len(self._jobs)} requests wait for the model already: try again later")
+            try:
+                self._thread.submit([job])
+            except (Busy, Stopping) as error:
                 return iter([View("failed", error=error)])
-            before = list(self._jobs.values())
-            job = self._jobs[key] = Job(call, previews, whole)
-            self._thread.submit(job.run)
-        return job.views(lambda: sum(not other.ended for other in before))
+            self._jobs = {key: job for key, job in self._jobs.items() if not job.ended} | {key: job}
+        return job.views(lambda: self._thread.ahead(job))
 
     def cancel(self, key: tuple) -> None:
-        """End what goes on under a key, if anything does."""
+        """Cancel the request of a key, if there is one."""
         if (job := self._jobs.get(key)) is not None:
             job.cancel()
 
     def leave(self, page: Hashable) -> None:
-        """End all that goes on under the keys (page, ...)."""
+        """Cancel all requests of the keys (page, ...)."""
         for key in list(self._jobs):
             if key[0] == page:
                 self.cancel(key)
 
     def close(self) -> None:
-        """End everything, the thread too."""
+        """Cancel everything and end the thread."""
         for key in list(self._jobs):
             self.cancel(key)
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.stop(_CLOSE_SECONDS)
+
+
+def _log_failure(error: Exception, _: int) -> Exception:
+    if not isinstance(error, ValueError):  # those explain what is wrong with the request
+        _LOG.error("a request failed", exc_info=error)
+    return error.with_traceback(None)  # whose frames would keep the model's tensors

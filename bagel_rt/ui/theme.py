@@ -1,9 +1,10 @@
-"""How the page looks: colours, type and spacing, and the line that says how a request goes."""
+"""Theme of the page: colours, fonts, CSS, and the status line of a request."""
 
 import html
 
 import gradio as gr
 
+from bagel_rt.model_thread import Busy, Stopping
 from bagel_rt.ui.jobs import View
 
 _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif")
@@ -12,7 +13,7 @@ _ACCENT, _ACCENT_DARK = "#b45309", "#f59e0b"
 
 
 def theme() -> gr.themes.Base:
-    """Paper, ink and one accent; the reader's own fonts, none from the network."""
+    """Paper, ink and one accent colour; system fonts, nothing from the network."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.amber,
         secondary_hue=gr.themes.colors.stone,
@@ -92,9 +93,9 @@ CSS = """
 #gallery .grid-wrap { min-height: 0; padding-top: 36px; overflow-y: auto; }
 #gallery:has(.preview) .gallery-container { min-height: 480px; }
 #ask-answer::before { content: "Answer"; display: block; font-weight: 600; font-size: 14px; margin-bottom: 8px; }
-#chat-messages .top-panel { display: none; } /* it would clear what is shown, not what was said */
-#chat-messages button[aria-label=Share] { display: none; } /* it would send the picture to Hugging Face */
-.picture img { object-fit: contain !important; width: 100%; height: 100%; }
+#chat-messages .top-panel { display: none; } /* it clears the shown messages, not the conversation */
+#chat-messages button[aria-label=Share] { display: none; } /* it uploads the image to Hugging Face */
+.fitted img { object-fit: contain !important; width: 100%; height: 100%; }
 .status { min-height: 40px; display: flex; flex-direction: column; justify-content: center; gap: 8px; }
 .status .track { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; }
 .status .fill { height: 100%; background: var(--slider-color); transition: width 0.15s linear; }
@@ -105,26 +106,26 @@ CSS = """
 .status[data-stage=failed] .message { color: #c8373f; }
 """
 
-_DOING = {"text": "Writing, token", "image": "Denoising, step"}
+_STAGES = {"text": "Writing, token", "image": "Denoising, step"}
 
 
 def status(view: View, done: str = "") -> str:
-    """A view in one line of HTML, with a bar while the request goes on.
+    """A view as one line of HTML, with a progress bar until the request ends.
 
     Args:
-        done: what to say at the end, where all went well.
+        done: the words of a request that is done.
     """
-    fraction, words = (view.step / view.total if view.total else 0.0), "Reading what was given"
+    fraction, words = (view.step / view.total if view.total else 0.0), "Reading the prompt"
     if view.stage == "waiting":
         words = f"Waiting for {view.ahead} other request{'s' * (view.ahead != 1)}" if view.ahead else "Waiting"
-    elif view.stage in _DOING:
-        words = f"{_DOING[view.stage]} {view.step} of {'at most ' * (view.stage == 'text')}{view.total}"
+    elif view.stage in _STAGES:
+        words = f"{_STAGES[view.stage]} {view.step} of {'at most ' * (view.stage == 'text')}{view.total}"
     elif view.stage == "cancelled":
         words = f"Cancelled after step {view.step} of {view.total}" if view.total else "Cancelled"
     elif view.stage == "done":
         words = done
     elif view.stage == "failed":
-        words = _explained(view.error)
+        words = _error_message(view.error)
     bar = "" if view.ended else f'<div class="track"><div class="fill" style="width: {fraction:.1%}"></div></div>'
     seconds = f"{view.seconds:.1f} s" if view.seconds else ""
     return (
@@ -134,7 +135,7 @@ def status(view: View, done: str = "") -> str:
 
 
 def idle(words: str) -> str:
-    """The line before anything was asked for."""
+    """The status line before the first request."""
     return (
         f'<div class="status" data-stage="idle"><div class="words"><span class="faint">{html.escape(words)}</span>'
         "</div></div>"
@@ -142,13 +143,13 @@ def idle(words: str) -> str:
 
 
 def masthead(name: str, device: str, dtype: str) -> str:
-    """The head of the page."""
-    said = html.escape(f"{name} · {dtype} · {device}")
-    return f'<div class="masthead"><h1>bagel_rt</h1><span>{said}</span></div>'
+    """The header of the page."""
+    model = html.escape(f"{name} · {dtype} · {device}")
+    return f'<div class="masthead"><h1>bagel_rt</h1><span>{model}</span></div>'
 
 
-def _explained(error: Exception) -> str:
-    """What to tell a reader of an error: all that is written for them, of others the first line."""
-    if isinstance(error, (ValueError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
+def _error_message(error: Exception) -> str:
+    """All of a message written for users; of other exceptions the type and first line."""
+    if isinstance(error, (ValueError, MemoryError, Busy, Stopping)) or type(error).__name__ == "OutOfMemoryError":
         return str(error)
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"

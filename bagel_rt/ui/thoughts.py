@@ -1,4 +1,4 @@
-"""What a model thought and what it answers, apart: thoughts stand between <think> and </think>."""
+"""Split a text into thought and answer: a thought stands between <think> and </think>."""
 
 import re
 
@@ -6,7 +6,7 @@ _MARKS = re.compile(r"</?(?:think|answer|image_start|image_end)>")
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """(thought, answer) of a text, which may be unfinished."""
+    """Return (thought, answer) of a text, which may be incomplete."""
     before, opened, rest = text.partition("<think>")
     if not opened:
         return "", _plain(text)
@@ -15,7 +15,7 @@ def split_thought(text: str) -> tuple[str, str]:
 
 
 def thought_of(text: str) -> str:
-    """The thought of a text that is nothing else, as it is written before a picture."""
+    """Return the thought that precedes an image: the whole text, without markers."""
     return _plain(text)
 
 

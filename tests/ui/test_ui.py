@@ -1,4 +1,4 @@
-"""The parts of the page: controls that explain themselves, albums, thoughts; what a user may get wrong."""
+"""The parts of the page: controls, gallery, thoughts, examples; and errors of users."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from bagel_rt.cli import app  # noqa: E402
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT  # noqa: E402
 from bagel_rt.models.bagel.settings import MAX_INPUTS, TASKS, resolve_settings  # noqa: E402
 from bagel_rt.request import ImageResult  # noqa: E402
-from bagel_rt.ui import gallery as albums  # noqa: E402
-from bagel_rt.ui.chat_tab import _refusal  # noqa: E402
+from bagel_rt.ui import gallery as gallery_module  # noqa: E402
+from bagel_rt.ui.chat_tab import _problem  # noqa: E402
 from bagel_rt.ui.controls import EXPLAINED, Controls, chosen_seed, sizes  # noqa: E402
-from bagel_rt.ui.examples import DRAWN, EDITED, MADE, Examples  # noqa: E402
-from bagel_rt.ui.gallery import Album  # noqa: E402
-from bagel_rt.ui.image_tab import open_given  # noqa: E402
+from bagel_rt.ui.examples import EDITED, FOLDER, GENERATED, Examples  # noqa: E402
+from bagel_rt.ui.gallery import Gallery  # noqa: E402
+from bagel_rt.ui.image_tab import open_upload  # noqa: E402
 from bagel_rt.ui.jobs import View  # noqa: E402
 from bagel_rt.ui.theme import status  # noqa: E402
 from bagel_rt.ui.thoughts import split_thought  # noqa: E402
@@ -79,15 +79,15 @@ def made(seed, thought=None):
     return ImageResult(Image.new("RGB", (8, 8)), seed, {"num_timesteps": 5}, torch.zeros(1), thought)
 
 
-def album_of(folder, *pages, **source):
-    album = Album(folder, source)
+def gallery_of(folder, *pages, **source):
+    gallery = Gallery(folder, source)
     for page in pages:
-        album.enter(page)
-    return album
+        gallery.enter(page)
+    return gallery
 
 
 def test_pictures_tell_what_they_were_made_of(tmp_path):
-    path = album_of(tmp_path, "page", model="tiny").add("page", made(7, "a plan"), "a cat", prompt="a cat")
+    path = gallery_of(tmp_path, "page", model="tiny").add("page", made(7, "a plan"), "a cat", prompt="a cat")
     told = json.loads(Image.open(path).text["parameters"])
     assert told == {"model": "tiny", "seed": 7, "prompt": "a cat", "num_timesteps": 5, "thought": "a plan"}
 
@@ -97,69 +97,69 @@ def files(folder):
 
 
 def test_files_of_a_page_are_bounded_and_go_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(albums, "KEPT", 3)
-    album = album_of(tmp_path, "page", "other")
+    monkeypatch.setattr(gallery_module, "KEPT", 3)
+    gallery = gallery_of(tmp_path, "page", "other")
     for seed in range(5):
-        album.add("page", made(seed), "a")
-    album.add("other", made(9), "b")
-    assert [caption for _, caption in album.pictures("page")] == ["a · seed 4", "a · seed 3", "a · seed 2"]
+        gallery.add("page", made(seed), "a")
+    gallery.add("other", made(9), "b")
+    assert [caption for _, caption in gallery.images("page")] == ["a · seed 4", "a · seed 3", "a · seed 2"]
     assert files(tmp_path) == [f"bagel-seed-{seed}.png" for seed in (2, 3, 4, 9)]
-    album.preview("page", "draw", made(0).image)
-    album.leave("page")
+    gallery.preview("page", "draw", made(0).image)
+    gallery.leave("page")
     assert files(tmp_path) == ["bagel-seed-9.png"] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_every_preview_has_an_address_of_its_own_and_few_are_kept(tmp_path):
-    album = album_of(tmp_path, "../../page")
-    paths = {album.preview("../../page", "draw", Image.new("RGB", (2000, 1000))) for _ in range(9)}
+    gallery = gallery_of(tmp_path, "../../page")
+    paths = {gallery.preview("../../page", "draw", Image.new("RGB", (2000, 1000))) for _ in range(9)}
     assert len(paths) == 9 and all(Path(path).is_relative_to(tmp_path) for path in paths)
     kept = list(tmp_path.rglob("*.jpg"))
     assert len(kept) == 3 and max(Image.open(kept[0]).size) < 1000
     again = Image.new("RGB", (8, 8))
-    assert album.preview("../../page", "draw", again) == album.preview("../../page", "draw", again)
+    assert gallery.preview("../../page", "draw", again) == gallery.preview("../../page", "draw", again)
 
 
 def test_a_page_may_leave_between_two_previews(tmp_path):
-    album, picture = album_of(tmp_path, "page"), Image.new("RGB", (8, 8))
-    assert album.preview("page", "draw", picture)
-    album.leave("page")
-    album.leave("page")
-    assert album.preview("page", "draw", picture) is album.preview("page", "draw", Image.new("RGB", (8, 8))) is None
-    assert album.add("page", made(7), "a") is None and album.pictures("page") == []
+    gallery, picture = gallery_of(tmp_path, "page"), Image.new("RGB", (8, 8))
+    assert gallery.preview("page", "draw", picture)
+    gallery.leave("page")
+    gallery.leave("page")
+    assert gallery.preview("page", "draw", picture) is gallery.preview("page", "draw", Image.new("RGB", (8, 8))) is None
+    assert gallery.add("page", made(7), "a") is None and gallery.images("page") == []
     assert not list(tmp_path.iterdir())
-    album.enter("page")  # it was only the connection that was lost
-    assert album.add("page", made(8), "a") and len(album.pictures("page")) == 1
+    gallery.enter("page")  # it was only the connection that was lost
+    assert gallery.add("page", made(8), "a") and len(gallery.images("page")) == 1
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda album, picture: album.preview("page", "draw", picture.image),
-        lambda album, picture: album.add("page", picture, "a"),
+        lambda gallery, picture: gallery.preview("page", "draw", picture.image),
+        lambda gallery, picture: gallery.add("page", picture, "a"),
     ],
 )
 def test_a_page_may_leave_while_a_file_is_written(tmp_path, monkeypatch, write):
-    album, save = album_of(tmp_path, "page"), Image.Image.save
-    album.preview("page", "draw", made(1).image)
+    gallery, save = gallery_of(tmp_path, "page"), Image.Image.save
+    gallery.preview("page", "draw", made(1).image)
 
     def leaving(self, *args, **kwargs):
-        album.leave("page")
+        gallery.leave("page")
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "save", leaving)
-    assert write(album, made(2)) is None
+    assert write(gallery, made(2)) is None
     assert not list(tmp_path.iterdir())
 
 
 def test_a_given_picture_is_looked_at_before_it_is_decoded(tmp_path):
     Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="^large.png has 5000 x 5000 pixels; allowed"):
-        open_given(str(tmp_path / "large.png"))
+        open_upload(str(tmp_path / "large.png"))
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match="^a.png: not a picture"):
-        open_given(str(tmp_path / "a.png"))
-    with pytest.raises(ValueError, match="^gone.png is no longer here"):
-        open_given(tmp_path / "gone.png")
+        open_upload(str(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="^gone.png has expired"):
+        open_upload(tmp_path / "gone.png")
 
 
 def test_a_photo_stands_as_a_viewer_shows_it(tmp_path):
@@ -168,13 +168,13 @@ def test_a_photo_stands_as_a_viewer_shows_it(tmp_path):
     stored = Image.new("RGB", (48, 16), "blue")
     stored.paste("red", (0, 0, 16, 16))  # what is left as it is stored is above as it is seen
     stored.save(tmp_path / "photo.png", exif=exif)
-    seen = open_given(tmp_path / "photo.png")
+    seen = open_upload(tmp_path / "photo.png")
     assert seen.size == (16, 48) and seen.getpixel((8, 4)) == (255, 0, 0) and seen.getpixel((8, 40)) == (0, 0, 255)
 
 
 def test_damaged_words_on_how_a_photo_is_turned_do_not_matter(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "photo.png", exif=b"Exif\0\0no such thing")
-    assert open_given(tmp_path / "photo.png").size == (8, 4)
+    assert open_upload(tmp_path / "photo.png").size == (8, 4)
 
 
 def test_words_of_a_model_and_of_errors_are_no_markup():
@@ -183,10 +183,10 @@ def test_words_of_a_model_and_of_errors_are_no_markup():
 
 
 def test_examples_show_what_was_made_of_them(tmp_path):
-    made_here = {path.stem for path in MADE.iterdir()}
-    assert made_here == {*DRAWN, *EDITED}
-    for name, (*_, text, seed) in (DRAWN | EDITED).items():
-        with Image.open(MADE / f"{name}.png") as picture:
+    made_here = {path.stem for path in FOLDER.iterdir()}
+    assert made_here == {*GENERATED, *EDITED}
+    for name, (*_, text, seed) in (GENERATED | EDITED).items():
+        with Image.open(FOLDER / f"{name}.png") as picture:
             told = json.loads(picture.text["parameters"])
             assert picture.size == (128, 128) and told["prompt"] == text and told["seed"] == seed
     shown = Examples(tmp_path, small=True)
@@ -195,10 +195,10 @@ def test_examples_show_what_was_made_of_them(tmp_path):
 
 
 def test_a_conversation_is_bounded_and_says_so():
-    assert "nothing to send" in _refusal([("user", [])])
+    assert "nothing to send" in _problem([("user", [])])
     turns = [("user", ["a"]), ("assistant", ["b"])] * (MAX_INPUTS // 2)
-    assert _refusal(turns) is None
-    assert f"{MAX_INPUTS + 1} texts and pictures" in _refusal([*turns, ("user", ["c"])])
+    assert _problem(turns) is None
+    assert f"at most {MAX_INPUTS} texts and images, got {MAX_INPUTS + 1}" in _problem([*turns, ("user", ["c"])])
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):

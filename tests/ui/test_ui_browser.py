@@ -277,7 +277,7 @@ def test_a_mistake_is_explained(browser):
     browser.tab("Image editing")
     browser.run("edit", "edit-result")
     assert browser.ended() == "failed"
-    assert "There is no picture to edit" in browser.says("#edit-status")
+    assert "There is no image to edit" in browser.says("#edit-status")
     browser.until(lambda: browser.all("#edit-run")[0].is_enabled())
 
 

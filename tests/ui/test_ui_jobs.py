@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bagel_rt.model_thread import ModelThread
 from bagel_rt.request import Progress
 from bagel_rt.ui.jobs import MAX_JOBS, Jobs
 
@@ -102,8 +103,8 @@ def test_a_running_request_is_cancelled(jobs, how):
 def test_texts_and_pictures_stand_in_order(jobs):
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     call = parts(("text", ["a", "a b"]), ("image", [red, blue]), ("text", ["c", "c d"]))
-    last = list(jobs.watch(("page", "chat"), call, previews=True, whole=True))[-1]
-    assert last.parts == ("a b", blue, "c d") and last.picture is blue and last.text == "c d"
+    last = list(jobs.watch(("page", "chat"), call, previews=True, keep_last=True))[-1]
+    assert last.parts == ("a b", blue, "c d") and last.image is blue and last.text == "c d"
 
 
 def test_without_previews_no_picture_is_decoded(jobs):
@@ -122,8 +123,8 @@ def test_without_previews_no_picture_is_decoded(jobs):
 def test_the_last_preview_is_decoded_where_it_stays(jobs, whole):
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     call = parts(("image", [red, red, red, blue]))
-    last = list(jobs.watch(("page", "draw"), call, previews=True, whole=whole))[-1]
-    assert last.picture is (blue if whole else red)
+    last = list(jobs.watch(("page", "draw"), call, previews=True, keep_last=whole))[-1]
+    assert last.image is (blue if whole else red)
 
 
 def test_previews_take_a_small_part_of_the_time(jobs):
@@ -157,9 +158,27 @@ def test_a_failure_is_told_and_the_next_request_is_done(jobs, caplog, error, log
     assert list(jobs.watch(("page", "draw"), lambda progress: "next"))[-1].result == "next"
 
 
+def test_a_lost_device_ends_all_requests(jobs, caplog, monkeypatch):
+    def lost(thread):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(progress):
+        held.began.wait(WAIT)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(ModelThread, "_check_device", lost)
+    held = Held()
+    watched = [jobs.watch((name, "draw"), call) for name, call in (("one", fail), ("two", held))]
+    held.began.set()
+    views = [list(views)[-1] for views in (*watched, jobs.watch(("three", "draw"), held))]
+    assert all(view.stage == "failed" and "no more requests" in str(view.error) for view in views)
+
+
 def test_too_many_requests_are_refused(jobs):
     held = Held()
-    for number in range(MAX_JOBS):
+    jobs.watch(("first", "draw"), held)
+    assert held.began.wait(WAIT)
+    for number in range(1, MAX_JOBS):
         jobs.watch((number, "draw"), held)
     [refused] = jobs.watch(("more", "draw"), held)
     assert refused.stage == "failed" and "try again later" in str(refused.error)
