@@ -13,6 +13,7 @@ PACKAGE = "bagel_rt"
 LAYERS = (
     ("cli",),
     ("serve", "ui", "compat", "conformance"),
+    ("model_thread",),
     ("pipeline",),
     ("engine",),
     ("request", "tiny", "check"),
