@@ -139,7 +139,7 @@ def with_options(command):
     return call
 
 
-_METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
+METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
 
 
 def hyperparameter(name: str, optional: bool = False):
@@ -147,7 +147,7 @@ def hyperparameter(name: str, optional: bool = False):
     field = HYPERPARAMETERS[name]
     option = typer.Option(
         help=field.metadata["help"],
-        metavar=_METAVARS.get(field.type),
+        metavar=METAVARS.get(field.type),
         show_default="the task's" if optional else True,
         rich_help_panel="Text" if field in fields(TextSettings) else "Denoising",
     )

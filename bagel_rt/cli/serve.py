@@ -1,33 +1,28 @@
 """``bagel-rt serve``: the OpenAI-compatible server."""
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, make_dataclass
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
-from bagel_rt.cli.options import ModelOptions, check_address, with_options
+from bagel_rt.cli.options import METAVARS, ModelOptions, check_address, with_options
+from bagel_rt.serve.limits import Limits
 
 _MISSING = "the server's packages are not installed ({}): pip install 'bagel_rt[serve]'"
 
 
-def _limit(kind, metavar: str, help: str):
-    return Annotated[kind | None, typer.Option(metavar=metavar, help=help, rich_help_panel="Limits")]
+_LIMITS = ("queue", "batch", "seconds", "grace", "body", "pixels", "side", "steps")
 
 
-@dataclass(frozen=True)
-class _LimitOptions:
-    """Fields of :class:`bagel_rt.serve.limits.Limits`; None for its default."""
+def _limit(name: str):
+    field = Limits.__dataclass_fields__[name]
+    option = typer.Option(metavar=METAVARS[field.type], help=field.metadata["help"], rich_help_panel="Limits")
+    return name, Annotated[field.type | None, option], None
 
-    queue: _limit(int, "N", "Requests in the queue; one more gets 429.") = None
-    batch: _limit(int, "N", "Images generated in one batch.") = None
-    seconds: _limit(float, "X", "For a request, until 504.") = None
-    grace: _limit(float, "X", "For running requests when the server stops.") = None
-    body: _limit(int, "BYTES", "Of a request.") = None
-    pixels: _limit(int, "N", "Of an image in a request.") = None
-    side: _limit(int, "PIXELS", "Of a generated image.") = None
-    steps: _limit(int, "N", "Timesteps per image.") = None
+
+_LimitOptions = make_dataclass("_LimitOptions", map(_limit, _LIMITS), frozen=True)  # None stands for the default
 
 
 @with_options
@@ -54,7 +49,6 @@ def serve(
     """
     try:
         from bagel_rt.serve.app import create_app
-        from bagel_rt.serve.limits import Limits
         from bagel_rt.serve.middleware import read_key
         from bagel_rt.serve.run import make_server
     except ModuleNotFoundError as error:

@@ -20,7 +20,7 @@ from bagel_rt.tiny.examples import Example, make_example
 from bagel_rt.tiny.judge import judge, judge_answer
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import COLORS, SHAPES, SIZES
-from bagel_rt.validation import check, integer
+from bagel_rt.validation import check, integer, one_of
 
 CATEGORIES = {
     "generate": ("one object", "two or three alike", "two with a relation", "groups with a relation"),
@@ -98,11 +98,9 @@ def choose_problems(count: int, seed: int, tasks: Sequence[str] = tuple(CATEGORI
     Raises:
         ValueError: a count below 1, or an unknown task.
     """
-    if count < 1:
-        raise ValueError(f"{count} examples of each category: allowed are integers from 1")
+    check("count", count, integer(1))
     for task in tasks:
-        if task not in CATEGORIES:
-            raise ValueError(f"task {task!r}: allowed are {', '.join(CATEGORIES)}")
+        check("task", task, one_of(tuple(CATEGORIES)))
     problems = []
     for task in dict.fromkeys(tasks):
         rng = np.random.default_rng([seed, list(CATEGORIES).index(task)])

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
 from bagel_rt.models.bagel.tokenizer import qwen2_backend
+from bagel_rt.validation import check, integer
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -46,8 +47,7 @@ def learn_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
     Raises:
         ValueError: a smaller size.
     """
-    if size < _SMALLEST:
-        raise ValueError(f"size is {size}; allowed: at least {_SMALLEST}, the bytes and the special tokens")
+    check("size", size, integer(_SMALLEST, remedy="The bytes and the special tokens take that many"))
     backend = qwen2_backend(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL_TOKENS),

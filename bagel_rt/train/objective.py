@@ -15,6 +15,7 @@ from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.vision import connect, vision_tower
 from bagel_rt.train.batch import TrainingBatch, check_range
+from bagel_rt.validation import check, number
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +91,7 @@ def flow_timesteps(raw: torch.Tensor, shift: float) -> torch.Tensor:
     Raises:
         ValueError: shift is not positive.
     """
-    if not shift > 0:
-        raise ValueError(f"timestep_shift is {shift}, must be positive; 1 leaves the timesteps as they are")
+    check("timestep_shift", shift, number(0, above=True, remedy="1 leaves the timesteps as they are"))
     u = raw.float().sigmoid()
     return shift * u / (1 + (shift - 1) * u)
 

@@ -28,6 +28,7 @@ from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.train.batch import TrainingBatch
+from bagel_rt.validation import check, integer
 
 
 class SpecialTokens(NamedTuple):
@@ -141,8 +142,7 @@ def fill(draw: Draw, rates: DropRates, tokens: int, rng: np.random.Generator) ->
     Raises:
         ValueError: ``tokens`` is not positive, or a drawn sample has no rows.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens is {tokens}, must be at least 1")
+    check("tokens", tokens, integer(1))
     samples, rows = [], 0
     while rows < tokens:
         samples.append(drop_conditions(draw(rng), rates, rng))

@@ -13,15 +13,15 @@ SEED_LIMIT = 2**53 - 1  # the largest that a browser's numbers hold
 
 EXPLAINED = {  # name -> (title, what it does)
     **{name: (field.metadata["title"], field.metadata["help"]) for name, field in HYPERPARAMETERS.items()},
-    "think": ("Think first", "The model writes down its thoughts, then goes on from them. Guidance never sees them."),
+    "think": ("Think first", "The model writes down its thoughts before it answers or draws."),
     "seed": ("Seed", "−1 takes a new one each time. The same seed and settings give the same result."),
     "negative_prompt": (
         "Negative prompt",
         "Guidance pushes the image away from what the model draws without a text. This is a text to push away from "
         "instead.",
     ),
-    "max_rounds": ("Pictures", "The most that one answer may draw. The model itself decides whether it draws."),
-    "previews": ("Show unfinished pictures", "Decodes them now and then, for up to a fifth of the time."),
+    "max_rounds": ("Images", "The maximum of one answer. The model itself decides whether it draws."),
+    "previews": ("Show unfinished images", "Decodes them from time to time, for up to a fifth of the time."),
 }
 _HEADINGS = {"cfg_text_scale": "Guidance", "timestep_shift": "Steps", "max_think_token_n": "Text"}  # above these
 _SHAPES = {"1:1": (1, 1), "4:3": (3, 4), "3:4": (4, 3), "16:9": (9, 16), "9:16": (16, 9)}  # (height, width)

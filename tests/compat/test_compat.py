@@ -259,8 +259,8 @@ def test_arguments_of_the_inferencer_are_checked(official):
     for options, message in (
         ({"enable_taylorseer": True}, "enable_taylorseer is True"),
         ({"cfg_renorm_type": "local"}, "'local'"),
-        ({"image_shapes": (50, 50)}, "size is"),
-        ({"num_timesteps": 1}, "num_timesteps is 1"),
+        ({"image_shapes": (50, 50)}, "size must be"),
+        ({"num_timesteps": 1}, "num_timesteps must be"),
     ):
         with pytest.raises(ValueError, match=message):
             runtime(text="a cat", **{"image_shapes": (32, 32), **options})

@@ -114,8 +114,8 @@ def test_every_kind_of_edit_and_question_is_a_category_of_its_own():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        pytest.param({"count": 0}, "0 examples of each category: allowed are integers from 1", id="no examples"),
-        pytest.param({"tasks": ["draw"]}, "task 'draw': allowed are generate, edit, ask", id="an unknown task"),
+        pytest.param({"count": 0}, "count must be an integer >= 1, got 0", id="no examples"),
+        pytest.param({"tasks": ["draw"]}, "task must be generate, edit or ask, got 'draw'", id="an unknown task"),
     ],
 )
 def test_refuses_to_choose(arguments, message):
@@ -298,7 +298,7 @@ def test_what_ends_before_the_first_result_leaves_nothing(monkeypatch, tmp_path)
         pytest.param(("--prompts", 0), "--prompts", id="no examples"),
         pytest.param(("--seed", -1), "seed must be an integer from 0", id="a seed below zero"),
         pytest.param(
-            ("--task", "draw"), "task 'draw': allowed are generate, edit, ask", id="a task that does not exist"
+            ("--task", "draw"), "task must be generate, edit or ask, got 'draw'", id="a task that does not exist"
         ),
         pytest.param(("--batch", 65), "--batch", id="too large a batch"),
         pytest.param(("--num-timesteps", 1), "num_timesteps must be an integer from 2", id="no steps"),

@@ -189,7 +189,7 @@ def test_a_batch_is_filled_to_the_first_sample_that_reaches_the_tokens():
         (lambda: pack([edit()], CONFIG, TOKENS, torch.zeros(2)), r"is \(2,\), the samples have 1 noised splits"),
         (lambda: pack([edit(), Sample([Dropped()])], CONFIG, TOKENS, torch.zeros(1)), "sample 1 has no rows"),
         (lambda: fill(lambda rng: Sample([]), DropRates(), 5, np.random.default_rng(0)), "a sample has no rows"),
-        (lambda: fill(lambda rng: edit(), DropRates(), 0, np.random.default_rng(0)), "tokens is 0"),
+        (lambda: fill(lambda rng: edit(), DropRates(), 0, np.random.default_rng(0)), "tokens must be an integer"),
         (lambda: pack([Sample([Noised(torch.zeros(17, 64), 17, 1)])], CONFIG, TOKENS, torch.zeros(1)), "17 x 1"),
     ],
     ids=["a tensor of another grid", "an empty grid", "no part", "a video without a next frame", "a negative delta",
