@@ -26,13 +26,13 @@ from bagel_rt.files import atomic_write
 from bagel_rt.models.bagel.config import BagelConfig, VAEConfig
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.tiny.curves import draw_curves
 from bagel_rt.tiny.data import Shares, World, encode_pool
 from bagel_rt.tiny.examples import texts
 from bagel_rt.tiny.model import initialize_, tiny_config
 from bagel_rt.tiny.tokenizer import learn_tokenizer, write_tokenizer
 from bagel_rt.tiny.train_autoencoder import load_autoencoder, save_autoencoder, train_autoencoder
 from bagel_rt.train.autoencoder import AutoencoderSettings
-from bagel_rt.train.curves import draw_curves
 from bagel_rt.train.export import save_checkpoint
 from bagel_rt.train.packing import SpecialTokens
 from bagel_rt.train.trainer import Trainer, TrainingSettings

@@ -44,6 +44,7 @@ def close(got, want, dtype):
     torch.testing.assert_close(got.cpu().double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous], ids=["channels-last", "channels-first"])

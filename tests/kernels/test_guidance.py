@@ -74,6 +74,7 @@ def by_the_book(c, u, w, a, b, renorm, least):
 # One image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("least", [0.0, 0.625, 1.0], ids=lambda least: f"min{least}")
 @pytest.mark.parametrize("renorm", RENORMS)
@@ -94,6 +95,7 @@ def test_velocity_and_step_match_the_formula_in_float64(N, C, a, b, renorm, leas
     assert all(map(torch.equal, vs, before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renorm", RENORMS)
 @pytest.mark.parametrize(
     "N, C, dtype",
@@ -246,6 +248,7 @@ def test_every_image_of_a_batch_takes_its_own_step(C, dtype, device):
     torch.testing.assert_close(v, velocity, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_of_an_image_does_not_depend_on_the_others(dtype, guided, device, monkeypatch):

@@ -52,6 +52,7 @@ def assert_matches(y, expected):
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("T, G, K, N", SHAPES)
@@ -140,6 +141,7 @@ def launch(x, w_gen, w_und, G, bias_gen=None, bias_und=None, residual=None, swig
     return frame[2:-2], torch.cat([frame[:2], frame[-2:]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("path", PATHS)
@@ -150,6 +152,7 @@ def test_tiles_of_both_experts_fill_the_output_and_nothing_else(path, epilogue, 
     assert_matches(y, by_the_book(*args, 53, **extra))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("G", [0, 1, 16, 17, 84, 85], ids=lambda G: f"{G}gen-of-85")
 @pytest.mark.parametrize("path", ["pointers", "descriptors-halves"])
 def test_experts_may_have_any_share_of_the_rows(path, G, kernels):
@@ -159,6 +162,7 @@ def test_experts_may_have_any_share_of_the_rows(path, G, kernels):
     assert_matches(y, by_the_book(*args, G, **extra))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_a_tile_writes_rows_of_its_own_expert_only(path, kernels):
     (x, w, _), _ = arguments(70, 40, 80, "none", torch.float16, kernels)
@@ -224,6 +228,7 @@ def test_widths_that_tma_cannot_address_take_pointers(K, N, asked, kernels):
     assert asked == ["unaligned"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("T", [9, 50, 200], ids=lambda T: f"{T}rows")
 def test_matches_the_formula_where_there_is_no_tma(T, epilogue, asked, kernels, monkeypatch):
