@@ -94,6 +94,7 @@ def counted(emulated_extension, monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["most likely", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_cuda_kernels_write_the_same_texts(counted, dtype, sampling):
@@ -116,6 +117,7 @@ def test_the_cuda_kernels_write_the_same_texts(counted, dtype, sampling):
     assert alone == found[1:2]
 
 
+@pytest.mark.slow
 def test_a_recorded_answer_of_the_official_code_through_the_cuda_kernels(counted):
     bagel = Bagel.from_pretrained(PACK / "checkpoint", device="cpu", dtype=torch.float32, backend="triton")
     report = run_case(bagel, PACK, PACK / "cases" / "32_und_text_only")
