@@ -56,11 +56,8 @@ def evaluate(
     batch: _Batch = 16,
     sheet: _Sheet = None,
     report: _Report = None,
-    cfg_text_scale: cli_options.hyperparameter("cfg_text_scale", optional=True) = None,
-    cfg_img_scale: cli_options.hyperparameter("cfg_img_scale", optional=True) = None,
-    timestep_shift: cli_options.hyperparameter("timestep_shift", optional=True) = None,
-    num_timesteps: cli_options.hyperparameter("num_timesteps", optional=True) = None,
     *,
+    chosen: cli_options.image_settings("cfg_text_scale", "cfg_img_scale", "timestep_shift", "num_timesteps"),
     options: RunOptions,
 ) -> None:
     """Measure how often a model generates, edits and answers correctly, on examples of a world of coloured shapes.
@@ -73,13 +70,7 @@ def evaluate(
     from bagel_rt.tiny.evaluate import CATEGORIES, choose_problems, scores
     from bagel_rt.tiny.evaluate import evaluate as solve
 
-    given = {
-        "cfg_text_scale": cfg_text_scale,
-        "cfg_img_scale": cfg_img_scale,
-        "timestep_shift": timestep_shift,
-        "num_timesteps": num_timesteps,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = cli_options.given(chosen)
     for name in _DRAWN:
         resolve_settings(name, settings)
     check_seed(seed)

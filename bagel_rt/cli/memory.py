@@ -29,6 +29,7 @@ _Available = Annotated[
 ]
 
 
+@cli_options.with_options
 def memory(
     task: Annotated[
         Literal["generate", "edit", "chat"], typer.Option(help="For an interleaved answer: edit.")
@@ -40,8 +41,6 @@ def memory(
     max_think_token_n: Annotated[
         int | None, typer.Option(metavar="N", show_default="chat: 512, else 0", help="Maximum tokens generated.")
     ] = None,
-    cfg_text_scale: cli_options.hyperparameter("cfg_text_scale", optional=True) = None,
-    cfg_img_scale: cli_options.hyperparameter("cfg_img_scale", optional=True) = None,
     graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs, which keep their memory.")] = True,
     available: _Available = None,
     model: Annotated[
@@ -55,6 +54,8 @@ def memory(
     ] = None,
     dtype: Annotated[cli_options.DTypeName, typer.Option(help="Of the weights.", rich_help_panel="Model")] = "bfloat16",
     as_json: cli_options.Json = False,
+    *,
+    scales: cli_options.image_settings("cfg_text_scale", "cfg_img_scale"),
 ) -> None:
     """Show how much GPU memory a request needs, what for, and how to reduce it.
 
@@ -70,8 +71,6 @@ def memory(
     from bagel_rt.models.bagel.settings import resolve_settings
     from bagel_rt.validation import parse_size
 
-    given = {"cfg_text_scale": cfg_text_scale, "cfg_img_scale": cfg_img_scale}
-    scales = {name: value for name, value in given.items() if value is not None}
     estimate = expected_memory(
         BAGEL_7B_MOT if model is None else BagelConfig.from_folder(model),
         dtype=cli_options.read_dtype(dtype),
@@ -81,7 +80,7 @@ def memory(
         batch=batch,
         text_tokens=text_tokens,
         max_think_token_n=max_think_token_n,
-        settings=resolve_settings("edit" if task == "edit" else "generate", scales).image,
+        settings=resolve_settings("edit" if task == "edit" else "generate", cli_options.given(scales)).image,
         graphs=graphs,
     )
     limit = int(available * 1e9) if available is not None else None

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import sys
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ import typer
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.files import partial_path
-from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, TextSettings, check_seed
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, check_seed
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -139,45 +139,39 @@ def with_options(command):
     return call
 
 
-METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
+_METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
 
 
-def hyperparameter(name: str, optional: bool = False):
-    """The annotation of a hyper-parameter's option. Where it is optional, None stands for the task's default."""
-    field = HYPERPARAMETERS[name]
+def checked_option(field, panel: str, default=None, show_default: bool | str = True):
+    """A field of a dataclass of options, made from a checked field; without a default it is None if not given."""
     option = typer.Option(
         help=field.metadata["help"],
-        metavar=METAVARS.get(field.type),
-        show_default="the task's" if optional else True,
-        rich_help_panel="Text" if field in fields(TextSettings) else "Denoising",
+        metavar=_METAVARS.get(field.type),
+        show_default=show_default,
+        rich_help_panel=panel,
     )
-    return Annotated[field.type | None if optional else field.type, option]
+    return field.name, Annotated[field.type | None if default is None else field.type, option], default
 
 
-def with_hyperparameters(task: str):
-    """Give a command the hyper-parameters of a task as options: official names, the task's defaults.
+def hyperparameters(task: str) -> type:
+    """A dataclass of the hyper-parameters of a task as options, with the task's defaults."""
+    options = [
+        checked_option(field, panel, getattr(part, field.name))
+        for part, panel in zip(TASKS[task], ("Denoising", "Text"), strict=True)
+        for field in (fields(part) if part else ())
+    ]
+    return make_dataclass("Hyperparameters", options, frozen=True)
 
-    The command takes them as ``**hyperparameters``. In its help they precede ``model``.
-    """
 
-    def decorate(command):
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=getattr(part, field.name),
-                annotation=hyperparameter(field.name),
-            )
-            for part in TASKS[task]
-            for field in (fields(part) if part else ())
-        ]
-        place = [parameter.name for parameter in own].index("model")
-        command.__signature__ = signature.replace(parameters=own[:place] + options + own[place:])
-        return command
+def image_settings(*names: str) -> type:
+    """A dataclass of some hyper-parameters as options, for a command with several tasks, each with its defaults."""
+    chosen = [checked_option(HYPERPARAMETERS[name], "Denoising", show_default="the task's") for name in names]
+    return make_dataclass("ImageSettings", chosen, frozen=True)
 
-    return decorate
+
+def given(options) -> dict:
+    """The options of a dataclass that are not None, by name."""
+    return {name: value for name, value in vars(options).items() if value is not None}
 
 
 def shows_progress(progress: bool | None) -> bool:

@@ -1,28 +1,21 @@
 """``bagel-rt serve``: the OpenAI-compatible server."""
 
 import warnings
-from dataclasses import asdict, make_dataclass
+from dataclasses import make_dataclass
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
-from bagel_rt.cli.options import METAVARS, ModelOptions, check_address, with_options
+from bagel_rt.cli.options import ModelOptions, check_address, checked_option, given, with_options
 from bagel_rt.serve.limits import Limits
 
 _MISSING = "the server's packages are not installed ({}): pip install 'bagel_rt[serve]'"
 
-
 _LIMITS = ("queue", "batch", "seconds", "grace", "body", "pixels", "side", "steps")
-
-
-def _limit(name: str):
-    field = Limits.__dataclass_fields__[name]
-    option = typer.Option(metavar=METAVARS[field.type], help=field.metadata["help"], rich_help_panel="Limits")
-    return name, Annotated[field.type | None, option], None
-
-
-_LimitOptions = make_dataclass("_LimitOptions", map(_limit, _LIMITS), frozen=True)  # None stands for the default
+_LimitOptions = make_dataclass(
+    "_LimitOptions", [checked_option(Limits.__dataclass_fields__[name], "Limits") for name in _LIMITS], frozen=True
+)
 
 
 @with_options
@@ -54,13 +47,12 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING.format(error.name)) from None
 
-    given = {name: value for name, value in asdict(limits).items() if value is not None}
-    checked = Limits(**given)
+    checked = Limits(**given(limits))
     key = read_key()
     check_address(host, port)
     if ray:
         _serve_replicas(host, port, folder=options.model and str(options.model), name=name, replicas=replicas or 1,
-                        device=options.device, dtype=options.dtype, limits=given,
+                        device=options.device, dtype=options.dtype, limits=given(limits),
                         image_hosts=tuple(image_host or ()))  # fmt: skip
         return
     if replicas is not None:
