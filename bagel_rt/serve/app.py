@@ -50,12 +50,12 @@ class Server:
         """
         self.bagel, self.name, self.limits, self.hosts = bagel, name, limits, hosts
         self.metrics, self.worker, self.created = Metrics(), None, int(time.time())
-        self._readers = self._writers = self._ending = None
+        self._read = self._write = self._ending = None  # the former run a function in their threads
 
     @asynccontextmanager
     async def lifespan(self, _) -> AsyncIterator[None]:
         """Run the model thread while the application runs."""
-        self._readers, self._writers = anyio.CapacityLimiter(_READERS), anyio.CapacityLimiter(_WRITERS)
+        self._read, self._write = (partial(_run_limited, anyio.CapacityLimiter(n)) for n in (_READERS, _WRITERS))
         self._ending = None
         self.worker = start_worker(self.bagel, self.limits.queue, self.limits.batch, self.metrics.observe)
         self.metrics.watch(self.worker)
@@ -99,12 +99,6 @@ class Server:
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
             raise HTTPException(404, f"model must be {self.name!r} or left out, got {name[:60]!r}")
-
-    async def _read(self, function: Callable, *arguments):
-        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._readers)
-
-    async def _write(self, function: Callable, *arguments):
-        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._writers)
 
     async def generations(self, request: Request, deadline: float) -> Response:
         """Text to images."""
@@ -214,6 +208,10 @@ class Server:
             else shrink_for_model(read_url(part.image_url.url, self.limits, self.hosts), rule)
             for part in parts
         ]
+
+
+async def _run_limited(limiter: anyio.CapacityLimiter, function: Callable, *arguments):
+    return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
 
 
 async def _read_body(request: Request) -> bytes:

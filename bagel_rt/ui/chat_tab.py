@@ -7,9 +7,9 @@ import gradio as gr
 
 from bagel_rt.models.bagel.settings import MAX_INPUTS, MAX_ROUNDS, TASKS
 from bagel_rt.request import ImageResult
-from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
+from bagel_rt.ui.controls import Controls, chosen_seed, explained
 from bagel_rt.ui.gallery import Gallery
-from bagel_rt.ui.image_tab import EVENT, open_upload
+from bagel_rt.ui.image_tab import EVENT, open_upload, seed_input
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.theme import idle, status
 from bagel_rt.ui.thoughts import split_thought
@@ -68,8 +68,7 @@ class ChatTab:
         self._new = gr.Button("New conversation", elem_id="chat-new")
         self._think = explained("think", gr.Checkbox, value=think, elem_id="chat-think")
         with gr.Accordion("Settings", open=False, elem_id="chat-settings"):
-            limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
-            self._seed = explained("seed", gr.Number, value=-1, elem_id="chat-seed", **limits)
+            self._seed = seed_input("chat")
             rounds = {"minimum": 1, "maximum": MAX_ROUNDS, "step": 1, "precision": 0, "value": 3}
             self._rounds = explained("max_rounds", gr.Slider, **rounds)
             self._controls = Controls(*TASKS["interleave"], prefix="chat")

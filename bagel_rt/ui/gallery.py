@@ -6,7 +6,7 @@ Every file has a folder with an unguessable name, because anyone who knows its U
 import secrets
 import shutil
 import threading
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,22 +58,17 @@ class Gallery:
         with self._lock:
             files = self._pages.pop(page, _Files())
         for entries in (files.images, *files.previews.values()):
-            _delete(path for path, _ in entries)
+            _delete(entries)
 
     def add(self, page: Hashable, result: ImageResult, caption: str, **request) -> str | None:
         """Write an image. Returns its path, or None if the page has left."""
-        path = self._new(f"bagel-seed-{result.seed}.png")
+        path = self._new_path(f"bagel-seed-{result.seed}.png")
         parameters = self._source | {"seed": result.seed} | request | result.parameters
         if result.thought is not None:
             parameters["thought"] = result.thought
         write_png(result.image, path, parameters)
-        with self._lock:
-            files = self._pages.get(page)
-            images = [] if files is None else files.images
-            images.insert(0, (path, f"{caption:.120} · seed {result.seed}"))
-            removed = _cut(images, 0 if files is None else KEPT)
-        _delete(removed)
-        return None if files is None else str(path)
+        files = self._pages.get(page, _Files())
+        return self._keep(page, files, files.images, (path, f"{caption:.120} · seed {result.seed}"), KEPT)
 
     def images(self, page: Hashable) -> list[tuple[str, str]]:
         """(path, caption) of a page's newest images."""
@@ -90,29 +85,27 @@ class Gallery:
             previews = files.previews.setdefault(control, [])
             if previews and previews[0][1] is image:
                 return str(previews[0][0])
-        path, small = self._new("preview.jpg"), image.copy()
+        path, small = self._new_path("preview.jpg"), image.copy()
         small.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
         small.save(path, quality=90)
+        return self._keep(page, files, previews, (path, image), _PREVIEWS)
+
+    def _keep(self, page: Hashable, files: _Files, entries: list, entry: tuple, length: int) -> str | None:
+        """Add a written file and delete those beyond ``length``; delete all if the page has left."""
         with self._lock:
             stays = self._pages.get(page) is files
-            previews.insert(0, (path, image))
-            removed = _cut(previews, _PREVIEWS if stays else 0)
+            entries.insert(0, entry)
+            length = length if stays else 0
+            removed, entries[length:] = entries[length:], []
         _delete(removed)
-        return str(path) if stays else None
+        return str(entry[0]) if stays else None
 
-    def _new(self, name: str) -> Path:
+    def _new_path(self, name: str) -> Path:
         folder = self._folder / secrets.token_hex(16)
         folder.mkdir()
         return folder / name
 
 
-def _cut(entries: list[tuple[Path, object]], length: int) -> list[Path]:
-    """Cut a list to ``length`` entries. Returns the paths of those cut off."""
-    removed = [path for path, _ in entries[length:]]
-    del entries[length:]
-    return removed
-
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
+def _delete(entries: list[tuple[Path, object]]) -> None:
+    for path, _ in entries:
         shutil.rmtree(path.parent, ignore_errors=True)

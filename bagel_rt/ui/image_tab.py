@@ -1,7 +1,6 @@
 """The tabs text to image and image editing."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -9,7 +8,6 @@ from PIL import Image, ImageOps
 
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.settings import TASKS
-from bagel_rt.pipeline import Bagel
 from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained, sizes
 from bagel_rt.ui.gallery import Gallery
 from bagel_rt.ui.jobs import Jobs, View
@@ -64,8 +62,7 @@ class ImageTab:
             self._cancel = gr.Button("Cancel", interactive=False, elem_id=f"{name}-cancel", scale=1, min_width=90)
 
     def _build_settings(self) -> None:
-        limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
-        self._seed = explained("seed", gr.Number, value=-1, elem_id=f"{self._name}-seed", **limits)
+        self._seed = seed_input(self._name)
         if not self.edits:
             config = self.jobs.bagel.model.config
             step = config.latent_stride
@@ -121,7 +118,6 @@ class ImageTab:
         """Run one request; yield updates of the page."""
         page, seed = request.session_hash, chosen_seed(values[self._seed])
         self.gallery.enter(page)
-        call = self._call(values, seed)
         yield {
             self.result: None,
             self._status: status(View("waiting")),
@@ -131,7 +127,7 @@ class ImageTab:
             self._cancel: gr.update(interactive=True),
             self._used: seed,
         } | self._enable(False)
-        for view in self.jobs.watch((page, self._name), call, values[self._previews]):
+        for view in self.jobs.watch((page, self._name), self._call(values, seed), values[self._previews]):
             changes = {self._status: status(view)}
             if view.text:
                 changes[self._thought] = thought_of(view.text)
@@ -147,11 +143,17 @@ class ImageTab:
         """The call of the model: takes a progress callback, returns an ImageResult."""
         options = self._controls.read(values)
         options |= {"seed": seed, "think": values[self._think], "negative_prompt": values[self._negative] or None}
-        prompt = values[self.prompt]
-        if self.edits:
-            return partial(_edit, self.jobs.bagel, values[self.input], prompt, options)
-        size = (values[self._height], values[self._width])
-        return lambda progress: self.jobs.bagel.generate(prompt, size=size, progress=progress, **options)
+        bagel, prompt = self.jobs.bagel, values[self.prompt]
+
+        def call(progress):
+            if not self.edits:
+                size = (values[self._height], values[self._width])
+                return bagel.generate(prompt, size=size, progress=progress, **options)
+            if (path := values[self.input]) is None:
+                raise ValueError("There is no image to edit. Upload one, or click an example.")
+            return bagel.edit(open_upload(path), prompt, progress=progress, **options)
+
+        return call
 
     def _finished(self, view: View, page: str, values: dict) -> dict:
         """Updates of the page with the final image."""
@@ -170,6 +172,12 @@ class ImageTab:
     def _enable(self, enabled: bool) -> dict:
         """Enable or disable the buttons that use the result."""
         return {button: gr.update(interactive=enabled) for button in (self.edit, self.ask, self._again)}
+
+
+def seed_input(task: str) -> gr.Number:
+    """A control for the seed; -1 for a new one each time."""
+    limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
+    return explained("seed", gr.Number, value=-1, elem_id=f"{task}-seed", **limits)
 
 
 def image_input(elem_id: str) -> gr.Image:
@@ -198,9 +206,3 @@ def open_upload(path: str | Path) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data; Pillow's parsers raise all kinds of exceptions
         return image
-
-
-def _edit(bagel: Bagel, path: str | None, prompt: str, options: dict, progress):
-    if path is None:
-        raise ValueError("There is no image to edit. Upload one, or click an example.")
-    return bagel.edit(open_upload(path), prompt, progress=progress, **options)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import gradio as gr
 
 from bagel_rt.models.bagel.settings import TASKS
-from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained
-from bagel_rt.ui.image_tab import EVENT, image_input, open_upload
+from bagel_rt.ui.controls import Controls, chosen_seed, explained
+from bagel_rt.ui.image_tab import EVENT, image_input, open_upload, seed_input
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.theme import idle, status
 from bagel_rt.ui.thoughts import split_thought
@@ -32,8 +32,7 @@ class VqaTab:
                     self._run = gr.Button("Ask", variant="primary", elem_id="ask-run", scale=3)
                     self._cancel = gr.Button("Cancel", interactive=False, elem_id="ask-cancel", scale=1, min_width=90)
                 with gr.Accordion("Settings", open=False, elem_id="ask-settings"):
-                    limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
-                    self._seed = explained("seed", gr.Number, value=-1, elem_id="ask-seed", **limits)
+                    self._seed = seed_input("ask")
                     self._controls = Controls(TASKS["chat"].text, prefix="ask")
                 gr.Examples(examples, [self.input, self.prompt])
             with gr.Column(scale=6, min_width=340):
