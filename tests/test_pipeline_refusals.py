@@ -107,7 +107,7 @@ WRONG_CALLS = {
     "a prompt longer than the model's positions": (lambda b: b.generate("ab " * 20000), ValueError, "32768"),
     "a prompt of many megabytes": (lambda b: b.chat("a" * 10**8), ValueError, "characters"),
     "an image that does not exist": (lambda b: b.edit("no-such.png", "a"), FileNotFoundError, "no-such.png"),
-    "bytes that are no image": (lambda b: b.edit(b"hello", "a"), ValueError, "5 bytes: not a picture"),
+    "bytes that are no image": (lambda b: b.edit(b"hello", "a"), ValueError, "5 bytes: not an image"),
     "an image that is a number": (lambda b: b.edit(3, "a"), ValueError, "int"),
     "an instruction that is no text": (lambda b: b.edit(Image.new("RGB", (8, 8)), None), ValueError, "prompt"),
     "an edit without an image": (lambda b: b.edit([], "a"), ValueError, "image"),

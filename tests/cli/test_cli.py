@@ -81,7 +81,7 @@ MISTAKES = {
     "a dtype that does not exist": (("chat", "x", "--dtype", "int8"), "'int8' is not one of"),
     "an image that is missing": (("edit", "{tmp}/no.png", "x", *OUT), "no.png: no such file"),
     "prompt and image exchanged": (("edit", "make it night", "{photo}", *OUT), "make it night: no such file"),
-    "an image that is a text": (("chat", "x", "--image", "{tmp}/note.txt"), "note.txt: not a picture"),
+    "an image that is a text": (("chat", "x", "--image", "{tmp}/note.txt"), "note.txt: not an image"),
     "an image that is a folder": (("chat", "x", "--image", "{tmp}"), "is not a file"),
     "a part that looks like a missing image": (("interleave", "a", "b.png", *OUT), "write text:b.png"),
     "a part that must be an image": (("interleave", "a", "image:b", *OUT), "b: no such file"),

@@ -230,9 +230,9 @@ REFUSED = {
     "a file": (CHAT, asked(picture("file:///etc/passwd")), "must be a data: URL"),
     "no base64": (CHAT, asked(picture("data:image/png,abc")), "without base64"),
     "damaged base64": (CHAT, asked(picture("data:image/png;base64,a!b")), "invalid base64"),
-    "no picture": (CHAT, asked(picture("data:image/png;base64,aGVsbG8=")), "not a picture"),
+    "no picture": (CHAT, asked(picture("data:image/png;base64,aGVsbG8=")), "not an image"),
     "half a picture": (CHAT, asked(picture(data_url(png()[:200]))), "damaged"),
-    "a bomb": (CHAT, asked(picture(data_url(bomb(9000)))), "9000 x 9000 pixels; allowed: 1 to 65536"),
+    "a bomb": (CHAT, asked(picture(data_url(bomb(9000)))), "got 9000x9000"),
     "a larger one": (CHAT, asked(picture(data_url(bomb(20000)))), "decompression bomb"),
     "many pictures": (CHAT, asked(*[picture(data_url(png()))] * 3), "at most 2 images, got 3"),
 }

@@ -109,7 +109,7 @@ def test_a_picture_is_fetched(site, length):
         ([b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1/a\r\n\r\n"], "302 Found. Redirects are not followed"),
         ([b"HTTP/1.1 404 Not Found\r\n\r\n"], "returned 404"),
         ([OK + END, b"x" * (LIMITS.body + 1)], f"at most {LIMITS.body} bytes"),
-        ([OK + END, b"x" * 99], "not a picture"),
+        ([OK + END, b"x" * 99], "not an image"),
         ([OK + b"Content-Length: 9999\r\n\r\n", png()[:200]], "damaged|cannot fetch the image"),
         ([b"SSH-2.0-OpenSSH\r\n"], "cannot fetch the image"),
         ([], "cannot fetch the image"),

@@ -290,7 +290,7 @@ def test_what_is_no_picture_is_named(browser, tmp_path, task, words):
     browser.type(f"#{task}-prompt textarea", words)
     browser.run(task, f"{task}-status")
     assert browser.ended() == "failed"
-    assert "holiday.png: not a picture" in browser.says(f"#{task}-status")
+    assert "holiday.png: not an image" in browser.says(f"#{task}-status")
 
 
 def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browser, page, slow):

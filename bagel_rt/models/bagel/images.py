@@ -1,7 +1,7 @@
 """The official pixel rules: files to RGB, the resize rule, and pixels to tensors and back.
 
-EXIF orientation is not applied, because the official code does not apply it: a picture is seen as it is stored (Pillow
-itself turns TIFF files). To have it as a viewer shows it, pass ``PIL.ImageOps.exif_transpose(image)``.
+EXIF orientation is not applied, because the official code does not apply it: the model sees an image as it is stored
+(Pillow itself rotates TIFF files). To apply it, pass ``PIL.ImageOps.exif_transpose(image)``.
 """
 
 import io
@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 
 MAX_IMAGE_PIXELS = 1 << 26  # 8192 x 8192, 256 MiB when decoded
-MAX_IMAGE_SIDE = 1 << 16  # bounds what resizing a thin picture allocates between its two passes
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, and starts Ghostscript for some of them
+MAX_IMAGE_SIDE = 1 << 16  # bounds what resizing a thin image allocates between its two passes
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for some of its others, Pillow starts Ghostscript
 
 
 def open_image(source: Image.Image | str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """A picture, decoded, its mode and pixels as stored; of an animation, the first frame.
+    """Decode an image, its mode and pixels as stored; of an animation, the first frame.
 
     Args:
         source: a PIL image (returned itself), a path, or the bytes of an encoded file.
-        max_pixels: that it may have.
+        max_pixels: maximum width x height.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a picture in one of ``FORMATS``, is cut short or damaged, has no pixels, more than
+        ValueError: it is not an image in one of ``FORMATS``, is truncated or damaged, has no pixels, more than
             ``max_pixels`` of them or a side over ``MAX_IMAGE_SIDE`` (found before decoding). The message names
             the source.
     """
@@ -37,18 +37,18 @@ def open_image(source: Image.Image | str | Path | bytes, max_pixels: int = MAX_I
         name, file = f"the given {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
         name, file = f"{source!s:.200}", source
-        if not os.path.exists(file):  # False also for a text that can be no path
-            raise FileNotFoundError(f"{name}: no such file; give the path of a picture")
+        if not os.path.exists(file):  # False also for a string that cannot be a path
+            raise FileNotFoundError(f"{name}: no such file; give the path of an image")
         if not os.path.isfile(file):
-            raise ValueError(f"{name} is not a file; give the path of a picture")
+            raise ValueError(f"{name} is not a file; give the path of an image")
     else:
-        raise ValueError(f"an image is given as {type(source).__name__}; allowed: a PIL image, a path or encoded bytes")
+        raise ValueError(f"an image must be a PIL image, a path or encoded bytes, got {type(source).__name__}.")
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{name}: not a picture; allowed: {', '.join(FORMATS)}. Convert it to one of them") from None
+        raise ValueError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}. Convert it.") from None
     except Exception as error:  # Pillow raises whatever its parsers do: OSError, ValueError, struct.error, ...
-        raise ValueError(f"{name} cannot be opened: {error}; save or download it again") from error
+        raise ValueError(f"{name} cannot be opened: {error}. Save or download it again.") from error
     with image:
         return _decoded(image, name, max_pixels)
 
@@ -57,20 +57,19 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if not 1 <= width * height <= max_pixels or max(width, height) > MAX_IMAGE_SIDE:
         raise ValueError(
-            f"{name} has {width} x {height} pixels; allowed: 1 to {max_pixels}, a side up to {MAX_IMAGE_SIDE}. "
-            "Resize it before"
+            f"{name} must have 1 to {max_pixels} pixels and sides up to {MAX_IMAGE_SIDE}, got {width}x{height}."
         )
     try:
         image.load()
     except Exception as error:  # as above
-        raise ValueError(f"{name} is cut short or damaged: {error}; save or download it again") from error
+        raise ValueError(f"{name} is truncated or damaged: {error}. Save or download it again.") from error
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB by the official rule: RGBA, or a picture whose file marks a colour as transparent, goes on white.
+    """Convert to RGB by the official rule: RGBA, or an image with a transparent colour, goes on white.
 
-    Every other mode is converted as it is; of LA that drops the alpha channel, as the official code does.
+    Every other mode is converted directly, which drops the alpha channel of LA, as the official code does.
 
     Raises:
         ValueError: Pillow cannot convert the mode.
@@ -81,14 +80,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         canvas = Image.new("RGB", image.size, "white")
         image = image.convert("RGBA")
     except ValueError as error:
-        raise ValueError(f"a picture of mode {image.mode} has no RGB form ({error}); convert it before") from error
+        raise ValueError(f"an image of mode {image.mode} cannot be converted to RGB: {error}.") from error
     canvas.paste(image, mask=image)
     return canvas
 
 
 @dataclass(frozen=True)
 class ResizeRule:
-    """How large a picture is made before a model sees it. ValueError if the sizes contradict each other.
+    """The size to which an image is resized for the model. ValueError if the sizes contradict each other.
 
     Attributes:
         max_size: of the long side, pixels.
@@ -104,7 +103,7 @@ class ResizeRule:
 
     def __post_init__(self):
         if not 1 <= self.stride <= self.min_size <= self.max_size or self.max_pixels < 1:
-            raise ValueError(f"{self}: allowed: 1 <= stride <= min_size <= max_size and 1 <= max_pixels")
+            raise ValueError(f"a resize rule must have 1 <= stride <= min_size <= max_size and 1 <= max_pixels, got {self}.")
 
     def output_size(self, width: int, height: int, img_num: int = 1) -> tuple[int, int]:
         """(width, height) -> (width, height) after the rule, one of ``img_num`` images that share the pixel budget.
@@ -113,7 +112,7 @@ class ResizeRule:
             ValueError: a number below 1.
         """
         if min(width, height, img_num) < 1:
-            raise ValueError(f"{width} x {height} pixels, img_num {img_num}: allowed: numbers from 1")
+            raise ValueError(f"width, height and img_num must be at least 1, got {width}, {height} and {img_num}.")
         scale = max(min(self.max_size / max(width, height), 1.0), self.min_size / min(width, height))
         width, height = self._scaled(width, height, scale)
         budget, area = self.max_pixels / img_num, width * height
@@ -129,18 +128,18 @@ class ResizeRule:
         return width, height
 
     def resize(self, image: Image.Image, img_num: int = 1) -> Image.Image:
-        """The RGB picture at :meth:`output_size`: bicubic, antialiased, on uint8. ValueError if it is not RGB."""
+        """Resize an RGB image to :meth:`output_size`: bicubic, antialiased, on uint8. ValueError if it is not RGB."""
         return _only_rgb(image).resize(self.output_size(*image.size, img_num), Image.Resampling.BICUBIC)
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB picture -> float32 [3, H, W] in [-1, 1]. ValueError if it is not RGB."""
+    """An RGB image -> float32 [3, H, W] in [-1, 1]. ValueError if it is not RGB."""
     levels = torch.from_numpy(np.array(_only_rgb(image))).permute(2, 0, 1).contiguous()
     return (levels / 255 - 0.5) / 0.5
 
 
 def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
-    """[3, H, W], nominally in [-1, 1] and clamped to it, on any device -> an RGB picture.
+    """[3, H, W], nominally in [-1, 1] and clamped to it, on any device -> an RGB image.
 
     Levels are truncated, not rounded, as in the official code.
 
@@ -149,14 +148,14 @@ def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
         FloatingPointError: NaN.
     """
     if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ValueError(f"a picture is made of a tensor [3, H, W], not {list(tensor.shape)}")
+        raise ValueError(f"tensor must be [3, H, W], got {list(tensor.shape)}.")
     levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
     if levels.isnan().any():
-        raise FloatingPointError("the decoded picture contains NaN; the model's weights or the latents are damaged")
+        raise FloatingPointError("the decoded image contains NaN: the model's weights or the latents are damaged.")
     return Image.fromarray(levels.to(torch.uint8).contiguous().cpu().numpy())
 
 
 def _only_rgb(image: Image.Image) -> Image.Image:
     if image.mode != "RGB":
-        raise ValueError(f"a picture of mode {image.mode} is given; allowed: RGB. Convert it with to_rgb")
+        raise ValueError(f"the image's mode must be RGB, got {image.mode}. Convert it with to_rgb.")
     return image
