@@ -1,10 +1,9 @@
-"""What the model folder says about the model: read from its JSON files, checked before anything is allocated.
+"""The model's configuration: read from the JSON files of its folder, checked before anything is allocated.
 
 The official code reads ``llm_config.json`` and ``vit_config.json`` and hard-codes everything else: QK-norm on, untied
 output head, no rotary positions in the vision tower, one vision layer fewer than the file says, the shape of the
-autoencoder, the sizes of the position tables and of the input pictures. Here ``config.json`` may state these sizes; for
-one that it leaves out, or without that file, the official value holds. Keys that play no part are ignored; a key that
-asks for another computation than the one implemented here is refused.
+autoencoder, the sizes of the position tables and of the input images. Here ``config.json`` may state these sizes; the
+official values are the defaults. Unknown keys are ignored; a key that requests an unsupported computation is refused.
 """
 
 import json

@@ -103,7 +103,7 @@ class ResizeRule:
 
     def __post_init__(self):
         if not 1 <= self.stride <= self.min_size <= self.max_size or self.max_pixels < 1:
-            raise ValueError(f"a resize rule must have 1 <= stride <= min_size <= max_size and 1 <= max_pixels, got {self}.")
+            raise ValueError(f"must have 1 <= stride <= min_size <= max_size and 1 <= max_pixels, got {self}.")
 
     def output_size(self, width: int, height: int, img_num: int = 1) -> tuple[int, int]:
         """(width, height) -> (width, height) after the rule, one of ``img_num`` images that share the pixel budget.
