@@ -17,7 +17,7 @@ import typer
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.files import partial_path
-from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, check_seed
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, check_seed, resolve_settings
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -120,6 +120,21 @@ class RunOptions(ModelOptions):
     progress: Progress = None
 
 
+@dataclass(frozen=True)
+class RequestOptions(RunOptions):
+    """The model, the report, and what every request has."""
+
+    seed: Seed = None
+    think: Think = False
+
+    def request(self, task: str, settings) -> dict:
+        """The keyword arguments of a request, checked. Without a seed a random one is drawn, so that it is reported."""
+        resolve_settings(task, vars(settings))
+        check_seed(self.seed)
+        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        return {"seed": seed, "think": self.think} | vars(settings)
+
+
 def with_options(command):
     """Expand the command's parameters that are annotated with a dataclass into one option per field."""
     signature = inspect.signature(command)
@@ -177,12 +192,6 @@ def given(options) -> dict:
 def shows_progress(progress: bool | None) -> bool:
     """Whether to show progress bars; by default only on a terminal."""
     return sys.stderr.isatty() if progress is None else progress
-
-
-def read_seed(seed: int | None) -> int:
-    """The seed; a random one if none is given, so that it can be reported."""
-    check_seed(seed)
-    return secrets.randbelow(2**32) if seed is None else seed
 
 
 def read_size(model: Path, width: int | None, height: int | None) -> tuple[int, int] | None:
