@@ -136,9 +136,9 @@ def judge(name: str, arguments: tuple, options: dict) -> tuple[tuple[torch.Tenso
     if name == "decode_qkv":
         return (decode_qkv_reference(*arguments), *arguments[8:10]), tuple
     if name == "linear":
-        x, w_gen, w_und, bias_gen, bias_und = arguments + (None,) * (5 - len(arguments))
+        x, w_first, w_rest, bias_first, bias_rest = arguments + (None,) * (5 - len(arguments))
         residual, swiglu = _wide(options.get("residual")), options.get("swiglu", False)
-        return (linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, options["G"], swiglu),), tuple
+        return (linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, options["G"], swiglu),), tuple
     if name == "qk_norm_rope":
         return (qk_norm_rope_reference(*arguments), *arguments[6:8]), tuple
     if name == "rms_norm":

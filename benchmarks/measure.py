@@ -29,7 +29,7 @@ CEILINGS = {"H200": (790e12, 4.3e12)}
 
 LATENCY = 2.0
 """Microseconds below which a roofline says nothing: launching and filling the pipeline of a kernel take as long."""
-MOST_SETS = 16
+MAX_SETS = 16
 """Most copies of a call's inputs. Fewer than would fill L2 only for calls that are bound by latency anyway."""
 
 
@@ -57,7 +57,7 @@ class Clock:
 
     def sets(self, traffic: int) -> int:
         """How many copies of inputs and outputs of ``traffic`` bytes are twice as large as L2; 16 at most."""
-        return max(1, min(MOST_SETS, math.ceil(2 * self.cache / max(traffic, 1))))
+        return max(1, min(MAX_SETS, math.ceil(2 * self.cache / max(traffic, 1))))
 
     def microseconds(self, call: Callable[[], object]) -> float:
         """Median time of a call by itself, after one or two that are not counted.

@@ -94,16 +94,18 @@ def is_down(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor | None) -> 
     return residual is not None and x.shape[1] > w.shape[0]
 
 
-def official_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False, wrap=lambda f: f):
+def official_linear(
+    x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False, wrap=lambda f: f
+):
     """Gather, ``nn.Linear``, scatter, add.
 
     Rows are gathered before a feed-forward network and scattered behind it: SwiGLU, two ``nn.Linear`` with SiLU and
     product between, has no scatter, and the layer behind it no gather.
     """
-    sequence, down = _Sequence(x, G), is_down(x, w_gen, residual)
+    sequence, down = _Sequence(x, G), is_down(x, w_first, residual)
     rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
     parts = sequence.gathered(rows) if down and G else None
-    weights = [(w[0::2].contiguous(), w[1::2].contiguous()) if swiglu else (w,) for w in (w_gen, w_und)]
+    weights = [(w[0::2].contiguous(), w[1::2].contiguous()) if swiglu else (w,) for w in (w_first, w_rest)]
 
     def expert(weights, bias):
         if swiglu:
@@ -111,7 +113,7 @@ def official_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residua
             return lambda part: F.silu(F.linear(part, gate)) * F.linear(part, up)
         return lambda part: F.linear(part, *weights, bias)
 
-    expert_gen, expert_und = expert(weights[0], bias_gen), expert(weights[1], bias_und)
+    expert_gen, expert_und = expert(weights[0], bias_first), expert(weights[1], bias_rest)
 
     def layer(rows, added):
         if swiglu and G:
@@ -130,35 +132,35 @@ def official_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residua
     return Contender(lambda: layer(rows, added), outputs)
 
 
-def one_product(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
+def one_product(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
     """All rows times one expert's weight, and no epilogue but the bias: what cuBLAS alone would take."""
-    w, bias = (w_gen, bias_gen) if G else (w_und, bias_und)
+    w, bias = (w_first, bias_first) if G else (w_rest, bias_rest)
     return Contender(lambda: F.linear(x, w, bias), None)
 
 
-def reference_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
+def reference_linear(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
     """cuBLAS on the two row ranges: the op's reference."""
-    return Contender(lambda: linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu), one)
+    return Contender(lambda: linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu), one)
 
 
-def liger_swiglu(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
+def liger_swiglu(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
     """cuBLAS on the two row ranges, then Liger's kernel over [gate | up]."""
     from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward
 
     if not swiglu:
         raise Unsuitable("has no kernel for this epilogue")
-    w_gen, w_und = (torch.cat([w[0::2], w[1::2]]) for w in (w_gen, w_und))
+    w_first, w_rest = (torch.cat([w[0::2], w[1::2]]) for w in (w_first, w_rest))
 
     def layer():
-        product = linear_reference(x, w_gen, w_und, bias_gen, bias_und, None, G, False)
+        product = linear_reference(x, w_first, w_rest, bias_first, bias_rest, None, G, False)
         return swiglu_fused_gate_up_forward(product)[1]
 
     return Contender(layer, one)
 
 
-def vllm_omni_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
+def vllm_omni_linear(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
     """Its mixture GEMM in its default configuration, into what its layers allocate: zeros for q, k and v."""
-    if swiglu or is_down(x, w_gen, residual):
+    if swiglu or is_down(x, w_first, residual):
         raise Unsuitable("its mixture GEMM serves the attention projections only")
     gemm = vllm_omni_ops("mot_gemm").invoke_mot_gemm
     sequence = _Sequence(x, G)
@@ -166,15 +168,15 @@ def vllm_omni_linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residu
     allocate = torch.zeros if residual is None else torch.empty
 
     def layer():
-        y = allocate(rows.shape[0], w_gen.shape[0], dtype=x.dtype, device=x.device)
-        gemm(rows, w_und.t(), w_gen.t(), y, bias_und, bias_gen, sequence.und, sequence.gen,
+        y = allocate(rows.shape[0], w_first.shape[0], dtype=x.dtype, device=x.device)
+        gemm(rows, w_rest.t(), w_first.t(), y, bias_rest, bias_first, sequence.und, sequence.gen,
              None, None, None, False, False, False, False, False, False)  # fmt: skip
         return y if added is None else added + y
 
     return Contender(layer, lambda y: (sequence.packed(y),))
 
 
-def official_rms_norm(x, residual, w_gen, w_und, G, eps, wrap=lambda f: f):
+def official_rms_norm(x, residual, w_first, w_rest, G, eps, wrap=lambda f: f):
     """Add; gather, Qwen2RMSNorm, scatter."""
     sequence = _Sequence(x, G)
     rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
@@ -189,23 +191,23 @@ def official_rms_norm(x, residual, w_gen, w_und, G, eps, wrap=lambda f: f):
 
     def layer(rows, added):
         summed = rows if added is None else added + rows
-        return sequence.routed(summed, norm(w_gen), norm(w_und)), summed
+        return sequence.routed(summed, norm(w_first), norm(w_rest)), summed
 
     layer = wrap(layer)
     return Contender(lambda: layer(rows, added), lambda made: tuple(map(sequence.packed, made)))
 
 
-def reference_rms_norm(x, residual, w_gen, w_und, G, eps):
+def reference_rms_norm(x, residual, w_first, w_rest, G, eps):
     """``F.rms_norm`` and two products by the weights: the op's reference."""
-    return Contender(lambda: rms_norm_reference(x, residual, w_gen, w_und, G, eps), tuple)
+    return Contender(lambda: rms_norm_reference(x, residual, w_first, w_rest, G, eps), tuple)
 
 
-def liger_rms_norm(x, residual, w_gen, w_und, G, eps):
+def liger_rms_norm(x, residual, w_first, w_rest, G, eps):
     """One of Liger's kernels per expert."""
     from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
     from liger_kernel.ops.rms_norm import rms_norm_forward
 
-    parts = [(rows, w) for rows, w in ((slice(0, G), w_gen), (slice(G, None), w_und)) if len(x[rows])]
+    parts = [(rows, w) for rows, w in ((slice(0, G), w_first), (slice(G, None), w_rest)) if len(x[rows])]
 
     def layer():
         if residual is None:
@@ -217,7 +219,7 @@ def liger_rms_norm(x, residual, w_gen, w_und, G, eps):
     return Contender(layer, lambda made: tuple(torch.cat(tensors) for tensors in zip(*made, strict=True)))
 
 
-def vllm_omni_rms_norm(x, residual, w_gen, w_und, G, eps):
+def vllm_omni_rms_norm(x, residual, w_first, w_rest, G, eps):
     """Its mixture norm, after an addition where there is a residual."""
     norm = vllm_omni_ops("mot_rms_norm").mot_rms_norm
     sequence = _Sequence(x, G)
@@ -225,18 +227,18 @@ def vllm_omni_rms_norm(x, residual, w_gen, w_und, G, eps):
 
     def layer():
         summed = rows if added is None else added + rows
-        return norm(summed, w_und, w_gen, sequence.und, sequence.gen, eps=eps), summed
+        return norm(summed, w_rest, w_first, sequence.und, sequence.gen, eps=eps), summed
 
     return Contender(layer, lambda made: tuple(map(sequence.packed, made)))
 
 
 def official_qk_norm_rope(
-    qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps, wrap=lambda f: f
+    qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps, wrap=lambda f: f
 ):  # fmt: skip
     """Heads raised to float32; gather, norm, scatter; rotation by halves; keys and values written into new buffers."""
     sequence = _Sequence(qkv, G)
     S, kv_heads, D = k_cache.shape
-    T, heads = qkv.shape[0], norm_gen.shape[0]
+    T, heads = qkv.shape[0], norm_first.shape[0]
     cos, sin = (sequence.of(torch.cat([table, table], 1)).unsqueeze(1) for table in (cos, sin))
     at, rows = sequence.of(slots), sequence.of(qkv)
 
@@ -253,8 +255,8 @@ def official_qk_norm_rope(
         for x, own in ((q, slice(0, heads - kv_heads)), (k, slice(heads - kv_heads, heads))):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             normed = torch.zeros_like(x)
-            normed[sequence.und] = norm(norm_und[own])(x[sequence.und])
-            normed[sequence.gen] = norm(norm_gen[own])(x[sequence.gen])
+            normed[sequence.und] = norm(norm_rest[own])(x[sequence.und])
+            normed[sequence.gen] = norm(norm_first[own])(x[sequence.gen])
             made.append(rotate(normed).to(rows.dtype))
         keys, values = rows.new_zeros(S, kv_heads, D), rows.new_zeros(S, kv_heads, D)
         keys[at], values[at] = made[1], v
@@ -264,10 +266,10 @@ def official_qk_norm_rope(
     return Contender(lambda: layer(rows), lambda made: (sequence.packed(made[0]), *made[1:]))
 
 
-def reference_qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+def reference_qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
     """The op's reference."""
     caches = k_cache.clone(), v_cache.clone()
-    inputs = (qkv, norm_gen, norm_und, cos, sin, slots, *caches, G, eps)
+    inputs = (qkv, norm_first, norm_rest, cos, sin, slots, *caches, G, eps)
     return Contender(lambda: qk_norm_rope_reference(*inputs), lambda q: (q, *caches))
 
 
@@ -287,7 +289,7 @@ def channels_first_group_norm(x, weight, bias, groups, eps, silu):
     return official_group_norm(x.contiguous(), weight, bias, groups, eps, silu)
 
 
-def official_guided_step(x, v, images, parameters, most_rows, guided=True, wrap=lambda f: f):
+def official_guided_step(x, v, images, parameters, max_rows, guided=True, wrap=lambda f: f):
     """The formula in about ten operators an image; the host knows where images lie and what guides them."""
     calls = []
     for (first, rows, *branches), values in zip(images.tolist(), parameters.tolist(), strict=True):

@@ -1,12 +1,12 @@
 """What ``benchmarks.gpu_check`` found, as text and as Markdown tables."""
 
 from benchmarks import end_to_end, forward, kernels
-from benchmarks.measure import LATENCY, MOST_SETS, markdown
+from benchmarks.measure import LATENCY, MAX_SETS, markdown
 from benchmarks.workloads import WORKLOADS
 
 _HOW_TIMED = f"""\
 Times are medians. Calls run back to back, each on its own copy of the inputs and into its own outputs, all together
-twice as large as L2 (at most {MOST_SETS} copies), and share the time: inputs come from memory, and what is written
+twice as large as L2 (at most {MAX_SETS} copies), and share the time: inputs come from memory, and what is written
 reaches it. Where the roofline allows less than {LATENCY:.0f} us, latency is the limit and no share is given. The error
 is ||got - want|| / ||want|| of the worst row, against the formula in float64."""
 

@@ -16,7 +16,7 @@ std::string cuda_error();
 // What decode_linear.py and decode_qkv.py share: y [B, N] = rms_norm(x) w^T; x [B, K], w [N, K], norm [K] or null.
 // On sm_90 and newer w and norm are read while kernels before it in the stream still run, so none of those may write
 // them: they are weights, not copies made for the call.
-struct Product {
+struct GemvArgs {
   bool is_bfloat16;
   std::uintptr_t x, norm, w;
   std::int64_t x_stride, w_stride;  // between rows
@@ -25,10 +25,10 @@ struct Product {
 };
 
 // Bytes of shared memory in which a block keeps normalised x; 0 without a norm.
-std::size_t normalised_bytes(const Product& product);
+std::size_t normalised_bytes(const GemvArgs& args);
 
 // y [B, N], with swiglu [B, N / 2]; residual [B, N] or null.
-void decode_linear(const Product& product, std::uintptr_t residual, bool swiglu, std::uintptr_t y,
+void decode_linear(const GemvArgs& args, std::uintptr_t residual, bool swiglu, std::uintptr_t y,
                    std::uintptr_t stream);
 
 // Where decode_qkv puts what it made: query heads in q [B, Hq, D], key and value heads in slots of the caches
@@ -43,11 +43,11 @@ struct Heads {
 };
 
 // workspace: [B, N] of the tensors' type. counters: int32, one for each of Hq + 2 Hkv heads, zero before and after.
-void decode_qkv(const Product& product, const Heads& heads, std::uintptr_t workspace, std::uintptr_t counters,
+void decode_qkv(const GemvArgs& args, const Heads& heads, std::uintptr_t workspace, std::uintptr_t counters,
                 std::uintptr_t stream);
 
 // What decode_attention.py attends: q [B, Hq, D] to slots of the caches [S, Hkv, D]; out [B, Hq, D].
-struct Attended {
+struct DecodeAttentionArgs {
   bool is_bfloat16;
   int B, Hq, Hkv, D;
   std::uintptr_t q, k, v, out;
@@ -59,7 +59,8 @@ struct Attended {
 
 // Groups of up to 8 query heads of a KV head make a run. workspace: float32, B * (runs of all KV heads) * 32 *
 // min(group, 8) * (D + 2). counters: int32, B * (runs of all KV heads), zero before and after.
-void decode_attention(const Attended& given, std::uintptr_t workspace, std::uintptr_t counters, std::uintptr_t stream);
+void decode_attention(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::uintptr_t counters,
+                      std::uintptr_t stream);
 
 // What sample.py draws from: [rows, columns].
 struct Logits {

@@ -14,7 +14,7 @@ constexpr int WARPS = THREADS / WARP;
 constexpr int SPLITS = 32;      // blocks of a sequence and KV head, at most
 constexpr int KEYS = 4;         // that a group of lanes has in flight
 constexpr int LEAST_KEYS = 64;  // of a block: with D = 128 in bfloat16, what it has in flight
-constexpr int MOST_HEADS = 8;   // query heads that a block takes
+constexpr int MAX_HEADS = 8;   // query heads that a block takes
 constexpr int VECTOR = 4;       // channels that a thread puts together
 
 // What to take off scores before exp2, given the largest so far: of none, -inf - -inf would be nan.
@@ -68,12 +68,12 @@ struct Parts {
     }
   }
 };
-static_assert(SPLITS * MOST_HEADS <= THREADS && WARPS <= SPLITS);
+static_assert(SPLITS * MAX_HEADS <= THREADS && WARPS <= SPLITS);
 
 // Block (s, i, b): split s of sequence b, and the i-th run of at most HEADS query heads that read one KV head.
 template <class T, int HEADS>
 __global__ void __launch_bounds__(THREADS, 1)
-    decode_attention_kernel(Attended given, int runs, float* workspace, int* counters) {
+    decode_attention_kernel(DecodeAttentionArgs given, int runs, float* workspace, int* counters) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int split = static_cast<int>(blockIdx.x), sequence = static_cast<int>(blockIdx.z);
@@ -256,34 +256,36 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <class T, int HEADS>
-void launch_kernel(const Attended& given, std::uintptr_t workspace, std::uintptr_t counters, std::uintptr_t stream) {
-  const int group = given.Hq / given.Hkv, runs = (group + HEADS - 1) / HEADS;
-  const dim3 grid(SPLITS, static_cast<unsigned>(given.Hkv * runs), static_cast<unsigned>(given.B));
-  const std::size_t shared_bytes = sizeof(float) * WARPS * HEADS * static_cast<std::size_t>(given.D);
-  launch(decode_attention_kernel<T, HEADS>, grid, dim3(THREADS), shared_bytes, stream, given, runs,
+void launch_kernel(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::uintptr_t counters,
+                   std::uintptr_t stream) {
+  const int group = args.Hq / args.Hkv, runs = (group + HEADS - 1) / HEADS;
+  const dim3 grid(SPLITS, static_cast<unsigned>(args.Hkv * runs), static_cast<unsigned>(args.B));
+  const std::size_t shared_bytes = sizeof(float) * WARPS * HEADS * static_cast<std::size_t>(args.D);
+  launch(decode_attention_kernel<T, HEADS>, grid, dim3(THREADS), shared_bytes, stream, args, runs,
          reinterpret_cast<float*>(workspace), reinterpret_cast<int*>(counters));
 }
 
 // Kernels for groups of 1, up to 4, up to 7 and more: fewer to compile, and 7 is BAGEL's.
 template <class T>
-void launch_for(const Attended& given, std::uintptr_t workspace, std::uintptr_t counters, std::uintptr_t stream) {
-  const int group = given.Hq / given.Hkv;
+void launch_for(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::uintptr_t counters,
+                std::uintptr_t stream) {
+  const int group = args.Hq / args.Hkv;
   const auto run = group == 1   ? launch_kernel<T, 1>
                    : group <= 4 ? launch_kernel<T, 4>
                    : group <= 7 ? launch_kernel<T, 7>
-                                : launch_kernel<T, MOST_HEADS>;
-  run(given, workspace, counters, stream);
+                                : launch_kernel<T, MAX_HEADS>;
+  run(args, workspace, counters, stream);
 }
 
 }  // namespace
 
-void decode_attention(const Attended& given, std::uintptr_t workspace, std::uintptr_t counters,
+void decode_attention(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::uintptr_t counters,
                       std::uintptr_t stream) {
   const auto describe = [&] {
-    return text("decode_attention of [%d, %d, %d] queries over %d KV heads", given.B, given.Hq, given.D, given.Hkv);
+    return text("decode_attention of [%d, %d, %d] queries over %d KV heads", args.B, args.Hq, args.D, args.Hkv);
   };
-  const auto run = given.is_bfloat16 ? launch_for<bfloat16> : launch_for<float>;
-  named(describe, [&] { run(given, workspace, counters, stream); });
+  const auto run = args.is_bfloat16 ? launch_for<bfloat16> : launch_for<float>;
+  named(describe, [&] { run(args, workspace, counters, stream); });
 }
 
 }  // namespace bagel_rt

@@ -8,7 +8,7 @@ namespace bagel_rt {
 namespace {
 
 constexpr int PAIRS = 2;  // of channels that rotate together, held by a lane
-constexpr int MOST_CHANNELS = 2 * PAIRS * WARP;
+constexpr int MAX_CHANNELS = 2 * PAIRS * WARP;
 
 template <class T>
 struct Tensors {
@@ -64,13 +64,13 @@ __device__ void finish_head(const Tensors<T>& heads, int b, int head, int N, flo
   }
 }
 
-template <class T, int MOST>
-__global__ void __launch_bounds__(WARPS * WARP, MOST <= 2 ? 3 : 2)
+template <class T, int MAX_ROWS>
+__global__ void __launch_bounds__(WARPS * WARP, MAX_ROWS <= 2 ? 3 : 2)
     decode_qkv_kernel(Matrices<T> given, Tensors<T> heads) {
   const int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
   const int b = lane / ROWS, r = lane % ROWS;
   const auto addend = [&](int row) { return to_float(heads.bias[row + r]); };
-  const auto finish = [&](int row, const float (&sums)[ROWS][MOST], float added) {
+  const auto finish = [&](int row, const float (&sums)[ROWS][MAX_ROWS], float added) {
     const int head = row / heads.D;  // one for all warps of the block
     const bool is_value = head >= heads.Hq + heads.Hkv;
     const T value = from_float<T>(own_sum(sums) + added);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(WARPS * WARP, MOST <= 2 ? 3 : 2)
     if (is_value || !is_last_block(heads.counters + head, heads.D / BLOCK_ROWS)) return;
     if (warp < given.B) finish_head(heads, warp, head, given.N, given.eps);
   };
-  multiply<T, MOST, true>(given, addend, finish);
+  multiply<T, MAX_ROWS, true>(given, addend, finish);
 }
 
 template <class T>
@@ -104,25 +104,25 @@ Tensors<T> tensors(const Heads& heads, std::uintptr_t workspace, std::uintptr_t 
 
 }  // namespace
 
-void decode_qkv(const Product& product, const Heads& heads, std::uintptr_t workspace, std::uintptr_t counters,
+void decode_qkv(const GemvArgs& args, const Heads& heads, std::uintptr_t workspace, std::uintptr_t counters,
                 std::uintptr_t stream) {
   const auto describe = [&] {
-    return text("decode_qkv of [%d, %d] by [%d, %d]", product.B, product.K, product.N, product.K);
+    return text("decode_qkv of [%d, %d] by [%d, %d]", args.B, args.K, args.N, args.K);
   };
-  const auto start = [&](auto type, auto most, auto) {
+  const auto start = [&](auto type, auto rows, auto) {
     using T = decltype(type);
-    const auto kernel = decode_qkv_kernel<T, most()>;
-    const std::size_t bytes = shared_bytes<T, most()>(product);
-    const unsigned groups = static_cast<unsigned>(product.N / BLOCK_ROWS);
+    const auto kernel = decode_qkv_kernel<T, rows()>;
+    const std::size_t bytes = shared_bytes<T, rows()>(args);
+    const unsigned groups = static_cast<unsigned>(args.N / BLOCK_ROWS);
     const unsigned blocks = min(groups, resident_blocks(kernel, WARPS * WARP, bytes));
-    launch(kernel, blocks, WARPS * WARP, bytes, stream, matrices<T>(product), tensors<T>(heads, workspace, counters));
+    launch(kernel, blocks, WARPS * WARP, bytes, stream, matrices<T>(args), tensors<T>(heads, workspace, counters));
   };
   named(describe, [&] {
-    if (heads.D % BLOCK_ROWS != 0 || heads.D > MOST_CHANNELS) {
+    if (heads.D % BLOCK_ROWS != 0 || heads.D > MAX_CHANNELS) {
       throw std::runtime_error(text("heads of %d channels; a multiple of %d up to %d is needed", heads.D, BLOCK_ROWS,
-                                    MOST_CHANNELS));
+                                    MAX_CHANNELS));
     }
-    dispatch(product, start);
+    dispatch(args, start);
   });
 }
 

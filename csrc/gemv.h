@@ -21,7 +21,7 @@ constexpr int ROWS = 2;         // of w, side by side in a warp
 constexpr int BLOCK_ROWS = WARPS * ROWS;
 constexpr int DEPTH = 4;        // chunks of each row in flight: with two rows, 128 bytes a lane, 32 KB a block
 
-// Device's view of a Product.
+// Device's view of a GemvArgs.
 template <class T>
 struct Matrices {
   const T* x;
@@ -32,10 +32,10 @@ struct Matrices {
   float eps;
 };
 
-// Bytes of shared memory a block needs: normalised x, for up to MOST rows of it.
-template <class T, int MOST>
-std::size_t shared_bytes(const Product& product) {
-  return product.norm == 0 ? 0 : sizeof(T) * MOST * static_cast<std::size_t>(product.K);
+// Bytes of shared memory a block needs: normalised x, for up to MAX_ROWS rows of it.
+template <class T, int MAX_ROWS>
+std::size_t shared_bytes(const GemvArgs& args) {
+  return args.norm == 0 ? 0 : sizeof(T) * MAX_ROWS * static_cast<std::size_t>(args.K);
 }
 
 // The norm's weight into `normed`, where each thread finds its chunks again: it comes from memory while we wait.
@@ -47,14 +47,14 @@ __device__ void fetch_norm(const Matrices<T>& given, T* normed) {
   }
 }
 
-// rms_norm(x), rounded as kernels/norm.py rounds, into `normed` [MOST, K]; rows past B repeat the last. Every thread of
-// the block takes part. The sum of squares of a row is the same whatever B is.
-template <class T, int MOST>
+// rms_norm(x), rounded as kernels/norm.py rounds, into `normed` [MAX_ROWS, K]; rows past B repeat the last. Every
+// thread of the block takes part. The sum of squares of a row is the same whatever B is.
+template <class T, int MAX_ROWS>
 __device__ void normalise(const Matrices<T>& given, T* normed) {
-  __shared__ float squares[MOST][WARPS], scales[MOST];
+  __shared__ float squares[MAX_ROWS][WARPS], scales[MAX_ROWS];
   const int thread = static_cast<int>(threadIdx.x), stride = WARPS * WARP * WIDTH<T>;
 #pragma unroll
-  for (int b = 0; b < MOST; ++b) {
+  for (int b = 0; b < MAX_ROWS; ++b) {
     const T* const row = given.x + min(b, given.B - 1) * given.x_stride;
     float sum = 0;
 #pragma unroll 2
@@ -68,7 +68,7 @@ __device__ void normalise(const Matrices<T>& given, T* normed) {
     if (thread % WARP == 0) squares[b][thread / WARP] = sum;
   }
   __syncthreads();
-  if (thread < MOST) {
+  if (thread < MAX_ROWS) {
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) sum += squares[thread][warp];
@@ -80,7 +80,7 @@ __device__ void normalise(const Matrices<T>& given, T* normed) {
     float weight[WIDTH<T>];
     unpack<T>(load_vector(normed + at), weight);
 #pragma unroll 4
-    for (int b = 0; b < MOST; ++b) {
+    for (int b = 0; b < MAX_ROWS; ++b) {
       float x[WIDTH<T>];
       unpack<T>(load_vector(given.x + min(b, given.B - 1) * given.x_stride + at), x);
 #pragma unroll
@@ -106,12 +106,12 @@ struct Stream {
 };
 
 // Lane ROWS * b + r stores the product of row r of the pair with row b of x.
-template <int MOST>
-__device__ float own_sum(const float (&sums)[ROWS][MOST]) {
+template <int MAX_ROWS>
+__device__ float own_sum(const float (&sums)[ROWS][MAX_ROWS]) {
   const int lane = static_cast<int>(threadIdx.x) % WARP;
   float own = 0;
 #pragma unroll
-  for (int b = 0; b < MOST; ++b) {
+  for (int b = 0; b < MAX_ROWS; ++b) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) own = lane == ROWS * b + r ? sums[r][b] : own;
   }
@@ -121,7 +121,7 @@ __device__ float own_sum(const float (&sums)[ROWS][MOST]) {
 // Call finish(row, sums, addend(row)) for every pair of rows of w that is this warp's: sums[r][b] is the product of row
 // `row` + r with row b of x, the same in all lanes. What is to be added is asked for first and used last. All warps of
 // a block call it equally often; for some, in the last round, row >= N.
-template <class T, int MOST, bool NORM, class Addend, class Finish>
+template <class T, int MAX_ROWS, bool NORM, class Addend, class Finish>
 __device__ void multiply(const Matrices<T>& given, const Addend& addend, const Finish& finish) {
   DYNAMIC_SHARED(T, normed);
   const int lane = static_cast<int>(threadIdx.x) % WARP;
@@ -137,12 +137,12 @@ __device__ void multiply(const Matrices<T>& given, const Addend& addend, const F
   for (int slot = 0; slot < DEPTH; ++slot) stream.ask(given, slot, w, row, lane + slot * WARP, chunks);
   if constexpr (NORM) fetch_norm(given, normed);
   wait_for_previous_kernel();
-  if constexpr (NORM) normalise<T, MOST>(given, normed);
+  if constexpr (NORM) normalise<T, MAX_ROWS>(given, normed);
 
   for (; first < given.N; first += stride, row += stride) {
     const T* const next_w = w + stride * given.w_stride;
     const float added = addend(row);
-    float sums[ROWS][MOST] = {};
+    float sums[ROWS][MAX_ROWS] = {};
     for (int start = 0; start < chunks; start += DEPTH * WARP) {
       const bool last = start + DEPTH * WARP >= chunks;  // then ask for the beginning of the next two rows
 #pragma unroll
@@ -153,7 +153,7 @@ __device__ void multiply(const Matrices<T>& given, const Addend& addend, const F
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) unpack<T>(stream.held[slot][r], a[r]);
 #pragma unroll
-          for (int b = 0; b < MOST; ++b) {
+          for (int b = 0; b < MAX_ROWS; ++b) {
             const T* const x = NORM ? normed + b * given.K : given.x + min(b, given.B - 1) * given.x_stride;
             float values[WIDTH<T>];
             unpack<T>(load_vector(x + chunk * WIDTH<T>), values);
@@ -171,7 +171,7 @@ __device__ void multiply(const Matrices<T>& given, const Addend& addend, const F
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-      for (int b = 0; b < MOST; ++b) sums[r][b] = warp_sum(sums[r][b]);
+      for (int b = 0; b < MAX_ROWS; ++b) sums[r][b] = warp_sum(sums[r][b]);
     }
     finish(row, sums, added);
     w = next_w;
@@ -179,28 +179,28 @@ __device__ void multiply(const Matrices<T>& given, const Addend& addend, const F
 }
 
 template <class T>
-Matrices<T> matrices(const Product& product) {
-  return {reinterpret_cast<const T*>(product.x), reinterpret_cast<const T*>(product.norm),
-          reinterpret_cast<const T*>(product.w), product.x_stride, product.w_stride,
-          product.B, product.K, product.N, product.eps};
+Matrices<T> matrices(const GemvArgs& args) {
+  return {reinterpret_cast<const T*>(args.x), reinterpret_cast<const T*>(args.norm),
+          reinterpret_cast<const T*>(args.w), args.x_stride, args.w_stride,
+          args.B, args.K, args.N, args.eps};
 }
 
-template <int MOST>
-using Rows = std::integral_constant<int, MOST>;
+template <int MAX_ROWS>
+using Rows = std::integral_constant<int, MAX_ROWS>;
 
-// start(T{}, Rows<MOST>{}, NORM) for a product's type, its number of rows rounded up, and whether it has a norm.
+// start(T{}, Rows<MAX_ROWS>{}, NORM) for the dtype, the number of rows rounded up, and whether it has a norm.
 // float32 is for small models and for comparison: fewer kernels, not the fastest.
 template <class Start>
-void dispatch(const Product& product, const Start& start) {
-  const auto with_norm = [&](auto type, auto most) {
-    if (product.norm != 0) return start(type, most, std::true_type{});
-    start(type, most, std::false_type{});
+void dispatch(const GemvArgs& args, const Start& start) {
+  const auto with_norm = [&](auto type, auto rows) {
+    if (args.norm != 0) return start(type, rows, std::true_type{});
+    start(type, rows, std::false_type{});
   };
-  if (product.B > 8) throw std::runtime_error(text("%d rows; the kernel takes at most 8", product.B));
-  if (!product.is_bfloat16) return product.B == 1 ? with_norm(float{}, Rows<1>{}) : with_norm(float{}, Rows<8>{});
-  if (product.B == 1) return with_norm(bfloat16{}, Rows<1>{});
-  if (product.B == 2) return with_norm(bfloat16{}, Rows<2>{});
-  if (product.B <= 4) return with_norm(bfloat16{}, Rows<4>{});
+  if (args.B > 8) throw std::runtime_error(text("%d rows; the kernel takes at most 8", args.B));
+  if (!args.is_bfloat16) return args.B == 1 ? with_norm(float{}, Rows<1>{}) : with_norm(float{}, Rows<8>{});
+  if (args.B == 1) return with_norm(bfloat16{}, Rows<1>{});
+  if (args.B == 2) return with_norm(bfloat16{}, Rows<2>{});
+  if (args.B <= 4) return with_norm(bfloat16{}, Rows<4>{});
   with_norm(bfloat16{}, Rows<8>{});
 }
 

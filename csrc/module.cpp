@@ -45,12 +45,12 @@ py::tuple build_plan(const std::vector<PySegment>& py_segments, std::int64_t blo
 
 void bind_kernels(py::module_& module) {
   using bagel_rt::Heads;
-  using bagel_rt::Product;
+  using bagel_rt::GemvArgs;
   // module_local: the tests load this module twice, once with its kernels as host code.
-  py::class_<Product>(module, "Product", py::module_local())
+  py::class_<GemvArgs>(module, "GemvArgs", py::module_local())
       .def(py::init([](bool is_bfloat16, std::uintptr_t x, std::uintptr_t norm, std::uintptr_t w, std::int64_t x_stride,
                        std::int64_t w_stride, int B, int K, int N, float eps) {
-        return Product{is_bfloat16, x, norm, w, x_stride, w_stride, B, K, N, eps};
+        return GemvArgs{is_bfloat16, x, norm, w, x_stride, w_stride, B, K, N, eps};
       }));
   py::class_<Heads>(module, "Heads", py::module_local())
       .def(py::init([](int Hq, int Hkv, int D, std::uintptr_t bias, std::uintptr_t qk_norm, std::uintptr_t cosines,
@@ -64,17 +64,16 @@ void bind_kernels(py::module_& module) {
   module.def("normalised_bytes", &bagel_rt::normalised_bytes);
   module.def("decode_linear", &bagel_rt::decode_linear);
   module.def("decode_qkv", &bagel_rt::decode_qkv);
-  using bagel_rt::Attended;
+  using bagel_rt::DecodeAttentionArgs;
   using bagel_rt::Logits;
-  py::class_<Attended>(module, "Attended", py::module_local())
+  py::class_<DecodeAttentionArgs>(module, "DecodeAttentionArgs", py::module_local())
       .def(py::init([](bool is_bfloat16, int B, int Hq, int Hkv, int D, std::uintptr_t q, std::uintptr_t k,
                        std::uintptr_t v, std::uintptr_t out, std::int64_t q_row, std::int64_t q_head,
                        std::int64_t k_slot, std::int64_t k_head, std::int64_t v_slot, std::int64_t v_head,
                        std::uintptr_t starts, std::uintptr_t lengths, bool wide_starts, bool wide_lengths,
                        float scale_log2) {
-        return Attended{is_bfloat16, B,      Hq,     Hkv,    D,      q,      k,       v,           out,         q_row,
-                        q_head,      k_slot, k_head, v_slot, v_head, starts, lengths, wide_starts, wide_lengths,
-                        scale_log2};
+        return DecodeAttentionArgs{is_bfloat16, B, Hq, Hkv, D, q, k, v, out, q_row, q_head, k_slot, k_head, v_slot,
+                                   v_head, starts, lengths, wide_starts, wide_lengths, scale_log2};
       }));
   py::class_<Logits>(module, "Logits", py::module_local())
       .def(py::init([](bool is_bfloat16, int rows, int columns, std::uintptr_t logits, std::int64_t row_stride) {

@@ -9,9 +9,9 @@ namespace {
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
-constexpr int MOST_BLOCKS = 32;  // of a row
-static_assert(MOST_BLOCKS * WARPS == THREADS, "the last block of a row has a thread for what each of its warps found");
-constexpr int MOST_LISTED = 4096;
+constexpr int MAX_BLOCKS = 32;  // of a row
+static_assert(MAX_BLOCKS * WARPS == THREADS, "the last block of a row has a thread for what each of its warps found");
+constexpr int MAX_LISTED = 4096;
 
 using Mass = unsigned long long;
 constexpr float ONE = 4398046511104.0f;  // 2^42: the mass of the most likely token
@@ -147,7 +147,7 @@ __device__ unsigned kth_of_threads(unsigned k, unsigned mine) {
 // of those the k-th largest has k logits or more from it on, and as a rule not many more, so they are put in a list.
 template <class T>
 __device__ unsigned kth_logit(const Row<T>& row, unsigned k, unsigned largest_of_warp) {
-  __shared__ unsigned listed[MOST_LISTED];
+  __shared__ unsigned listed[MAX_LISTED];
   __shared__ unsigned count;
   const unsigned bound = kth_of_threads(k, largest_of_warp);  // 0, below all logits, if fewer than k warps have any
   if (threadIdx.x == 0) count = 0;
@@ -156,11 +156,11 @@ __device__ unsigned kth_logit(const Row<T>& row, unsigned k, unsigned largest_of
     const unsigned order = ordered(scaled);
     if (order < bound) return;
     const unsigned place = atomicAdd(&count, 1u);
-    if (place < MOST_LISTED) listed[place] = order;
+    if (place < MAX_LISTED) listed[place] = order;
   });
   __syncthreads();
   if (count <= THREADS) return kth_of_threads(k, threadIdx.x < count ? listed[threadIdx.x] : 0);
-  if (count <= MOST_LISTED) {
+  if (count <= MAX_LISTED) {
     return kth_largest(k, [&](unsigned from) {
       unsigned found = 0;
       for (unsigned i = threadIdx.x; i < count; i += THREADS) found += listed[i] >= from ? 1u : 0u;
@@ -257,7 +257,7 @@ void sample(const Logits& given, std::uintptr_t settings, std::uintptr_t seed, s
   Scored* const found = reinterpret_cast<Scored*>(workspace);
   unsigned* const largest = reinterpret_cast<unsigned*>(found + static_cast<std::int64_t>(given.rows) * THREADS);
   const int columns = THREADS * (given.is_bfloat16 ? WIDTH<bfloat16> : WIDTH<float>);  // a vector for every thread
-  const int blocks = std::min((given.columns + columns - 1) / columns, MOST_BLOCKS);
+  const int blocks = std::min((given.columns + columns - 1) / columns, MAX_BLOCKS);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(given.rows));
   const auto kernel = given.is_bfloat16 ? sample_kernel<bfloat16> : sample_kernel<float>;
   named([&] { return text("sample of [%d, %d] logits", given.rows, given.columns); }, [&] {

@@ -1,6 +1,6 @@
 """The ops of the runtime: one file each, holding contract, PyTorch reference and launcher.
 
-Rows of a packed batch are expert-major: [0, G) belong to the generation expert, [G, T) to the understanding expert.
+Rows of a packed batch come in up to two groups, each with weights of its own: [0, G) and [G, T).
 Every op is registered as ``torch.ops.bagel_rt.<name>`` with shapes for ``torch.compile``; the functions exported here
 check their arguments first, and call the launcher itself unless they are being compiled: the dispatcher takes longer
 than everything else they do. They know tensors only: no model, no checkpoint, no context.

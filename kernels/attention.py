@@ -48,7 +48,7 @@ from .attention_tiles import (
     whole_tiles,
     wide_dtype,
 )
-from .backend import wants_gradient
+from .backend import mismatch, wants_gradient
 from .registry import op
 from .triton_language import dot, jit, tl, triton
 
@@ -272,9 +272,9 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
     T, Hq, D = q.shape
     check_heads("attention", q, k_cache, v_cache)
     if limits.shape != (T,) or limits.dtype != torch.int32:
-        raise ValueError(f"attention: limits is {tuple(limits.shape)} {limits.dtype}, expected {(T,)} torch.int32")
+        raise mismatch("attention", "limits", limits, (T,), torch.int32)
     if blocks.dim() != 2 or blocks.shape[1] != 7 or blocks.dtype != torch.int32:
-        raise ValueError(f"attention: blocks is {tuple(blocks.shape)} {blocks.dtype}, expected (n, 7) torch.int32")
+        raise mismatch("attention", "blocks", blocks, ("n", 7), torch.int32)
     scale = check_scale("attention", scale, D)
     differentiated = wants_gradient(q, k_cache, v_cache)
     if return_lse or (differentiated and (is_compiling() or runs_attention_kernel(q.detach()))):
@@ -302,4 +302,4 @@ def check_heads(op, q, k_cache, v_cache):
         raise ValueError(f"{op}: {Hq} query heads do not divide into groups over {Hkv} KV heads")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.shape != (S, Hkv, D) or cache.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} is {tuple(cache.shape)} {cache.dtype}, expected {(S, Hkv, D)} {q.dtype}")
+            raise mismatch(op, name, cache, (S, Hkv, D), q.dtype)

@@ -103,6 +103,13 @@ def check_current_device(x: torch.Tensor) -> None:
         )
 
 
+def mismatch(op: str, name: str, tensor: torch.Tensor | None, shape, dtype) -> ValueError:
+    """The error of an op for an argument that should have this shape and dtype."""
+    got = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+    allowed = str(tuple(shape)).replace("'", "")  # a dimension of any size is a letter
+    return ValueError(f"{op}: {name} must be {allowed} {dtype}, got {got}")
+
+
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
     """Refuse, in the name of ``op``, tensors that are not where the first of them is.
 

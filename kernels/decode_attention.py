@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from . import extension
 from .attention import check_heads, check_scale, launch_kernel, runs_attention_kernel
-from .backend import check_devices, wants_gradient
+from .backend import check_devices, mismatch, wants_gradient
 from .registry import op
 
 
@@ -45,12 +45,12 @@ def decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale):
     return torch.cat(rows) if rows else q.new_empty(0, Hq, D)
 
 
-_SPLITS, _MOST_HEADS = 32, 8  # blocks a sequence and KV head at most, and query heads a block, in decode_attention.cu
+_SPLITS, _MAX_HEADS = 32, 8  # blocks a sequence and KV head at most, and query heads a block, in decode_attention.cu
 
 
 def _runs(q, k_cache):
     """How many runs of query heads that share a KV head the CUDA kernel makes of all sequences."""
-    return q.shape[0] * k_cache.shape[1] * -(-q.shape[1] // k_cache.shape[1] // _MOST_HEADS)
+    return q.shape[0] * k_cache.shape[1] * -(-q.shape[1] // k_cache.shape[1] // _MAX_HEADS)
 
 
 def _takes(q, k_cache, v_cache):
@@ -73,16 +73,16 @@ def _run_extension(q, k_cache, v_cache, starts, lengths, scale):
     group = Hq // Hkv
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if runs := _runs(q, k_cache):
-        workspace = q.new_empty(runs * _SPLITS * min(group, _MOST_HEADS) * (D + 2), dtype=torch.float32)
+        workspace = q.new_empty(runs * _SPLITS * min(group, _MAX_HEADS) * (D + 2), dtype=torch.float32)
         starts, lengths = starts.contiguous(), lengths.contiguous()
-        attended = extension.EXTENSION.Attended(
+        args = extension.EXTENSION.DecodeAttentionArgs(
             q.dtype == torch.bfloat16, B, Hq, Hkv, D, *(x.data_ptr() for x in (q, k_cache, v_cache, out)),
             *(stride for x in (q, k_cache, v_cache) for stride in x.stride()[:2]),
             *(x.data_ptr() for x in (starts, lengths)), *(x.dtype == torch.int64 for x in (starts, lengths)),
             scale * math.log2(math.e),
         )  # fmt: skip
         counters = extension.counters(q, runs)
-        extension.EXTENSION.decode_attention(attended, workspace.data_ptr(), counters.data_ptr(), extension.stream(q))
+        extension.EXTENSION.decode_attention(args, workspace.data_ptr(), counters.data_ptr(), extension.stream(q))
     return out
 
 
@@ -127,9 +127,7 @@ def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
     check_heads("decode_attention", q, k_cache, v_cache)
     for name, bound in (("starts", starts), ("lengths", lengths)):
         if bound.shape != (B,) or bound.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"decode_attention: {name} is {tuple(bound.shape)} {bound.dtype}, expected {(B,)} int32 or int64"
-            )
+            raise mismatch("decode_attention", name, bound, (B,), "int32 or int64")
     scale = check_scale("decode_attention", scale, D)
     check_devices("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, starts=starts, lengths=lengths)
     return _decode_attention(q, k_cache, v_cache, starts, lengths, scale)

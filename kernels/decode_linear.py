@@ -16,7 +16,7 @@ reference. Traffic: w once; memory-bound.
 import torch
 
 from . import extension
-from .backend import check_devices
+from .backend import check_devices, mismatch
 from .linear import linear
 from .norm import rms_norm, rows_contiguous
 from .registry import op
@@ -30,11 +30,11 @@ _STATIC_SHARED_MEMORY = 1024  # bytes that a kernel may need besides the normali
 def decode_linear_reference(x, w, norm, eps, residual, swiglu):
     """The formula, composed of other ops, for any device and dtype. Shapes as in :func:`decode_linear`."""
     if norm is not None:
-        x, _ = rms_norm(x, None, norm, norm, 0, eps)
-    return linear(x, w, w, G=0, residual=residual, swiglu=swiglu)
+        x, _ = rms_norm(x, None, norm, eps=eps)
+    return linear(x, w, residual=residual, swiglu=swiglu)
 
 
-def product(x, norm, w, eps):
+def gemv_args(x, norm, w, eps):
     """``h w^T`` as the extension's kernels take it, and the tensors whose addresses it holds.
 
     None if they do not: too many rows, rows that 16-byte loads cannot read, a norm that would have to be copied (it is
@@ -51,7 +51,7 @@ def product(x, norm, w, eps):
     held = (x, w) if norm is None else (x, w, norm)
     if any(tensor.data_ptr() % 16 for tensor in held):
         return None
-    made = extension.EXTENSION.Product(
+    made = extension.EXTENSION.GemvArgs(
         x.dtype == torch.bfloat16, x.data_ptr(), 0 if norm is None else norm.data_ptr(), w.data_ptr(),
         x.stride(0), w.stride(0), B, K, N, eps,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def _fake(x, w, norm, eps, residual, swiglu):
     fake=_fake,
 )
 def _decode_linear(x, w, norm, eps, residual, swiglu):
-    if extension.runs_extension(x, w, norm, residual) and (made := product(x, norm, w, eps)):
+    if extension.runs_extension(x, w, norm, residual) and (made := gemv_args(x, norm, w, eps)):
         given, held = made
         residual = None if residual is None else residual.contiguous()
         y = x.new_empty(x.shape[0], w.shape[0] // 2 if swiglu else w.shape[0])
@@ -86,7 +86,7 @@ def _decode_linear(x, w, norm, eps, residual, swiglu):
 
 
 def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
-    """Multiply a few rows, normalised first if there is a ``norm``, by one expert's weight.
+    """Multiply a few rows, normalised first if there is a ``norm``, by one weight.
 
     Args:
         x: [B, K], floating point; the kernel takes B <= 8 in float32 or bfloat16.
@@ -107,14 +107,12 @@ def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
     B, K = x.shape
     N = w.shape[0]
     if w.shape != (N, K) or w.dtype != x.dtype:
-        raise ValueError(f"decode_linear: w is {tuple(w.shape)} {w.dtype}, expected {(N, K)} {x.dtype}")
+        raise mismatch("decode_linear", "w", w, (N, K), x.dtype)
     if norm is not None and (norm.shape != (K,) or norm.dtype != x.dtype):
-        raise ValueError(f"decode_linear: norm is {tuple(norm.shape)} {norm.dtype}, expected {(K,)} {x.dtype}")
+        raise mismatch("decode_linear", "norm", norm, (K,), x.dtype)
     if residual is not None:
         if residual.shape != (B, N) or residual.dtype != x.dtype:
-            raise ValueError(
-                f"decode_linear: residual is {tuple(residual.shape)} {residual.dtype}, expected {(B, N)} {x.dtype}"
-            )
+            raise mismatch("decode_linear", "residual", residual, (B, N), x.dtype)
         if swiglu:
             raise ValueError("decode_linear: swiglu and residual exclude each other; call linear for both")
     if swiglu and N % 2:

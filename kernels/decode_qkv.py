@@ -5,9 +5,10 @@
     q   = rotated and normalised query heads       as in bagel_rt.kernels.qk_norm_rope;
     keys, likewise, and values go to slot slots[b] of the caches
 
-The kernel (csrc/decode_qkv.cu) takes up to 8 rows and heads of 16 i <= 128 channels: each block makes 16 channels of a
-head, and the last block of a head to finish does what needs the whole head. Other calls are composed of the three ops,
-which is also the reference. A row's results do not depend on the rows beside it, bit for bit.
+The kernel (csrc/decode_qkv.cu) takes up to 8 rows, a bias, a QK-norm and heads of 16 i <= 128 channels: each block
+makes 16 channels of a head, and the last block of a head to finish does what needs the whole head. Other calls are
+composed of the three ops, which is also the reference. A row's results do not depend on the rows beside it, bit for
+bit.
 
 Traffic: w once; memory-bound.
 """
@@ -15,8 +16,8 @@ Traffic: w once; memory-bound.
 import torch
 
 from . import extension
-from .backend import check_devices
-from .decode_linear import product
+from .backend import check_devices, mismatch
+from .decode_linear import gemv_args
 from .linear import linear
 from .norm import rms_norm
 from .qk_norm_rope import qk_norm_rope
@@ -28,19 +29,19 @@ MAX_CHANNELS = 128
 
 def decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
     """The formula, composed of other ops, for any device and dtype. Shapes as in :func:`decode_qkv`."""
-    h, _ = rms_norm(x, None, norm, norm, 0, eps)
-    qkv = linear(h, w, w, bias, bias, G=0)
-    return qk_norm_rope(qkv, qk_norm, qk_norm, cos, sin, slots, k_cache, v_cache, 0, eps)
+    h, _ = rms_norm(x, None, norm, eps=eps)
+    qkv = linear(h, w, None, bias)
+    return qk_norm_rope(qkv, qk_norm, None, cos, sin, slots, k_cache, v_cache, None, eps)
 
 
 def _fake(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
     _, Hkv, D = k_cache.shape
-    return x.new_empty(x.shape[0], qk_norm.shape[0] - Hkv, D)
+    return x.new_empty(x.shape[0], w.shape[0] // D - 2 * Hkv, D)
 
 
 @op(
     "decode_qkv",
-    "(Tensor x, Tensor norm, Tensor w, Tensor bias, Tensor qk_norm, Tensor cos, Tensor sin, Tensor slots, "
+    "(Tensor x, Tensor norm, Tensor w, Tensor? bias, Tensor? qk_norm, Tensor cos, Tensor sin, Tensor slots, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, float eps) -> Tensor",
     kernel="cuda",
     fake=_fake,
@@ -48,11 +49,13 @@ def _fake(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
 def _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
     S, Hkv, D = k_cache.shape
     if (
-        extension.runs_extension(x, norm, w, bias, qk_norm, k_cache, v_cache)
+        bias is not None
+        and qk_norm is not None
+        and extension.runs_extension(x, norm, w, bias, qk_norm, k_cache, v_cache)
         and D % BLOCK_CHANNELS == 0
         and D <= MAX_CHANNELS
         and k_cache.stride(2) == v_cache.stride(2) == 1
-        and (made := product(x, norm, w, eps))
+        and (made := gemv_args(x, norm, w, eps))
     ):
         given, held = made
         B, heads = x.shape[0], qk_norm.shape[0] + Hkv
@@ -75,8 +78,9 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
     Args:
         x: [B, H], floating point; the kernel takes B <= 8 in float32 or bfloat16.
         norm: [H], dtype of ``x``: the weight of the RMSNorm of ``x``.
-        w, bias: [(Hq + 2 Hkv) * D, H] and [(Hq + 2 Hkv) * D], dtype of ``x``: query, key, value heads.
-        qk_norm: [Hq + Hkv, D], dtype of ``x``: one weight row per query head, then per key head.
+        w: [(Hq + 2 Hkv) * D, H], dtype of ``x``: query, key, value heads.
+        bias: [(Hq + 2 Hkv) * D] like ``w``, or None.
+        qk_norm: [Hq + Hkv, D], dtype of ``x``: one weight row per query head, then per key head; None for no QK-norm.
         cos, sin: [B, D / 2] float32 (or float64 with float64 ``x``), at each row's RoPE position.
         slots: [B] int64, distinct: the cache slot each row's key and value go to.
         k_cache, v_cache: [S, Hkv, D], dtype of ``x``; written in place.
@@ -98,7 +102,7 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
     N = w.shape[0]
     heads = N // D - Hkv
     if heads <= Hkv or N % D:
-        raise ValueError(f"decode_qkv: w has {N} rows, expected (Hq + 2*{Hkv}) * {D} with Hq >= 1")
+        raise ValueError(f"decode_qkv: w must have (Hq + 2*{Hkv}) * {D} rows with Hq >= 1, got {N}")
     for name, tensor, shape in (
         ("norm", norm, (H,)),
         ("w", w, (N, H)),
@@ -107,18 +111,16 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
         ("k_cache", k_cache, k_cache.shape),
         ("v_cache", v_cache, k_cache.shape),
     ):
+        if tensor is None and name in ("bias", "qk_norm"):
+            continue
         if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"decode_qkv: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} {dtype}"
-            )
+            raise mismatch("decode_qkv", name, tensor, shape, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (B, D // 2) or table.dtype not in (torch.float32, wide):
-            raise ValueError(
-                f"decode_qkv: {name} is {tuple(table.shape)} {table.dtype}, expected {(B, D // 2)} torch.float32"
-            )
+            raise mismatch("decode_qkv", name, table, (B, D // 2), torch.float32)
     if slots.shape != (B,) or slots.dtype != torch.int64:
-        raise ValueError(f"decode_qkv: slots is {tuple(slots.shape)} {slots.dtype}, expected {(B,)} torch.int64")
+        raise mismatch("decode_qkv", "slots", slots, (B,), torch.int64)
     check_devices("decode_qkv", x=x, norm=norm, w=w, bias=bias, qk_norm=qk_norm, k_cache=k_cache, v_cache=v_cache)
     check_devices("decode_qkv", x=x, cos=cos, sin=sin, slots=slots)
     return _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)

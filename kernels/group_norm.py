@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import configs
-from .backend import runs_kernel, wants_gradient
+from .backend import mismatch, runs_kernel, wants_gradient
 from .registry import op
 from .triton_language import jit, tl, triton
 
@@ -214,8 +214,8 @@ def _run_moments_kernels(x, groups, eps):
     batch, channels, height, width = x.shape
     size, cells = channels // groups, height * width
     tiles = dict(configs.tiles("group_norm_moments", "maps", x.device))
-    blocks, most_parts = _blocks(groups, size, tiles.pop("ELEMENTS")), tiles.pop("PARTS")
-    cells_per_part = triton.cdiv(triton.cdiv(cells, most_parts), blocks["CELLS"]) * blocks["CELLS"]
+    blocks, max_parts = _blocks(groups, size, tiles.pop("ELEMENTS")), tiles.pop("PARTS")
+    cells_per_part = triton.cdiv(triton.cdiv(cells, max_parts), blocks["CELLS"]) * blocks["CELLS"]
     count = triton.cdiv(cells, cells_per_part)
     parts = x.new_empty(batch, 2, groups, count, dtype=torch.float32)
     moments = x.new_empty(batch, groups, 2, dtype=torch.float32)
@@ -224,7 +224,7 @@ def _run_moments_kernels(x, groups, eps):
     )
     _group_norm_moments_kernel[(groups, batch)](
         parts, moments, cells, cells_per_part, count, eps,
-        GROUPS=groups, SIZE=size, BLOCK_PARTS=triton.next_power_of_2(most_parts), num_warps=4,
+        GROUPS=groups, SIZE=size, BLOCK_PARTS=triton.next_power_of_2(max_parts), num_warps=4,
     )  # fmt: skip
     return moments
 
@@ -299,15 +299,11 @@ def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
     _check_map("group_norm", x, groups)
     for name, given in ("weight", weight), ("bias", bias):
         if given.shape != x.shape[1:2] or given.dtype != x.dtype:
-            raise ValueError(
-                f"group_norm: {name} is {tuple(given.shape)} {given.dtype}, expected {(x.shape[1],)} {x.dtype}"
-            )
+            raise mismatch("group_norm", name, given, x.shape[1:2], x.dtype)
     if moments is not None:
         shape, dtype = (x.shape[0], groups, 2), torch.promote_types(x.dtype, torch.float32)
         if moments.shape != shape or moments.dtype != dtype:
-            raise ValueError(
-                f"group_norm: moments are {tuple(moments.shape)} {moments.dtype}, expected {shape} {dtype}"
-            )
+            raise mismatch("group_norm", "moments", moments, shape, dtype)
     if moments is None and wants_gradient(x, weight, bias):
         return _Differentiated.apply(x, weight, bias, groups, eps, silu)
     return _group_norm(x, weight, bias, groups, eps, silu, moments)

@@ -22,13 +22,13 @@ memory-bound.
 import torch
 
 from . import configs
-from .backend import runs_kernel
+from .backend import check_devices, mismatch, runs_kernel
 from .norm import rows_contiguous
 from .registry import op
 from .triton_language import jit, tl, triton
 
 RENORMS = ("global", "channel", "text_channel")
-"""The norms to renormalise by; their places are what the ``parameters`` of :func:`cfg_euler_step` hold."""
+"""The norms to renormalise by; their indexes are what the ``cfg_table`` of :func:`cfg_euler_step` holds."""
 
 
 def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -60,9 +60,9 @@ def _renormalise(guided, cond, dim, smallest):
     return guided * (norm_cond / (norm_guided + 1e-8)).clamp(smallest, 1)
 
 
-def cfg_euler_step_reference(x, v, images, parameters, most_rows, guided=True):
+def cfg_euler_step_reference(x, v, image_table, cfg_table, max_rows, guided=True):
     """The formula, image by image, in PyTorch, for any device and dtype. Shapes as in :func:`cfg_euler_step`."""
-    for (first, rows, *branches), of_image in zip(images.tolist(), parameters.tolist(), strict=True):
+    for (first, rows, *branches), of_image in zip(image_table.tolist(), cfg_table.tolist(), strict=True):
         dt, text_scale, image_scale, renorm_min, renorm = of_image
         velocities = [v.narrow(0, branch, rows) for branch in branches]
         scales = (text_scale, image_scale) if guided else (1.0, 1.0)
@@ -182,39 +182,39 @@ def _step_kernel(
     tl.store(moved, x - v * tl.load(parameters), mask=inside)
 
 
-def _run_kernels(x, v, images, parameters, most_rows, guided):
+def _run_kernels(x, v, image_table, cfg_table, max_rows, guided):
     C = x.shape[1]
-    if not (len(images) and most_rows and C):
+    if not (len(image_table) and max_rows and C):
         return
-    v, images, parameters = rows_contiguous(v), images.contiguous(), parameters.contiguous()
+    v, image_table, cfg_table = rows_contiguous(v), image_table.contiguous(), cfg_table.contiguous()
     tiles = dict(configs.tiles("cfg_euler_step", "narrow" if C <= 4096 else "wide", x.device))
-    columns, most_parts = triton.next_power_of_2(C), tiles["PARTS"]
+    columns, max_parts = triton.next_power_of_2(C), tiles["PARTS"]
     rows = max(1, tiles.pop("ELEMENTS") // columns)
     tiles |= {"C": C, "ROWS": rows, "COLUMNS": columns}
-    programs = triton.cdiv(most_rows, rows)
+    programs = triton.cdiv(max_rows, rows)
     squares = None
     if guided:
-        squares = x.new_empty(len(images), 2, most_parts)
-        grid = min(programs, most_parts), len(images)
-        _squares_kernel[grid](v, images, parameters, squares, v.stride(0), **tiles)
-    grid = programs, len(images)
-    _step_kernel[grid](x, v, images, parameters, squares, v.stride(0), GUIDED=guided, **tiles)
+        squares = x.new_empty(len(image_table), 2, max_parts)
+        grid = min(programs, max_parts), len(image_table)
+        _squares_kernel[grid](v, image_table, cfg_table, squares, v.stride(0), **tiles)
+    grid = programs, len(image_table)
+    _step_kernel[grid](x, v, image_table, cfg_table, squares, v.stride(0), GUIDED=guided, **tiles)
 
 
-def _fake(x, v, images, parameters, most_rows, guided):
+def _fake(x, v, image_table, cfg_table, max_rows, guided):
     return None
 
 
 @op(
     "cfg_euler_step",
-    "(Tensor(a!) x, Tensor v, Tensor images, Tensor parameters, SymInt most_rows, bool guided) -> ()",
+    "(Tensor(a!) x, Tensor v, Tensor image_table, Tensor cfg_table, SymInt max_rows, bool guided) -> ()",
     kernel="triton",
     fake=_fake,
 )
-def _cfg_euler_step(x, v, images, parameters, most_rows, guided):
+def _cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided):
     kernels = runs_kernel(x) and runs_kernel(v)  # either may be float64
     run = _run_kernels if kernels else cfg_euler_step_reference
-    run(x, v, images, parameters, most_rows, guided)
+    run(x, v, image_table, cfg_table, max_rows, guided)
 
 
 def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -242,27 +242,26 @@ def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm
         raise ValueError(f"guided_velocity: image_scale={image_scale} guides away from v_no_img, which is None")
     for name, v in (("v_no_text", v_no_text), ("v_no_img", v_no_img)):
         if v is not None and (v.shape != v_cond.shape or v.dtype != v_cond.dtype):
-            expected = f"{tuple(v_cond.shape)} {v_cond.dtype}"
-            raise ValueError(f"guided_velocity: {name} is {tuple(v.shape)} {v.dtype}, expected {expected}")
+            raise mismatch("guided_velocity", name, v, v_cond.shape, v_cond.dtype)
     return guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min)
 
 
-def cfg_euler_step(x, v, images, parameters, most_rows, guided=True):
+def cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided=True):
     """Take one Euler step of every image along its guided velocity, in place: x becomes x - v dt.
 
-    The values of ``images`` and ``parameters`` are not checked, which would make the host wait: rows must lie inside
-    ``x`` and ``v``, and no two images share rows of ``x``. Rows of ``x`` that are no image's stay as they are.
+    The values of both tables are not checked, which would make the host wait: rows must lie inside ``x`` and ``v``, and
+    no two images share rows of ``x``. Rows of ``x`` that are no image's stay as they are.
 
     Args:
         x: [N, C] latents of all images, float32 or float64, contiguous; overwritten.
         v: [R, C] velocities of all branches, floating point.
-        images: int32 [I, 5]; of each image its first row in ``x``, its number of rows, and its first row in ``v`` under
-            every condition, without the text and without the images. A branch that its guidance does not use is not
-            read: any row will do, such as the first one's.
-        parameters: float32 [I, 5]; of each image dt (time from this step down to the next, positive when denoising),
-            text_scale, image_scale, renorm_min, all as in :func:`guided_velocity`, and the place of its renorm in
+        image_table: int32 [I, 5]; of each image its first row in ``x``, its number of rows, and its first row in ``v``
+            under every condition, without the text and without the images. A branch that its guidance does not use is
+            not read: any row will do, such as the first one's.
+        cfg_table: float32 [I, 5]; of each image dt (time from this step down to the next, positive when denoising),
+            text_scale, image_scale, renorm_min, all as in :func:`guided_velocity`, and the index of its renorm in
             ``RENORMS``.
-        most_rows: the largest number of rows of an image, or more.
+        max_rows: the largest number of rows of an image, or more.
         guided: False if no image is guided at this step, whatever the scales: only dt is read.
 
     Raises:
@@ -275,17 +274,12 @@ def cfg_euler_step(x, v, images, parameters, most_rows, guided=True):
             "[N, C] of float32 or float64"
         )
     if v.dim() != 2 or v.shape[1] != x.shape[1] or not v.is_floating_point():
-        raise ValueError(
-            f"cfg_euler_step: v is {tuple(v.shape)} {v.dtype}, expected [R, {x.shape[1]}] of a floating-point dtype"
-        )
-    expected = (images.shape[0] if images.dim() else 0, 5)
-    for name, given, dtype in (("images", images, torch.int32), ("parameters", parameters, torch.float32)):
-        if given.shape != expected or given.dtype != dtype:
-            found = f"{tuple(given.shape)} {given.dtype}"
-            raise ValueError(f"cfg_euler_step: {name} is {found}, expected {expected} {dtype}")
-    for name, given in (("v", v), ("images", images), ("parameters", parameters)):
-        if given.device != x.device:
-            raise ValueError(f"cfg_euler_step: {name} is on {given.device}, x on {x.device}")
-    if most_rows < 0:
-        raise ValueError(f"cfg_euler_step: most_rows={most_rows} is negative")
-    _cfg_euler_step(x, v, images, parameters, most_rows, guided)
+        raise mismatch("cfg_euler_step", "v", v, ("R", x.shape[1]), "of a floating-point dtype")
+    shape = (image_table.shape[0] if image_table.dim() else 0, 5)
+    for name, given, dtype in (("image_table", image_table, torch.int32), ("cfg_table", cfg_table, torch.float32)):
+        if given.shape != shape or given.dtype != dtype:
+            raise mismatch("cfg_euler_step", name, given, shape, dtype)
+    check_devices("cfg_euler_step", x=x, v=v, image_table=image_table, cfg_table=cfg_table)
+    if max_rows < 0:
+        raise ValueError(f"cfg_euler_step: max_rows must be 0 or more, got {max_rows}")
+    _cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided)

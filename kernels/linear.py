@@ -1,6 +1,7 @@
 """Routed linear layer: ``y = x w^T`` with a bias, a residual or a SwiGLU epilogue.
 
-Rows [0, G) of ``x`` multiply ``w_gen``, rows [G, T) multiply ``w_und``: two contiguous row ranges, no gather.
+Rows [0, G) of ``x`` multiply ``w_first``, rows [G, T) multiply ``w_rest``: two groups of contiguous rows, no gather. In
+a mixture of transformers a group is an expert's; other models have one group.
 
     none      y = x w^T + bias
     residual  y = residual + x w^T
@@ -10,39 +11,39 @@ SwiGLU weights (Shazeer 2020, arXiv:2002.05202) hold row 2i = gate i and row 2i+
 output meet in one tile of the product. Products accumulate in float32 or wider; the sum with bias or residual is
 rounded once to the input dtype; the reference rounds ``z`` and ``silu`` as well, as unfused layers do.
 
-Work: 2 T K N flops; traffic: both experts' weights once, x and y once.
+Work: 2 T K N flops; traffic: both weights once, x and y once.
 
-The kernel is one persistent launch over both experts: a tile of the output belongs to one of them and takes its weight
-by a choice between two descriptors (or pointers), once per tile. Tiles of ``und`` are spread evenly among those of
-``gen``, so that an expert of two rows, all weight traffic, streams while the other one, all arithmetic, computes. The
-gradient is in :mod:`bagel_rt.kernels.linear_backward`.
+The kernel is one persistent launch over both groups: a tile of the output belongs to one of them and takes its weight
+by a choice between two descriptors (or pointers), once per tile. Tiles of the second are spread evenly among those
+of the first, so that a group of two rows, all weight traffic, streams while the other one, all arithmetic, computes.
+The gradient is in :mod:`bagel_rt.kernels.linear_backward`.
 """
 
 import torch
 import torch.nn.functional as F
 
 from . import configs
-from .backend import runs_kernel, wants_gradient
+from .backend import mismatch, runs_kernel, wants_gradient
 from .linear_backward import linear_gradient
 from .registry import op
 from .triton_language import TensorDescriptor, descriptor_memory, dot, jit, tl, triton
 
 
-def linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
+def linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`linear`."""
     T = x.shape[0]
     if G == 0:
-        y = _product(x, w_und, bias_und if residual is None else residual)
+        y = _product(x, w_rest, bias_rest if residual is None else residual)
     elif G == T:
-        y = _product(x, w_gen, bias_gen if residual is None else residual)
+        y = _product(x, w_first, bias_first if residual is None else residual)
     else:
-        y = x.new_empty(T, w_gen.shape[0])
-        experts = (G, T - G)
-        x_gen, x_und = x.split_with_sizes(experts)
-        y_gen, y_und = y.split_with_sizes(experts)
-        add_gen, add_und = (bias_gen, bias_und) if residual is None else residual.split_with_sizes(experts)
-        _product(x_gen, w_gen, add_gen, y_gen)
-        _product(x_und, w_und, add_und, y_und)
+        y = x.new_empty(T, w_first.shape[0])
+        groups = (G, T - G)
+        x_first, x_rest = x.split_with_sizes(groups)
+        y_first, y_rest = y.split_with_sizes(groups)
+        add_first, add_rest = (bias_first, bias_rest) if residual is None else residual.split_with_sizes(groups)
+        _product(x_first, w_first, add_first, y_first)
+        _product(x_rest, w_rest, add_rest, y_rest)
     if swiglu:
         gate, up = y.view(T, y.shape[1] // 2, 2).unbind(-1)
         y = F.silu(gate.contiguous(), inplace=True).mul_(up)  # exp of every second number would take twice the time
@@ -56,15 +57,15 @@ def _product(x, w, addend, out=None):
 
 
 @jit
-def expert_of_tile(t, und_tiles, tiles):
-    """Whether tile t is of gen, and how many of und come before it: tile t is of und where floor(t und / all) grows."""
-    spread = t * und_tiles.to(tl.int64)
-    return spread % tiles + und_tiles < tiles, (spread // tiles).to(tl.int32)
+def group_of_tile(t, rest_tiles, tiles):
+    """Whether tile t is of the first group, and how many of the rest precede it: it is of the rest where that grows."""
+    spread = t * rest_tiles.to(tl.int64)
+    return spread % tiles + rest_tiles < tiles, (spread // tiles).to(tl.int32)
 
 
 @jit
 def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
-    """Row and column of an expert's tile: column by column of ``GROUP_M`` rows, whose x and few w tiles stay in L2."""
+    """Row and column of a group's tile: column by column of ``GROUP_M`` rows, whose x and few w tiles stay in L2."""
     group = tile // (GROUP_M * n_tiles) * GROUP_M
     height = tl.minimum(m_tiles - group, GROUP_M)
     within = tile % (GROUP_M * n_tiles)
@@ -74,7 +75,7 @@ def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
 @jit
 def _finish(z, bias, residual, y, first, row, rows, n, N, SWIGLU: tl.constexpr, DESCRIPTORS: tl.constexpr,
             TMA_STORE: tl.constexpr):  # fmt: skip
-    """Make outputs of float32 products from an expert's row ``row`` and its weight's row ``n`` on, and store them."""
+    """Make outputs of float32 products from a group's row ``row`` and its weight's row ``n`` on, and store them."""
     if bias is not None:
         columns = n + tl.arange(0, z.shape[1])
         z += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
@@ -92,20 +93,20 @@ def _finish(z, bias, residual, y, first, row, rows, n, N, SWIGLU: tl.constexpr, 
         else:
             z += tl.load(residual + corner + places, inside, 0.0).to(tl.float32)
     if TMA_STORE:
-        y.store([row, n], z.to(y.dtype))  # y ends where the expert's rows end
+        y.store([row, n], z.to(y.dtype))  # y ends where the group's rows end
     else:
         tl.store(y + corner + places, z.to(y.dtype.element_ty), inside)
 
 
 @jit(do_not_specialize=["T", "G"])
-def _linear_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y_gen, y_und, x_stride, T, G, N, K,
+def _linear_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y_first, y_rest, x_stride, T, G, N, K,
                    SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                    GROUP_M: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
                    TMA_STORE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr):  # fmt: skip
-    """All tiles of both experts. N: rows of a weight; the output has N columns, with SWIGLU N // 2. Switches:
+    """All tiles of both groups. N: rows of a weight; the output has N columns, with SWIGLU N // 2. Switches:
 
     BLOCK_M, BLOCK_N, BLOCK_K  tile of the product, and its step along K
-    GROUP_M          rows of tiles that an expert's order visits column by column
+    GROUP_M          rows of tiles that a group's order visits column by column
     HALVES           finish and store a tile as two halves of its columns: half the shared memory
     FLATTEN          one pipeline through the tiles, so that loads of the next one start in this one's epilogue
     DESCRIPTORS      "none": pointers. "host", "device": TMA descriptors of x, w, and with "host" of the residual, made
@@ -118,23 +119,23 @@ def _linear_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y_gen, y_und, 
     WIDTH: tl.constexpr = (BLOCK_N // 2 if SWIGLU else BLOCK_N) // (2 if HALVES else 1)
     if DESCRIPTORS == "device":
         x = tl.make_tensor_descriptor(x, [T, K], [x_stride, 1], [BLOCK_M, BLOCK_K])
-        w_gen = tl.make_tensor_descriptor(w_gen, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
-        w_und = tl.make_tensor_descriptor(w_und, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        w_first = tl.make_tensor_descriptor(w_first, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        w_rest = tl.make_tensor_descriptor(w_rest, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
         if TMA_STORE:
-            y_gen = tl.make_tensor_descriptor(y_gen, [G, columns], [columns, 1], [BLOCK_M, WIDTH])
-            y_und = tl.make_tensor_descriptor(y_und, [T - G, columns], [columns, 1], [BLOCK_M, WIDTH])
+            y_first = tl.make_tensor_descriptor(y_first, [G, columns], [columns, 1], [BLOCK_M, WIDTH])
+            y_rest = tl.make_tensor_descriptor(y_rest, [T - G, columns], [columns, 1], [BLOCK_M, WIDTH])
     n_tiles = tl.cdiv(N, BLOCK_N)
-    und_tiles = tl.cdiv(T - G, BLOCK_M) * n_tiles
-    tiles = tl.cdiv(G, BLOCK_M) * n_tiles + und_tiles
+    rest_tiles = tl.cdiv(T - G, BLOCK_M) * n_tiles
+    tiles = tl.cdiv(G, BLOCK_M) * n_tiles + rest_tiles
     k = tl.arange(0, BLOCK_K)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
-        is_gen, und_before = expert_of_tile(t, und_tiles, tiles)
-        if is_gen:  # becomes a select; a branch with loads or stores in it would end the pipeline
-            w, y, bias = w_gen, y_gen, bias_gen
+        is_first, rest_before = group_of_tile(t, rest_tiles, tiles)
+        if is_first:  # becomes a select; a branch with loads or stores in it would end the pipeline
+            w, y, bias = w_first, y_first, bias_first
         else:
-            w, y, bias = w_und, y_und, bias_und
-        first, rows = tl.where(is_gen, 0, G), tl.where(is_gen, G, T - G)
-        tile = tl.where(is_gen, t - und_before, und_before)
+            w, y, bias = w_rest, y_rest, bias_rest
+        first, rows = tl.where(is_first, 0, G), tl.where(is_first, G, T - G)
+        tile = tl.where(is_first, t - rest_before, rest_before)
         m_tile, n_tile = _place(tile, tl.cdiv(rows, BLOCK_M), n_tiles, GROUP_M)
         row, n = m_tile * BLOCK_M, n_tile * BLOCK_N
         if DESCRIPTORS == "none":  # rows past the end repeat the last one and are not stored
@@ -165,7 +166,7 @@ _SIZES = {"few": 16, "some": 64, "hundreds": 512}
 
 
 def shape_class(x, G, residual, swiglu, aligned):
-    """Name the entry of the table for a call: rows of the larger expert and epilogue ("bias" is for none, too).
+    """Name the entry of the table for a call: rows of the larger group and epilogue ("bias" is for none, too).
 
     "unaligned", for what TMA cannot address, always takes the path of pointers.
     """
@@ -178,32 +179,32 @@ def shape_class(x, G, residual, swiglu, aligned):
     return f"{size} {'swiglu' if swiglu else 'bias' if residual is None else 'residual'}"
 
 
-def _fake(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
-    N = w_gen.shape[0]
+def _fake(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
+    N = w_first.shape[0]
     return x.new_empty(x.shape[0], N // 2 if swiglu else N)
 
 
 @op(
     "linear",
-    "(Tensor x, Tensor w_gen, Tensor w_und, Tensor? bias_gen, Tensor? bias_und, Tensor? residual, SymInt G, "
+    "(Tensor x, Tensor w_first, Tensor w_rest, Tensor? bias_first, Tensor? bias_rest, Tensor? residual, SymInt G, "
     "bool swiglu) -> Tensor",
     kernel="triton",
     fake=_fake,
     gradient=linear_gradient,
 )
-def _linear(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
-    if runs_kernel(x, w_gen, w_und, bias_gen, bias_und, residual) and x.numel() and w_gen.numel():
+def _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
+    if runs_kernel(x, w_first, w_rest, bias_first, bias_rest, residual) and x.numel() and w_first.numel():
         x = x if x.stride(1) == 1 else x.contiguous()
-        columns = w_gen.shape[0] // (2 if swiglu else 1)
-        matrices = [x] + [t.contiguous() for t in (w_gen, w_und, residual) if t is not None]
+        columns = w_first.shape[0] // (2 if swiglu else 1)
+        matrices = [x] + [t.contiguous() for t in (w_first, w_rest, residual) if t is not None]
         aligned = columns * x.itemsize % 16 == 0 and all(map(_suits_tma, matrices))
         tiles = configs.tiles("linear", shape_class(x, G, residual, swiglu, aligned), x.device)
         if tiles is not None:
             y = x.new_empty(x.shape[0], columns)
-            biases = [bias if bias is None else bias.contiguous() for bias in (bias_gen, bias_und)]
+            biases = [bias if bias is None else bias.contiguous() for bias in (bias_first, bias_rest)]
             _launch_kernel(*matrices[:3], *biases, *(matrices[3:] or [None]), y, G, swiglu, **tiles)
             return y
-    return linear_reference(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
+    return linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu)
 
 
 def _suits_tma(matrix):
@@ -213,39 +214,42 @@ def _suits_tma(matrix):
     return aligned and apart == 1 and rows_apart >= matrix.shape[1]
 
 
-def _launch_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, y, G, swiglu, *, PROGRAMS, **tiles):
+def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, swiglu, *, PROGRAMS, **tiles):
     """One launch with the tiles of the table; ``PROGRAMS`` programs share a multiprocessor."""
     T, K = x.shape
-    N = w_gen.shape[0]
+    N = w_first.shape[0]
     height, width, depth = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     x_stride = x.stride(0)
-    y_gen = y_und = y
+    y_first = y_rest = y
     if tiles["TMA_STORE"] and 0 < G < T:
-        y_gen, y_und = y.split_with_sizes((G, T - G))
+        y_first, y_rest = y.split_with_sizes((G, T - G))
     if tiles["DESCRIPTORS"] == "host":
         x = TensorDescriptor.from_tensor(x, [height, depth])
-        w_gen, w_und = (TensorDescriptor.from_tensor(w, [width, depth]) for w in (w_gen, w_und))
+        w_first, w_rest = (TensorDescriptor.from_tensor(w, [width, depth]) for w in (w_first, w_rest))
         part = [height, width // (1 + swiglu) // (1 + tiles["HALVES"])]
         if residual is not None:
             residual = TensorDescriptor.from_tensor(residual, part)
         if tiles["TMA_STORE"]:
-            y_gen, y_und = (TensorDescriptor.from_tensor(y, part) for y in (y_gen, y_und))
+            y_first, y_rest = (TensorDescriptor.from_tensor(y, part) for y in (y_first, y_rest))
     elif tiles["DESCRIPTORS"] == "device":
         descriptor_memory(y.device)
     count = (triton.cdiv(G, height) + triton.cdiv(T - G, height)) * triton.cdiv(N, width)
     programs = min(count, PROGRAMS * configs.multiprocessors(y.device))
-    _linear_kernel[(programs,)](x, w_gen, w_und, bias_gen, bias_und, residual, y_gen, y_und, x_stride, T, G, N, K,
-                                SWIGLU=swiglu, **tiles)  # fmt: skip
+    _linear_kernel[(programs,)](
+        x, w_first, w_rest, bias_first, bias_rest, residual, y_first, y_rest, x_stride, T, G, N, K,
+        SWIGLU=swiglu, **tiles,
+    )  # fmt: skip
 
 
-def linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, swiglu=False):
-    """Multiply packed rows, each with its expert's weight. Differentiable.
+def linear(x, w_first, w_rest=None, bias_first=None, bias_rest=None, *, G=None, residual=None, swiglu=False):
+    """Multiply packed rows, each group with its own weight, or all with one. Differentiable.
 
     Args:
         x: [T, K], floating point.
-        w_gen, w_und: [N, K], dtype of ``x``; with ``swiglu`` N is even and rows alternate gate, up.
-        bias_gen, bias_und: [N] like the weights, or both None. Not together with ``residual``.
-        G: number of generation rows, 0 <= G <= T.
+        w_first, w_rest: [N, K], dtype of ``x``, of rows [0, G) and [G, T); with ``swiglu`` N is even and rows alternate
+            gate, up. Without ``w_rest`` all rows take ``w_first`` and ``bias_first``.
+        bias_first, bias_rest: [N] like the weights, or both None. Not together with ``residual``.
+        G: number of rows of the first group, 0 <= G <= T; ignored without ``w_rest``.
         residual: [T, N] like ``x``, added to the product, or None. Not together with ``swiglu``.
         swiglu: fold pairs of columns into silu(gate) * up.
 
@@ -256,37 +260,39 @@ def linear(x, w_gen, w_und, bias_gen=None, bias_und=None, *, G, residual=None, s
         ValueError: shapes, dtypes or G disagree, or the epilogues exclude each other; the message names the offender.
     """
     T, K = x.shape
-    N = w_gen.shape[0]
+    N = w_first.shape[0]
     dtype = x.dtype
-    if not 0 <= G <= T:
-        raise ValueError(f"linear: G={G} generation rows, but x has {T} rows")
-    for name, w in (("w_gen", w_gen), ("w_und", w_und)):
+    if w_rest is None:
+        w_rest, bias_rest, G = w_first, bias_first, T
+    if G is None or not 0 <= G <= T:
+        raise ValueError(f"linear: G must be from 0 to {T}, the rows of x, got {G}")
+    for name, w in (("w_first", w_first), ("w_rest", w_rest)):
         if w.shape != (N, K) or w.dtype != dtype:
-            raise ValueError(f"linear: {name} is {tuple(w.shape)} {w.dtype}, expected {(N, K)} {dtype}")
-    if bias_gen is not None or bias_und is not None:
-        for name, bias in (("bias_gen", bias_gen), ("bias_und", bias_und)):
+            raise mismatch("linear", name, w, (N, K), dtype)
+    if bias_first is not None or bias_rest is not None:
+        for name, bias in (("bias_first", bias_first), ("bias_rest", bias_rest)):
             if bias is None:
                 raise ValueError(f"linear: {name} is None but the other bias is given; pass both or neither")
             if bias.shape != (N,) or bias.dtype != dtype:
-                raise ValueError(f"linear: {name} is {tuple(bias.shape)} {bias.dtype}, expected {(N,)} {dtype}")
+                raise mismatch("linear", name, bias, (N,), dtype)
     if residual is not None:
-        if bias_gen is not None or swiglu:
+        if bias_first is not None or swiglu:
             raise ValueError(f"linear: residual excludes {'swiglu' if swiglu else 'a bias'}; apply them in two calls")
         if residual.shape != (T, N) or residual.dtype != dtype:
-            raise ValueError(f"linear: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, N)} {dtype}")
+            raise mismatch("linear", "residual", residual, (T, N), dtype)
     if swiglu and N % 2:
         raise ValueError(f"linear: swiglu pairs weight rows (gate, up), but there are {N} rows")
-    if swiglu and wants_gradient(x, w_gen, w_und, bias_gen, bias_und):
-        return _differentiable_swiglu(x, w_gen, w_und, bias_gen, bias_und, G)
-    return _linear(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu)
+    if swiglu and wants_gradient(x, w_first, w_rest, bias_first, bias_rest):
+        return _differentiable_swiglu(x, w_first, w_rest, bias_first, bias_rest, G)
+    return _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu)
 
 
-def _differentiable_swiglu(x, w_gen, w_und, bias_gen, bias_und, G):
+def _differentiable_swiglu(x, w_first, w_rest, bias_first, bias_rest, G):
     """Gates and ups are told apart in the weights, which are smaller than the products and need no strides then."""
-    half = w_gen.shape[0] // 2
+    half = w_first.shape[0] // 2
     parts = [
         None if t is None else t.unflatten(0, (half, 2)).transpose(0, 1).flatten(0, 1)
-        for t in (w_gen, w_und, bias_gen, bias_und)
+        for t in (w_first, w_rest, bias_first, bias_rest)
     ]
     gate, up = _linear(x, *parts, None, G, False).split_with_sizes((half, half), 1)
     return F.silu(gate) * up

@@ -1,4 +1,4 @@
-"""Gradient of the routed linear layer. With x, w and dy of each expert's rows:
+"""Gradient of the routed linear layer. With x, w and dy of each group's rows:
 
     dx = dy w        dw = dy^T x        dbias = sum of dy over the rows        dresidual = dy
 
@@ -11,26 +11,26 @@ import torch
 import torch.nn.functional as F
 
 
-def linear_backward(grad, x, w_gen, w_und, G, needs_dx=True):
+def linear_backward(grad, x, w_first, w_rest, G, needs_dx=True):
     """The formula, in PyTorch, for any device and dtype.
 
     Args:
         grad: [T, N], of the result.
-        x, w_gen, w_und, G: as given to :func:`bagel_rt.kernels.linear.linear`.
+        x, w_first, w_rest, G: as given to :func:`bagel_rt.kernels.linear.linear`.
         needs_dx: whether dx is wanted; None otherwise.
 
     Returns:
-        (dx [T, K], dw_gen [N, K], dw_und [N, K]).
+        (dx [T, K], dw_first [N, K], dw_rest [N, K]).
     """
     T, K = x.shape
-    experts, grad = (G, T - G), grad.contiguous()
+    groups, grad = (G, T - G), grad.contiguous()
     dx = x.new_empty(T, K) if needs_dx else None
     dw = []
-    for number, w in enumerate((w_gen, w_und)):
-        own_grad, own_x = (rows.split_with_sizes(experts)[number] for rows in (grad, x))
+    for number, w in enumerate((w_first, w_rest)):
+        own_grad, own_x = (rows.split_with_sizes(groups)[number] for rows in (grad, x))
         dw.append(own_grad.t() @ own_x)
         if needs_dx:
-            torch.mm(own_grad, w, out=dx.split_with_sizes(experts)[number])
+            torch.mm(own_grad, w, out=dx.split_with_sizes(groups)[number])
     return dx, *dw
 
 
@@ -47,14 +47,14 @@ def _before_swiglu(grad, *given, G):
 
 
 def _backward(ctx, grad):
-    x, w_gen, w_und, bias, _ = given = ctx.saved_tensors
+    x, w_first, w_rest, bias, _ = given = ctx.saved_tensors
     if ctx.swiglu:
         grad = _before_swiglu(grad, *given, G=ctx.G)
-    dx, dw_gen, dw_und = linear_backward(grad, x, w_gen, w_und, ctx.G, ctx.needs_input_grad[0])
+    dx, dw_first, dw_rest = linear_backward(grad, x, w_first, w_rest, ctx.G, ctx.needs_input_grad[0])
     biases = [None, None]
     if bias is not None:
         biases = [own.sum(0) for own in grad.split_with_sizes((ctx.G, len(grad) - ctx.G))]
-    return dx, dw_gen, dw_und, *biases, grad if ctx.adds_residual else None, None, None
+    return dx, dw_first, dw_rest, *biases, grad if ctx.adds_residual else None, None, None
 
 
 linear_gradient = _backward, _keep

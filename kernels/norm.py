@@ -1,9 +1,8 @@
 """Routed RMSNorm with residual: ``y = (x + r) / rms(x + r) * w``, ``rms(a) = sqrt(mean(a^2) + eps)``.
 
-Rows [0, G) of a packed batch belong to the generation expert and take ``w_gen``; rows [G, T) belong to the
-understanding expert and take ``w_und``. Statistics are float32 (float64 for float64 rows); the normalised value is
-rounded to the input dtype *before* the weight, as in Qwen2 (Zhang & Sennrich 2019, arXiv:1910.07467; order:
-transformers Qwen2RMSNorm).
+Rows [0, G) of a packed batch take ``w_first``, rows [G, T) take ``w_rest``: in a mixture of transformers the rows of
+two experts. Statistics are float32 (float64 for float64 rows); the normalised value is rounded to the input dtype
+*before* the weight, as in Qwen2 (Zhang & Sennrich 2019, arXiv:1910.07467; order: transformers Qwen2RMSNorm).
 
 The kernel holds whole rows in registers: one row a program, a few if rows are narrow. Traffic: reads x and r, writes y
 and x + r, each [T, H]; memory-bound. The gradient is in :mod:`bagel_rt.kernels.norm_backward`.
@@ -13,34 +12,34 @@ import torch
 import torch.nn.functional as F
 
 from . import configs
-from .backend import runs_kernel
+from .backend import mismatch, runs_kernel
 from .norm_backward import add_rms_norm_gradient, rms_norm_gradient
 from .registry import op
 from .triton_language import jit, tl, triton
 
 
-def rms_norm_reference(x, residual, w_gen, w_und, G, eps):
+def rms_norm_reference(x, residual, w_first, w_rest, G, eps):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`rms_norm`."""
     summed = x if residual is None else (x + residual).contiguous()
     normed = F.rms_norm(summed, summed.shape[1:], None, eps)  # without a weight it rounds once, after the division
-    return scale_rows_(normed, w_gen, w_und, G), summed
+    return scale_rows_(normed, w_first, w_rest, G), summed
 
 
-def scale_rows_(x, w_gen, w_und, G):
-    """Multiply rows [0, G) by ``w_gen`` and the others by ``w_und``, in place; return ``x``."""
+def scale_rows_(x, w_first, w_rest, G):
+    """Multiply rows [0, G) by ``w_first`` and the others by ``w_rest``, in place; return ``x``."""
     if G == 0:
-        return x.mul_(w_und)
+        return x.mul_(w_rest)
     if G == x.shape[0]:
-        return x.mul_(w_gen)
+        return x.mul_(w_first)
     gen, und = x.split_with_sizes((G, x.shape[0] - G))
-    gen.mul_(w_gen)
-    und.mul_(w_und)
+    gen.mul_(w_first)
+    und.mul_(w_rest)
     return x
 
 
 @jit(do_not_specialize=["T", "G"])
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, w_gen_ptr, w_und_ptr, y_ptr, summed_ptr, x_stride, residual_stride, T, G, eps,
+    x_ptr, residual_ptr, w_first_ptr, w_rest_ptr, y_ptr, summed_ptr, x_stride, residual_stride, T, G, eps,
     H: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of H <= BLOCK columns a program. All loads come before the sum, so that none waits for it."""
@@ -51,7 +50,7 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
-    w_ptr = tl.where(row < G, w_gen_ptr, w_und_ptr)
+    w_ptr = tl.where(row < G, w_first_ptr, w_rest_ptr)
     w = tl.load(w_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")  # every row reads it again
     if HAS_RESIDUAL:
         summed = (x + residual.to(tl.float32)).to(dtype)
@@ -62,7 +61,7 @@ def _rms_norm_kernel(
     tl.store(y_ptr + row * H + column, (normed * w.to(tl.float32)).to(dtype), mask=inside)
 
 
-def _run_kernel(x, residual, w_gen, w_und, G, eps):
+def _run_kernel(x, residual, w_first, w_rest, G, eps):
     """(y, x + residual); the second is None without a residual."""
     T, H = x.shape
     x = rows_contiguous(x)
@@ -73,7 +72,7 @@ def _run_kernel(x, residual, w_gen, w_und, G, eps):
     if T and H:
         tiles = configs.tiles("rms_norm", "narrow" if H <= 1024 else "wide" if H <= 8192 else "widest", x.device)
         _rms_norm_kernel[(triton.cdiv(T, tiles["ROWS"]),)](
-            x, residual, w_gen.contiguous(), w_und.contiguous(), y, summed,
+            x, residual, w_first.contiguous(), w_rest.contiguous(), y, summed,
             x.stride(0), 0 if residual is None else residual.stride(0), T, G, eps,
             H=H, HAS_RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(H), **tiles,
         )  # fmt: skip
@@ -85,46 +84,46 @@ def rows_contiguous(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _fake_rms_norm(x, w_gen, w_und, G, eps):
+def _fake_rms_norm(x, w_first, w_rest, G, eps):
     return x.new_empty(x.shape)
 
 
 @op(
     "rms_norm",
-    "(Tensor x, Tensor w_gen, Tensor w_und, SymInt G, float eps) -> Tensor",
+    "(Tensor x, Tensor w_first, Tensor w_rest, SymInt G, float eps) -> Tensor",
     kernel="triton",
     fake=_fake_rms_norm,
     gradient=rms_norm_gradient,
 )
-def _rms_norm(x, w_gen, w_und, G, eps):
-    run = _run_kernel if runs_kernel(x, w_gen, w_und) else rms_norm_reference
-    return run(x, None, w_gen, w_und, G, eps)[0]
+def _rms_norm(x, w_first, w_rest, G, eps):
+    run = _run_kernel if runs_kernel(x, w_first, w_rest) else rms_norm_reference
+    return run(x, None, w_first, w_rest, G, eps)[0]
 
 
-def _fake_add_rms_norm(x, residual, w_gen, w_und, G, eps):
+def _fake_add_rms_norm(x, residual, w_first, w_rest, G, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @op(
     "add_rms_norm",
-    "(Tensor x, Tensor residual, Tensor w_gen, Tensor w_und, SymInt G, float eps) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor residual, Tensor w_first, Tensor w_rest, SymInt G, float eps) -> (Tensor, Tensor)",
     kernel="triton",
     fake=_fake_add_rms_norm,
     gradient=add_rms_norm_gradient,
 )
-def _add_rms_norm(x, residual, w_gen, w_und, G, eps):
-    run = _run_kernel if runs_kernel(x, residual, w_gen, w_und) else rms_norm_reference
-    return run(x, residual, w_gen, w_und, G, eps)
+def _add_rms_norm(x, residual, w_first, w_rest, G, eps):
+    run = _run_kernel if runs_kernel(x, residual, w_first, w_rest) else rms_norm_reference
+    return run(x, residual, w_first, w_rest, G, eps)
 
 
-def rms_norm(x, residual, w_gen, w_und, G, eps):
-    """Normalise packed rows, each with its expert's weight. Differentiable.
+def rms_norm(x, residual, w_first, w_rest=None, G=None, eps=1e-6):
+    """Normalise packed rows, each group with its own weight, or all with one. Differentiable.
 
     Args:
         x: [T, H], floating point.
         residual: [T, H] like ``x``, or None.
-        w_gen, w_und: [H], dtype of ``x``.
-        G: number of generation rows, 0 <= G <= T.
+        w_first, w_rest: [H], dtype of ``x``, of rows [0, G) and [G, T). Without ``w_rest`` all rows take ``w_first``.
+        G: number of rows of the first group, 0 <= G <= T; ignored without ``w_rest``.
         eps: added to the mean square.
 
     Returns:
@@ -134,13 +133,15 @@ def rms_norm(x, residual, w_gen, w_und, G, eps):
         ValueError: shapes, dtypes or G disagree; the message names the offender.
     """
     T, H = shape = x.shape
-    if not 0 <= G <= T:
-        raise ValueError(f"rms_norm: G={G} generation rows, but x has {T} rows")
-    for name, w in ("w_gen", w_gen), ("w_und", w_und):
+    if w_rest is None:
+        w_rest, G = w_first, T
+    if G is None or not 0 <= G <= T:
+        raise ValueError(f"rms_norm: G must be from 0 to {T}, the rows of x, got {G}")
+    for name, w in ("w_first", w_first), ("w_rest", w_rest):
         if w.shape != (H,) or w.dtype != x.dtype:
-            raise ValueError(f"rms_norm: {name} is {tuple(w.shape)} {w.dtype}, expected {(H,)} {x.dtype}")
+            raise mismatch("rms_norm", name, w, (H,), x.dtype)
     if residual is None:
-        return _rms_norm(x, w_gen, w_und, G, eps), x
+        return _rms_norm(x, w_first, w_rest, G, eps), x
     if residual.shape != shape or residual.dtype != x.dtype:
-        raise ValueError(f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected {(T, H)} {x.dtype}")
-    return _add_rms_norm(x, residual, w_gen, w_und, G, eps)
+        raise mismatch("rms_norm", "residual", residual, (T, H), x.dtype)
+    return _add_rms_norm(x, residual, w_first, w_rest, G, eps)

@@ -3,7 +3,8 @@
 Each row of ``qkv`` holds Hq query heads, then Hkv key heads, then Hkv value heads, of D channels. Every query and key
 head ``h`` becomes
 
-    x = h / sqrt(mean(h^2) + eps) * w          w: one [D] row per head, from norm_gen for rows [0, G), else norm_und
+    x = h / sqrt(mean(h^2) + eps) * w          w: one [D] row per head, from norm_first for rows [0, G), else norm_rest;
+                                               x = h without QK-norm
     (a, b) = halves of x  ->  (a cos - b sin, b cos + a sin)
 
 (QK-norm: Henry et al. 2020, arXiv:2010.04245, with RMSNorm; RoPE: Su et al. 2021, arXiv:2104.09864, half-split pairing
@@ -18,22 +19,24 @@ import torch
 import torch.nn.functional as F
 
 from . import configs
-from .backend import runs_kernel, wants_gradient
+from .backend import mismatch, runs_kernel, wants_gradient
 from .norm import rows_contiguous, scale_rows_
 from .qk_norm_rope_backward import qk_norm_rope_backward
 from .registry import op
 from .triton_language import jit, tl, triton
 
 
-def qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+def qk_norm_rope_reference(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`qk_norm_rope`."""
     T = qkv.shape[0]
     _, Hkv, D = k_cache.shape
-    heads = norm_gen.shape[0]
+    heads = qkv.shape[1] // D - Hkv
     qk, v = qkv.view(T, heads + Hkv, D).split_with_sizes((heads, Hkv), 1)
     if qk.dtype.itemsize < 4:
         qk = qk.float()
-    x = scale_rows_(F.rms_norm(qk, (D,), None, eps), norm_gen, norm_und, G).view(T, heads, 2, D // 2)
+    if norm_first is not None:
+        qk = scale_rows_(F.rms_norm(qk, (D,), None, eps), norm_first, norm_rest, G)
+    x = qk.reshape(T, heads, 2, D // 2)
 
     rotated = x * cos.view(T, 1, 1, D // 2)
     a, b = x.unbind(2)
@@ -53,7 +56,7 @@ def qk_norm_rope_reference(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_
 
 @jit(do_not_specialize=["G", "S"], do_not_specialize_on_alignment=["slots_ptr"])  # a decoded token's slot is a view
 def _qk_norm_rope_kernel(
-    qkv_ptr, norm_gen_ptr, norm_und_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, qkv_stride,
+    qkv_ptr, norm_first_ptr, norm_rest_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, qkv_stride,
     k_slot_stride, k_head_stride, k_column_stride, v_slot_stride, v_head_stride, v_column_stride, S, G, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -70,20 +73,22 @@ def _qk_norm_rope_kernel(
 
     head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < HQ + HKV) & (i < D // 2)
-    norm_ptr = tl.where(row < G, norm_gen_ptr, norm_und_ptr) + head * D + i
     a = tl.load(qkv_ptr + head * D + i, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(qkv_ptr + head * D + D // 2 + i, mask=inside, other=0.0).to(tl.float32)
-    norm_a = tl.load(norm_ptr, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    norm_b = tl.load(norm_ptr + D // 2, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if norm_first_ptr is not None:
+        norm_ptr = tl.where(row < G, norm_first_ptr, norm_rest_ptr) + head * D + i
+        norm_a = tl.load(norm_ptr, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        norm_b = tl.load(norm_ptr + D // 2, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     cos = tl.load(cos_ptr + row * (D // 2) + i, mask=i < D // 2, other=0.0)
     sin = tl.load(sin_ptr + row * (D // 2) + i, mask=i < D // 2, other=0.0)
     kv_head, channel = tl.arange(0, KV_HEADS)[:, None], tl.arange(0, CHANNELS)[None, :]
     kept = (kv_head < HKV) & (channel < D)
     v = tl.load(qkv_ptr + (HQ + HKV + kv_head) * D + channel, mask=kept)
 
-    scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
-    a *= scale * norm_a
-    b *= scale * norm_b
+    if norm_first_ptr is not None:
+        scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
+        a *= scale * norm_a
+        b *= scale * norm_b
     rotated_a = (a * cos - b * sin).to(dtype)
     rotated_b = (b * cos + a * sin).to(dtype)
 
@@ -97,17 +102,18 @@ def _qk_norm_rope_kernel(
     tl.store(v_ptr, v, mask=kept & stored)
 
 
-def _run_kernel(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+def _run_kernel(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
     T, (S, Hkv, D) = qkv.shape[0], k_cache.shape
-    Hq = norm_gen.shape[0] - Hkv
+    Hq = qkv.shape[1] // D - 2 * Hkv
     q = qkv.new_empty(T, Hq, D)
     if T == 0:
         return q
     heads, half = triton.next_power_of_2(Hq + Hkv), triton.next_power_of_2(D // 2)
     tiles = configs.tiles("qk_norm_rope", "narrow" if heads * half <= 2048 else "wide", qkv.device)
     qkv = rows_contiguous(qkv)
+    norms = (None, None) if norm_first is None else (norm_first.contiguous(), norm_rest.contiguous())
     _qk_norm_rope_kernel[(T,)](
-        qkv, norm_gen.contiguous(), norm_und.contiguous(), cos.contiguous(), sin.contiguous(), slots.contiguous(),
+        qkv, *norms, cos.contiguous(), sin.contiguous(), slots.contiguous(),
         q, k_cache, v_cache, qkv.stride(0), *k_cache.stride(), *v_cache.stride(), S, G, eps,
         HQ=Hq, HKV=Hkv, D=D, HEADS=heads, HALF=half, KV_HEADS=triton.next_power_of_2(Hkv),
         CHANNELS=triton.next_power_of_2(D), **tiles,
@@ -115,56 +121,57 @@ def _run_kernel(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, e
     return q
 
 
-def _fake(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+def _fake(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
     _, Hkv, D = k_cache.shape
-    return qkv.new_empty(qkv.shape[0], norm_gen.shape[0] - Hkv, D)
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // D - 2 * Hkv, D)
 
 
 @op(
     "qk_norm_rope",
-    "(Tensor qkv, Tensor norm_gen, Tensor norm_und, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) k_cache, "
+    "(Tensor qkv, Tensor? norm_first, Tensor? norm_rest, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, SymInt G, float eps) -> Tensor",
     kernel="triton",
     fake=_fake,
 )
-def _qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
-    run = _run_kernel if runs_kernel(qkv, norm_gen, norm_und) else qk_norm_rope_reference
-    return run(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+def _qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+    run = _run_kernel if runs_kernel(qkv, norm_first, norm_rest) else qk_norm_rope_reference
+    return run(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)
 
 
 class _Differentiable(torch.autograd.Function):
     """The op with its gradient. Torch's registry takes no gradient of an op that writes to what it is given."""
 
     @staticmethod
-    def forward(ctx, qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
-        q = _qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
-        ctx.save_for_backward(qkv, norm_gen, norm_und, cos, sin, slots)
+    def forward(ctx, qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+        q = _qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)
+        ctx.save_for_backward(qkv, norm_first, norm_rest, cos, sin, slots)
         ctx.numbers = (G, eps)
         ctx.mark_dirty(k_cache, v_cache)
         return q, k_cache, v_cache
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        qkv, norm_gen, norm_und, cos, sin, slots = ctx.saved_tensors
-        gradients = qk_norm_rope_backward(dq, dk, dv, qkv, norm_gen, norm_und, cos, sin, slots, *ctx.numbers)
+        qkv, norm_first, norm_rest, cos, sin, slots = ctx.saved_tensors
+        gradients = qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slots, *ctx.numbers)
         before = [None, None]  # what was in the written slots no longer matters
         if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
             before = [grad.index_fill(0, slots, 0) for grad in (dk, dv)]
         return *gradients, None, None, None, *before, None, None
 
 
-def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps):
+def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
     """Normalise and rotate query and key heads; store keys and values in the cache.
 
     Differentiable, also through the caches, if those are neither leaves that want a gradient nor views of others.
 
     Args:
         qkv: [T, (Hq + 2 Hkv) * D], floating point: query heads, key heads, value heads.
-        norm_gen, norm_und: [Hq + Hkv, D], dtype of ``qkv``: one weight row per query head, then per key head.
+        norm_first, norm_rest: [Hq + Hkv, D], dtype of ``qkv``, of rows [0, G) and [G, T): one weight row per query
+            head, then per key head. Without ``norm_rest`` all rows take ``norm_first``; both None is no QK-norm.
         cos, sin: [T, D / 2] float32 (or float64 with float64 ``qkv``), at each row's RoPE position.
         slots: [T] int64, distinct: the cache slot each row's key and value go to.
         k_cache, v_cache: [S, Hkv, D], dtype of ``qkv``; written in place.
-        G: number of generation rows, 0 <= G <= T.
+        G: number of rows of the first group, 0 <= G <= T; ignored without ``norm_rest``.
         eps: added to the mean square.
 
     Returns:
@@ -178,32 +185,32 @@ def qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, 
     T, width = qkv.shape
     _, Hkv, D = k_cache.shape
     dtype = qkv.dtype
-    if not 0 <= G <= T:
-        raise ValueError(f"qk_norm_rope: G={G} generation rows, but qkv has {T} rows")
+    if norm_rest is None:
+        norm_rest, G = norm_first, T
+    if G is None or not 0 <= G <= T:
+        raise ValueError(f"qk_norm_rope: G must be from 0 to {T}, the rows of qkv, got {G}")
     if D == 0 or D % 2:
         raise ValueError(f"qk_norm_rope: head_dim D={D} is not a positive even number; RoPE rotates pairs of channels")
     heads = width // D - Hkv
     if heads <= Hkv or width % D:
-        raise ValueError(f"qk_norm_rope: qkv has {width} columns, expected (Hq + 2*{Hkv}) * {D} with Hq >= 1")
+        raise ValueError(f"qk_norm_rope: qkv must have (Hq + 2*{Hkv}) * {D} columns with Hq >= 1, got {width}")
     for name, tensor, shape in (
-        ("norm_gen", norm_gen, (heads, D)),
-        ("norm_und", norm_und, (heads, D)),
+        ("norm_first", norm_first, (heads, D)),
+        ("norm_rest", norm_rest, (heads, D)),
         ("v_cache", v_cache, k_cache.shape),
     ):
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"qk_norm_rope: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} {dtype}"
-            )
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+            raise mismatch("qk_norm_rope", name, tensor, shape, dtype)
+    if norm_first is None and norm_rest is not None:
+        raise ValueError("qk_norm_rope: norm_first is None but norm_rest is given; pass both, norm_first or neither")
     if k_cache.dtype != dtype:
-        raise ValueError(f"qk_norm_rope: k_cache is {k_cache.dtype}, expected {dtype} like qkv")
+        raise mismatch("qk_norm_rope", "k_cache", k_cache, k_cache.shape, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (T, D // 2) or table.dtype not in (torch.float32, wide):
-            raise ValueError(
-                f"qk_norm_rope: {name} is {tuple(table.shape)} {table.dtype}, expected {(T, D // 2)} torch.float32"
-            )
+            raise mismatch("qk_norm_rope", name, table, (T, D // 2), torch.float32)
     if slots.shape != (T,) or slots.dtype != torch.int64:
-        raise ValueError(f"qk_norm_rope: slots is {tuple(slots.shape)} {slots.dtype}, expected {(T,)} torch.int64")
-    if wants_gradient(qkv, norm_gen, norm_und, k_cache, v_cache):
-        return _Differentiable.apply(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)[0]
-    return _qk_norm_rope(qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache, G, eps)
+        raise mismatch("qk_norm_rope", "slots", slots, (T,), torch.int64)
+    if wants_gradient(qkv, norm_first, norm_rest, k_cache, v_cache):
+        return _Differentiable.apply(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)[0]
+    return _qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)

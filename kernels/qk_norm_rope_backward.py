@@ -1,7 +1,7 @@
 """Gradient of QK-norm and RoPE. A head's gradient is rotated back, then led through the norm:
 
     (da, db) = (ga cos + gb sin, gb cos - ga sin)        g = (da, db), the gradient of n w, n = h / rms(h)
-    dh = s (g w - n (g w . n) / D), s = 1 / rms(h)       dw = sum of g n over the rows of its expert, for each head
+    dh = s (g w - n (g w . n) / D), s = 1 / rms(h)       dw = sum of g n over the rows of its group, for each head
 
 Values pass untouched. Arithmetic is float32 or wider, rounded once. The forward keeps the projection.
 """
@@ -10,22 +10,23 @@ import torch
 import torch.nn.functional as F
 
 
-def qk_norm_rope_backward(dq, dk, dv, qkv, norm_gen, norm_und, cos, sin, slots, G, eps):
+def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slots, G, eps):
     """The formula, in PyTorch, for any device and dtype.
 
     Args:
         dq: [T, Hq, D], of the queries.
         dk, dv: [S, Hkv, D], of the caches after the op.
-        qkv, norm_gen, norm_und, cos, sin, slots, G, eps: as given to
+        qkv, norm_first, norm_rest, cos, sin, slots, G, eps: as given to
             :func:`bagel_rt.kernels.qk_norm_rope.qk_norm_rope`.
 
     Returns:
-        (dqkv like ``qkv``, dnorm_gen, dnorm_und [Hq + Hkv, D]), in the dtype of ``qkv``.
+        (dqkv like ``qkv``, dnorm_first, dnorm_rest [Hq + Hkv, D]), in the dtype of ``qkv``; None for no QK-norm.
     """
     T, Hq, D = dq.shape
-    Hkv, heads, half = dk.shape[1], norm_gen.shape[0], D // 2
+    Hkv, half = dk.shape[1], D // 2
+    heads = Hq + Hkv
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    experts = (G, T - G)
+    groups = (G, T - G)
     g = torch.cat([dq, dk.index_select(0, slots)], 1).to(wide).view(T, heads, 2, half)
     ga, gb = g.unbind(2)
     sin = sin.unsqueeze(1)
@@ -34,14 +35,17 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_gen, norm_und, cos, sin, slots, 
     rotated[:, :, 1].addcmul_(ga, sin, value=-1)
     g = rotated.view(T, heads, D)
 
+    dqkv = torch.empty_like(qkv).view(T, heads + Hkv, D)
+    dqkv[:, heads:] = dv.index_select(0, slots)
+    if norm_first is None:
+        dqkv[:, :heads] = g
+        return dqkv.view_as(qkv), None, None
     x = qkv.view(T, heads + Hkv, D)[:, :heads].to(wide)
     normed = F.rms_norm(x, (D,), None, eps)
     scale = torch.linalg.vector_norm(x, dim=2, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
-    dnorm = [own.sum(0).to(qkv.dtype) for own in (g * normed).split_with_sizes(experts)]
-    for part, w in zip(torch.split(g, experts), (norm_gen, norm_und), strict=True):
+    dnorm = [own.sum(0).to(qkv.dtype) for own in (g * normed).split_with_sizes(groups)]
+    for part, w in zip(torch.split(g, groups), (norm_first, norm_rest), strict=True):
         part.mul_(w)
     normed.mul_(torch.linalg.vecdot(g, normed).div_(-D).unsqueeze(2))
-    dqkv = torch.empty_like(qkv).view(T, heads + Hkv, D)
     dqkv[:, :heads] = normed.add_(g).mul_(scale)
-    dqkv[:, heads:] = dv.index_select(0, slots)
     return dqkv.view_as(qkv), *dnorm

@@ -94,6 +94,26 @@ def extension_device(request):
     return device
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """Record the launches of one of the extension's kernels; to be called after ``extension_device`` has loaded it."""
+    from bagel_rt.kernels import extension
+
+    def watch(kernel):
+        seen, module = [], extension.EXTENSION
+
+        class Watched:
+            def __getattr__(self, name):
+                if name == kernel:
+                    return lambda *args: seen.append(name) or getattr(module, name)(*args)
+                return getattr(module, name)
+
+        monkeypatch.setattr(extension, "EXTENSION", Watched())
+        return seen
+
+    return watch
+
+
 def _interpret_dynamic_ranges():
     """Triton 3.6's interpreter takes a one-element array for the end of a range, which NumPy 2.4 no longer does."""
     from triton.runtime import interpreter

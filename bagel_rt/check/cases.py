@@ -39,8 +39,8 @@ def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str = "non
     biases = (values(N), values(N)) if epilogue == "bias" else (None, None)
     residual = values(T, N) if epilogue == "residual" else None
 
-    def call(x, w_gen, w_und, bias_gen, bias_und, residual, G, swiglu):
-        return (linear(x, w_gen, w_und, bias_gen, bias_und, G=G, residual=residual, swiglu=swiglu),)
+    def call(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
+        return (linear(x, w_first, w_rest, bias_first, bias_rest, G=G, residual=residual, swiglu=swiglu),)
 
     def reference(*arguments):
         return (linear_reference(*arguments),)

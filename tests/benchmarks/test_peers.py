@@ -242,12 +242,12 @@ def test_sequence_order_puts_the_first_understanding_row_first():
     assert peers.sequence_positions(2, 2, CPU).tolist() == [0, 1]
 
 
-def wrong(x, w_gen, w_und, *biases, G, **_):
-    return peers.Contender(lambda: x @ w_und.t(), peers.one)
+def wrong(x, w_first, w_rest, *biases, G, **_):
+    return peers.Contender(lambda: x @ w_rest.t(), peers.one)
 
 
-def nothing(x, w_gen, w_und, *biases, G, **_):
-    return peers.Contender(lambda: x @ w_und.t() * torch.nan, peers.one)
+def nothing(x, w_first, w_rest, *biases, G, **_):
+    return peers.Contender(lambda: x @ w_rest.t() * torch.nan, peers.one)
 
 
 def test_a_failing_or_wrong_contender_is_a_line_and_never_the_best_peer(monkeypatch):
@@ -356,9 +356,9 @@ def test_each_call_of_a_rotation_has_inputs_of_its_own(monkeypatch):
     seen, clock = [], measure.Clock(CPU, 0, 1)
     clock.cache = 4500
 
-    def spy(x, w_gen, w_und, *biases, residual, **options):
-        seen.append((x.data_ptr(), w_und.data_ptr(), residual.data_ptr()))
-        return peers.reference_linear(x, w_gen, w_und, *biases, residual=residual, **options)
+    def spy(x, w_first, w_rest, *biases, residual, **options):
+        seen.append((x.data_ptr(), w_rest.data_ptr(), residual.data_ptr()))
+        return peers.reference_linear(x, w_first, w_rest, *biases, residual=residual, **options)
 
     monkeypatch.setitem(kernels.PEERS, "linear", {"spy": spy})
     rows = list(kernels.measure(WORKLOAD["linear with a residual"], clock))

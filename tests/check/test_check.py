@@ -81,25 +81,25 @@ def test_the_table_ends_with_the_machine():
     assert f"torch {torch.__version__}" in versions
 
 
-def off_by_a_bit(x, w_gen, w_und, G, eps):
-    return rms_norm_reference(x, None, w_gen, w_und, G, eps)[0] * (1 + 2**-5)
+def off_by_a_bit(x, w_first, w_rest, G, eps):
+    return rms_norm_reference(x, None, w_first, w_rest, G, eps)[0] * (1 + 2**-5)
 
 
-def nan_in_one_row(x, w_gen, w_und, G, eps):
-    y, _ = rms_norm_reference(x, None, w_gen, w_und, G, eps)
+def nan_in_one_row(x, w_first, w_rest, G, eps):
+    y, _ = rms_norm_reference(x, None, w_first, w_rest, G, eps)
     y[0] = torch.nan
     return y
 
 
-def one_row_too_few(x, w_gen, w_und, G, eps):
+def one_row_too_few(x, w_first, w_rest, G, eps):
     return x[1:]
 
 
-def out_of_resources(x, w_gen, w_und, G, eps):
+def out_of_resources(x, w_first, w_rest, G, eps):
     raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
 
-def does_not_compile(x, w_gen, w_und, G, eps):
+def does_not_compile(x, w_first, w_rest, G, eps):
     raise RuntimeError("at 3:4:\n    x = y\n        ^\nNameError('y is not defined')")
 
 
@@ -170,8 +170,8 @@ def test_sizes_that_only_a_gpu_runs_fit_their_references(case):
     assert check._error(call(), reference()) <= case.allowed(torch.bfloat16)
 
 
-def without_the_last_of_depth(x, w_gen, w_und, *others):
-    return linear_reference(x[:, :-64], w_gen[:, :-64], w_und[:, :-64], *others)
+def without_the_last_of_depth(x, w_first, w_rest, *others):
+    return linear_reference(x[:, :-64], w_first[:, :-64], w_rest[:, :-64], *others)
 
 
 def without_the_last_of_9064_keys(q, k, v, starts, lengths, scale):

@@ -51,7 +51,7 @@ namespace cuda_on_host {
 
 constexpr unsigned LANES = 32;
 constexpr std::size_t STACK_BYTES = 256 * 1024;
-constexpr std::size_t MOST_SHARED_BYTES = 232448;  // a block's on sm_90
+constexpr std::size_t MAX_SHARED_BYTES = 232448;  // a block's on sm_90
 
 struct Span {
   void* begin;
@@ -233,7 +233,7 @@ inline void run(dim3 grid, dim3 threads, std::size_t shared_bytes, std::function
   if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error("a grid or block of no, or of too many, threads");
   }
-  if (shared_bytes > MOST_SHARED_BYTES) throw std::runtime_error("too much shared memory");
+  if (shared_bytes > MAX_SHARED_BYTES) throw std::runtime_error("too much shared memory");
   if (block != nullptr) throw std::runtime_error("two launches at once");
   Block running;
   running.kernel = std::move(kernel);

@@ -205,14 +205,14 @@ def test_the_reference_refuses_spans_past_the_cache():
 
 WRONG = {
     "heads-that-do-not-group": ({"q": torch.zeros(3, 5, 16)}, "5 query heads do not divide into groups over 2"),
-    "head-dim": ({"k_cache": torch.zeros(8, 2, 32)}, r"k_cache is \(8, 2, 32\) torch.float32, expected \(8, 2, 16\)"),
-    "shorter-values": ({"v_cache": torch.zeros(7, 2, 16)}, r"v_cache is \(7, 2, 16\) torch.float32, expected \(8,"),
-    "cache-dtype": ({"v_cache": torch.zeros(8, 2, 16).half()}, "v_cache is .* torch.float16, expected .*float32"),
-    "limits-of-other-rows": ({"limits": int32([8] * 4)}, r"limits is \(4,\) torch.int32, expected \(3,\) torch.int32"),
-    "int64-limits": ({"limits": torch.tensor([8] * 3)}, r"limits is \(3,\) torch.int64"),
-    "int64-blocks": ({"blocks": torch.zeros(1, 7).long()}, r"blocks is \(1, 7\) torch.int64, expected \(n, 7\)"),
+    "head-dim": ({"k_cache": torch.zeros(8, 2, 32)}, r"k_cache must be \(8, 2, 16\).*got \(8, 2, 32\) torch.float32"),
+    "shorter-values": ({"v_cache": torch.zeros(7, 2, 16)}, r"v_cache must be \(8,.*got \(7, 2, 16\) torch.float32"),
+    "cache-dtype": ({"v_cache": torch.zeros(8, 2, 16).half()}, "v_cache must be .*float32.*got .* torch.float16"),
+    "limits-of-other-rows": ({"limits": int32([8] * 4)}, r"limits must be \(3,\) torch.int32.*got \(4,\) torch.int32"),
+    "int64-limits": ({"limits": torch.tensor([8] * 3)}, r"limits must be .*got \(3,\) torch.int64"),
+    "int64-blocks": ({"blocks": torch.zeros(1, 7).long()}, r"blocks must be \(n, 7\).*got \(1, 7\) torch.int64"),
     "negative-scale": ({"scale": -1.0}, "scale=-1.0 is not a positive number"),
-    "short-blocks": ({"blocks": int32([[0, 3, 0, 8, 8]])}, r"blocks is \(1, 5\) torch.int32, expected \(n, 7\)"),
+    "short-blocks": ({"blocks": int32([[0, 3, 0, 8, 8]])}, r"blocks must be \(n, 7\).*got \(1, 5\) torch.int32"),
 }  # fmt: skip
 
 

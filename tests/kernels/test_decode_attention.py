@@ -226,12 +226,12 @@ def test_refuses_a_range_past_the_cache():
 
 WRONG = {
     "heads-that-do-not-group": ({"q": torch.zeros(2, 3, 16)}, "3 query heads do not divide into groups over 2"),
-    "head-dim": ({"k_cache": torch.zeros(8, 2, 32)}, r"k_cache is \(8, 2, 32\) torch.float32, expected \(8, 2, 16\)"),
-    "cache-dtype": ({"v_cache": torch.zeros(8, 2, 16).half()}, "v_cache is .* torch.float16, expected .*float32"),
-    "one-start-for-all": ({"starts": torch.tensor([0])}, r"starts is \(1,\) torch.int64, expected \(2,\)"),
+    "head-dim": ({"k_cache": torch.zeros(8, 2, 32)}, r"k_cache must be \(8, 2, 16\).*got \(8, 2, 32\) torch.float32"),
+    "cache-dtype": ({"v_cache": torch.zeros(8, 2, 16).half()}, "v_cache must be .*float32.*got .* torch.float16"),
+    "one-start-for-all": ({"starts": torch.tensor([0])}, r"starts must be \(2,\).*got \(1,\) torch.int64"),
     "zero-scale": ({"scale": 0.0}, "scale=0.0 is not a positive number"),
     "another-device": ({"starts": torch.tensor([0, 0], device="meta")}, "starts is on meta, q on cpu; move starts"),
-    "float-lengths": ({"lengths": torch.ones(2)}, r"lengths is \(2,\) torch.float32, expected \(2,\) int32 or int64"),
+    "float-lengths": ({"lengths": torch.ones(2)}, r"lengths must be \(2,\) int32 or int64.*got \(2,\) torch.float32"),
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def arguments(B, H, Hq, Hkv, D, dtype=torch.bfloat16, device="cpu"):
 
 
 def wide(tensors):
-    return [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
 def assert_close(got, want, dtype):
@@ -45,7 +45,7 @@ def assert_close(got, want, dtype):
 def check(given):
     """q and the caches equal the formula in float64, slots of others stay; returns q."""
     slots = given[7]
-    expected = [tensor.clone() for tensor in wide(given)]
+    expected = [None if tensor is None else tensor.clone() for tensor in wide(given)]
     q = decode_qkv(*given, EPS)
     want = decode_qkv_reference(*expected, EPS)
     assert q.is_contiguous()
@@ -57,30 +57,10 @@ def check(given):
     return q
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The launches of the extension's kernel, to be read after ``extension_device`` has loaded it."""
-    seen = []
-
-    def watch():
-        module = extension.EXTENSION
-
-        class Watched:
-            def __getattr__(self, name):
-                if name == "decode_qkv":
-                    return lambda *args: seen.append(name) or module.decode_qkv(*args)
-                return getattr(module, name)
-
-        monkeypatch.setattr(extension, "EXTENSION", Watched())
-        return seen
-
-    return watch
-
-
 @pytest.mark.parametrize("dtype", extension.DTYPES)
 @pytest.mark.parametrize("B, H, Hq, Hkv, D", SHAPES.values(), ids=SHAPES)
 def test_matches_float64(extension_device, launches, B, H, Hq, Hkv, D, dtype):
-    seen = launches()
+    seen = launches("decode_qkv")
     given = arguments(B, H, Hq, Hkv, D, dtype, extension_device)
     check(given)
     assert seen == ["decode_qkv"]
@@ -130,7 +110,7 @@ def test_a_slot_outside_the_cache_is_not_stored(extension_device):
 
 
 def test_caches_and_tables_that_are_parts_of_larger_tensors(extension_device, launches):
-    seen = launches()
+    seen = launches("decode_qkv")
     given = arguments(3, 64, 4, 2, 32, device=extension_device)
     want = decode_qkv(*given, EPS)
     by_slot = torch.full((SLOTS + 2, 4, 40), 7.0, dtype=torch.bfloat16, device=extension_device)
@@ -147,9 +127,10 @@ def test_caches_and_tables_that_are_parts_of_larger_tensors(extension_device, la
 
 
 def test_other_calls_are_composed_of_other_ops(extension_device, launches):
-    seen = launches()
+    seen = launches("decode_qkv")
     for given in (
         arguments(9, 64, 2, 1, 16, device=extension_device),
+        arguments(16, 64, 2, 1, 16, device=extension_device),
         arguments(0, 64, 2, 1, 16, device=extension_device),
         arguments(2, 36, 2, 1, 16, device=extension_device),  # rows of 72 bytes
         arguments(2, 64, 2, 1, 24, device=extension_device),  # heads that are no multiple of 16
@@ -161,6 +142,14 @@ def test_other_calls_are_composed_of_other_ops(extension_device, launches):
     given = arguments(2, 64, 2, 1, 16, torch.float32, extension_device)
     columns = [cache.repeat_interleave(2, -1)[..., ::2] for cache in given[-2:]]
     check([*given[:8], *columns])
+    assert seen == []
+
+
+@pytest.mark.parametrize("without", [{3}, {4}, {3, 4}], ids=["bias", "qk-norm", "both"])
+def test_bias_and_qk_norm_may_be_missing(extension_device, launches, without):
+    seen = launches("decode_qkv")
+    given = arguments(2, 64, 4, 2, 16, torch.float32, extension_device)
+    check([None if place in without else tensor for place, tensor in enumerate(given)])
     assert seen == []
 
 
@@ -187,16 +176,16 @@ def test_refuses():
         )
     )
     for name, changed, message in (
-        ("norm", given["norm"][1:], r"norm is \(63,\) torch.float32, expected \(64,\) torch.float32"),
-        ("w", given["w"][:, 1:], r"w is \(64, 63\) torch.float32, expected \(64, 64\) torch.float32"),
-        ("w", given["w"][:40], r"w has 40 rows, expected \(Hq \+ 2\*1\) \* 16 with Hq >= 1"),
-        ("w", given["w"][:32], r"w has 32 rows, expected \(Hq \+ 2\*1\) \* 16 with Hq >= 1"),
-        ("bias", given["bias"].half(), r"bias is \(64,\) torch.float16, expected \(64,\) torch.float32"),
-        ("qk_norm", given["qk_norm"][1:], r"qk_norm is \(2, 16\) torch.float32, expected \(3, 16\) torch.float32"),
-        ("cos", given["cos"][1:], r"cos is \(1, 8\) torch.float32, expected \(2, 8\) torch.float32"),
-        ("sin", given["sin"].double(), r"sin is \(2, 8\) torch.float64, expected \(2, 8\) torch.float32"),
-        ("slots", given["slots"].int(), r"slots is \(2,\) torch.int32, expected \(2,\) torch.int64"),
-        ("v_cache", given["v_cache"][1:], r"v_cache is \(23, 1, 16\) torch.float32, expected \(24, 1, 16\) torch.fl"),
+        ("norm", given["norm"][1:], r"norm must be \(64,\) torch.float32.*got \(63,\) torch.float32"),
+        ("w", given["w"][:, 1:], r"w must be \(64, 64\) torch.float32.*got \(64, 63\) torch.float32"),
+        ("w", given["w"][:40], r"w must have \(Hq \+ 2\*1\) \* 16 rows.*got 40"),
+        ("w", given["w"][:32], r"w must have \(Hq \+ 2\*1\) \* 16 rows.*got 32"),
+        ("bias", given["bias"].half(), r"bias must be \(64,\) torch.float32.*got \(64,\) torch.float16"),
+        ("qk_norm", given["qk_norm"][1:], r"qk_norm must be \(3, 16\) torch.float32.*got \(2, 16\) torch.float32"),
+        ("cos", given["cos"][1:], r"cos must be \(2, 8\) torch.float32.*got \(1, 8\) torch.float32"),
+        ("sin", given["sin"].double(), r"sin must be \(2, 8\) torch.float32.*got \(2, 8\) torch.float64"),
+        ("slots", given["slots"].int(), r"slots must be \(2,\) torch.int64.*got \(2,\) torch.int32"),
+        ("v_cache", given["v_cache"][1:], r"v_cache must be \(24, 1, 16\) torch.fl.*got \(23, 1, 16\) torch.float32"),
         ("slots", given["slots"].to("meta"), "slots is on meta, x on cpu; move slots there"),
         ("k_cache", given["k_cache"].to("meta"), "k_cache is on meta, x on cpu; move k_cache there"),
         ("k_cache", given["k_cache"][..., 1:], "head_dim D=15 is not a positive even number"),

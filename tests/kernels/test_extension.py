@@ -146,14 +146,14 @@ def test_the_emulation_has_nan_where_the_kernel_before_has_not_written(trial):
 
 def test_a_launch_that_fails_names_kernel_and_shapes(emulated_extension):
     x, w = torch.zeros(1, 64), torch.zeros(4, 64)
-    product = emulated_extension.Product(False, x.data_ptr() + 4, 0, w.data_ptr(), 64, 64, 1, 64, 4, 1e-6)
+    product = emulated_extension.GemvArgs(False, x.data_ptr() + 4, 0, w.data_ptr(), 64, 64, 1, 64, 4, 1e-6)
     with pytest.raises(RuntimeError, match=r"decode_linear of \[1, 64\] by \[4, 64\]: a vector at an address"):
         emulated_extension.decode_linear(product, 0, False, w.data_ptr(), 0)
 
 
 def test_more_rows_than_kernels_take_are_an_error(emulated_extension):
     with pytest.raises(RuntimeError, match="9 rows; the kernel takes at most 8"):
-        emulated_extension.normalised_bytes(emulated_extension.Product(True, 0, 16, 0, 64, 64, 9, 64, 4, 1e-6))
+        emulated_extension.normalised_bytes(emulated_extension.GemvArgs(True, 0, 16, 0, 64, 64, 9, 64, 4, 1e-6))
 
 
 def test_check_covers_the_emulated_kernels(emulated_extension, monkeypatch):
@@ -323,7 +323,7 @@ for dtype in (torch.float32, torch.bfloat16):
 print("right")
 sys.stdout.flush()
 x, w, y = torch.randn(1, 64), torch.randn(4, 64), torch.randn(1, 8)
-wrong = extension.EXTENSION.Product(False, x.data_ptr(), 0, w.data_ptr(), 64, 64, 1, 64, 8, 1e-6)  # w has 4 rows
+wrong = extension.EXTENSION.GemvArgs(False, x.data_ptr(), 0, w.data_ptr(), 64, 64, 1, 64, 8, 1e-6)  # w has 4 rows
 extension.EXTENSION.decode_linear(wrong, 0, False, y.data_ptr(), 0)
 print("not reached")
 """

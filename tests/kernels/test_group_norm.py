@@ -126,10 +126,10 @@ BAD = {
     "an-empty-map": (lambda: group_norm(X[:, :, :0], W, W, 2, EPS), "C, H and W not 0"),
     "groups-that-do-not-divide": (lambda: group_norm(X, W, W, 3, EPS), "3 groups, but x has 8 channels"),
     "no-groups": (lambda: group_norm_moments(X, 0, EPS), "group_norm_moments: 0 groups"),
-    "another-weight": (lambda: group_norm(X, W[:7], W, 2, EPS), r"weight is \(7,\) torch.float32, expected \(8,\)"),
-    "another-dtype": (lambda: group_norm(X, W, W.half(), 2, EPS), r"bias is \(8,\) torch.float16, expected"),
+    "another-weight": (lambda: group_norm(X, W[:7], W, 2, EPS), r"weight must be \(8,\).*got \(7,\) torch.float32"),
+    "another-dtype": (lambda: group_norm(X, W, W.half(), 2, EPS), r"bias must be .*got \(8,\) torch.float16"),
     "moments-of-other-groups": (
-        lambda: group_norm(X, W, W, 2, EPS, moments=torch.zeros(1, 4, 2)), r"moments are \(1, 4, 2\) .* \(1, 2, 2\)",
+        lambda: group_norm(X, W, W, 2, EPS, moments=torch.zeros(1, 4, 2)), r"moments must be \(1, 2, 2\) .*\(1, 4, 2\)",
     ),
 }  # fmt: skip
 

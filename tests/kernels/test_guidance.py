@@ -212,7 +212,7 @@ BATCH = [  # rows, text scale, image scale, renorm, renorm_min, branches that ar
 
 
 def batch(C, dtype, device):
-    """(x, v, images, parameters, most_rows) of ``BATCH``, with gaps between the images of x and branches of v.
+    """(x, v, images, parameters, max_rows) of ``BATCH``, with gaps between the images of x and branches of v.
 
     The branches lie in v the last image's first, none of them where the one before ends. What is nobody's is NaN.
     """
@@ -372,9 +372,9 @@ def test_names_the_argument_of_a_velocity_that_does_not_fit():
         guided_velocity(v, None, None, 4.0, 1.0, "global", 0.0)
     with pytest.raises(ValueError, match="image_scale=2.0 guides away from v_no_img, which is None"):
         guided_velocity(v, v, None, 4.0, 2.0, "global", 0.0)
-    with pytest.raises(ValueError, match=r"v_no_text is \(3, 8\) torch.float32, expected \(4, 8\) torch.float32"):
+    with pytest.raises(ValueError, match=r"v_no_text must be \(4, 8\) torch.float32.*got \(3, 8\) torch.float32"):
         guided_velocity(v, v[:3], None, 4.0, 1.0, "global", 0.0)
-    with pytest.raises(ValueError, match="v_no_img is .* torch.bfloat16, expected .* torch.float32"):
+    with pytest.raises(ValueError, match="v_no_img must be .* torch.float32.*got .* torch.bfloat16"):
         guided_velocity(v, v, v.bfloat16(), 4.0, 2.0, "global", 0.0)
 
 
@@ -384,15 +384,15 @@ def test_names_the_argument_of_a_velocity_that_does_not_fit():
         pytest.param(0, torch.zeros(4, 8).half(), r"x is \(4, 8\) torch.float16; .* contiguous \[N, C\]", id="half"),
         pytest.param(0, torch.zeros(8, 4).t(), r"x is \(4, 8\) torch.float32, not contiguous; ", id="columns first"),
         pytest.param(0, torch.zeros(1, 4, 8), r"x is \(1, 4, 8\) torch.float32; ", id="dimensions"),
-        pytest.param(1, torch.zeros(4, 7), r"v is \(4, 7\) torch.float32, expected \[R, 8\]", id="width"),
-        pytest.param(1, torch.zeros(4, 8).int(), r"v is \(4, 8\) torch.int32, expected \[R, 8\] of a float", id="int"),
-        pytest.param(2, torch.zeros(1, 5).long(), r"images is \(1, 5\) torch.int64, expected \(1, 5\) t", id="int64"),
-        pytest.param(2, torch.zeros(1, 4).int(), r"images is \(1, 4\) torch.int32, expected \(1, 5\) t", id="columns"),
-        pytest.param(2, torch.tensor(0).int(), r"images is \(\) torch.int32, expected \(0, 5\)", id="scalar"),
-        pytest.param(3, torch.zeros(2, 5), r"parameters is \(2, 5\) torch.float32, expected \(1, 5\)", id="images"),
-        pytest.param(3, torch.zeros(1, 5).double(), "parameters is .* torch.float64, expected .*32", id="double"),
-        pytest.param(3, torch.zeros(1, 5, device="meta"), "parameters is on meta, x on cpu", id="device"),
-        pytest.param(4, -1, "most_rows=-1 is negative", id="negative"),
+        pytest.param(1, torch.zeros(4, 7), r"v must be \(R, 8\).*got \(4, 7\) torch.float32", id="width"),
+        pytest.param(1, torch.zeros(4, 8).int(), r"v must be \(R, 8\) of a float.*got \(4, 8\) torch.int32", id="int"),
+        pytest.param(2, torch.zeros(1, 5).long(), r"image_table must be .*got \(1, 5\) torch.int64", id="int64"),
+        pytest.param(2, torch.zeros(1, 4).int(), r"image_table must be .*got \(1, 4\) torch.int32", id="columns"),
+        pytest.param(2, torch.tensor(0).int(), r"image_table must be \(0, 5\).*got \(\) torch.int32", id="scalar"),
+        pytest.param(3, torch.zeros(2, 5), r"cfg_table must be \(1, 5\).*got \(2, 5\) torch.float32", id="images"),
+        pytest.param(3, torch.zeros(1, 5).double(), "cfg_table must be .*32.*got .* torch.float64", id="double"),
+        pytest.param(3, torch.zeros(1, 5, device="meta"), "cfg_table is on meta, x on cpu", id="device"),
+        pytest.param(4, -1, "max_rows must be 0 or more, got -1", id="negative"),
     ],
 )
 def test_names_the_argument_of_a_step_that_does_not_fit(place, wrong, message):

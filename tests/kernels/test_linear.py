@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bagel_rt.kernels import configs, linear
-from bagel_rt.kernels.linear import _launch_kernel, expert_of_tile, linear_reference, shape_class
+from bagel_rt.kernels.linear import _launch_kernel, group_of_tile, linear_reference, shape_class
 from bagel_rt.kernels.triton_language import jit, tl
 
 SHAPES = [
@@ -21,20 +21,20 @@ def values(seed, *shape, dtype=torch.float32):
 
 
 def arguments(T, K, N, epilogue, dtype, device):
-    """x, w_gen, w_und with outputs of order one, and the keyword arguments of an epilogue."""
-    x, w_gen, w_und = values(1, T, K), values(2, N, K) / K**0.5, values(3, N, K) / K**0.5
+    """x, w_first, w_rest with outputs of order one, and the keyword arguments of an epilogue."""
+    x, w_first, w_rest = values(1, T, K), values(2, N, K) / K**0.5, values(3, N, K) / K**0.5
     extra = {"swiglu": "swiglu" in epilogue}
     if "bias" in epilogue:
-        extra |= {"bias_gen": values(4, N).to(device, dtype), "bias_und": values(5, N).to(device, dtype)}
+        extra |= {"bias_first": values(4, N).to(device, dtype), "bias_rest": values(5, N).to(device, dtype)}
     if epilogue == "residual":
         extra |= {"residual": values(6, T, N).to(device, dtype)}
-    return tuple(t.to(device, dtype) for t in (x, w_gen, w_und)), extra
+    return tuple(t.to(device, dtype) for t in (x, w_first, w_rest)), extra
 
 
-def by_the_book(x, w_gen, w_und, G, bias_gen=None, bias_und=None, residual=None, swiglu=False):
+def by_the_book(x, w_first, w_rest, G, bias_first=None, bias_rest=None, residual=None, swiglu=False):
     rows = []
     for r in range(len(x)):
-        w, bias = (w_gen, bias_gen) if r < G else (w_und, bias_und)
+        w, bias = (w_first, bias_first) if r < G else (w_rest, bias_rest)
         row = (w.double() * x[r].double()).sum(1)
         if bias is not None:
             row = row + bias.double()
@@ -44,7 +44,7 @@ def by_the_book(x, w_gen, w_und, G, bias_gen=None, bias_und=None, residual=None,
             gate, up = row[0::2], row[1::2]
             row = gate / (1 + torch.exp(-gate)) * up
         rows.append(row)
-    return torch.stack(rows) if rows else x.new_zeros(0, len(w_gen) // (2 if swiglu else 1), dtype=torch.float64)
+    return torch.stack(rows) if rows else x.new_zeros(0, len(w_first) // (2 if swiglu else 1), dtype=torch.float64)
 
 
 def assert_matches(y, expected):
@@ -60,6 +60,18 @@ def test_matches_the_formula_in_float64(T, G, K, N, epilogue, dtype, device):
     y = linear(*args, G=G, **extra)
     assert y.dtype == dtype and y.is_contiguous()
     assert_matches(y, by_the_book(*args, G, **extra))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_one_weight_serves_all_rows(epilogue, device):
+    (x, w, _), extra = arguments(7, 16, 8, epilogue, torch.float32, device)
+    extra.pop("bias_rest", None)
+    assert_matches(linear(x, w, **extra), by_the_book(x, w, None, len(x), **extra))
+
+
+def test_two_weights_need_a_split():
+    with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got None"):
+        linear(torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4, 8))
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
@@ -98,19 +110,19 @@ def test_refuses_epilogues_that_exclude_each_other():
 
 def test_names_the_argument_that_does_not_fit():
     x, w, b = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4)
-    with pytest.raises(ValueError, match="G=4 generation rows, but x has 3 rows"):
+    with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got 4"):
         linear(x, w, w, G=4)
-    with pytest.raises(ValueError, match=r"w_gen is \(4, 7\) torch.float32, expected \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"w_first must be \(4, 8\).*got \(4, 7\) torch.float32"):
         linear(x, w[:, :7], w, G=1)
-    with pytest.raises(ValueError, match=r"w_und is \(5, 8\) torch.float32, expected \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"w_rest must be \(4, 8\).*got \(5, 8\) torch.float32"):
         linear(x, w, torch.zeros(5, 8), G=1)
-    with pytest.raises(ValueError, match="w_gen is .* torch.bfloat16, expected .* torch.float32"):
+    with pytest.raises(ValueError, match="w_first must be .* torch.float32.*got .* torch.bfloat16"):
         linear(x, w.bfloat16(), w.bfloat16(), G=1)
-    with pytest.raises(ValueError, match="bias_und is None but the other bias is given"):
+    with pytest.raises(ValueError, match="bias_rest is None but the other bias is given"):
         linear(x, w, w, b, G=1)
-    with pytest.raises(ValueError, match=r"bias_gen is \(3,\) torch.float32, expected \(4,\)"):
+    with pytest.raises(ValueError, match=r"bias_first must be \(4,\).*got \(3,\) torch.float32"):
         linear(x, w, w, b[:3], b, G=1)
-    with pytest.raises(ValueError, match=r"residual is \(3, 5\) torch.float32, expected \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"residual must be \(3, 4\).*got \(3, 5\) torch.float32"):
         linear(x, w, w, G=1, residual=torch.zeros(3, 5))
     with pytest.raises(ValueError, match="swiglu pairs weight rows .* but there are 3 rows"):
         linear(x, w[:3], w[:3], G=1, swiglu=True)
@@ -132,11 +144,11 @@ PATHS = {
 }
 
 
-def launch(x, w_gen, w_und, G, bias_gen=None, bias_und=None, residual=None, swiglu=False, **tiles):
+def launch(x, w_first, w_rest, G, bias_first=None, bias_rest=None, residual=None, swiglu=False, **tiles):
     """Run the kernel on a frame of NaN; return the output and what is left of the frame, two rows above and below."""
-    columns = len(w_gen) // (2 if swiglu else 1)
+    columns = len(w_first) // (2 if swiglu else 1)
     frame = x.new_full((len(x) + 4, columns), float("nan"))
-    _launch_kernel(x, w_gen, w_und, bias_gen, bias_und, residual, frame[2:-2], G, swiglu, **(SMALL | tiles))
+    _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, frame[2:-2], G, swiglu, **(SMALL | tiles))
     return frame[2:-2], torch.cat([frame[:2], frame[-2:]])
 
 
@@ -204,17 +216,17 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_x_of_any_layout_is_read_right(layout, asked, kernels):
-    (x, w_gen, w_und), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
+    (x, w_first, w_rest), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
     shape_class, lay_out = LAYOUTS[layout]
     x = lay_out(x)
-    assert_matches(linear(x, w_gen, w_und, G=4), by_the_book(x, w_gen, w_und, 4))
+    assert_matches(linear(x, w_first, w_rest, G=4), by_the_book(x, w_first, w_rest, 4))
     assert asked == [shape_class]
 
 
-@pytest.mark.parametrize("odd", ["w_gen", "w_und", "residual"])
+@pytest.mark.parametrize("odd", ["w_first", "w_rest", "residual"])
 def test_weights_and_residual_may_be_misaligned(odd, asked, kernels):
-    (x, w_gen, w_und), extra = arguments(6, 40, 48, "residual", torch.float16, kernels)
-    tensors = {"w_gen": w_gen, "w_und": w_und, "residual": extra["residual"]}
+    (x, w_first, w_rest), extra = arguments(6, 40, 48, "residual", torch.float16, kernels)
+    tensors = {"w_first": w_first, "w_rest": w_rest, "residual": extra["residual"]}
     tensors[odd] = odd_base(tensors[odd])
     assert_matches(linear(x, **tensors, G=4), by_the_book(x, **tensors, G=4))
     assert asked == ["unaligned"]
@@ -268,18 +280,18 @@ def test_table_has_every_class_and_its_stages_fit_shared_memory(architecture, sh
 
 
 def test_table_may_leave_a_class_to_the_reference(kernels, monkeypatch):
-    (x, w_gen, w_und), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
+    (x, w_first, w_rest), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
     entry = {"few bias": {"tiles": None, "source": ""}}
     monkeypatch.setitem(configs.TABLE, "linear", dict.fromkeys(configs.ARCHITECTURES, entry))
-    y = linear(x, w_gen, w_und, G=4)
-    assert torch.equal(y, linear_reference(x, w_gen, w_und, None, None, None, 4, False))
+    y = linear(x, w_first, w_rest, G=4)
+    assert torch.equal(y, linear_reference(x, w_first, w_rest, None, None, None, 4, False))
 
 
-@jit(do_not_specialize=["und_tiles", "tiles"])
-def _order_kernel(order_ptr, und_tiles, tiles):
+@jit(do_not_specialize=["rest_tiles", "tiles"])
+def _order_kernel(order_ptr, rest_tiles, tiles):
     for t in range(tiles):
-        is_gen, und_before = expert_of_tile(t, und_tiles, tiles)
-        tl.store(order_ptr + t, tl.where(is_gen, -1, und_before))
+        is_first, rest_before = group_of_tile(t, rest_tiles, tiles)
+        tl.store(order_ptr + t, tl.where(is_first, -1, rest_before))
 
 
 @pytest.mark.parametrize("gen, und", [(4736, 148), (7, 3), (3, 7), (5, 0), (0, 5), (1, 1), (100, 99)], ids=str)

@@ -18,12 +18,12 @@ def rows(seed, *shape, dtype=torch.float32, device="cpu"):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
-def by_the_book(x, w_gen, w_und, G, eps):
+def by_the_book(x, w_first, w_rest, G, eps):
     """In float64, on the CPU."""
-    x, w_gen, w_und = x.cpu().double(), w_gen.cpu().double(), w_und.cpu().double()
+    x, w_first, w_rest = x.cpu().double(), w_first.cpu().double(), w_rest.cpu().double()
     out = torch.empty_like(x)
     for r, row in enumerate(x):
-        out[r] = row / (row.pow(2).sum() / len(row) + eps).sqrt() * (w_gen if r < G else w_und)
+        out[r] = row / (row.pow(2).sum() / len(row) + eps).sqrt() * (w_first if r < G else w_rest)
     return out
 
 
@@ -33,11 +33,11 @@ def by_the_book(x, w_gen, w_und, G, eps):
 @pytest.mark.parametrize("T, G, H", SHAPES)
 def test_matches_the_formula_in_float64(T, G, H, with_residual, scale, dtype, device):
     x, r = (rows(seed, T, H).mul(scale).to(device, dtype) for seed in (1, 2))
-    w_gen, w_und = (rows(seed, H, dtype=dtype, device=device) for seed in (3, 4))
-    y, summed = rms_norm(x, r if with_residual else None, w_gen, w_und, G, 1e-6)
+    w_first, w_rest = (rows(seed, H, dtype=dtype, device=device) for seed in (3, 4))
+    y, summed = rms_norm(x, r if with_residual else None, w_first, w_rest, G, 1e-6)
     want_summed = x + r if with_residual else x
     assert torch.equal(summed, want_summed)
-    want = by_the_book(want_summed, w_gen, w_und, G, 1e-6)
+    want = by_the_book(want_summed, w_first, w_rest, G, 1e-6)
     assert y.dtype == dtype
     torch.testing.assert_close(y.cpu().double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2)
 
@@ -82,7 +82,7 @@ def test_without_residual_hands_back_the_input_itself(device):
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 def test_inputs_are_left_alone_and_need_not_be_contiguous(with_residual, device):
-    w_gen, w_und = rows(1, 32, device=device)[::2], rows(2, 16, device=device)
+    w_first, w_rest = rows(1, 32, device=device)[::2], rows(2, 16, device=device)
     among_nans = torch.full((8, 40), float("nan"), device=device)
     among_nans[1:7, 8:24] = rows(3, 6, 16, device=device)
     strides = (
@@ -93,8 +93,8 @@ def test_inputs_are_left_alone_and_need_not_be_contiguous(with_residual, device)
     for strided in (among_nans[1:7, 8:24], *strides):
         before = strided.clone()
         r = strided.flip(0) if with_residual else None
-        y, summed = rms_norm(strided, r, w_gen, w_und, 2, 1e-6)
-        want, want_summed = rms_norm(strided.contiguous(), r, w_gen.contiguous(), w_und, 2, 1e-6)
+        y, summed = rms_norm(strided, r, w_first, w_rest, 2, 1e-6)
+        want, want_summed = rms_norm(strided.contiguous(), r, w_first.contiguous(), w_rest, 2, 1e-6)
         torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
         assert torch.equal(summed, want_summed)
         assert torch.equal(strided, before)
@@ -107,21 +107,29 @@ def test_a_strided_residual_is_added_where_it_belongs(device):
         assert torch.equal(rms_norm(x, residual, ones, ones, 2, 1e-6)[1], x + residual)
 
 
-def test_refuses_more_generation_rows_than_rows():
-    with pytest.raises(ValueError, match="G=4 generation rows, but x has 3 rows"):
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_one_weight_serves_all_rows(with_residual, device):
+    x, w = rows(1, 5, 72, device=device), rows(2, 72, device=device)
+    residual = x if with_residual else None
+    for one, other in zip(rms_norm(x, residual, w), rms_norm(x, residual, w, w, 3, 1e-6), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rejects_a_first_group_of_more_rows_than_there_are():
+    with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got 4"):
         rms_norm(torch.zeros(3, 8), None, torch.ones(8), torch.ones(8), 4, 1e-6)
 
 
-def test_refuses_negative_generation_rows():
-    with pytest.raises(ValueError, match="G=-1"):
+def test_rejects_a_first_group_of_negative_size():
+    with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got -1"):
         rms_norm(torch.zeros(3, 8), None, torch.ones(8), torch.ones(8), -1, 1e-6)
 
 
 def test_names_the_tensor_that_does_not_fit():
     x, w = torch.zeros(3, 8), torch.ones(8)
-    with pytest.raises(ValueError, match=r"w_gen is \(7,\) torch.float32, expected \(8,\) torch.float32"):
+    with pytest.raises(ValueError, match=r"w_first must be \(8,\) torch.float32.*got \(7,\) torch.float32"):
         rms_norm(x, None, torch.ones(7), w, 1, 1e-6)
-    with pytest.raises(ValueError, match=r"w_und is \(8,\) torch.float64, expected \(8,\) torch.float32"):
+    with pytest.raises(ValueError, match=r"w_rest must be \(8,\) torch.float32.*got \(8,\) torch.float64"):
         rms_norm(x, None, w, w.double(), 1, 1e-6)
-    with pytest.raises(ValueError, match=r"residual is \(2, 8\) torch.float32, expected \(3, 8\) torch.float32"):
+    with pytest.raises(ValueError, match=r"residual must be \(3, 8\) torch.float32.*got \(2, 8\) torch.float32"):
         rms_norm(x, x[:2], w, w, 1, 1e-6)

@@ -27,7 +27,7 @@ def values(seed, *shape, device="cpu"):
 
 
 def arguments(T, Hq, Hkv, D, dtype, device="cpu", S=64):
-    """qkv, norm_gen, norm_und, cos, sin, slots, k_cache, v_cache; the caches hold sevens."""
+    """qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache; the caches hold sevens."""
     angle = values(4, T, D // 2, device=device) * 3
     wide = torch.promote_types(dtype, torch.float32)
     slots = torch.randperm(S, generator=torch.Generator().manual_seed(5))[:T].to(device)
@@ -37,14 +37,16 @@ def arguments(T, Hq, Hkv, D, dtype, device="cpu", S=64):
     return qkv, *norms, angle.cos().to(wide), angle.sin().to(wide), slots, *caches
 
 
-def by_the_book(qkv, norm_gen, norm_und, cos, sin, Hkv, G):
+def by_the_book(qkv, norm_first, norm_rest, cos, sin, Hkv, G):
     """(q, k, v) in float64; RoPE as multiplication by exp(i angle) of a + i b, (a, b) the halves of a head."""
-    D, heads = norm_gen.shape[1], norm_gen.shape[0]
+    D = 2 * cos.shape[1]
+    heads = qkv.shape[1] // D - Hkv
     x = qkv.double().unflatten(1, (heads + Hkv, D))
     qk, v = x[:, :heads], x[:, heads:]
-    generation = (torch.arange(len(qkv), device=qkv.device) < G)[:, None, None]
-    qk = qk / (qk.pow(2).sum(-1, keepdim=True) / D + EPS).sqrt()
-    qk = qk * torch.where(generation, norm_gen.double(), norm_und.double())
+    first = (torch.arange(len(qkv), device=qkv.device) < G)[:, None, None]
+    if norm_first is not None:
+        qk = qk / (qk.pow(2).sum(-1, keepdim=True) / D + EPS).sqrt()
+        qk = qk * torch.where(first, norm_first.double(), norm_rest.double())
     turned = torch.complex(qk[..., : D // 2], qk[..., D // 2 :]) * torch.complex(cos.double(), sin.double())[:, None]
     qk = torch.cat([turned.real, turned.imag], -1)
     return qk[:, : heads - Hkv], qk[:, heads - Hkv :], v
@@ -63,6 +65,24 @@ def test_matches_the_formula_in_float64_and_rounds_once(T, G, Hq, Hkv, D, dtype,
     torch.testing.assert_close(k_cache[slots].double(), want_k, **TOLERANCE[dtype])
     assert torch.equal(v_cache[slots].double(), want_v)
     assert all(map(torch.equal, args[:6], before)), "an input was written to"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_qk_norm_may_be_missing(dtype, device):
+    qkv, _, _, *others = arguments(5, 7, 1, 72, dtype, device)
+    _, _, slots, k_cache, v_cache = others
+    q = qk_norm_rope(qkv, None, None, *others, None, EPS)
+    want_q, want_k, want_v = by_the_book(qkv, None, None, *others[:2], 1, 5)
+    torch.testing.assert_close(q.double(), want_q, **TOLERANCE[dtype])
+    torch.testing.assert_close(k_cache[slots].double(), want_k, **TOLERANCE[dtype])
+    assert torch.equal(v_cache[slots].double(), want_v)
+
+
+def test_one_norm_serves_all_rows(device):
+    args, same = (list(arguments(5, 4, 2, 16, torch.float32, device)) for _ in range(2))
+    same[2] = same[1]
+    assert torch.equal(qk_norm_rope(*args[:2], None, *args[3:], None, EPS), qk_norm_rope(*same, 2, EPS))
+    assert torch.equal(args[6], same[6])
 
 
 def test_slots_of_other_tokens_stay_as_they_are(device):
@@ -165,26 +185,26 @@ def test_a_slot_outside_the_cache_is_refused_or_at_least_not_written(wrong, devi
 
 
 WRONG = {
-    "more-gen-than-rows": ({"G": 4}, "G=4 generation rows, but qkv has 3 rows"),
+    "more-gen-than-rows": ({"G": 4}, "G must be from 0 to 3, the rows of qkv, got 4"),
     "odd-head-dim": (
         {"k_cache": torch.zeros(8, 2, 15), "v_cache": torch.zeros(8, 2, 15)},
         "head_dim D=15 is not a positive even number",
     ),
-    "qkv-of-half-a-head": ({"qkv": torch.zeros(3, 120)}, r"qkv has 120 columns, expected \(Hq \+ 2\*2\) \* 16"),
-    "qkv-without-queries": ({"qkv": torch.zeros(3, 64)}, "qkv has 64 columns, .* with Hq >= 1"),
-    "one-norm-for-all-heads": ({"norm_gen": torch.zeros(16)}, r"norm_gen is \(16,\) torch.float32, expected \(6, 16\)"),
-    "float64-norm": ({"norm_und": torch.zeros(6, 16).double()}, "norm_und is .* torch.float64"),
-    "full-width-cos": ({"cos": torch.zeros(3, 16)}, r"cos is \(3, 16\) torch.float32, expected \(3, 8\)"),
-    "rounded-sin": ({"sin": torch.zeros(3, 8).bfloat16()}, "sin is .* torch.bfloat16, expected .* torch.float32"),
-    "int32-slots": ({"slots": torch.zeros(3, dtype=torch.int32)}, r"slots is \(3,\) torch.int32, expected .*int64"),
-    "v-cache-of-other-heads": ({"v_cache": torch.zeros(8, 4, 16)}, r"v_cache is \(8, 4, 16\)"),
-    "k-cache-of-other-dtype": ({"k_cache": torch.zeros(8, 2, 16).half()}, "k_cache is torch.float16"),
+    "qkv-of-half-a-head": ({"qkv": torch.zeros(3, 120)}, r"qkv must have \(Hq \+ 2\*2\) \* 16 columns.*got 120"),
+    "qkv-without-queries": ({"qkv": torch.zeros(3, 64)}, "columns with Hq >= 1, got 64"),
+    "one-norm-for-all-heads": ({"norm_first": torch.zeros(16)}, r"norm_first must be \(6, 16\).*got \(16,\) t"),
+    "float64-norm": ({"norm_rest": torch.zeros(6, 16).double()}, "norm_rest must be .*got .*float64"),
+    "full-width-cos": ({"cos": torch.zeros(3, 16)}, r"cos must be \(3, 8\).*got \(3, 16\) torch.float32"),
+    "rounded-sin": ({"sin": torch.zeros(3, 8).bfloat16()}, "sin must be .* torch.float32.*got .* torch.bfloat16"),
+    "int32-slots": ({"slots": torch.zeros(3, dtype=torch.int32)}, r"slots must be .*int64.*got \(3,\) torch.int32"),
+    "v-cache-of-other-heads": ({"v_cache": torch.zeros(8, 4, 16)}, r"v_cache must be .*got \(8, 4, 16\)"),
+    "k-cache-of-other-dtype": ({"k_cache": torch.zeros(8, 2, 16).half()}, "k_cache must be .*got .*float16"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
 def test_names_the_argument_that_does_not_fit(change, message):
-    names = ("qkv", "norm_gen", "norm_und", "cos", "sin", "slots", "k_cache", "v_cache")
+    names = ("qkv", "norm_first", "norm_rest", "cos", "sin", "slots", "k_cache", "v_cache")
     given = dict(zip(names, arguments(3, 4, 2, 16, torch.float32, S=8), strict=True), G=1, eps=EPS)
     with pytest.raises(ValueError, match=message):
         qk_norm_rope(**(given | change))

@@ -71,15 +71,16 @@ def test_gradient_of_the_op_with_swiglu_is_that_of_the_function(G, biased):
 def test_gradient_of_qk_norm_rope_through_queries_and_caches(G):
     slots, angles = torch.tensor([4, 0, 6, 1, 3]), draw(5, 2, seed=7).detach()
 
-    def run(qkv, norm_gen, norm_und, k, v):
+    def run(qkv, norm_first, norm_rest, k, v):
         k, v = k.clone(), v.clone()
-        q = qk_norm_rope(qkv, norm_gen, norm_und, angles.cos(), angles.sin(), slots, k, v, G, 1e-6)
+        q = qk_norm_rope(qkv, norm_first, norm_rest, angles.cos(), angles.sin(), slots, k, v, G, 1e-6)
         return q, k, v
 
     inputs = (draw(5, 6 * 4), draw(4, 4), draw(4, 4, seed=1), draw(7, 2, 4), draw(7, 2, 4, seed=1))
     run_fresh = lambda *given: run(*given, *(x.detach() for x in inputs[3:]))  # noqa: E731
     assert gradcheck(run, inputs)
     assert gradcheck(run_fresh, inputs[:3])
+    assert gradcheck(lambda qkv: run_fresh(qkv, None, None), inputs[:1])
 
 
 def segment(mode, n, key_start, visible, write=None, gen=False):
