@@ -16,7 +16,7 @@ from benchmarks.serve_load import CHAT, DRAW, Asked, Found, same  # noqa: E402
 
 
 @pytest.mark.slow
-def test_clients_that_come_together_get_their_answers():
+def test_concurrent_clients_get_correct_answers():
     found = serve_load.load(CHECKPOINT, requests=40, clients=8, seed=0)
     assert found.wrong == [], found.table()
     assert sum(found.answered.values()) + found.left + found.refused == 40
@@ -25,14 +25,14 @@ def test_clients_that_come_together_get_their_answers():
     assert found.table().endswith("all right")
 
 
-def test_answers_are_compared_part_by_part():
+def test_responses_are_compared_part_by_part():
     picture = np.zeros((2, 3, 3), np.uint8)
     assert same(["a", picture], ["a", picture + 1])
     for got in (["b", picture], ["a", picture + 2], ["a"], ["a", picture[:1]], [picture, "a"], ["a", "a"]):
         assert not same(got, ["a", picture])
 
 
-def test_a_stream_that_breaks_off_is_no_answer():
+def test_broken_stream_is_no_answer():
     events = 'data: {"choices": [{"delta": {"content": "hel"}}]}\n\ndata: {"error": {"message": "late"}}\n\n'
     answer = httpx.Response(200, text=events)
     [read] = serve_load.read(Asked("stream", CHAT, {}, ["hello"]), answer)
@@ -58,7 +58,7 @@ def told(monkeypatch):
     return told
 
 
-def test_what_is_wrong_is_found(told):
+def test_wrong_answers_and_growth_are_found(told):
     found = told(200, {"choices": [{"message": {"content": "no"}}]})
     lines = "\n".join(found.wrong)
     assert "another answer than the library's" in lines and "the server grew by" in lines

@@ -1,4 +1,4 @@
-"""A server in a thread, one whose model waits, and pictures for them."""
+"""Run a server in a thread, also with a blocked model; build requests and images for it."""
 
 import base64
 import io
@@ -20,13 +20,13 @@ from bagel_rt.serve.run import make_server
 
 DRAW, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
 LIMITS = Limits(body=1 << 20, pixels=1 << 16, images=2, prompt_tokens=200, side=96, steps=2000, pictures=3, queue=4)
-PICTURE = {"prompt": "x", "size": "32x32", "num_timesteps": 3, "seed": 1}
+IMAGE = {"prompt": "x", "size": "32x32", "num_timesteps": 3, "seed": 1}
 PATIENCE = 120
 
 
 @contextmanager
 def running(limits=LIMITS, key=None, hosts=frozenset()):
-    """A server in a thread; its address and application."""
+    """Run a server in a thread; yields its address and application."""
     app = create_app(Bagel.from_pretrained(CHECKPOINT, device="cpu"), "small", limits, key, hosts)
     server = make_server(app, log_level="error")
     listening = socket.create_server(("127.0.0.1", 0))
@@ -45,7 +45,7 @@ def running(limits=LIMITS, key=None, hosts=frozenset()):
 
 @contextmanager
 def held(**limits):
-    """A server whose model, as long as ``go`` is not set, is at its first step."""
+    """Run a server whose model stays at its first step until ``go`` is set."""
     with running(Limits(**limits)) as (address, app), httpx.Client(base_url=address, timeout=PATIENCE) as http:
         engine, go = app.state.server.bagel.engine, threading.Event()
         draw, answer, step = engine.run_images, engine.run_answer, SimpleNamespace(stage="image", step=1)
@@ -72,7 +72,7 @@ def held(**limits):
 
 
 def until(condition):
-    """Wait until something is so."""
+    """Wait for a condition."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
@@ -80,12 +80,12 @@ def until(condition):
 
 
 def draw(server, **options):
-    """The answer to a request for a small picture."""
-    return httpx.post(f"{server.address}{DRAW}", json=PICTURE | options, timeout=PATIENCE)
+    """Request a small image; returns the response."""
+    return httpx.post(f"{server.address}{DRAW}", json=IMAGE | options, timeout=PATIENCE)
 
 
 def send(server, route, content, kind="application/json", length=None):
-    """A connection on which a request was sent, whole unless its ``length`` is said to be more."""
+    """Open a connection and send a request, incomplete if ``length`` exceeds the content."""
     connection = socket.create_connection(server.address.removeprefix("http://").split(":"), PATIENCE)
     length = len(content) if length is None else length
     head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
@@ -94,7 +94,7 @@ def send(server, route, content, kind="application/json", length=None):
 
 
 def png(width=48, height=32, seed=0) -> bytes:
-    """A picture of noise."""
+    """A PNG file of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
@@ -102,31 +102,27 @@ def png(width=48, height=32, seed=0) -> bytes:
 
 
 def data_url(content: bytes) -> str:
-    """A PNG file as an address."""
+    """The data URL of a PNG file."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def opened(encoded: str) -> Image.Image:
-    """A picture of an answer."""
+def decode_image(encoded: str) -> Image.Image:
+    """Decode a base64 image of a response."""
     return Image.open(io.BytesIO(base64.b64decode(encoded)))
 
 
 def metric(http, name: str) -> float:
-    """The sum of a server's measures whose names begin so."""
+    """The sum of the server's metrics whose names start with ``name``."""
     lines = http.get("/metrics").text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-def asked(*parts, **options) -> dict:
-    """The body of a chat of one message."""
-    return {"messages": [{"role": "user", "content": list(parts)}], **options}
+def chat_body(*parts, **options) -> dict:
+    """The body of a chat with one message of texts and image parts."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"messages": [{"role": "user", "content": content}], **options}
 
 
-def text(said: str) -> dict:
-    """A text in a message."""
-    return {"type": "text", "text": said}
-
-
-def picture(url: str) -> dict:
-    """A picture in a message."""
+def image_part(url: str) -> dict:
+    """An image in a message."""
     return {"type": "image_url", "image_url": {"url": url}}

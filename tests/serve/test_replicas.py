@@ -57,7 +57,7 @@ def talk(address: str, begun: threading.Semaphore) -> str:
 
 
 @pytest.mark.slow
-def test_serve_ray_answers_everyone_when_it_is_told_to_stop(environment):
+def test_serve_ray_answers_all_requests_on_sigterm(environment):
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--ray", "--replicas", "2", "--device", "cpu"]
     command += ["--model", str(CHECKPOINT), "--port", "0", "--steps", "1000", "--grace", "4"]
     begun, after = threading.Semaphore(0), []
@@ -66,8 +66,8 @@ def test_serve_ray_answers_everyone_when_it_is_told_to_stop(environment):
         ThreadPoolExecutor(8) as threads,
     ):
         try:
-            said = next(line for line in server.stdout if "running on" in line)
-            address = next(word.strip(";") for word in said.split() if word.startswith("http"))
+            line = next(line for line in server.stdout if "running on" in line)
+            address = next(word.strip(";") for word in line.split() if word.startswith("http"))
             assert httpx.post(f"{address}{DRAW}", json=QUICK, timeout=PATIENCE).status_code == 200
 
             def draw(**options):
@@ -80,7 +80,7 @@ def test_serve_ray_answers_everyone_when_it_is_told_to_stop(environment):
             drawn += [threads.submit(draw, num_timesteps=50) for _ in range(2)]
             time.sleep(1)  # in which these, too, reach a replica
             server.send_signal(signal.SIGTERM)
-            with suppress(httpx.TransportError):  # at last nobody listens
+            with suppress(httpx.TransportError):  # until the port is closed
                 while True:
                     after.append(httpx.post(f"{address}{DRAW}", json=QUICK, timeout=PATIENCE))
                     time.sleep(0.2)
@@ -148,7 +148,7 @@ def test_requests_are_shared(address):
 
 
 @pytest.mark.slow
-def test_an_answer_is_the_library_s(http, bagel):
+def test_response_equals_the_library(http, bagel):
     answer = http.post(DRAW, json=QUICK | {"seed": 3}).json()
     drawn = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
     wanted = bagel.generate("a cat", size=(32, 32), seed=3, num_timesteps=3).image
@@ -164,20 +164,20 @@ def test_a_stream_comes_in_pieces(http):
 
 
 @pytest.mark.slow
-def test_errors_are_json_whoever_makes_them(http):
+def test_errors_of_proxy_and_replica_are_json(http):
     for answer in (http.post(DRAW, json={}), http.get("/nothing"), http.post("/v1/models")):
         assert answer.status_code in (400, 404, 405) and answer.json()["error"]["message"]
 
 
 @pytest.mark.slow
-def test_a_client_that_leaves_frees_the_model(http):
-    # The last header would have Ray go on for nobody.
+def test_disconnect_stops_the_model(http):
+    # Without the middleware, the last header would keep the request running.
     for headers in ({}, {"X-Request-Id": "\xff"}, {"X-Request-Disconnect-Disabled": "?1"}):
         with pytest.raises(httpx.ReadTimeout):
-            said = {name: value.encode("latin-1") for name, value in headers.items()}
-            http.post(DRAW, json=SLOW, headers=said, timeout=2)
+            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+            http.post(DRAW, json=SLOW, headers=encoded, timeout=2)
 
-    def idle():  # as each of the two has said
+    def idle():  # according to each of the two
         texts = {a.headers["x-replica"]: a.text for a in (http.get("/metrics") for _ in range(10))}
         return len(texts) == 2 and all("bagel_rt_running 0.0" in text for text in texts.values())
 
@@ -185,13 +185,13 @@ def test_a_client_that_leaves_frees_the_model(http):
 
 
 @pytest.mark.slow
-def test_a_killed_replica_s_requests_end_and_it_returns(address, http):
+def test_killed_replica_fails_its_requests_and_is_restarted(address, http):
     import ray
 
     before = alive()
     with ThreadPoolExecutor(6) as threads:
-        asked = QUICK | {"size": "64x64", "num_timesteps": 1000}
-        sent = [threads.submit(http.post, DRAW, json=asked) for _ in range(6)]
+        body = QUICK | {"size": "64x64", "num_timesteps": 1000}
+        sent = [threads.submit(http.post, DRAW, json=body) for _ in range(6)]
         until(lambda: all(ray.get([actor.get_num_ongoing_requests.remote() for actor in before.values()])))
         lost = sorted(before)[0]
         ray.kill(before[lost], no_restart=False)
@@ -206,7 +206,7 @@ def test_a_killed_replica_s_requests_end_and_it_returns(address, http):
 
 
 @pytest.mark.slow
-def test_a_replica_whose_model_is_lost_is_replaced(address):
+def test_replica_with_a_dead_model_thread_is_replaced(address):
     import ray
 
     def lose(_):
@@ -245,7 +245,7 @@ def listened_at() -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="what listens is read from Linux' /proc")
-def test_only_the_loopback_interface_is_listened_at(address):
+def test_ray_listens_on_loopback_only(address):
 
     assert not listened_at()
     with socket.create_server(("0.0.0.0", 0)) as elsewhere:
@@ -280,21 +280,21 @@ def body(content, more):
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 
-def test_an_answer_passes_as_it_is():
+def test_json_responses_pass_unchanged():
     whole = [begin(200, b"text/plain"), body(b"a", True), body(b"b", False)]
     assert conversation(*whole)[0] == whole
     refused = [begin(400, b"application/json"), body(b"{}", False)]
     assert conversation(*refused)[0] == refused
 
 
-def test_headers_that_the_proxy_obeys_do_not_reach_it():
+def test_control_headers_are_dropped():
     kept = [(b"authorization", b"Bearer x"), (b"x-replica", b"a")]
     obeyed = [b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id", b"x_session_id"]
     obeyed += [b"x-request-id", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id"]
     assert conversation(headers=[*kept, *((name, b"1") for name in obeyed)])[1] == kept
 
 
-def test_no_answer_becomes_an_error():
+def test_missing_response_becomes_an_error():
     (head, content), _ = conversation()
     assert head["status"] == 503 and json.loads(content["body"])["error"]["code"] == "replica_lost"
 
@@ -315,7 +315,7 @@ def test_plain_errors_become_json(proxy, status, code, again):
     assert json.loads(content["body"])["error"]["code"] == code
 
 
-def test_a_stream_that_breaks_off_ends_with_an_event():
+def test_broken_stream_ends_with_an_error_event():
     (*_, last), _ = conversation(begin(200, b"text/event-stream; charset=utf-8"), body(b"data: 1\n\n", True))
     event = last["body"].decode()
     assert event.startswith("data: ") and event.endswith("\n\n") and not last.get("more_body")
@@ -342,8 +342,8 @@ def test_an_empty_key_is_refused(monkeypatch):
         replicas.application(OPTIONS)
 
 
-def test_ray_reports_nothing_to_its_makers():
+def test_ray_usage_statistics_are_off():
     assert replicas.ENVIRONMENT["RAY_USAGE_STATS_ENABLED"] == "0"
-    said = "import sys, bagel_rt.serve.replicas; print('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    code = "import sys, bagel_rt.serve.replicas; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]  # so that the variables are set before it

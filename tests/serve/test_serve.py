@@ -1,4 +1,4 @@
-"""The server over real HTTP: OpenAI's own client, and what must be refused."""
+"""The server over real HTTP: OpenAI's own client, and refused requests."""
 
 import io
 import json
@@ -15,7 +15,19 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 from commands import run
 from PIL import Image  # noqa: E402
-from serving import CHAT, DRAW, EDIT, LIMITS, asked, data_url, metric, opened, picture, png, running, text  # noqa: E402
+from serving import (  # noqa: E402
+    CHAT,
+    DRAW,
+    EDIT,
+    LIMITS,
+    chat_body,
+    data_url,
+    decode_image,
+    image_part,
+    metric,
+    png,
+    running,
+)
 
 from bagel_rt.serve.limits import Limits  # noqa: E402
 
@@ -39,55 +51,55 @@ def http(address):
         yield client
 
 
-# What OpenAI's client asks for
+# Requests of OpenAI's client
 
 
-def test_pictures_are_the_library_s(client, bagel):
+def test_generated_images_equal_the_library(client, bagel):
     answer = client.images.generate(prompt="a cat", n=2, size="48x32", extra_body=QUICK | {"seed": 5})
     assert len(answer.data) == 2
     for number, item in enumerate(answer.data):
         wanted = bagel.generate("a cat", size=(32, 48), seed=5 + number, **QUICK).image
-        assert np.abs(np.asarray(opened(item.b64_json), int) - np.asarray(wanted, int)).max() <= 1
+        assert np.abs(np.asarray(decode_image(item.b64_json), int) - np.asarray(wanted, int)).max() <= 1
 
 
-def test_an_edit_takes_files(client, bagel):
+def test_edit_takes_files_and_both_forms_of_cfg_interval(client, bagel):
     files = [("a.png", png(), "image/png"), ("b.png", png(32, 48, 1), "image/png")]
     sources = [Image.open(io.BytesIO(file[1])) for file in files]
     wanted = bagel.edit(sources, "mix them", seed=2, cfg_interval=(0.2, 1), **QUICK).image
     for interval in ("[0.2, 1]", [0.2, 1]):
-        said = QUICK | {"seed": 2, "cfg_interval": interval}
-        answer = client.images.edit(image=files, prompt="mix them", extra_body=said)
-        assert (np.asarray(opened(answer.data[0].b64_json)) == np.asarray(wanted)).all()
+        request = QUICK | {"seed": 2, "cfg_interval": interval}
+        answer = client.images.edit(image=files, prompt="mix them", extra_body=request)
+        assert (np.asarray(decode_image(answer.data[0].b64_json)) == np.asarray(wanted)).all()
     assert answer.usage.input_tokens_details.image_tokens > answer.usage.output_tokens > 0
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
 
 
-def test_edits_of_one_picture_are_drawn_together(client, bagel, http):
+def test_edits_of_one_image_run_in_one_batch(client, bagel, http):
     before = metric(http, "bagel_rt_batch_size_count")
     answer = client.images.edit(image=png(), prompt="brighter", n=3, extra_body=QUICK | {"seed": 2})
     for number, item in enumerate(answer.data):
         wanted = bagel.edit(Image.open(io.BytesIO(png())), "brighter", seed=2 + number, **QUICK).image
-        assert np.abs(np.asarray(opened(item.b64_json), int) - np.asarray(wanted, int)).max() <= 1
+        assert np.abs(np.asarray(decode_image(item.b64_json), int) - np.asarray(wanted, int)).max() <= 1
     assert metric(http, "bagel_rt_batch_size_count") == before + 1
 
 
-def test_a_thought_comes_with_its_picture(client, bagel):
-    said = QUICK | {"seed": 5, "think": True, "max_think_token_n": 6}
-    answer = client.images.generate(prompt="a cat", size="48x32", extra_body=said)
-    result = bagel.generate("a cat", size=(32, 48), **said)
+def test_thought_is_returned_as_revised_prompt(client, bagel):
+    request = QUICK | {"seed": 5, "think": True, "max_think_token_n": 6}
+    answer = client.images.generate(prompt="a cat", size="48x32", extra_body=request)
+    result = bagel.generate("a cat", size=(32, 48), **request)
     assert answer.data[0].revised_prompt == result.thought and answer.data[0].seed == 5
-    assert np.abs(np.asarray(opened(answer.data[0].b64_json), int) - np.asarray(result.image, int)).max() <= 1
+    assert np.abs(np.asarray(decode_image(answer.data[0].b64_json), int) - np.asarray(result.image, int)).max() <= 1
 
 
-def test_a_large_picture_is_held_as_the_model_sees_it(client, bagel):
+def test_shrinking_a_large_image_does_not_change_the_result(client, bagel):
     answer = client.images.edit(image=png(250, 200), prompt="brighter", extra_body=QUICK | {"seed": 2})
     wanted = bagel.edit(Image.open(io.BytesIO(png(250, 200))), "brighter", seed=2, **QUICK).image
-    assert (np.asarray(opened(answer.data[0].b64_json)) == np.asarray(wanted)).all()
+    assert (np.asarray(decode_image(answer.data[0].b64_json)) == np.asarray(wanted)).all()
 
 
-def test_a_chat_answers_and_counts(client, bagel):
-    said = asked(text("look"), picture(data_url(png())), text("what is it?"), max_tokens=9, model="small")
-    answer = client.chat.completions.create(**said)
+def test_chat_returns_text_and_usage(client, bagel):
+    request = chat_body("look", image_part(data_url(png())), "what is it?", max_tokens=9, model="small")
+    answer = client.chat.completions.create(**request)
     assert answer.choices[0].message.content and answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 9 and answer.usage.prompt_tokens > 20
     plain = client.chat.completions.create(
@@ -96,53 +108,53 @@ def test_a_chat_answers_and_counts(client, bagel):
     assert plain.choices[0].message.content == bagel.chat("hello", max_think_token_n=13)
 
 
-def test_a_stream_is_the_whole_in_pieces(client):
-    said = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
-    whole = client.chat.completions.create(**said)
-    chunks = list(client.chat.completions.create(**said, stream=True, stream_options={"include_usage": True}))
+def test_stream_pieces_join_to_the_whole_text(client):
+    request = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**request)
+    chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].message.content and len([piece for piece in pieces if piece]) > 1
     assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
 def test_sampling_follows_the_seed(client):
-    said = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 2}
-    one, two, other = (client.chat.completions.create(**said, seed=seed) for seed in (1, 1, 2))
+    request = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 2}
+    one, two, other = (client.chat.completions.create(**request, seed=seed) for seed in (1, 1, 2))
     assert one.choices[0].message.content == two.choices[0].message.content != other.choices[0].message.content
 
 
-def test_an_answer_of_texts_and_pictures(client, bagel, monkeypatch):
+def test_interleaved_answer_equals_the_library(client, bagel, monkeypatch):
     monkeypatch.setattr("bagel_rt.engine.IMAGE_REQUEST", "")  # a text that every text has: the model always draws
-    said = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 6, "seed": 3}
+    request = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 6, "seed": 3}
     how = {"modalities": ["text", "image"], "max_rounds": 2, "size": "48x32", **QUICK}
     wanted = bagel.interleave(["draw"], max_rounds=2, size=(32, 48), seed=3, max_think_token_n=7, **QUICK)
-    answer = client.chat.completions.create(**said, extra_body=how)
+    answer = client.chat.completions.create(**request, extra_body=how)
     message = answer.choices[0].message
     assert message.content == wanted[0] + wanted[2] and len(message.images) == 2
     assert answer.usage.completion_tokens == 12 and answer.choices[0].finish_reason == "length"
     for item, result in zip(message.images, wanted[1::2], strict=True):
-        drawn = opened(item["image_url"]["url"].partition(",")[2])
+        drawn = decode_image(item["image_url"]["url"].partition(",")[2])
         assert (np.asarray(drawn) == np.asarray(result.image)).all()
 
-    chunks = list(client.chat.completions.create(**said, extra_body=how, stream=True))
+    chunks = list(client.chat.completions.create(**request, extra_body=how, stream=True))
     deltas = [chunk.choices[0].delta for chunk in chunks]
-    kinds = ["picture" if hasattr(delta, "images") else "text" for delta in deltas if delta.content != ""]
-    assert kinds[:4] == ["text", "picture"] * 2
+    kinds = ["image" if hasattr(delta, "images") else "text" for delta in deltas if delta.content != ""]
+    assert kinds[:4] == ["text", "image"] * 2
 
-    again = [*said["messages"], message, {"role": "user", "content": "once more"}]
-    answer = client.chat.completions.create(**said | {"messages": again}, extra_body=how)
+    again = [*request["messages"], message, {"role": "user", "content": "once more"}]
+    answer = client.chat.completions.create(**request | {"messages": again}, extra_body=how)
     assert len(answer.choices[0].message.images) == 2
 
 
-def test_the_server_s_own_prompt_is_not_held_against_the_client(client):
-    said = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 4}
-    answer = client.chat.completions.create(**said, extra_body={"modalities": ["text", "image"], **QUICK})
+def test_system_prompt_does_not_count_against_the_limit(client):
+    request = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 4}
+    answer = client.chat.completions.create(**request, extra_body={"modalities": ["text", "image"], **QUICK})
     assert answer.usage.prompt_tokens > LIMITS.prompt_tokens  # it is counted, though
 
 
-def test_null_says_nothing_and_neutral_values_are_taken(http):
-    said = asked(text("x"), max_tokens=2, temperature=None, top_p=1, seed=None, frequency_penalty=0, stream=None)
-    assert http.post(CHAT, json=said).status_code == 200
+def test_null_and_neutral_values_are_accepted(http):
+    request = chat_body("x", max_tokens=2, temperature=None, top_p=1, seed=None, frequency_penalty=0, stream=None)
+    assert http.post(CHAT, json=request).status_code == 200
     assert http.post(DRAW, json={"prompt": "x", "size": "32x32", "n": None, **QUICK}).status_code == 200
 
 
@@ -150,8 +162,8 @@ def test_defaults_stay_within_the_limits(http):
     with running(replace(LIMITS, steps=2, written_tokens=3, side=50)) as (address, _):
         drawn = httpx.post(f"{address}{DRAW}", json={"prompt": "x", "think": True}, timeout=60).json()
         assert drawn["size"] == "48x48" and len(drawn["data"][0]["revised_prompt"]) > 0
-        said = httpx.post(f"{address}{CHAT}", json=asked(text("x")), timeout=60).json()
-        assert said["usage"]["completion_tokens"] <= 3
+        request = httpx.post(f"{address}{CHAT}", json=chat_body("x"), timeout=60).json()
+        assert request["usage"]["completion_tokens"] <= 3
 
 
 def test_models_health_and_metrics(client, http):
@@ -165,19 +177,19 @@ def test_models_health_and_metrics(client, http):
     assert metric(http, 'bagel_rt_requests_total{route="/v1/images/generations",status="200"}') >= 1
 
 
-def test_methods_that_are_not_there_are_told_which_are(http):
+def test_wrong_method_returns_the_allowed_one(http):
     answer = http.get(DRAW)
     assert answer.status_code == 405 and answer.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
-def test_pictures_come_in_the_format_that_is_asked_for(http, form):
+def test_image_has_the_requested_format(http, form):
     body = {"prompt": "a cat", "size": "32x32", "output_format": form, **QUICK}
     answer = http.post("/v1/images/generations", json=body).json()
-    assert opened(answer["data"][0]["b64_json"]).format.lower() == form
+    assert decode_image(answer["data"][0]["b64_json"]).format.lower() == form
 
 
-# What is refused, with a reason
+# Refused requests
 
 
 def bomb(side) -> bytes:
@@ -199,12 +211,12 @@ REFUSED = {
     "no prompt": (DRAW, {}, "prompt: Field required"),
     "a prompt that is none": (DRAW, {"prompt": 3}, "prompt: Input should be a valid string"),
     "an unknown field": (DRAW, {"prompt": "x", "stlye": "vivid"}, "stlye: Extra inputs are not permitted"),
-    "addresses of pictures": (DRAW, {"prompt": "x", "response_format": "url"}, "response_format"),
+    "image URLs": (DRAW, {"prompt": "x", "response_format": "url"}, "response_format"),
     "a size that is none": (DRAW, {"prompt": "x", "size": "big"}, "size must be auto or WIDTHxHEIGHT"),
     "a size off the grid": (DRAW, {"prompt": "x", "size": "50x50"}, "multiples of 16"),
     "a size beyond the limit": (DRAW, {"prompt": "x", "size": "512x512"}, "must be at most 96 on this server"),
     "digits of another script": (DRAW, {"prompt": "x", "size": "\u0663\u0662x32"}, "size must be auto"),
-    "too many pictures": (DRAW, {"prompt": "x", "n": 9}, "n must be at most 3 on this server, got 9"),
+    "too many images": (DRAW, {"prompt": "x", "n": 9}, "n must be at most 3 on this server, got 9"),
     "too many steps": (DRAW, {"prompt": "x", "num_timesteps": 1000000}, "num_timesteps must be at most 2000"),
     "guidance out of range": (DRAW, {"prompt": "x", "cfg_text_scale": 1e9}, "must be a number from 0 to 100"),
     "a number that is none": (DRAW, b'{"prompt": "x", "cfg_text_scale": NaN}', "from 0 to 100, got nan"),
@@ -216,30 +228,34 @@ REFUSED = {
     "lone surrogates": (DRAW, b'{"prompt": "\\ud800"}', "prompt: Input should be a valid string"),
     "another model": (DRAW, {"prompt": "x", "model": "dall-e-3"}, "got 'dall-e-3'"),
     "no messages": (CHAT, {"messages": []}, "messages"),
-    "nothing said": (CHAT, {"messages": [{"role": "user"}]}, "no message has any content"),
+    "nothing request": (CHAT, {"messages": [{"role": "user"}]}, "no message has any content"),
     "an unknown role": (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "role"),
-    "several choices": (CHAT, asked(text("x"), n=2), "n: Input should be 1"),
-    "too long an answer": (CHAT, asked(text("x"), max_tokens=10**9), "max_tokens must be at most"),
-    "no answer": (CHAT, asked(text("x"), max_tokens=0), "max_tokens: Input should be greater"),
-    "a negative temperature": (CHAT, asked(text("x"), temperature=-1), "temperature"),
-    "sampling without a temperature": (CHAT, asked(text("x"), top_p=0.5), "Set temperature above 0"),
-    "a size of no picture": (CHAT, asked(text("x"), size="32x32"), "size has no effect without images"),
-    "many rounds": (CHAT, asked(text("x"), modalities=["image"], max_rounds=4), "max_rounds must be at most 3"),
-    "no rounds": (CHAT, asked(text("x"), modalities=["image"], max_rounds=0), "max_rounds: Input"),
-    "a network address": (CHAT, asked(picture("http://example.com/a.png")), "must be a data: URL"),
-    "a file": (CHAT, asked(picture("file:///etc/passwd")), "must be a data: URL"),
-    "no base64": (CHAT, asked(picture("data:image/png,abc")), "without base64"),
-    "damaged base64": (CHAT, asked(picture("data:image/png;base64,a!b")), "invalid base64"),
-    "no picture": (CHAT, asked(picture("data:image/png;base64,aGVsbG8=")), "not an image"),
-    "half a picture": (CHAT, asked(picture(data_url(png()[:200]))), "damaged"),
-    "a bomb": (CHAT, asked(picture(data_url(bomb(9000)))), "got 9000x9000"),
-    "a larger one": (CHAT, asked(picture(data_url(bomb(20000)))), "decompression bomb"),
-    "many pictures": (CHAT, asked(*[picture(data_url(png()))] * 3), "at most 2 images, got 3"),
+    "several choices": (CHAT, chat_body("x", n=2), "n: Input should be 1"),
+    "too long an answer": (CHAT, chat_body("x", max_tokens=10**9), "max_tokens must be at most"),
+    "no answer": (CHAT, chat_body("x", max_tokens=0), "max_tokens: Input should be greater"),
+    "a negative temperature": (CHAT, chat_body("x", temperature=-1), "temperature"),
+    "sampling without a temperature": (CHAT, chat_body("x", top_p=0.5), "Set temperature above 0"),
+    "a size without images": (CHAT, chat_body("x", size="32x32"), "size has no effect without images"),
+    "many rounds": (
+        CHAT,
+        chat_body("x", modalities=["image"], max_rounds=4),
+        "max_rounds must be at most 3",
+    ),
+    "no rounds": (CHAT, chat_body("x", modalities=["image"], max_rounds=0), "max_rounds: Input"),
+    "a network address": (CHAT, chat_body(image_part("http://example.com/a.png")), "must be a data: URL"),
+    "a file": (CHAT, chat_body(image_part("file:///etc/passwd")), "must be a data: URL"),
+    "no base64": (CHAT, chat_body(image_part("data:image/png,abc")), "without base64"),
+    "damaged base64": (CHAT, chat_body(image_part("data:image/png;base64,a!b")), "invalid base64"),
+    "not an image": (CHAT, chat_body(image_part("data:image/png;base64,aGVsbG8=")), "not an image"),
+    "half an image": (CHAT, chat_body(image_part(data_url(png()[:200]))), "damaged"),
+    "a bomb": (CHAT, chat_body(image_part(data_url(bomb(9000)))), "got 9000x9000"),
+    "a larger one": (CHAT, chat_body(image_part(data_url(bomb(20000)))), "decompression bomb"),
+    "many images": (CHAT, chat_body(*[image_part(data_url(png()))] * 3), "at most 2 images, got 3"),
 }
 
 
 @pytest.mark.parametrize("route, body, message", REFUSED.values(), ids=REFUSED)
-def test_a_bad_request_is_told_why(http, route, body, message):
+def test_invalid_request_is_refused_with_a_reason(http, route, body, message):
     answer = http.post(route, **({"content": body} if isinstance(body, bytes) else {"json": body}))
     assert 400 <= answer.status_code < 500, answer.text
     assert message in answer.json()["error"]["message"]
@@ -261,17 +277,17 @@ def test_a_bad_request_is_told_why(http, route, body, message):
         ({"image": png()}, {"prompt": "x", "size": "32x32"}, "size: Input should be 'auto'"),
     ],
 )
-def test_a_bad_form_is_told_why(http, files, fields, message):
+def test_invalid_form_is_refused_with_a_reason(http, files, fields, message):
     answer = http.post(EDIT, files=files, data=fields)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
 
 
-def test_a_text_of_marks_does_not_stop_the_server(http):
+def test_many_combining_marks_do_not_block_the_server(http):
     begun = time.monotonic()  # normalising them would take a minute, in which nothing else is answered
     for prompt in ("a" + "\u0315" * 1500 + "\u0300" * 1500, "\u0f73" * 3000):
         assert "combining marks" in http.post(DRAW, json={"prompt": prompt}).json()["error"]["message"]
-    said = asked(text("हिन्दी ข้อความ́ é"), max_tokens=2)
-    assert http.post(CHAT, json=said).status_code == 200
+    request = chat_body("हिन्दी ข้อความ́ é", max_tokens=2)
+    assert http.post(CHAT, json=request).status_code == 200
     assert time.monotonic() - begun < 20
 
 
@@ -285,7 +301,7 @@ def test_only_forms_in_utf_8_are_decoded(http):
 
 
 @pytest.mark.parametrize("route", [DRAW, EDIT])
-def test_a_large_body_is_refused_as_it_comes(http, route):
+def test_large_body_is_refused_while_received(http, route):
     def pieces():  # without a length
         yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
         for _ in range(LIMITS.body // 65536 + 1):
@@ -297,7 +313,7 @@ def test_a_large_body_is_refused_as_it_comes(http, route):
         assert answer.status_code == 413 and "must have at most" in answer.json()["error"]["message"]
 
 
-def test_a_key_is_asked_for():
+def test_api_key_is_required():
     with running(key="schlüssel") as (address, _), httpx.Client(base_url=address) as http:
         assert http.get("/health").status_code == 200
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic schl"}):
@@ -307,7 +323,7 @@ def test_a_key_is_asked_for():
         assert http.get("/v1/models", headers=right).status_code == 200
 
 
-def test_an_error_of_ours_says_nothing_of_itself(address, http, monkeypatch):
+def test_server_error_does_not_leak_details(address, http, monkeypatch):
     def fail(*_):
         raise RuntimeError("secret of /root/model")
 
@@ -317,26 +333,26 @@ def test_an_error_of_ours_says_nothing_of_itself(address, http, monkeypatch):
 
 
 def test_serve_checks_its_options(tmp_path):
-    def said(*options, **environment):
+    def serve(*options, **environment):
         result = run("serve", *options, env=environment)
         return result.exit_code, result.stderr
 
-    assert said("--queue", "0") == (2, "bagel-rt: error: queue must be an integer >= 1, got 0.\n")
-    assert said("--batch", "65")[1].startswith("bagel-rt: error: batch must be an integer from 1 to 64, got 65")
-    assert said("--model", str(tmp_path / "no"), "--port", "0")[0] == 2
-    assert "BAGEL_RT_API_KEY is set but empty" in said(BAGEL_RT_API_KEY=" ")[1]
-    assert "--replicas 2 needs --ray: a process has one model" in said("--replicas", "2", "--port", "0")[1]
+    assert serve("--queue", "0") == (2, "bagel-rt: error: queue must be an integer >= 1, got 0.\n")
+    assert serve("--batch", "65")[1].startswith("bagel-rt: error: batch must be an integer from 1 to 64, got 65")
+    assert serve("--model", str(tmp_path / "no"), "--port", "0")[0] == 2
+    assert "BAGEL_RT_API_KEY is set but empty" in serve(BAGEL_RT_API_KEY=" ")[1]
+    assert "--replicas 2 needs --ray: a process has one model" in serve("--replicas", "2", "--port", "0")[1]
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, message = said("--port", str(taken.getsockname()[1]))
+        code, message = serve("--port", str(taken.getsockname()[1]))
         assert code == 2 and "cannot bind" in message
 
 
 @pytest.mark.parametrize("given", [{"seconds": float("nan")}, {"grace": float("inf")}, {"steps": 1}, {"images": 64}])
-def test_limits_that_make_no_sense_are_refused(given):
+def test_invalid_limits_are_refused(given):
     with pytest.raises(ValueError, match=next(iter(given))):
         Limits(**given)
 
 
-def test_the_body_of_an_error_is_json_everywhere(http):
+def test_every_error_body_is_json(http):
     for answer in (http.get("/v1/nothing"), http.get(DRAW), http.post("/v1/models"), http.post(f"{DRAW}/")):
         assert answer.status_code in (404, 405) and json.loads(answer.text)["error"]["message"]

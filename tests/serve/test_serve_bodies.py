@@ -1,4 +1,4 @@
-"""What requests bring with them does not fill the memory, nor keep those who read it from others."""
+"""Large bodies and images neither fill the memory nor block other requests."""
 
 import gc
 import io
@@ -14,7 +14,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
-from serving import CHAT, DRAW, EDIT, PATIENCE, asked, data_url, draw, held, picture, png, send, until  # noqa: E402
+from serving import CHAT, DRAW, EDIT, PATIENCE, chat_body, data_url, draw, held, image_part, png, send, until  # noqa: E402
 
 from bagel_rt.serve import app as app_module  # noqa: E402
 from bagel_rt.serve.images import read_image  # noqa: E402
@@ -30,19 +30,19 @@ def threads():
 
 
 def form(file: bytes) -> bytes:
-    """The body of a request for an edit."""
+    """The body of an edit request."""
     body = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--b\r\nContent-Disposition: '
     return body + b'form-data; name="image"; filename="a.png"\r\n\r\n' + file + b"\r\n--b--\r\n"
 
 
-def test_what_waits_for_the_model_is_small(threads):
+def test_queued_requests_hold_little_memory(threads):
     with held() as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
         most = server.app.state.server.bagel.model.config.vae_transform.max_size
-        tracemalloc.start()  # which sees bodies, and not what Pillow holds
+        tracemalloc.start()  # sees bodies, but not Pillow's memory
         try:
-            edit, chat = form(png(1500, 1500)), json.dumps(asked(picture(data_url(png(1500, 1500))))).encode()
+            edit, chat = form(png(1500, 1500)), json.dumps(chat_body(image_part(data_url(png(1500, 1500))))).encode()
             large = len(edit)
             connections = [send(server, EDIT, edit, FORM), send(server, CHAT, chat)]
             del edit, chat
@@ -60,14 +60,14 @@ def test_what_waits_for_the_model_is_small(threads):
         assert first.result().status_code == 200
 
 
-def test_bodies_that_are_held_at_once_are_bounded(threads):
+def test_total_size_of_held_bodies_is_bounded(threads):
     with held(body=1 << 20) as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
         waiting = [send(server, EDIT, form(png(550, 550, seed)), FORM) for seed in range(10)]
-        until(lambda: server.worker.waiting == 10)  # of those that wait for the model no body is held any more
+        until(lambda: server.worker.waiting == 10)  # bodies of queued requests have been released
         slow = [send(server, DRAW, b"x" * ((1 << 20) - 1), length=1 << 20) for _ in range(8)]
-        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all of that has come
+        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all of them have arrived
         for connection in slow:
             connection.close()
         until(lambda: draw(server, num_timesteps=0).status_code == 400)
@@ -77,7 +77,7 @@ def test_bodies_that_are_held_at_once_are_bounded(threads):
         assert first.result().status_code == 200
 
 
-def test_pictures_that_take_long_to_read_do_not_keep_answers_that_are_done(threads, monkeypatch):
+def test_slow_decoding_does_not_delay_finished_responses(threads, monkeypatch):
     go_on, reading = threading.Event(), []
 
     def slowly(*arguments):
@@ -104,7 +104,7 @@ def test_pictures_that_take_long_to_read_do_not_keep_answers_that_are_done(threa
 
 
 def progressive(scans: int) -> bytes:
-    """A JPEG file whose last scan is there so many times more."""
+    """A JPEG file with its last scan repeated so many times."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(out := io.BytesIO(), "JPEG", progressive=True)
     data = out.getvalue()
@@ -115,4 +115,4 @@ def test_jpeg_files_of_many_scans_are_not_decoded():
     assert read_image(progressive(0), Limits()).size == (32, 32)
     with pytest.raises(ValueError, match="at most 1.. scans"):
         read_image(progressive(200), Limits())
-    assert read_image(png(1200, 1200), Limits()).size == (1200, 1200)  # noise that has their mark in it by chance
+    assert read_image(png(1200, 1200), Limits()).size == (1200, 1200)  # noise that contains scan markers by chance

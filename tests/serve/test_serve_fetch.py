@@ -1,4 +1,4 @@
-"""Pictures that the server fetches: only from public addresses, and from a site on this machine in place of one."""
+"""Images fetched by the server: address checks, and a local TLS site in place of a public one."""
 
 import io
 import socket
@@ -18,7 +18,7 @@ from serving import LIMITS, png  # noqa: E402
 
 from bagel_rt.serve import images  # noqa: E402
 
-NAME = "pictures.example"
+NAME = "images.example"
 OK, END = b"HTTP/1.1 200 OK\r\n", b"\r\n"
 SECONDS = 0.5
 
@@ -26,7 +26,7 @@ SECONDS = 0.5
 @pytest.mark.parametrize(
     "host, addresses, allowed",
     [
-        ("pictures.example", ["93.184.216.34"], True),
+        ("images.example", ["93.184.216.34"], True),
         ("inside.example", ["10.0.0.7"], False),
         ("mixed.example", ["93.184.216.34", "127.0.0.1"], False),
         ("metadata.example", ["169.254.169.254"], False),
@@ -50,28 +50,28 @@ def test_only_public_addresses_are_fetched(monkeypatch, host, addresses, allowed
 
 @pytest.fixture(scope="module")
 def authority():
-    """Signs certificates."""
+    """A certificate authority."""
     return trustme.CA()
 
 
 @pytest.fixture
 def site(authority, monkeypatch):
-    """A TLS server with the certificate of ``NAME``, to which all names lead. It sends its ``pieces``, with a ``pause``
-    after each; ``asked`` has what it was sent."""
+    """A TLS server with the certificate of ``NAME``; all names resolve to it. It sends its ``pieces``, with a ``pause``
+    after each; ``requests`` has what it received."""
     certified, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert(NAME).configure_cert(certified)
     authority.configure_trust(trusting)
     monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
     monkeypatch.setattr(images, "public_address", lambda host, port: "127.0.0.1")
     listening = socket.create_server(("127.0.0.1", 0))
-    site = SimpleNamespace(port=listening.getsockname()[1], pieces=[], pause=0.0, asked=[])
+    site = SimpleNamespace(port=listening.getsockname()[1], pieces=[], pause=0.0, requests=[])
 
     def answer(connection):
         with suppress(OSError), certified.wrap_socket(connection, server_side=True) as secure:
             request = b""
             while not request.endswith(2 * END):
                 request += secure.recv(1)
-            site.asked.append(request)
+            site.requests.append(request)
             for piece in site.pieces:
                 secure.sendall(piece)
                 time.sleep(site.pause)
@@ -90,17 +90,17 @@ def site(authority, monkeypatch):
 
 
 def fetched(site, name=NAME, path="/a.png?b=c"):
-    """The picture that it has."""
+    """Fetch the site's image."""
     return images.read_url(f"https://{name}:{site.port}{path}", LIMITS, frozenset({name}))
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_a_picture_is_fetched(site, length):
+def test_image_is_fetched(site, length):
     content = png()
     head = b"Content-Length: %d\r\n" % len(content) if length else b""
     site.pieces = [OK + head + END, content]
     assert fetched(site).tobytes() == Image.open(io.BytesIO(content)).tobytes()
-    assert site.asked[0].startswith(b"GET /a.png?b=c HTTP/1.1\r\nHost: pictures.example:")
+    assert site.requests[0].startswith(b"GET /a.png?b=c HTTP/1.1\r\nHost: images.example:")
 
 
 @pytest.mark.parametrize(
@@ -115,17 +115,17 @@ def test_a_picture_is_fetched(site, length):
         ([], "cannot fetch the image"),
     ],
 )
-def test_what_is_no_picture_is_told(site, pieces, message):
+def test_fetch_errors_are_explained(site, pieces, message):
     site.pieces = pieces
     with pytest.raises(ValueError, match=message):
         fetched(site)
-    assert len(site.asked) == 1
+    assert len(site.requests) == 1
 
 
-def test_a_site_must_have_the_name_s_certificate(site):
+def test_certificate_must_match_the_host(site):
     with pytest.raises(ValueError, match="cannot fetch the image from other.example: .*certificate verify failed"):
         fetched(site, "other.example")
-    assert not site.asked
+    assert not site.requests
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_site_must_have_the_name_s_certificate(site):
     ],
     ids=["status", "headers", "continue", "body"],
 )
-def test_a_site_that_sends_slowly_is_given_up(site, monkeypatch, pieces):
+def test_slow_site_times_out(site, monkeypatch, pieces):
     monkeypatch.setattr(images, "_FETCH_SECONDS", SECONDS)
     site.pieces, site.pause = pieces, SECONDS / 5
     begun = time.monotonic()
@@ -147,7 +147,7 @@ def test_a_site_that_sends_slowly_is_given_up(site, monkeypatch, pieces):
     assert time.monotonic() - begun < 10 * SECONDS
 
 
-def test_a_site_that_says_nothing_is_given_up(site, monkeypatch):
+def test_silent_site_times_out(site, monkeypatch):
     monkeypatch.setattr(images, "_FETCH_SECONDS", SECONDS)
     begun = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as mute:

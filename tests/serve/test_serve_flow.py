@@ -1,4 +1,4 @@
-"""The server over real HTTP when clients come together, leave early, are slow, or when it is told to stop."""
+"""The server over real HTTP: concurrent, disconnecting and slow clients, and shutdown."""
 
 import json
 import os
@@ -20,15 +20,14 @@ from serving import (  # noqa: E402
     CHAT,
     DRAW,
     EDIT,
+    IMAGE,
     PATIENCE,
-    PICTURE,
-    asked,
+    chat_body,
     draw,
     held,
     metric,
     png,
     send,
-    text,
     until,
 )
 
@@ -42,12 +41,12 @@ def threads():
 
 
 def leave(server, **options):
-    """Ask for a picture, and go away before it comes."""
+    """Request an image and disconnect before the response."""
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.address}{DRAW}", json=PICTURE | options, timeout=httpx.Timeout(PATIENCE, read=0.3))
+        httpx.post(f"{server.address}{DRAW}", json=IMAGE | options, timeout=httpx.Timeout(PATIENCE, read=0.3))
 
 
-def test_a_full_queue_answers_429_and_equal_sizes_are_drawn_together(threads):
+def test_full_queue_returns_429_and_equal_sizes_share_a_batch(threads):
     with held(queue=3, batch=4) as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
@@ -62,27 +61,27 @@ def test_a_full_queue_answers_429_and_equal_sizes_are_drawn_together(threads):
         assert metric(server.http, "bagel_rt_batch_size_sum") == 4
 
 
-def test_a_client_that_tries_again_gets_through(threads):
+def test_retrying_client_succeeds(threads):
     with held(queue=1, batch=1) as server:
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=50, timeout=PATIENCE)
-        said = {"prompt": "x", "size": "32x32", "extra_body": {"num_timesteps": 3}}
-        answers = [threads.submit(client.images.generate, **said) for _ in range(5)]
+        request = {"prompt": "x", "size": "32x32", "extra_body": {"num_timesteps": 3}}
+        answers = [threads.submit(client.images.generate, **request) for _ in range(5)]
         until(lambda: metric(server.http, 'bagel_rt_requests_total{route="/v1/images/generations",status="429"}'))
         server.go.set()
         assert all(answer.result().data for answer in answers)
 
 
-def test_requests_beyond_those_that_can_be_held_are_not_even_read(threads):
-    with held(queue=1, batch=1) as server:  # four in all
+def test_excess_requests_are_refused_unread(threads):
+    with held(queue=1, batch=1) as server:  # holds four requests
         slow = [send(server, DRAW, b"", length=99) for _ in range(4)]  # clients that never finish their request
-        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all four are inside
+        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all four are held
         assert server.http.get("/health").status_code == 200
         for connection in slow:
             connection.close()
         until(lambda: draw(server, num_timesteps=0).status_code == 400)
 
 
-def test_a_client_that_leaves_while_its_picture_is_drawn_frees_the_model():
+def test_disconnect_stops_a_running_image():
     with held() as server:
         leave(server)
         until(lambda: not server.worker.running)
@@ -91,7 +90,7 @@ def test_a_client_that_leaves_while_its_picture_is_drawn_frees_the_model():
         assert cache.free_slots == cache.slots
 
 
-def test_a_client_that_leaves_the_queue_gets_nothing_drawn(threads):
+def test_disconnect_removes_a_waiting_request(threads):
     with held() as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
@@ -105,26 +104,26 @@ def test_a_client_that_leaves_the_queue_gets_nothing_drawn(threads):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_client_that_leaves_its_text_frees_the_model(stream):
+def test_disconnect_stops_a_running_text(stream):
     with held() as server:
-        said = asked(text("x"), stream=stream)
+        request = chat_body("x", stream=stream)
         if stream:
-            with server.http.stream("POST", CHAT, json=said) as answer:
+            with server.http.stream("POST", CHAT, json=request) as answer:
                 pieces = answer.iter_text()
                 until(lambda: "first " in next(pieces))
                 assert server.worker.running == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
-                server.http.post(CHAT, json=said, timeout=httpx.Timeout(PATIENCE, read=0.3))
+                server.http.post(CHAT, json=request, timeout=httpx.Timeout(PATIENCE, read=0.3))
         until(lambda: not server.worker.running)
         until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
 
 
-def test_a_stream_that_is_left_in_the_queue_is_never_written(threads):
+def test_disconnect_removes_a_waiting_stream(threads):
     with held() as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
-        with server.http.stream("POST", CHAT, json=asked(text("x"), stream=True)) as answer:
+        with server.http.stream("POST", CHAT, json=chat_body("x", stream=True)) as answer:
             assert '"role": "assistant"' in next(answer.iter_text())
             assert server.worker.waiting == 1
         until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
@@ -134,12 +133,12 @@ def test_a_stream_that_is_left_in_the_queue_is_never_written(threads):
         assert metric(server.http, "bagel_rt_batch_size_sum") == 1
 
 
-def test_requests_that_take_too_long_end_while_they_are_drawn_and_while_they_wait(threads):
+def test_deadline_ends_running_and_waiting_requests(threads):
     with held(seconds=4) as server:
         drawn = threads.submit(draw, server)
         until(lambda: server.worker.running == 1 or drawn.done())
         waiting = threads.submit(draw, server, size="48x48")
-        lines = httpx.post(f"{server.address}{CHAT}", json=asked(text("x"), stream=True), timeout=PATIENCE).text
+        lines = httpx.post(f"{server.address}{CHAT}", json=chat_body("x", stream=True), timeout=PATIENCE).text
         for answer in (drawn.result(), waiting.result()):
             assert answer.status_code == 504 and "took too long" in answer.json()["error"]["message"]
             assert answer.headers["x-should-retry"] == "false"
@@ -149,13 +148,13 @@ def test_requests_that_take_too_long_end_while_they_are_drawn_and_while_they_wai
         assert draw(server).status_code == 200
 
 
-def test_a_body_that_never_ends_is_given_up():
+def test_unfinished_body_times_out():
     with held(seconds=0.5) as server:
         with send(server, DRAW, b"", length=99) as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 504")
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_error(caplog):
+def test_disconnect_during_the_body_logs_no_error(caplog):
     with held() as server:
         with send(server, DRAW, b"{", length=99):
             until(lambda: server.uvicorn.server_state.tasks)
@@ -163,7 +162,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_error(caplog):
         assert not caplog.records
 
 
-def test_an_error_within_a_stream_is_an_error_of_openai_s_client():
+def test_error_event_raises_in_openai_client():
     with held(seconds=0.7) as server:
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
         messages = [{"role": "user", "content": "x"}]
@@ -171,13 +170,13 @@ def test_an_error_within_a_stream_is_an_error_of_openai_s_client():
             list(client.chat.completions.create(model="small", messages=messages, stream=True))
 
 
-def test_requests_under_way_are_told_when_their_grace_is_over(threads):
+def test_running_requests_fail_after_the_grace_period(threads):
     with held(grace=0.3) as server:
         drawn = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
         waiting = threads.submit(draw, server, size="48x48")
         streamed = threads.submit(
-            httpx.post, f"{server.address}{CHAT}", json=asked(text("x"), stream=True), timeout=PATIENCE
+            httpx.post, f"{server.address}{CHAT}", json=chat_body("x", stream=True), timeout=PATIENCE
         )
         until(lambda: server.worker.waiting == 2)
         server.uvicorn.should_exit = True
@@ -187,7 +186,7 @@ def test_requests_under_way_are_told_when_their_grace_is_over(threads):
         until(lambda: not server.worker._thread.is_alive())
 
 
-def test_requests_under_way_finish_within_their_grace(threads):
+def test_running_requests_finish_within_the_grace_period(threads):
     with held(grace=60) as server:
         answers = [threads.submit(draw, server, seed=seed) for seed in range(6)]
         until(lambda: server.worker.running + server.worker.waiting == 6)
@@ -197,7 +196,7 @@ def test_requests_under_way_finish_within_their_grace(threads):
         assert [answer.result().status_code for answer in answers] == [200] * 6
 
 
-def test_a_request_that_is_still_being_sent_is_told_that_the_server_stops(monkeypatch):
+def test_unfinished_request_gets_503_on_shutdown(monkeypatch):
     monkeypatch.setattr(run, "_MARGIN", 0)
     with held(grace=0.6) as server:
         with send(server, DRAW, b"", length=99) as connection:
@@ -206,7 +205,7 @@ def test_a_request_that_is_still_being_sent_is_told_that_the_server_stops(monkey
             assert connection.recv(4096).startswith(b"HTTP/1.1 503")
 
 
-def test_health_tells_that_the_model_is_lost():
+def test_health_reports_a_dead_model_thread():
     with held() as server:
         server.worker.failure = RuntimeError("CUDA error")
         answer = server.http.get("/health")
@@ -214,7 +213,7 @@ def test_health_tells_that_the_model_is_lost():
         assert draw(server).status_code == 503
 
 
-def test_pictures_beyond_the_memory_are_told_so():
+def test_out_of_memory_returns_503():
     import torch
 
     with held() as server:
@@ -230,7 +229,7 @@ def test_pictures_beyond_the_memory_are_told_so():
 
 @contextmanager
 def listening(command):
-    """(process, address) of a server."""
+    """Start a server; yields (process, address)."""
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         lines = [""]
@@ -249,8 +248,8 @@ def test_sigterm_lets_requests_finish(threads):
     command += ["--model", str(CHECKPOINT)]
     with listening(command) as (server, address):
         with httpx.Client(base_url=address) as http:
-            said = PICTURE | {"size": "96x96", "num_timesteps": 60}
-            sent = [threads.submit(draw, SimpleNamespace(address=address), **said) for _ in range(3)]
+            request = IMAGE | {"size": "96x96", "num_timesteps": 60}
+            sent = [threads.submit(draw, SimpleNamespace(address=address), **request) for _ in range(3)]
             until(lambda: metric(http, "bagel_rt_queue ") + metric(http, "bagel_rt_running ") == 3)
         log = threads.submit(server.stderr.read)
         server.send_signal(signal.SIGTERM)
@@ -259,13 +258,13 @@ def test_sigterm_lets_requests_finish(threads):
         assert "Traceback" not in log.result()
 
 
-def test_a_second_interrupt_ends_it_at_once(threads):
+def test_second_interrupt_ends_the_server_at_once(threads):
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--port", "0", "--device", "cpu", "--grace", "1000"]
     command += ["--model", str(CHECKPOINT), "--steps", "1000"]
     with listening(command) as (server, address):
-        said = PICTURE | {"size": "128x128", "num_timesteps": 1000, "n": 8}
-        # More than is done between the two interrupts, however busy the machine is.
-        sent = [threads.submit(draw, SimpleNamespace(address=address), **said) for _ in range(4)]
+        request = IMAGE | {"size": "128x128", "num_timesteps": 1000, "n": 8}
+        # More than can be done between the two interrupts, however busy the machine is.
+        sent = [threads.submit(draw, SimpleNamespace(address=address), **request) for _ in range(4)]
         with httpx.Client(base_url=address) as http:
             until(lambda: metric(http, "bagel_rt_running ") and metric(http, "bagel_rt_queue ") == 24)
         server.send_signal(signal.SIGINT)
@@ -278,7 +277,7 @@ def test_a_second_interrupt_ends_it_at_once(threads):
             assert isinstance(one.exception(), httpx.HTTPError) or one.result().status_code == 503
 
 
-def test_an_edit_is_cut_short_as_well():
+def test_disconnect_stops_a_running_edit():
     with held() as server:
         with pytest.raises(httpx.ReadTimeout):
             server.http.post(
@@ -288,13 +287,13 @@ def test_an_edit_is_cut_short_as_well():
         until(lambda: not server.worker.running)
 
 
-def test_a_stream_that_has_nothing_to_say_says_so(threads, monkeypatch):
+def test_silent_stream_sends_keep_alive_comments(threads, monkeypatch):
     monkeypatch.setattr(responses, "_SILENCE", 0.05)
     with held() as server:
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
-        said = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}
-        chunks = threads.submit(lambda: list(client.chat.completions.create(**said)))
-        with server.http.stream("POST", CHAT, json=said) as answer:
+        request = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}
+        chunks = threads.submit(lambda: list(client.chat.completions.create(**request)))
+        with server.http.stream("POST", CHAT, json=request) as answer:
             pieces = answer.iter_text()
             until(lambda: ": wait\n\n" in next(pieces))
             server.go.set()

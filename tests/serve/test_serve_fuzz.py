@@ -1,7 +1,7 @@
-"""Ten thousand bodies, forms and pictures that are nearly right: none is answered with a 5xx, each refusal says why.
+"""Ten thousand slightly broken bodies, forms and images: none causes a 5xx, and every refusal has a message.
 
-Requests go through the whole application, in process. Most of those that were changed at random and are accepted meet a
-model that answers at once, every fourth the real one.
+Requests pass through the whole application, in process. Of the accepted ones, every fourth runs the model; the others
+get a stored answer.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import numpy as np  # noqa: E402
 from conftest import CHECKPOINT  # noqa: E402
 from PIL import Image  # noqa: E402
-from serving import CHAT, DRAW, EDIT, asked, data_url, picture, png, text  # noqa: E402
+from serving import CHAT, DRAW, EDIT, chat_body, data_url, image_part, png  # noqa: E402
 
 from bagel_rt import Bagel  # noqa: E402
 from bagel_rt.serve.app import create_app  # noqa: E402
@@ -50,32 +50,32 @@ ODD = [
     [], {}, [[]], [None], {"a": {}}, [1, 2], [0.5, 0.9], ["text", "image"], [1] * 40, nested(30), nested(800),
     {"role": "user", "content": "x"}, {"type": "text", "text": "x"}, {"url": "x"},
 ]  # fmt: skip
-"""Values for any place."""
+"""Values for any field."""
 
 
 def odd(rng):
-    """One of them, and not the one that another place has."""
+    """A copy of a random one."""
     return json.loads(json.dumps(rng.choice(ODD)))
 
 
 def bodies():
-    """(route, body) that the server takes."""
+    """(route, body) of valid requests."""
     how = {"num_timesteps": 2, "cfg_text_scale": 4.0, "cfg_interval": [0.0, 1.0], "timestep_shift": 3.0, "seed": 1}
     thinks = {"think": True, "max_think_token_n": 2, "do_sample": True, "text_temperature": 0.5}
-    said = {"max_tokens": 2, "temperature": 0.7, "top_p": 0.9, "seed": 3, "stream_options": {"include_usage": True}}
-    seen = asked(text("look"), picture(data_url(png(16, 16))), text("what?"), **said)
+    options = {"max_tokens": 2, "temperature": 0.7, "top_p": 0.9, "seed": 3, "stream_options": {"include_usage": True}}
+    seen = chat_body("look", image_part(data_url(png(16, 16))), "what?", **options)
     return [
         (DRAW, {"prompt": "x", "size": "16x16", "n": 2, "model": "small", **how}),
         (DRAW, {"prompt": "x", "negative_prompt": "y", "size": "16x16", "output_format": "jpeg", **how, **thinks}),
         (CHAT, seen),
         (CHAT, seen | {"stream": True}),
-        (CHAT, {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], **said}),
-        (CHAT, asked(text("x"), modalities=["text", "image"], max_rounds=2, size="16x16", think=False, **how)),
+        (CHAT, {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], **options}),
+        (CHAT, chat_body("x", modalities=["text", "image"], max_rounds=2, size="16x16", think=False, **how)),
     ]
 
 
 def places(value, path=()):
-    """The paths of all that is in a body."""
+    """The paths of all values in a body."""
     yield path
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:
@@ -83,7 +83,7 @@ def places(value, path=()):
 
 
 def changed(body, rng):
-    """A body with something odd in it."""
+    """A body with random changes."""
     body = json.loads(json.dumps(body))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         path = rng.choice([path for path in places(body) if path] or [None])
@@ -108,7 +108,7 @@ def changed(body, rng):
 
 
 def scrambled(data, rng):
-    """Bytes with a few of them changed, added or lost."""
+    """Bytes with random changes."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         at = rng.randrange(len(data) + 1)
@@ -128,14 +128,14 @@ def scrambled(data, rng):
 
 
 def written(body, rng):
-    """A body as bytes, in one of the ways that there are."""
-    told = json.dumps(body, ensure_ascii=rng.random() < 0.5)
-    data = told.encode(rng.choice(("utf-8", "utf-8", "utf-8", "utf-16", "utf-32-be")), "surrogatepass")
+    """A body as JSON in a random encoding, sometimes scrambled."""
+    sent = json.dumps(body, ensure_ascii=rng.random() < 0.5)
+    data = sent.encode(rng.choice(("utf-8", "utf-8", "utf-8", "utf-16", "utf-32-be")), "surrogatepass")
     return scrambled(data, rng) if rng.random() < 0.3 else data
 
 
-def pictures():
-    """Files of every kind that is taken."""
+def image_files():
+    """Image files of every supported kind."""
     noise = np.random.default_rng(0).integers(0, 256, (18, 26, 4), np.uint8)
     rgba = Image.fromarray(noise)
     rgb, grey, palette = rgba.convert("RGB"), rgba.convert("L"), rgba.convert("P")
@@ -161,7 +161,7 @@ def pictures():
 
 
 def consistent(data, rng):
-    """A PNG file whose checksums are right for what is in it."""
+    """A PNG file with its checksums corrected, mostly."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or rng.random() < 0.3:
         return data
     data, at = bytearray(data), 8
@@ -176,13 +176,13 @@ def consistent(data, rng):
 
 
 def form(parts, rng, boundary=b"b"):
-    """A form's body of (name, value or file)."""
+    """The body of a form with (name, value or file) parts."""
     lines = []
     for name, value in parts:
         lines.append(b"--" + boundary)
-        told = f'form-data; name="{name}"'.encode("utf-8", "surrogatepass")
-        told += b'; filename="a.png"' if isinstance(value, bytes) else b""
-        headers = [b"Content-Disposition: " + told]
+        sent = f'form-data; name="{name}"'.encode("utf-8", "surrogatepass")
+        sent += b'; filename="a.png"' if isinstance(value, bytes) else b""
+        headers = [b"Content-Disposition: " + sent]
         if rng.random() < 0.1:
             headers = rng.choice(([], [b"Content-Disposition"], [b"Content-Type: text/plain; charset=x"] + headers))
         lines += [*headers, b"", value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")]
@@ -221,7 +221,7 @@ def form_case(rng, file=png(16, 16)):  # noqa: B008
     return EDIT, kind, scrambled(body, rng) if rng.random() < 0.4 else body
 
 
-def picture_case(rng, files=pictures()):  # noqa: B008
+def image_case(rng, files=image_files()):  # noqa: B008
     data = rng.choice(files)
     if rng.random() < 0.95:
         data = consistent(scrambled(data, rng), rng)
@@ -233,11 +233,11 @@ def picture_case(rng, files=pictures()):  # noqa: B008
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     if rng.random() < 0.1:
         url = scrambled(url.encode(), rng).decode("latin-1")
-    return CHAT, b"application/json", json.dumps(asked(text("x"), picture(url), max_tokens=1)).encode()
+    return CHAT, b"application/json", json.dumps(chat_body("x", image_part(url), max_tokens=1)).encode()
 
 
 async def post(app, route, kind, body, rng=None):
-    """(status, body) of an answer. With ``rng`` the body comes in pieces, and some clients leave before its end."""
+    """(status, body) of a response. With ``rng`` some bodies are sent in pieces, and some clients disconnect early."""
     cuts = sorted(rng.sample(range(len(body) + 1), min(3, len(body)))) if rng and rng.random() < 0.3 else []
     pieces = [body[start:end] for start, end in itertools.pairwise([0, *cuts, len(body)])]
     messages = [
@@ -246,7 +246,7 @@ async def post(app, route, kind, body, rng=None):
     ]
     if cuts and rng.random() < 0.1:
         messages[-1] = {"type": "http.disconnect"}
-    told, answered = [], asyncio.Event()
+    sent, answered = [], asyncio.Event()
 
     async def receive():
         if messages:
@@ -255,7 +255,7 @@ async def post(app, route, kind, body, rng=None):
         return {"type": "http.disconnect"}
 
     async def send(message):
-        told.append(message)
+        sent.append(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
             answered.set()
 
@@ -263,18 +263,18 @@ async def post(app, route, kind, body, rng=None):
     scope |= {"path": route, "raw_path": route.encode(), "query_string": b"", "root_path": "", "scheme": "http"}
     scope |= {"headers": [(b"host", b"x"), (b"content-type", kind)], "client": ("x", 1), "server": ("x", 80)}
     await asyncio.wait_for(app(scope, receive, send), 120)
-    return told[0]["status"], b"".join(message.get("body", b"") for message in told)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 
 def quick(engine):
-    """An engine that answers at once, but for every fourth request."""
+    """Make an engine return stored answers, except for every fourth request."""
     draw, answer, interleave = engine.run_images, engine.run_answer, engine.run_interleaved
     turn, last = itertools.count(), {}
 
     def run_images(requests, progress):
-        if next(turn) % 4 and "picture" in last:
-            return [last["picture"]] * len(requests)
-        *_, last["picture"] = results = draw(requests, progress)
+        if next(turn) % 4 and "image" in last:
+            return [last["image"]] * len(requests)
+        *_, last["image"] = results = draw(requests, progress)
         return results
 
     def run_answer(request, progress):
@@ -287,14 +287,14 @@ def quick(engine):
 
 
 def check(status, body, case):
-    """An answer is one, or says why not."""
+    """Check that a response is a success, or an error with a message."""
     assert 200 <= status < 500, (status, body, case)
     if status == 200 and body.startswith(b"data: "):
         assert b'"error"' not in body, (body, case)
         return
-    told = json.loads(body)
+    sent = json.loads(body)
     if status != 200:
-        message = told["error"]["message"]
+        message = sent["error"]["message"]
         assert isinstance(message, str) and message.strip(": "), (status, body, case)
 
 
@@ -306,8 +306,8 @@ def app():
 
 
 def run(app, cases, whole=False):
-    """Post cases, one after another, and look at every answer: how many there were of each status. Unless they are
-    ``whole``, some come in pieces, and some of those not to their end."""
+    """Post cases one by one and check every response; returns the count of each status. Unless ``whole``, some are
+    sent in pieces, and some of those incompletely."""
     found = Counter()
 
     async def post_all():
@@ -323,7 +323,7 @@ def run(app, cases, whole=False):
 
 
 def seeds(count):
-    """The first of them for the fast tests."""
+    """Seeds, of which only the first is not slow."""
     return [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, count))]
 
 
@@ -334,11 +334,11 @@ def test_every_odd_value_in_every_place(known):
     cases = []
     for path in filter(None, places(body)):
         for value in ODD:
-            holder = said = json.loads(json.dumps(body))
+            holder = options = json.loads(json.dumps(body))
             for key in path[:-1]:
                 holder = holder[key]
             holder[path[-1]] = value
-            cases.append((route, b"application/json", json.dumps(said).encode()))
+            cases.append((route, b"application/json", json.dumps(options).encode()))
     app = create_app(Bagel.from_pretrained(CHECKPOINT, device="cpu"), "small", LIMITS)
     found = run(app, cases, whole=True)
     assert found[200] > len(cases) / 50 and found[400] > len(cases) / 2
@@ -359,14 +359,16 @@ def test_forms(app, seed):
 
 
 @pytest.mark.parametrize("seed", seeds(4))
-def test_pictures(app, seed):
+def test_images(app, seed):
     rng = random.Random(200 + seed)
-    found = run(app, [picture_case(rng) for _ in range(CASES)])
+    found = run(app, [image_case(rng) for _ in range(CASES)])
     assert found[200] > CASES / 20 and found[400] > CASES / 4 and found[GONE]
 
 
-def test_what_is_fuzzed_is_taken_as_it_was(app):
+def test_unchanged_cases_are_accepted(app):
     cases = [(route, b"application/json", json.dumps(body).encode()) for route, body in bodies()]
-    files = [form([("prompt", "x"), ("num_timesteps", "2"), ("image", file)], random.Random(1)) for file in pictures()]
+    files = [
+        form([("prompt", "x"), ("num_timesteps", "2"), ("image", file)], random.Random(1)) for file in image_files()
+    ]
     cases += [(EDIT, TYPES[0], file) for file in files]
     assert run(app, cases, whole=True) == {200: len(cases)}

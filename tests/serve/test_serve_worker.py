@@ -1,4 +1,4 @@
-"""The model's thread without a model: batches, ends of every kind, and what is kept of them."""
+"""The model thread and its jobs with a fake model: batches, deadlines, failures, shutdown, memory."""
 
 import asyncio
 import gc
@@ -24,11 +24,11 @@ from bagel_rt.serve.worker import AsyncJob, Completion, Failed, start_worker  # 
 
 
 class Model:
-    """Stands in for a model: draws a prompt by saying it, once it is let go; writes the letters of a prompt.
+    """A fake model: an image is its prompt, once ``go`` is set; a text is the letters of its prompt.
 
     Attributes:
-        go: set to let it draw.
-        drawn: the prompts of every batch.
+        go: set to let it run.
+        drawn: prompts of every batch.
     """
 
     def __init__(self):
@@ -72,7 +72,7 @@ async def result(job):
 
 
 async def ends(*jobs):
-    """What came of jobs: results and exceptions."""
+    """Results and exceptions of jobs."""
     return await asyncio.gather(*map(result, jobs), return_exceptions=True)
 
 
@@ -90,7 +90,7 @@ def model():
 
 @pytest.fixture
 def run(model):
-    """Runs a test's coroutine, which is given a worker of a queue of three and batches of two."""
+    """Runs a test's coroutine with a worker that has a queue of three and batches of two."""
 
     def run(test, **options):
         async def whole():
@@ -107,7 +107,7 @@ def run(model):
     return run
 
 
-def test_jobs_of_equal_size_are_drawn_together_and_others_keep_their_turn(run, model):
+def test_equal_keys_share_a_batch_and_others_keep_their_order(run, model):
     async def test(worker):
         model.go.clear()
         jobs = [image_job("a"), image_job("b"), image_job("c", batch_key="other"), image_job("d")]
@@ -121,7 +121,7 @@ def test_jobs_of_equal_size_are_drawn_together_and_others_keep_their_turn(run, m
     run(test)
 
 
-def test_jobs_that_go_with_nobody_are_drawn_alone(run, model):
+def test_jobs_without_a_key_run_alone(run, model):
     async def test(worker):
         jobs = [image_job(name, batch_key=None) for name in "abc"]
         worker.submit(jobs)
@@ -131,20 +131,20 @@ def test_jobs_that_go_with_nobody_are_drawn_alone(run, model):
     run(test)
 
 
-def test_a_full_queue_takes_none_of_a_request_and_an_empty_one_all(run, model):
+def test_full_queue_takes_no_job_and_an_empty_one_any_number(run, model):
     async def test(worker):
         model.go.clear()
         first = image_job("first")
         worker.submit([first])
         await until(lambda: worker.running == 1)
         many = [image_job(str(number)) for number in range(5)]
-        worker.submit(many)  # more than the queue is long, but it will never be emptier
+        worker.submit(many)  # more than the limit, but the queue is empty
         with pytest.raises(Busy):
             worker.submit([image_job("late")])
         assert worker.waiting == 5
         for job in many[:3]:
             job.cancel()
-        worker.submit([last := image_job("last")])  # those that nobody waits for make room
+        worker.submit([last := image_job("last")])  # cancelled jobs make room
         assert worker.waiting == 3
         model.go.set()
         assert await ends(first, *many[3:], last) == ["first", "3", "4", "last"]
@@ -152,7 +152,7 @@ def test_a_full_queue_takes_none_of_a_request_and_an_empty_one_all(run, model):
     run(test)
 
 
-def test_what_nobody_waits_for_is_not_drawn(run, model):
+def test_ended_jobs_never_run(run, model):
     async def test(worker):
         model.go.clear()
         first, gone, late = image_job("first"), image_job("gone"), image_job("late", seconds=0.05)
@@ -168,7 +168,7 @@ def test_what_nobody_waits_for_is_not_drawn(run, model):
     run(test)
 
 
-def test_a_batch_goes_on_for_those_that_stay_and_ends_when_all_have_left(run, model):
+def test_batch_runs_until_all_its_jobs_are_cancelled(run, model):
     async def test(worker):
         model.go.clear()
         stay, leave = image_job("stay"), image_job("leave")
@@ -183,7 +183,7 @@ def test_a_batch_goes_on_for_those_that_stay_and_ends_when_all_have_left(run, mo
     run(test)
 
 
-def test_a_job_that_is_late_while_it_runs_ends(run, model):
+def test_deadline_ends_a_running_job(run, model):
     async def test(worker):
         model.go.clear()
         worker.submit([job := image_job("slow", seconds=0.05)])
@@ -193,7 +193,7 @@ def test_a_job_that_is_late_while_it_runs_ends(run, model):
     run(test)
 
 
-def test_one_that_fails_does_not_spoil_its_batch(run, model):
+def test_failing_job_does_not_fail_its_batch(run, model):
     async def test(worker):
         jobs = [image_job("good"), image_job("poison")]
         worker.submit(jobs)
@@ -204,7 +204,7 @@ def test_one_that_fails_does_not_spoil_its_batch(run, model):
     run(test)
 
 
-def test_a_batch_beyond_the_memory_is_drawn_one_by_one(run, model):
+def test_out_of_memory_batch_runs_one_by_one(run, model):
     async def test(worker):
         jobs = [image_job("large"), image_job("small")]
         worker.submit(jobs)
@@ -217,7 +217,7 @@ def test_a_batch_beyond_the_memory_is_drawn_one_by_one(run, model):
     run(test)
 
 
-def test_pieces_that_wait_come_as_one(run, model):
+def test_waiting_pieces_are_joined(run, model):
     async def test(worker):
         job = AsyncJob(request("word"), "text", time.monotonic() + 60)
         worker.submit([job])
@@ -228,7 +228,7 @@ def test_pieces_that_wait_come_as_one(run, model):
     run(test)
 
 
-def test_pieces_come_as_they_are_written(run, model):
+def test_pieces_arrive_as_generated(run, model):
     async def test(worker):
         model.go.clear()
         worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
@@ -240,7 +240,7 @@ def test_pieces_come_as_they_are_written(run, model):
     run(test)
 
 
-def test_silence_is_told(run, model):
+def test_silence_is_reported(run, model):
     async def test(worker):
         model.go.clear()
         worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
@@ -253,7 +253,7 @@ def test_silence_is_told(run, model):
     run(test)
 
 
-def test_a_connection_that_fails_ends_its_jobs(run, model):
+def test_broken_connection_cancels_its_jobs(run, model):
     async def fail():
         raise OSError("gone")
 
@@ -267,7 +267,7 @@ def test_a_connection_that_fails_ends_its_jobs(run, model):
     run(test)
 
 
-def test_whoever_stops_listening_has_cancelled(run, model):
+def test_closing_the_listener_cancels(run, model):
     async def test(worker):
         model.go.clear()
         worker.submit([job := AsyncJob(request("word"), "text", time.monotonic() + 60)])
@@ -280,7 +280,7 @@ def test_whoever_stops_listening_has_cancelled(run, model):
     run(test)
 
 
-def test_at_the_end_jobs_have_their_grace_and_then_fail(run, model):
+def test_stop_fails_jobs_after_the_grace_period(run, model):
     async def test(worker):
         model.go.clear()
         jobs = [image_job("runs", batch_key=None), image_job("waits", batch_key=None)]
@@ -296,7 +296,7 @@ def test_at_the_end_jobs_have_their_grace_and_then_fail(run, model):
     run(test)
 
 
-def test_at_the_end_jobs_that_can_be_done_are_done(run, model):
+def test_stop_finishes_jobs_within_the_grace_period(run, model):
     async def test(worker):
         jobs = [image_job(name, batch_key=None) for name in "abc"]
         worker.submit(jobs)
@@ -306,7 +306,7 @@ def test_at_the_end_jobs_that_can_be_done_are_done(run, model):
     run(test)
 
 
-def test_a_model_that_is_stuck_in_a_step_does_not_keep_its_clients(run, model):
+def test_stuck_step_does_not_block_stop(run, model):
     stuck = threading.Event()
     model.run_images = lambda requests, progress: stuck.wait(60)
 
@@ -320,7 +320,7 @@ def test_a_model_that_is_stuck_in_a_step_does_not_keep_its_clients(run, model):
     run(test)
 
 
-def test_a_lost_device_ends_all_and_is_told(run, model, monkeypatch):
+def test_lost_device_ends_all_jobs(run, model, monkeypatch):
     def lost(worker):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -338,8 +338,8 @@ def test_a_lost_device_ends_all_and_is_told(run, model, monkeypatch):
 
 
 @pytest.mark.parametrize("prompt", ["poison", "huge", "fine"])
-def test_nothing_of_a_job_outlives_it(run, model, monkeypatch, prompt):
-    monkeypatch.setattr(logging.getLogger("bagel_rt.serve"), "disabled", True)  # pytest keeps what is logged
+def test_ended_job_releases_its_memory(run, model, monkeypatch, prompt):
+    monkeypatch.setattr(logging.getLogger("bagel_rt.serve"), "disabled", True)  # pytest keeps records
     kept, draw = [], model.run_images
 
     class Tensor:

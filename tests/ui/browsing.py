@@ -19,12 +19,12 @@ WATCH = """
 const [shown, line] = arguments;
 const find = selector => document.querySelector(selector);
 find(`#${line} .status`).removeAttribute('data-stage');  // of a request before this one
-window.seen = {stages: [], pictures: [], texts: []};
+window.seen = {stages: [], images: [], texts: []};
 const note = (list, value) => { if (value && list[list.length - 1] !== value) list.push(value); };
 window.watching?.disconnect();
 window.watching = new MutationObserver(() => {
   note(seen.stages, find(`#${line} .status`)?.dataset.stage);
-  note(seen.pictures, find(`#${shown} img`)?.src);
+  note(seen.images, find(`#${shown} img`)?.src);
   note(seen.texts, find(`#${shown}`)?.innerText);
 });
 watching.observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true});
@@ -32,7 +32,7 @@ watching.observe(document.body, {subtree: true, childList: true, attributes: tru
 
 
 def start_chromium() -> webdriver.Chrome:
-    """The browser; whoever starts it calls its ``quit()``."""
+    """Start the browser; call its ``quit()`` at the end."""
     if not (CHROMIUM and DRIVER):
         raise RuntimeError("there is no Chromium with its driver here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
@@ -110,5 +110,5 @@ class Browser:
         return self.all(selector)[0].text
 
     def source(self, selector: str) -> str:
-        """The address of the picture that a control shows."""
+        """The URL of the image in a control."""
         return self.until(lambda: self.all(f"{selector} img"))[0].get_attribute("src")

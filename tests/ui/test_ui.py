@@ -45,19 +45,19 @@ def test_every_hyperparameter_has_a_control_with_its_default_and_an_explanation(
         {"from", "to"} if "cfg_interval" in names else set()
     )
     for name in names:
-        title, said = EXPLAINED[name]
+        title, info = EXPLAINED[name]
         control = controls.components["from" if name == "cfg_interval" else name]
-        assert said == control.info and title in control.label and name in control.label
+        assert info == control.info and title in control.label and name in control.label
     values = {control: control.preprocess(control.value) for control in controls.components.values()}
     assert resolve_settings(task, controls.read(values)) == TASKS[task]
 
 
-def test_shapes_are_the_official_ones():
+def test_shapes_equal_the_official_app():
     official = {"1:1": (1024, 1024), "4:3": (768, 1024), "3:4": (1024, 768), "16:9": (576, 1024), "9:16": (1024, 576)}
     assert sizes(BAGEL_7B_MOT) == official
 
 
-def test_a_seed_is_drawn_if_none_is_given():
+def test_missing_or_negative_seed_is_random():
     assert chosen_seed(7) == 7 and chosen_seed(0) == 0
     assert len({chosen_seed(given) for given in (-1, None, -1.0)}) == 3
 
@@ -71,7 +71,7 @@ def test_a_seed_is_drawn_if_none_is_given():
         ("<answer>blue</answer>", ("", "blue")),
     ],
 )
-def test_thoughts_and_answers_are_told_apart(text, expected):
+def test_thought_and_answer_are_split(text, expected):
     assert split_thought(text) == expected
 
 
@@ -86,17 +86,17 @@ def gallery_of(folder, *pages, **source):
     return gallery
 
 
-def test_pictures_tell_what_they_were_made_of(tmp_path):
+def test_image_files_hold_their_parameters(tmp_path):
     path = gallery_of(tmp_path, "page", model="tiny").add("page", made(7, "a plan"), "a cat", prompt="a cat")
-    told = json.loads(Image.open(path).text["parameters"])
-    assert told == {"model": "tiny", "seed": 7, "prompt": "a cat", "num_timesteps": 5, "thought": "a plan"}
+    parameters = json.loads(Image.open(path).text["parameters"])
+    assert parameters == {"model": "tiny", "seed": 7, "prompt": "a cat", "num_timesteps": 5, "thought": "a plan"}
 
 
 def files(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_files_of_a_page_are_bounded_and_go_with_it(tmp_path, monkeypatch):
+def test_files_of_a_page_are_bounded_and_deleted_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery_module, "KEPT", 3)
     gallery = gallery_of(tmp_path, "page", "other")
     for seed in range(5):
@@ -109,7 +109,7 @@ def test_files_of_a_page_are_bounded_and_go_with_it(tmp_path, monkeypatch):
     assert files(tmp_path) == ["bagel-seed-9.png"] and len(list(tmp_path.iterdir())) == 1
 
 
-def test_every_preview_has_an_address_of_its_own_and_few_are_kept(tmp_path):
+def test_previews_have_unique_paths_and_few_are_kept(tmp_path):
     gallery = gallery_of(tmp_path, "../../page")
     paths = {gallery.preview("../../page", "draw", Image.new("RGB", (2000, 1000))) for _ in range(9)}
     assert len(paths) == 9 and all(Path(path).is_relative_to(tmp_path) for path in paths)
@@ -119,26 +119,26 @@ def test_every_preview_has_an_address_of_its_own_and_few_are_kept(tmp_path):
     assert gallery.preview("../../page", "draw", again) == gallery.preview("../../page", "draw", again)
 
 
-def test_a_page_may_leave_between_two_previews(tmp_path):
-    gallery, picture = gallery_of(tmp_path, "page"), Image.new("RGB", (8, 8))
-    assert gallery.preview("page", "draw", picture)
+def test_page_may_leave_between_two_previews(tmp_path):
+    gallery, image = gallery_of(tmp_path, "page"), Image.new("RGB", (8, 8))
+    assert gallery.preview("page", "draw", image)
     gallery.leave("page")
     gallery.leave("page")
-    assert gallery.preview("page", "draw", picture) is gallery.preview("page", "draw", Image.new("RGB", (8, 8))) is None
+    assert gallery.preview("page", "draw", image) is gallery.preview("page", "draw", Image.new("RGB", (8, 8))) is None
     assert gallery.add("page", made(7), "a") is None and gallery.images("page") == []
     assert not list(tmp_path.iterdir())
-    gallery.enter("page")  # it was only the connection that was lost
+    gallery.enter("page")  # only the connection was lost
     assert gallery.add("page", made(8), "a") and len(gallery.images("page")) == 1
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda gallery, picture: gallery.preview("page", "draw", picture.image),
-        lambda gallery, picture: gallery.add("page", picture, "a"),
+        lambda gallery, image: gallery.preview("page", "draw", image.image),
+        lambda gallery, image: gallery.add("page", image, "a"),
     ],
 )
-def test_a_page_may_leave_while_a_file_is_written(tmp_path, monkeypatch, write):
+def test_page_may_leave_while_a_file_is_written(tmp_path, monkeypatch, write):
     gallery, save = gallery_of(tmp_path, "page"), Image.Image.save
     gallery.preview("page", "draw", made(1).image)
 
@@ -151,70 +151,70 @@ def test_a_page_may_leave_while_a_file_is_written(tmp_path, monkeypatch, write):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_given_picture_is_looked_at_before_it_is_decoded(tmp_path):
+def test_uploads_are_checked_before_decoding(tmp_path):
     Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="^large.png must have .* got 5000x5000"):
         open_upload(str(tmp_path / "large.png"))
-    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.png").write_text("not an image")
     with pytest.raises(ValueError, match="^a.png: not an image"):
         open_upload(str(tmp_path / "a.png"))
     with pytest.raises(ValueError, match="^gone.png has expired"):
         open_upload(tmp_path / "gone.png")
 
 
-def test_a_photo_stands_as_a_viewer_shows_it(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: stored a quarter turn to the left
     stored = Image.new("RGB", (48, 16), "blue")
-    stored.paste("red", (0, 0, 16, 16))  # what is left as it is stored is above as it is seen
+    stored.paste("red", (0, 0, 16, 16))  # stored on the left, shown at the top
     stored.save(tmp_path / "photo.png", exif=exif)
     seen = open_upload(tmp_path / "photo.png")
     assert seen.size == (16, 48) and seen.getpixel((8, 4)) == (255, 0, 0) and seen.getpixel((8, 40)) == (0, 0, 255)
 
 
-def test_damaged_words_on_how_a_photo_is_turned_do_not_matter(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "photo.png", exif=b"Exif\0\0no such thing")
     assert open_upload(tmp_path / "photo.png").size == (8, 4)
 
 
-def test_words_of_a_model_and_of_errors_are_no_markup():
+def test_status_escapes_markup():
     shown = status(View("failed", error=ValueError("<script>x</script>")))
     assert "<script>" not in shown and "&lt;script&gt;" in shown
 
 
-def test_examples_show_what_was_made_of_them(tmp_path):
+def test_examples_match_their_stored_parameters(tmp_path):
     made_here = {path.stem for path in FOLDER.iterdir()}
     assert made_here == {*GENERATED, *EDITED}
     for name, (*_, text, seed) in (GENERATED | EDITED).items():
-        with Image.open(FOLDER / f"{name}.png") as picture:
-            told = json.loads(picture.text["parameters"])
-            assert picture.size == (128, 128) and told["prompt"] == text and told["seed"] == seed
+        with Image.open(FOLDER / f"{name}.png") as image:
+            parameters = json.loads(image.text["parameters"])
+            assert image.size == (128, 128) and parameters["prompt"] == text and parameters["seed"] == seed
     shown = Examples(tmp_path, small=True)
     assert all(Path(row[-1]).is_relative_to(tmp_path) for row in (*shown.draw, *shown.edit))
     assert {len(row) for row in Examples(tmp_path, small=False).edit} == {2}
 
 
-def test_a_conversation_is_bounded_and_says_so():
+def test_conversation_length_is_limited():
     assert "nothing to send" in _problem([("user", [])])
     turns = [("user", ["a"]), ("assistant", ["b"])] * (MAX_INPUTS // 2)
     assert _problem(turns) is None
     assert f"at most {MAX_INPUTS} texts and images, got {MAX_INPUTS + 1}" in _problem([*turns, ("user", ["c"])])
 
 
-def test_without_gradio_the_command_says_what_to_install(monkeypatch):
+def test_missing_gradio_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "bagel_rt.ui.app", None)
     result = CliRunner().invoke(app, ["ui"])
     assert result.exit_code == 2 and "pip install 'bagel_rt[ui]'" in result.output
 
 
-def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(monkeypatch):
+def test_taken_port_is_found_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr("bagel_rt.pipeline.Bagel.from_pretrained", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = CliRunner().invoke(app, ["ui", "--port", str(taken.getsockname()[1])])
     assert result.exit_code == 2 and "cannot bind" in result.output
 
 
-def test_the_command_serves_the_page_until_interrupted_and_leaves_no_files(tmp_path):
+def test_command_serves_until_interrupted_and_leaves_no_files(tmp_path):
     command = [sys.executable, "-m", "bagel_rt.cli", "ui", "--port", "0", "--device", "cpu", "--model", str(CHECKPOINT)]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

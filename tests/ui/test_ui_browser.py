@@ -1,4 +1,4 @@
-"""The page in headless Chromium, from the click to the picture: draw, edit, ask, talk, cancel; and no network.
+"""The page in headless Chromium: generate, edit, ask, chat, cancel; and no network.
 
 Skipped where there is no browser (see ``browsing``), unless BAGEL_RT_NEEDS_BROWSER is set: then that is a failure.
 """
@@ -46,7 +46,7 @@ TABS = {
 
 @pytest.fixture(scope="module")
 def looked_up():
-    """Names and addresses that this process asked for, other than its own machine's."""
+    """Host names that this process looks up, other than its own."""
     asked, real = [], socket.getaddrinfo
 
     def getaddrinfo(host, *args, **kwargs):
@@ -86,7 +86,7 @@ def draw(browser, prompt="a red circle"):
 
 @dataclass
 class Slowness:
-    """Seconds that a step takes more, and the numbers of the steps that were done."""
+    """Extra seconds per step, and the indices of the steps done."""
 
     pause: float = 0.08
     steps: list[int] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Slowness:
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Steps and tokens that take as long as a larger model's."""
+    """Slow down steps and tokens to the pace of a larger model."""
     slowness, step, decode = Slowness(), Denoiser.step, Engine._decode
 
     def slow(self, index):
@@ -112,37 +112,37 @@ def slow(monkeypatch):
     return slowness
 
 
-def test_a_picture_is_seen_as_it_is_drawn(browser, slow):
+def test_previews_are_shown(browser, slow):
     draw(browser)
-    previews = {source for source in browser.seen("pictures") if "preview" in source}
+    previews = {source for source in browser.seen("images") if "preview" in source}
     assert len(previews) > 2 and "preview" not in browser.source("#draw-result")
 
 
-def test_a_seed_repeats_its_picture(browser, page):
+def test_seed_repeats_an_image(browser, page):
     draw(browser)
     assert [stage for stage in browser.seen("stages") if stage in ("image", "done")] == ["image", "done"]
     assert "Seed " in browser.says("#draw-status") and "128 × 128" in browser.says("#draw-status")
-    first, said = browser.source("#draw-result"), browser.says("#draw-status .message")
+    first, words = browser.source("#draw-result"), browser.says("#draw-status .message")
     browser.until(lambda: len(browser.all("#gallery img")) == 1)
     browser.click("#draw-settings button")
     browser.click("#draw-again")
-    browser.until(lambda: browser.all("#draw-seed input")[0].get_attribute("value") in said)
+    browser.until(lambda: browser.all("#draw-seed input")[0].get_attribute("value") in words)
     draw(browser)
-    assert browser.says("#draw-status .message") == said
+    assert browser.says("#draw-status .message") == words
     browser.until(lambda: len(browser.all("#gallery img")) == 2)
-    pictures = [fetch(source) for source in (first, browser.source("#draw-result"))]
-    assert pictures[0].tobytes() == pictures[1].tobytes()
-    assert json.loads(pictures[0].text["parameters"])["prompt"] == "a red circle"
+    images = [fetch(source) for source in (first, browser.source("#draw-result"))]
+    assert images[0].tobytes() == images[1].tobytes()
+    assert json.loads(images[0].text["parameters"])["prompt"] == "a red circle"
 
 
-def test_a_drawn_picture_is_edited_and_asked_about(browser, slow):
+def test_result_is_sent_to_other_tabs(browser, slow):
     draw(browser)
     browser.click("#draw-to-edit")
     browser.until(lambda: browser.all("#edit-given img"))
     browser.type("#edit-prompt textarea", "make it blue")
     browser.run("edit", "edit-result")
     assert browser.ended() == "done"
-    assert len(browser.seen("pictures")) > 1
+    assert len(browser.seen("images")) > 1
     browser.click("#edit-to-ask")
     browser.until(lambda: browser.all("#ask-given img"))
     browser.type("#ask-prompt textarea", "what is it?")
@@ -151,7 +151,7 @@ def test_a_drawn_picture_is_edited_and_asked_about(browser, slow):
     assert len(browser.seen("texts")) > 2, "the answer did not grow"
 
 
-def test_an_example_fills_in_what_is_asked_for_and_shows_what_was_made_of_it(browser, page):
+def test_example_fills_in_the_request_and_its_result(browser, page):
     browser.tab("Image editing")
     name, (_, text, seed) = next(iter(EDITED.items()))
     browser.until(lambda: [row for row in browser.all("tr") if text in row.text])[0].click()
@@ -165,14 +165,14 @@ def test_an_example_fills_in_what_is_asked_for_and_shows_what_was_made_of_it(bro
     assert f"/{name}.png" in browser.source("#ask-given")
 
 
-def test_an_example_begins_a_conversation(browser):
+def test_example_fills_in_a_message(browser):
     browser.tab("Interleaved chat")
     browser.until(lambda: [row for row in browser.all("button, tr") if row.text == "what is in the picture"])[0].click()
     browser.until(lambda: browser.all("#chat-message img"))
     assert browser.all("#chat-message textarea")[0].get_attribute("value") == "what is in the picture"
 
 
-def test_thoughts_are_shown_as_they_are_written(browser, slow):
+def test_thoughts_are_shown_as_generated(browser, slow):
     browser.click("#draw-think input")
     browser.type("#draw-prompt textarea", "a cat")
     browser.click("#draw-settings button")
@@ -184,13 +184,13 @@ def test_thoughts_are_shown_as_they_are_written(browser, slow):
 
 
 def say(browser, text):
-    """Send a message; how the turn ends can then be awaited."""
+    """Send a message; ``ended`` then waits for the turn."""
     browser.watch("chat-messages", "chat")
     browser.type("#chat-message textarea", text + Keys.ENTER)
 
 
-def said(browser, who):
-    """What the conversation shows of the "user" or of the "bot"."""
+def messages(browser, who):
+    """Texts of the "user" or the "bot" in the conversation."""
     return [message.text for message in browser.all(f"#chat-messages .message.{who}")]
 
 
@@ -203,8 +203,8 @@ def chat(browser):
 
 
 @pytest.fixture
-def asks_for_a_picture(monkeypatch):
-    """The model asks for one at the end of its first text."""
+def requests_an_image(monkeypatch):
+    """Make the model request an image at the end of its first text."""
     texts, decode = [], Engine._decode
 
     def decoded(self, *given):
@@ -216,16 +216,16 @@ def asks_for_a_picture(monkeypatch):
     monkeypatch.setattr(Engine, "_decode", decoded)
 
 
-def test_a_conversation_goes_on_and_begins_anew(chat):
+def test_conversation_continues_and_restarts(chat):
     for turn in range(2):
         say(chat, f"number {turn}")
-        chat.until(lambda turn=turn: f"number {turn}" in "".join(said(chat, "user")))
+        chat.until(lambda turn=turn: f"number {turn}" in "".join(messages(chat, "user")))
         assert chat.ended() == "done"
     chat.click("#chat-new")
     chat.until(lambda: not chat.all("#chat-messages .message"))
 
 
-def test_texts_and_pictures_come_in_turn(chat, asks_for_a_picture, slow, tmp_path):
+def test_interleaved_answer_is_shown(chat, requests_an_image, slow, tmp_path):
     Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
     chat.upload("chat-message", tmp_path / "red.png")
     chat.until(lambda: chat.all("#chat-message img"))
@@ -235,12 +235,12 @@ def test_texts_and_pictures_come_in_turn(chat, asks_for_a_picture, slow, tmp_pat
     assert "red.png" in given and len(drawn) == 1 and "bagel-seed" in drawn[0]
     assert fetch(drawn[0]).size == fetch(given).size
     assert len(slow.steps) == 49
-    assert said(chat, "user") and "".join(said(chat, "bot")).strip()
+    assert messages(chat, "user") and "".join(messages(chat, "bot")).strip()
     assert not [button for button in chat.all("button[aria-label=Share]") if button.is_displayed()]
     chat.until(lambda: len(chat.all("#gallery img")) == 1)
 
 
-def test_a_stopped_turn_is_given_back(chat, asks_for_a_picture, slow):
+def test_stopped_turn_returns_its_message(chat, requests_an_image, slow):
     slow.pause = 1.0  # a busy machine has time to stop it
     say(chat, "number 1")
     chat.until(lambda: "image" in chat.seen("stages"))
@@ -252,16 +252,16 @@ def test_a_stopped_turn_is_given_back(chat, asks_for_a_picture, slow):
     assert not chat.all("#chat-messages .message")
     say(chat, "number 2")
     assert chat.ended() == "done"
-    assert [text.strip() for text in said(chat, "user")] == ["number 2"]
+    assert [text.strip() for text in messages(chat, "user")] == ["number 2"]
 
 
-def test_a_message_of_nothing_is_refused(chat):
+def test_empty_message_is_refused(chat):
     say(chat, "  ")
     assert chat.ended() == "failed"
     assert "nothing to send" in chat.says("#chat-status")
 
 
-def test_cancelling_stops_the_model_and_the_next_request_is_done(browser, slow):
+def test_cancel_stops_the_model_and_the_next_request_runs(browser, slow):
     slow.pause = 1.0
     browser.type("#draw-prompt textarea", "a cat")
     browser.run("draw", "draw-result")
@@ -273,7 +273,7 @@ def test_cancelling_stops_the_model_and_the_next_request_is_done(browser, slow):
     draw(browser)
 
 
-def test_a_mistake_is_explained(browser):
+def test_missing_image_is_explained(browser):
     browser.tab("Image editing")
     browser.run("edit", "edit-result")
     assert browser.ended() == "failed"
@@ -282,8 +282,8 @@ def test_a_mistake_is_explained(browser):
 
 
 @pytest.mark.parametrize("task, words", [("edit", "make it blue"), ("ask", "what is it")])
-def test_what_is_no_picture_is_named(browser, tmp_path, task, words):
-    (tmp_path / "holiday.png").write_text("no picture")
+def test_invalid_upload_is_named(browser, tmp_path, task, words):
+    (tmp_path / "holiday.png").write_text("not an image")
     browser.tab(TABS[task])
     browser.upload(f"{task}-given", tmp_path / "holiday.png")
     browser.until(lambda: browser.all(f"#{task}-given img"))
@@ -293,7 +293,7 @@ def test_what_is_no_picture_is_named(browser, tmp_path, task, words):
     assert "holiday.png: not an image" in browser.says(f"#{task}-status")
 
 
-def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browser, page, slow):
+def test_closed_page_cancels_its_request_and_deletes_its_files(browser, page, slow):
     slow.pause = 1.0
 
     def files():
@@ -304,7 +304,7 @@ def test_a_page_that_is_closed_ends_its_request_and_takes_its_files_along(browse
     other = Browser(browser.driver, page.url)
     other.type("#draw-prompt textarea", "a cat")
     other.run("draw", "draw-result")
-    other.until(lambda: any("preview" in source for source in other.seen("pictures")))
+    other.until(lambda: any("preview" in source for source in other.seen("images")))
     assert files() - before
     other.driver.close()
     other.driver.switch_to.window(first)
@@ -328,13 +328,13 @@ def test_every_explanation_is_on_the_page(browser):
         browser.shown(f"#{task}-seed")
         words = browser.says("body")
         for name in names:
-            title, said = EXPLAINED[name]
-            assert title in words and said in words, (task, name)
+            title, info = EXPLAINED[name]
+            assert title in words and info in words, (task, name)
         found |= names
     assert found == EXPLAINED.keys()
 
 
-def test_nothing_was_asked_of_another_machine(browser, driver, page, looked_up):
+def test_page_contacts_no_other_host(browser, driver, page, looked_up):
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     others = {url for url in urls if urlsplit(url).scheme not in ("data", "blob") and not url.startswith(page.url)}
@@ -344,6 +344,6 @@ def test_nothing_was_asked_of_another_machine(browser, driver, page, looked_up):
 
 
 def fetch(url: str):
-    """The picture at an address of the page."""
+    """The image at a URL of the page."""
     with urlopen(url) as answer:
         return Image.open(io.BytesIO(answer.read()))

@@ -1,4 +1,4 @@
-"""One request at a time in the model's thread: watched, cancelled, and never a backlog."""
+"""Requests of the page in the model thread: views, cancellation, previews, failures."""
 
 import logging
 import threading
@@ -24,7 +24,7 @@ def jobs():
 
 
 class Held:
-    """A request that goes on until it is let go."""
+    """A request that runs until ``go_on`` is set."""
 
     def __init__(self, result="done"):
         self.result, self.began, self.go_on, self.steps = result, threading.Event(), threading.Event(), 0
@@ -38,7 +38,7 @@ class Held:
 
 
 def parts(*stages):
-    """A request of stages (name, what its previews show)."""
+    """A request of stages (name, previews)."""
 
     def call(progress):
         for stage, made in stages:
@@ -49,18 +49,18 @@ def parts(*stages):
     return call
 
 
-def test_the_newest_state_is_seen_and_the_last_one_has_the_result(jobs):
+def test_views_are_the_newest_and_the_last_has_the_result(jobs):
     held = Held()
     views = jobs.watch(("page", "ask"), held)
     seen = [next(view for view in views if view.stage == "text")]
     time.sleep(0.3)
-    seen.append(next(views))  # what there is now, not what came next
+    seen.append(next(views))  # the newest state, not the next one
     assert seen[1].step > seen[0].step + 2 and seen[1].text == "word " * seen[1].step
     held.go_on.set()
     assert list(views)[-1].result == "done"
 
 
-def test_requests_run_one_at_a_time_in_the_order_of_their_coming(jobs):
+def test_requests_run_one_at_a_time_in_order(jobs):
     first, second = Held("a"), Held("b")
     watched = [jobs.watch(("one", "draw"), first), jobs.watch(("two", "draw"), second)]
     assert first.began.wait(WAIT) and not second.began.wait(0.1)
@@ -70,7 +70,7 @@ def test_requests_run_one_at_a_time_in_the_order_of_their_coming(jobs):
     assert [list(views)[-1].result for views in watched] == ["a", "b"]
 
 
-def test_a_waiting_request_is_cancelled_at_once_and_never_begun(jobs):
+def test_cancelled_waiting_request_never_runs(jobs):
     first, second = Held(), Held()
     jobs.watch(("one", "draw"), first)
     views = jobs.watch(("two", "draw"), second)
@@ -83,7 +83,7 @@ def test_a_waiting_request_is_cancelled_at_once_and_never_begun(jobs):
 
 
 @pytest.mark.parametrize("how", ["by its button", "by the page's end", "by another of its tab", "by not looking"])
-def test_a_running_request_is_cancelled(jobs, how):
+def test_running_request_is_cancelled(jobs, how):
     held = Held()
     views = jobs.watch(("page", "draw"), held)
     assert next(view for view in views if view.stage == "text").step
@@ -100,14 +100,14 @@ def test_a_running_request_is_cancelled(jobs, how):
         assert last.stage == "cancelled" and last.text.startswith("word")
 
 
-def test_texts_and_pictures_stand_in_order(jobs):
+def test_texts_and_images_are_in_order(jobs):
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     call = parts(("text", ["a", "a b"]), ("image", [red, blue]), ("text", ["c", "c d"]))
     last = list(jobs.watch(("page", "chat"), call, previews=True, keep_last=True))[-1]
     assert last.parts == ("a b", blue, "c d") and last.image is blue and last.text == "c d"
 
 
-def test_without_previews_no_picture_is_decoded(jobs):
+def test_nothing_is_decoded_without_previews(jobs):
     def refuse():
         raise AssertionError("decoded")
 
@@ -119,15 +119,15 @@ def test_without_previews_no_picture_is_decoded(jobs):
     assert list(jobs.watch(("page", "draw"), call))[-1].result == "done"
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_last_preview_is_decoded_where_it_stays(jobs, whole):
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_last_preview_is_decoded_if_kept(jobs, keep_last):
     red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     call = parts(("image", [red, red, red, blue]))
-    last = list(jobs.watch(("page", "draw"), call, previews=True, keep_last=whole))[-1]
-    assert last.image is (blue if whole else red)
+    last = list(jobs.watch(("page", "draw"), call, previews=True, keep_last=keep_last))[-1]
+    assert last.image is (blue if keep_last else red)
 
 
-def test_previews_take_a_small_part_of_the_time(jobs):
+def test_previews_take_at_most_their_share_of_time(jobs):
     decoding = []
 
     def preview():
@@ -147,7 +147,7 @@ def test_previews_take_a_small_part_of_the_time(jobs):
 
 
 @pytest.mark.parametrize("error, logged", [(ValueError("shorten it"), False), (RuntimeError("broken"), True)])
-def test_a_failure_is_told_and_the_next_request_is_done(jobs, caplog, error, logged):
+def test_failure_is_shown_and_the_next_request_runs(jobs, caplog, error, logged):
     def fail(progress):
         raise error
 
@@ -158,7 +158,7 @@ def test_a_failure_is_told_and_the_next_request_is_done(jobs, caplog, error, log
     assert list(jobs.watch(("page", "draw"), lambda progress: "next"))[-1].result == "next"
 
 
-def test_a_lost_device_ends_all_requests(jobs, caplog, monkeypatch):
+def test_page_of_a_lost_device_refuses_requests(jobs, caplog, monkeypatch):
     def lost(thread):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
