@@ -49,6 +49,7 @@ class Loaded(HTMLParser):
             self.addresses.append(dict(attributes)[name])
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_another_host(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) >= len(PAGES)
@@ -58,6 +59,7 @@ def test_nothing_is_loaded_from_another_host(site):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
+@pytest.mark.slow
 def test_what_comes_from_the_code_is_there(site):
     for page in site.rglob("*.html"):
         assert "{{" not in page.read_text(encoding="utf-8"), f"{page}: a part that docs/from_code.py does not know"
@@ -84,6 +86,7 @@ def test_every_hyperparameter_has_a_picture():
         assert name in made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cfg_renorm_type", "cfg_img_scale", "negative_prompt", "top_p"])
 def test_pictures_of_hyperparameters_can_be_made(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hyperparameters.py", name, "--timesteps", "2", "--output", str(tmp_path)])

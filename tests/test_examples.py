@@ -40,6 +40,7 @@ def test_every_example_is_tested():
     assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted(WRITTEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_an_example_writes_what_it_says(name, tmp_path, monkeypatch):
     if name == "openai_client":
@@ -59,6 +60,7 @@ def test_a_folder_can_be_named(tmp_path, monkeypatch):
     check(there, WRITTEN["text_to_image"])
 
 
+@pytest.mark.slow
 def test_a_cancelled_batch_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run("batch")

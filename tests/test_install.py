@@ -56,6 +56,7 @@ def wheel(tmp_path_factory) -> ZipFile:
         yield archive
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
     want = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt").rglob("*.py")}
     want |= {f"bagel_rt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
@@ -67,6 +68,7 @@ def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == want | assets | module
 
 
+@pytest.mark.slow
 def test_the_wheel_says_what_it_needs_and_offers(wheel):
     read = {Path(name).name: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" in name}
     metadata = message_from_string(read["METADATA"])
@@ -95,6 +97,7 @@ def installed(site: Path, folder: Path, expression: str) -> str:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
 def test_the_extension_has_cuda_kernels_where_there_is_a_compiler_for_them(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
@@ -132,6 +135,7 @@ def test_the_build_compiles_for_the_gpus_here(monkeypatch, gpus, known, architec
     assert build.cuda_architectures("nvcc") == "75"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
 def test_an_install_whose_cuda_compiler_fails_keeps_the_planner_and_the_reason(tmp_path):
     tree, site, broken = copy_sources(tmp_path / "tree"), tmp_path / "site", tmp_path / "nvcc"
@@ -147,6 +151,7 @@ def test_an_install_whose_cuda_compiler_fails_keeps_the_planner_and_the_reason(t
     assert error.startswith(f"the CUDA kernels did not build with {broken} for 90a-real: ")
 
 
+@pytest.mark.slow
 def test_an_install_without_a_compiler_works_and_says_why_there_is_no_extension(tmp_path):
     tree, site = copy_sources(tmp_path / "tree"), tmp_path / "site"
     hidden = {"CXX": "/nonexistent/c++", "PATH": sysconfig.get_path("scripts"), "BAGEL_RT_CUDA": "0"}

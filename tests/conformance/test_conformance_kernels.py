@@ -26,6 +26,7 @@ def bagel():
     torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_case(bagel, case, monkeypatch):
     if DEVICE.type == "cpu" and case != CASES[0]:

@@ -102,6 +102,7 @@ def test_the_cuda_kernel_matches_dense_softmax_on(cuda_kernel, starts, lengths):
     check(cuda_kernel, starts, lengths, index=torch.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "Hq, Hkv, D",
@@ -117,6 +118,7 @@ def test_the_cuda_kernel_takes_the_widest_heads(cuda_kernel):
     check(cuda_kernel, [5], [70], 7, 1, 256, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 63, 64, 65, 127, 129, 2048, 2049, 5000])
 def test_the_cuda_kernel_splits_any_length(cuda_kernel, length):
     check(cuda_kernel, [17], [length], 7, 1, 16, slots=5100)
@@ -142,6 +144,7 @@ def test_the_cuda_kernel_scales(cuda_kernel):
         check(cuda_kernel, [5, 20], [60, 33], scale=scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cuda_kernel_computes_a_sequence_alone_as_in_a_batch(cuda_kernel, dtype):
     q = values(1, 5, 7, 32, dtype=dtype).to(cuda_kernel)

@@ -89,6 +89,7 @@ def test_the_down_projection_is_as_deep_as_the_model_has_it(extension_device, B)
     assert_right(decode_linear(x, w, **given), x, w, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])

@@ -73,6 +73,7 @@ def test_one_launch_after_another(extension_device):
         check(given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", extension.DTYPES)
 def test_a_row_has_the_bits_that_it_has_alone(extension_device, dtype):
     given = arguments(8, 1048, 2, 1, 64, dtype, extension_device)

@@ -26,6 +26,7 @@ def nvcc_options():
     return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler here")
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_keep_everything_in_registers(source, tmp_path):
@@ -329,6 +330,7 @@ print("not reached")
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_touch_nothing_outside_of_what_they_are_given():
     """A few calls under -fsanitize=address; then one past the end of a tensor, which it must stop."""
     found = [

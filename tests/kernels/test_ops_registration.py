@@ -142,6 +142,7 @@ def test_these_calls_use_every_op():
     assert {op._opname for name in CALLS for op, _, _ in run(name, 3, 1).ours} == set(OPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "T, G, dtype",
     [
@@ -165,6 +166,7 @@ def test_fake_strides_are_the_real_ones_for_column_major_inputs(name):
     torch.library.opcheck(op, args, kwargs, test_utils="test_faketensor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_to_one_graph_for_any_number_of_rows(name):
     function, graphs = calls(1, 0)[name][0], []

@@ -283,6 +283,7 @@ def test_the_cuda_kernel_draws_what_the_reference_draws(cuda_kernel, V, dtype):
         assert torch.equal(sample(logits.to(cuda_kernel)).cpu(), logits.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_cuda_kernel_draws_what_the_reference_draws_at(cuda_kernel, settings, dtype):
@@ -303,6 +304,7 @@ FLAT = {"all-equal": lambda V: torch.zeros(V), "two-values": lambda V: torch.ara
         "rising": lambda V: torch.arange(V) / V, "falling": lambda V: -torch.arange(V) / 1000.0}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", FLAT.values(), ids=FLAT)
 def test_the_cuda_kernel_finds_the_k_th_largest_where_there_is_no_short_list(cuda_kernel, row):
     """k beyond the number of warps, thousands of equals, and all of the largest in a few warps."""
@@ -320,6 +322,7 @@ def test_the_cuda_kernel_finds_the_first_of_equals_across_blocks(cuda_kernel):
         assert sample(logits.to(cuda_kernel, dtype)).tolist() == [7, 8192, 20002]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (1.5, 0, 0.8), (2.0, 4, 0.7)], ids=["all", "top-p", "both"])
 def test_the_cuda_kernels_tokens_follow_the_softmax_of_those_kept(cuda_kernel, settings):
     draws = 4000 if cuda_kernel.type == "cuda" else 120  # the emulation takes 50 ms for one
@@ -328,6 +331,7 @@ def test_the_cuda_kernels_tokens_follow_the_softmax_of_those_kept(cuda_kernel, s
     assert chi_square(drawn, shares_kept(*settings)) < CHI_SQUARE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cuda_kernel_draws_a_row_alone_as_in_a_batch(cuda_kernel, dtype):
     check_batch(cuda_kernel, dtype, 9001)
@@ -340,6 +344,7 @@ def test_the_cuda_kernel_agrees_on_what_is_special(cuda_kernel):
     check_strides(cuda_kernel)
 
 
+@pytest.mark.slow
 def test_no_order_of_blocks_and_threads_changes_a_token(emulated_extension):
     logits = torch.randn(8, 20003, generator=torch.Generator().manual_seed(1)).mul(2)
     inputs = logits, MIXED, torch.arange(8), torch.arange(8)

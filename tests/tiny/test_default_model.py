@@ -49,6 +49,7 @@ def test_it_draws_what_the_readme_asks_for(bagel):
 
 
 # What it had right where this was written: 21 of 24, 12 of 14 and 40 of 40.
+@pytest.mark.slow
 @pytest.mark.parametrize("task, count, wanted", [("generate", 6, 17), ("edit", 2, 8), ("ask", 4, 36)])
 def test_it_is_right_more_often_than_by_chance(bagel, task, count, wanted):
     fewer = {} if task == "ask" else {"num_timesteps": 25}
@@ -57,6 +58,7 @@ def test_it_is_right_more_often_than_by_chance(bagel, task, count, wanted):
     assert sum(trial.correct for trial in trials) >= wanted, failures
 
 
+@pytest.mark.slow
 def test_kernels_draw_what_the_references_draw(kernels):
     def drawn(backend, device):
         model = Bagel.from_pretrained(device=device, dtype=torch.float32, backend=backend)

@@ -276,6 +276,7 @@ TOY = Recipe(
 DONE = ("tokenizer", "autoencoder", "latents", "sight", "training")  # nothing is written by these once they are done
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_a_model_folder_that_draws(tmp_path):
     assert not Run(tmp_path, TOY, progress=False).run(seconds=0)
     assert (tmp_path / "tokenizer" / "vocab.json").exists() and not (tmp_path / "autoencoder" / "ae.json").exists()
@@ -297,6 +298,7 @@ def test_the_recipe_makes_a_model_folder_that_draws(tmp_path):
     assert bagel.edit(picture, "make the circle blue", num_timesteps=3).image.size == (128, 128)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_sight(tmp_path):
     run = Run(tmp_path, replace(TOY, training=replace(TOY.training, learning_rate=1e-12)), progress=False)
     assert run.run()

@@ -30,6 +30,7 @@ def agrees(seen, scene):
     return True
 
 
+@pytest.mark.slow
 @spoilt
 def test_sees_at_least_99_percent_of_2000_test_scenes(spoil):
     rng = np.random.default_rng(2)
