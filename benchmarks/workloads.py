@@ -36,7 +36,7 @@ def _denoise(latents: int, branches: list[tuple[int, int, bool]]) -> Plan:
     end = max(start + length + rows * behind for start, length, behind in branches)
     segments = []
     for start, length, behind in branches:
-        segments.append(Segment("noise", gen, start, length, start + length if behind else end))
+        segments.append(Segment("full", gen, start, length, start + length if behind else end))
         end += 0 if behind else rows
     return build_plan(segments)
 

@@ -7,7 +7,7 @@
 namespace bagel_rt {
 namespace {
 
-// The keys a row may see: the prefix from key_start up to the row's own limit, and the segment's own span.
+// The keys a row may see: the prefix from key_start up to the row's own limit, and a span that the whole segment sees.
 struct Spans {
   std::int64_t key_start, own_start, own_end;
 
@@ -22,12 +22,15 @@ struct Run {
   std::int64_t row_start, row_end;
 };
 
-// Stored elsewhere than right behind its context: its rows see each other through their own span, not the prefix.
+// Stored elsewhere than right behind what it sees: the context and the segment need a span each.
 bool is_apart(const Segment& segment) { return segment.write != segment.key_start + segment.visible; }
 
 Spans spans_of(const Segment& segment) {
   if (!is_apart(segment)) return {segment.key_start, 0, 0};
-  return {segment.key_start, segment.write, segment.write + segment.rows};
+  if (!segment.causal) return {segment.key_start, segment.write, segment.write + segment.rows};
+  // Limits per row are needed within the segment, so it is the prefix, and the context is the span that all rows see.
+  if (segment.visible == 0) return {segment.write, 0, 0};
+  return {segment.write, segment.key_start, segment.key_start + segment.visible};
 }
 
 // Rows [begin, end) of a segment become packed rows from `packed` on.
@@ -38,7 +41,8 @@ void fill_rows(const Segment& segment, std::int64_t begin, std::int64_t end, std
   std::iota(rows.slots + packed, rows.slots + packed + count, segment.write + begin);
   std::int32_t* const limits = rows.limits + packed;
   if (segment.causal) {
-    std::iota(limits, limits + count, static_cast<std::int32_t>(segment.visible + begin + 1));
+    const std::int64_t seen = is_apart(segment) ? 0 : segment.visible;
+    std::iota(limits, limits + count, static_cast<std::int32_t>(seen + begin + 1));
   } else {
     std::fill_n(limits, count, static_cast<std::int32_t>(segment.visible + (is_apart(segment) ? 0 : segment.rows)));
   }

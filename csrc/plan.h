@@ -6,8 +6,8 @@
 
 namespace bagel_rt {
 
-// A run of tokens of one kind in one context. The caller has checked that it has rows, that nothing is negative, that
-// every slot fits in 32 bits, and that only noise is stored elsewhere than right behind what it sees.
+// A run of tokens of one kind in one context. The caller has checked that it has rows, that nothing is negative, and that
+// every slot fits in 32 bits.
 struct Segment {
   bool causal;              // row i sees the segment's rows up to i; otherwise all of them
   const std::uint8_t* gen;  // nonzero where the generation expert takes the row

@@ -163,10 +163,10 @@ def _group_norm_moments(values: Values, channels: int, height: int, width: int):
 
 _MIXED = [
     _segment("causal", 9, 2, 0), _segment("full", 12, 2, 9, gen=True), _segment("causal", 4, 2, 21),
-    _segment("noise", 9, 30, 5, write=60, gen=True),
+    _segment("full", 9, 30, 5, write=60, gen=True),
 ]  # fmt: skip
-_DENOISING = [_segment("noise", 258, 0, 70, gen=True), _segment("noise", 258, 328, 0, gen=True)]
-_BRANCHES = [_segment("noise", 258, 0, 300, gen=True), _segment("noise", 258, 0, 77, write=700, gen=True)]
+_DENOISING = [_segment("full", 258, 0, 70, gen=True), _segment("full", 258, 328, 0, gen=True)]
+_BRANCHES = [_segment("full", 258, 0, 300, gen=True), _segment("full", 258, 0, 77, write=700, gen=True)]
 _TEXT_AND_IMAGE = [_segment("causal", 150, 0, 0), _segment("full", 200, 0, 150)]
 _TOWER = [_segment("full", 100, 0, 0), _segment("full", 161, 100, 0)]
 

@@ -2,15 +2,18 @@
 
 A forward packs *segments* (runs of tokens of one kind, from any number of contexts) expert-major: rows [0, G) belong
 to the generation expert, rows [G, T) to the understanding expert, each part in segment order. Keys live in cache
-slots; a context occupies the slots from its ``key_start`` on. The official generalised causal mask (semantics:
-Deng et al. 2025, arXiv:2505.14683) then needs two spans per row: a *prefix* [key_start, key_start + limit) and an
-*own* span [own_start, own_end), with the limit given by the segment's mode. Segment of n rows, row i:
+slots; a context occupies the slots from its ``key_start`` on. A segment is stored right behind the keys that it sees
+(write == key_start + visible) or *apart* from them, anywhere else. The generalised causal mask (semantics: Deng et al.
+2025, arXiv:2505.14683) then needs two spans per row: a *prefix* [start, start + limit), of which each row has its own
+limit, and an *own* span [own_start, own_end), which all rows of the segment see. Segment of n rows, row i:
 
-    mode    limit            own span            for
-    causal  visible + i + 1  -                   text
-    full    visible + n      -                   ViT patches, clean VAE latents
-    noise   visible          [write, write + n)  latents being denoised, stored away from their context
-    noise   visible + n      -                   the same, stored right behind it (write == key_start + visible)
+    mode    stored  start      limit            own span                         for
+    causal  behind  key_start  visible + i + 1  -                                text
+    full    behind  key_start  visible + n      -                                images
+    full    apart   key_start  visible          [write, write + n)               latents being denoised
+    causal  apart   write      i + 1            [key_start, key_start + visible) the same, of causal models
+
+The last line swaps the roles: the segment itself is the prefix with a limit per row, the context is seen whole.
 
 Attention works on *query blocks*: at most ``block_q`` packed rows that share an expert, a prefix start and an own
 span. A plan is plain numpy arrays, made on the host. Two implementations give the same plan bit for bit:
@@ -29,7 +32,7 @@ import numpy as np
 from bagel_rt.kernels.attention_tiles import MAX_BLOCK_ROWS
 from bagel_rt.kernels.extension import EXTENSION, EXTENSION_ERROR  # noqa: F401
 
-MODES = ("causal", "full", "noise")
+MODES = ("causal", "full")
 MAX_SLOTS = 2**31 - 1
 """Slots and key counts are int32 on the device."""
 
@@ -38,8 +41,7 @@ class Segment(NamedTuple):
     """A run of n tokens of one kind, in one context.
 
     ``gen`` says for each row whether the generation expert takes it. ``visible`` is the number of the context's keys
-    that precede the segment, ``write`` the slot of its first row's K/V; for causal and full segments ``write`` can
-    only be ``key_start + visible``.
+    that the segment sees, ``write`` the slot of its first row's K/V.
     """
 
     mode: str  # one of MODES
@@ -90,11 +92,6 @@ def _checked(segments: Sequence[Segment], block_q: int) -> list[Segment]:
             raise ValueError(f"plan: segment {number} has {place}; none may be negative")
         if max(key_start + visible, write) + gen.size > MAX_SLOTS:
             raise ValueError(f"plan: segment {number} ({place}, {gen.size} rows) reaches past {MAX_SLOTS} slots")
-        if mode != "noise" and write != key_start + visible:
-            raise ValueError(
-                f"plan: segment {number} has {place}, but only noise may be stored away from its context; "
-                f"the rows of a {mode} segment see each other at key_start + visible = {key_start + visible}"
-            )
         checked.append(Segment(mode, gen, key_start, visible, write))
     ranges = sorted((segment.write, segment.write + segment.gen.size, i) for i, segment in enumerate(checked))
     for (start, end, first), (next_start, next_end, second) in pairwise(ranges):
@@ -111,19 +108,23 @@ def plan_reference(segments: Sequence[Segment], block_q: int = 128) -> Plan:
     segments = _checked(segments, block_q)
     table = []
     for mode, gen, key_start, visible, write in segments:
-        n, apart = gen.size, write != key_start + visible
-        own = (write, write + n) if apart else (0, 0)
-        table.append((n, mode == "causal", visible, visible if apart else visible + n, write, key_start, *own))
+        n, causal, apart = gen.size, mode == "causal", write != key_start + visible
+        seen = visible  # keys of the prefix before the segment's own
+        if apart and causal:
+            start, seen, own = write, 0, (key_start, key_start + visible) if visible else (0, 0)
+        else:
+            start, own = key_start, (write, write + n) if apart else (0, 0)
+        table.append((n, causal, seen, seen if apart else seen + n, write, start, *own))
     table = np.array(table, np.int64).reshape(-1, 8)
     sizes = table[:, 0]
     row = np.arange(sizes.sum())
     i = row - np.repeat(np.cumsum(sizes) - sizes, sizes)  # row within its segment
-    _, causal, visible, last_limit, write, *spans = np.repeat(table, sizes, axis=0).T
+    _, causal, seen, last_limit, write, *spans = np.repeat(table, sizes, axis=0).T
     gen = np.concatenate([segment.gen for segment in segments] or [np.zeros(0, bool)])
 
     G = int(np.count_nonzero(gen))
     order = np.argsort(~gen, kind="stable")
-    limits = np.where(causal, visible + i + 1, last_limit)[order].astype(np.int32)
+    limits = np.where(causal, seen + i + 1, last_limit)[order].astype(np.int32)
     spans = np.stack(spans, axis=1)[order]
 
     begins_run = np.ones(len(row), bool)
@@ -150,8 +151,7 @@ def build_plan(segments: Sequence[Segment], block_q: int = 128) -> Plan:
 
     Raises:
         ValueError: block_q out of range, an unknown mode, gen not bool [n], no rows, a negative number, a slot beyond
-            int32, a causal or full segment not written right behind what it sees, or overlapping writes; the message
-            names the segment by its position.
+            int32, or overlapping writes; the message names the segment by its position.
     """
     if EXTENSION is None:
         return plan_reference(segments, block_q)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bagel_rt.runtime.plan import MODES, Plan, Segment, build_plan
+from bagel_rt.runtime.plan import Plan, Segment, build_plan
 from bagel_rt.validation import invalid
 
 # Index field -> the fields that give one entry for each of its rows.
@@ -29,6 +29,7 @@ _PER_ROW = {
     "ce_loss_indexes": ("packed_label_ids", "ce_loss_weights"),
     "mse_loss_indexes": (),
 }
+MODES = ("causal", "full", "noise")  # the official names of splits
 _FLOATING = ("packed_vit_tokens", "packed_timesteps", "ce_loss_weights")
 
 
@@ -176,7 +177,7 @@ def training_segments(
             experts = gen[row : row + length]
             if mode == "noise":
                 end -= length
-                segments.append(Segment(mode, experts, start, clean, end))
+                segments.append(Segment("full", experts, start, clean, end))
             else:
                 segments.append(Segment(mode, experts, start, clean, start + clean))
                 clean += length

@@ -73,15 +73,15 @@ PLANS = {
         segment("causal", 9, UND, 2, 0), segment("full", 12, (1, 11), 2, 9), segment("causal", 4, UND, 2, 21),
     ],
     "two-images-that-never-meet": [segment("full", 20, UND, 0, 0), segment("full", 30, UND, 20, 0)],
-    "denoising-behind-its-context": [segment("noise", 18, (1, 17), 4, 10)],
-    "denoising-away-from-its-context": [segment("noise", 18, (1, 17), 0, 10, write=40)],
-    "denoising-without-a-context": [segment("noise", 18, (1, 17), 0, 0, write=40)],
+    "denoising-behind-its-context": [segment("full", 18, (1, 17), 4, 10)],
+    "denoising-away-from-its-context": [segment("full", 18, (1, 17), 0, 10, write=40)],
+    "denoising-without-a-context": [segment("full", 18, (1, 17), 0, 0, write=40)],
     "three-branches-on-one-context": [
-        segment("noise", 18, (1, 17), 0, 10, write=40), segment("noise", 18, (1, 17), 0, 7, write=60),
-        segment("noise", 18, (1, 17), 100, 0),
+        segment("full", 18, (1, 17), 0, 10, write=40), segment("full", 18, (1, 17), 0, 7, write=60),
+        segment("full", 18, (1, 17), 100, 0),
     ],
     "text-and-denoising-of-other-contexts": [
-        segment("causal", 7, UND, 50, 3), segment("noise", 18, (1, 17), 0, 10, write=20),
+        segment("causal", 7, UND, 50, 3), segment("full", 18, (1, 17), 0, 10, write=20),
     ],
 }  # fmt: skip
 
@@ -99,7 +99,7 @@ HEADS = [(7, 1, 16), (4, 2, 32), (4, 1, 64), (3, 3, 72), (28, 4, 128)]
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("Hq, Hkv, D", HEADS, ids=[f"{Hq}-heads-on-{Hkv}-d{D}" for Hq, Hkv, D in HEADS])
 def test_matches_dense_softmax_for_heads(device, Hq, Hkv, D, dtype):
-    segments = PLANS["text-then-image-then-text"] + [segment("noise", 9, (1, 8), 30, 5, write=60)]
+    segments = PLANS["text-then-image-then-text"] + [segment("full", 9, (1, 8), 30, 5, write=60)]
     check_plan(device, segments, 16, Hq=Hq, Hkv=Hkv, D=D, dtype=dtype)
 
 
@@ -111,17 +111,17 @@ def packed_segments(draw):
         key_start, visible = slot, draw(st.integers(0, 9))
         branches = []
         for _ in range(draw(st.integers(0, 3))):
-            mode, rows = draw(st.sampled_from(["causal", "full", "noise"])), draw(st.integers(1, 12))
+            mode, rows = draw(st.sampled_from(["causal", "full"])), draw(st.integers(1, 12))
             gen = (1, rows - 1) if rows > 2 and mode != "causal" else NO_GEN
-            if mode == "noise" and draw(st.booleans()):
-                branches.append((rows, gen, key_start, visible))
+            if draw(st.booleans()):
+                branches.append((mode, rows, gen, key_start, visible))
                 continue
             segments.append(segment(mode, rows, gen, key_start, visible))
             visible += rows
         slot = key_start + visible + draw(st.integers(0, 2))
-        for rows, gen, context, seen in branches:
+        for mode, rows, gen, context, seen in branches:
             slot += 1
-            segments.append(segment("noise", rows, gen, context, seen, write=slot))
+            segments.append(segment(mode, rows, gen, context, seen, write=slot))
             slot += rows
     return draw(st.permutations(segments))
 

@@ -63,13 +63,13 @@ HEADS = [(7, 1, 16), (4, 2, 32), (4, 1, 64), (3, 3, 72), (28, 4, 128)]
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("Hq, Hkv, D", HEADS, ids=[f"{Hq}-heads-on-{Hkv}-d{D}" for Hq, Hkv, D in HEADS])
 def test_matches_dense_attention_for_heads(device, Hq, Hkv, D, dtype):
-    segments = [segment("causal", 9, (0, 0), 0, 0), segment("noise", 9, (1, 8), 0, 5, write=12)]
+    segments = [segment("causal", 9, (0, 0), 0, 0), segment("full", 9, (1, 8), 0, 5, write=12)]
     check(device, segments, Hq, Hkv, D, dtype, block_q=16)
 
 
 TRAINING = [
-    segment("causal", 30, (0, 0), 0, 0), segment("full", 25, (1, 24), 0, 30), segment("noise", 40, (1, 39), 0, 55, 120),
-    segment("causal", 12, (0, 0), 0, 55), segment("noise", 37, (1, 36), 0, 67, 170),
+    segment("causal", 30, (0, 0), 0, 0), segment("full", 25, (1, 24), 0, 30), segment("full", 40, (1, 39), 0, 55, 120),
+    segment("causal", 12, (0, 0), 0, 55), segment("full", 37, (1, 36), 0, 67, 170),
     segment("full", 50, (0, 0), 210, 0),
 ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_matches_dense_attention_on_any_plan(device, segments, block_q):
 
 @pytest.mark.slow
 def test_gradcheck(device):
-    plan = build_plan([segment("causal", 2, (0, 0), 0, 1), segment("noise", 2, (0, 1), 0, 1, write=4)])
+    plan = build_plan([segment("causal", 2, (0, 0), 0, 1), segment("full", 2, (0, 1), 0, 1, write=4)])
     limits, blocks = torch.from_numpy(plan.limits).to(device), torch.from_numpy(plan.blocks).to(device)
     shapes = (4, 2, 3), (6, 1, 3), (6, 1, 3)
     inputs = [values(n, *shape, dtype=torch.float64).to(device).requires_grad_() for n, shape in enumerate(shapes)]

@@ -18,7 +18,7 @@ attention_module = sys.modules["bagel_rt.kernels.attention"]  # the package's at
 
 LONG = [
     segment("causal", 25, (0, 0), 0, 37), segment("full", 20, (1, 19), 0, 62),
-    segment("noise", 37, (1, 36), 0, 82, 90), segment("noise", 37, (1, 36), 0, 50, 130),
+    segment("full", 37, (1, 36), 0, 82, 90), segment("full", 37, (1, 36), 0, 50, 130),
 ]  # fmt: skip
 LOADS = ["pointers", "host descriptors", "device descriptors"]
 

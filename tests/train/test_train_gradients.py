@@ -91,9 +91,9 @@ PLANS = {
     "no rows": [],
     "one row": [segment("causal", 1, 0, 0)],
     "two texts": [segment("causal", 4, 0, 0), segment("causal", 5, 4, 0)],
-    "a noised image away from its context": [segment("causal", 3, 0, 0), segment("noise", 2, 0, 3, 7, True)],
+    "a noised image away from its context": [segment("causal", 3, 0, 0), segment("full", 2, 0, 3, 7, True)],
     "images and texts of many lengths": [
-        segment("full", 6, 0, 0), segment("causal", 40, 0, 6), segment("noise", 3, 0, 46, 60, True),
+        segment("full", 6, 0, 0), segment("causal", 40, 0, 6), segment("full", 3, 0, 46, 60, True),
         segment("full", 33, 70, 0), segment("causal", 2, 70, 33),
     ],
 }  # fmt: skip
