@@ -8,8 +8,9 @@ import torch
 
 from bagel_rt.kernels.backend import choose_backend
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT, TransformerConfig
-from bagel_rt.models.bagel.transformer import Rows, Transformer, rope_tables
+from bagel_rt.models.bagel.transformer import Transformer
 from bagel_rt.models.bagel.weights import DecoderLayerWeights, Pair
+from bagel_rt.runtime.batch import ForwardBatch, Rope
 from bagel_rt.runtime.plan import Plan
 from bagel_rt.runtime.slots import KVCache
 from benchmarks.measure import Clock, markdown
@@ -99,15 +100,16 @@ def measure(
     for index in range(layers):
         for buffer in cache.layer(index):
             buffer.normal_()
-    tables = rope_tables(torch.from_numpy(plan.slots).to(clock.device), config.head_dim, config.rope_theta)
-    rows = Rows(plan.G, *tables, *(tensors.of(np.asarray(a)) for a in (plan.slots, plan.limits, plan.blocks)))
+    rope = Rope(config.head_dim, config.rope_theta, config.max_position_embeddings, clock.device)
+    positions = plan.slots[np.argsort(plan.order)]  # one position per slot
+    batch = ForwardBatch.from_plan(plan, positions, rope)
     hidden = tensors(len(plan.limits), config.hidden_size)
     floor, outputs, times = _floor_ms(plan, config, layers, limits), {}, {}
     try:
         for who, backend in BACKENDS.items():
             choose_backend(backend)
-            outputs[who] = transformer.forward(hidden, rows, cache).double()
-            times[who] = clock.microseconds(lambda: transformer.forward(hidden, rows, cache)) / 1e3
+            outputs[who] = transformer.forward(hidden, batch, cache).double()
+            times[who] = clock.microseconds(lambda: transformer.forward(hidden, batch, cache)) / 1e3
     finally:
         choose_backend(None)
     got, want = outputs.values()

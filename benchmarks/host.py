@@ -22,12 +22,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagel_rt import Bagel
-from bagel_rt.models.bagel.contexts import Conversation, Noise
 from bagel_rt.models.bagel.images import tensor_to_image
 from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.runtime.context import Prefill
 from bagel_rt.runtime.decode import generate_tokens
-from bagel_rt.runtime.denoise import Denoiser, ImageTask
+from bagel_rt.runtime.denoise import Denoiser
 from benchmarks.random_model import THREE_LAYERS, random_model
 
 OFFICIAL = {  # calls, milliseconds
@@ -78,18 +77,13 @@ def milliseconds(work, repeats: int) -> float:
 
 def make_denoiser(bagel: Bagel, settings: ImageSettings, prompt: str, edits: bool) -> Denoiser:
     """The denoising of an edit, whose three branches all differ, or of a text alone."""
-    prefill, noise = Prefill(bagel.model, bagel.cache), Noise(0)
-    conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, noise, guided=True)
-    height, width = SIZE
-    if edits:
-        ramp = torch.linspace(-1, 1, 3 * height * width).reshape(3, height, width)
-        conversation.add_image(tensor_to_image(ramp))
-    conversation.add_text(prompt)
+    model, prefill = bagel.model, Prefill(bagel.model, bagel.cache)
+    ramp = torch.linspace(-1, 1, 3 * SIZE[0] * SIZE[1]).reshape(3, *SIZE)
+    inputs = [tensor_to_image(ramp), prompt] if edits else [prompt]
+    contexts = model.open_contexts(prefill, bagel.tokenizer, inputs)
     prefill.run()
-    rows, columns = (side // bagel.model.config.latent_stride for side in SIZE)
-    latents = noise.draw(rows * columns, bagel.model.config.latent_features)
-    task = ImageTask(rows, columns, latents, conversation.gen, conversation.no_text, conversation.no_img, settings)
-    return Denoiser(bagel.model, bagel.cache, [task])
+    tasks = [model.denoising_task(contexts, SIZE)]
+    return Denoiser(model, bagel.cache, tasks, model.guidance(tasks, [settings]))
 
 
 @torch.inference_mode()
@@ -100,13 +94,13 @@ def measure(bagel: Bagel, repeats: int = 200) -> dict[str, tuple[int | None, flo
     # With the official defaults only text-to-image has steps outside the guidance interval.
     plain = make_denoiser(bagel, ImageSettings(cfg_text_scale=1.0), "a small red boat on the quiet river", edits=False)
     prefill = Prefill(bagel.model, bagel.cache)
-    chat = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(0), guided=False)
-    chat.add_text("what colour is the roof of the house?")
+    question = "what colour is the roof of the house?"
+    chat = bagel.model.open_contexts(prefill, bagel.tokenizer, [question], draws=False)
     prefill.run()
 
     def decoding(length):
         never = -1  # no token has this id: the text runs to its length
-        return generate_tokens(bagel.model, [chat.gen], bagel.tokenizer.bos, never, length)
+        return generate_tokens(bagel.model, bagel.model.text, [chat.cond], bagel.tokenizer.bos, never, length)
 
     tokens = decoding(repeats + 2)
     next(tokens)

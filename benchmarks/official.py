@@ -25,16 +25,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bagel_rt.models.bagel.contexts import Noise, encode_latents, encode_patches, frame_text
+from bagel_rt.models.bagel.contexts import Noise, frame_text
 from bagel_rt.models.bagel.embed import position_ids, time_embedding, unpatchify
+from bagel_rt.models.bagel.guidance import schedule
 from bagel_rt.models.bagel.images import tensor_to_image, to_rgb
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from bagel_rt.models.bagel.settings import ImageSettings, resolve_settings
 from bagel_rt.models.bagel.tokenizer import Tokenizer
-from bagel_rt.models.bagel.transformer import rope_tables
 from bagel_rt.request import ImageResult, Progress
-from bagel_rt.runtime.denoise import schedule
 
 
 class Expert(NamedTuple):
@@ -257,10 +256,10 @@ class Official:
     def _show(self, talk: _Talk, image: Image.Image, generates: bool) -> None:
         resized = self.config.vae_transform.resize(to_rgb(image))
         if generates:
-            clean = encode_latents(self.model, resized, talk.noise)
-            self.append_latents(talk.gen, clean.latents, clean.rows, clean.columns)
-        vit = encode_patches(self.config, self.config.vit_transform.resize(resized))
-        self.append_patches(talk.gen, vit.patches.to(self.model.device, self.model.dtype), vit.rows, vit.columns)
+            clean = self.model.encode_latents(resized, talk.noise)
+            self.append_latents(talk.gen, clean.latents, clean.grid_h, clean.grid_w)
+        vit = self.model.encode_patches(self.config.vit_transform.resize(resized))
+        self.append_patches(talk.gen, vit.patches.to(self.model.device, self.model.dtype), vit.grid_h, vit.grid_w)
         if generates:
             talk.no_text = talk.gen.copy()
         talk.size = (resized.height, resized.width)
@@ -329,7 +328,7 @@ class Official:
     ) -> torch.Tensor:
         """Run a sequence [n, H] behind a context: all layers and the final norm. With ``keep`` the context grows."""
         eps, norm = self.config.llm.rms_norm_eps, self.model.weights.norm
-        cos, sin = rope_tables(positions.to(self.model.device), self.config.llm.head_dim, self.config.llm.rope_theta)
+        cos, sin = self.model.rope(positions)
         cos, sin = (torch.cat([table, table], -1).to(hidden.dtype) for table in (cos, sin))
         for index, (gen, und) in enumerate(self._experts):
             past = (context.keys[index], context.values[index])

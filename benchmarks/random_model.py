@@ -43,7 +43,7 @@ def random_model(config: BagelConfig, device: torch.device, dtype: torch.dtype) 
     tokenizer = Tokenizer.from_folder(DEFAULT_MODEL)
     model = BagelModel.allocate(config, (tokenizer.start_of_image, tokenizer.end_of_image), device, dtype)
     generator = torch.Generator(device).manual_seed(0)
-    for places in model.destinations().values():
+    for places in model.weight_slots().values():
         for name, place in places.items():
             drawn = torch.empty(place.shape, dtype=place.view.dtype, device=device)
             normal = partial(drawn.normal_, generator=generator)

@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 
+import denoising
 import pytest
 import torch
 from conftest import CHECKPOINT
@@ -10,10 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from bagel_rt import Bagel, Cancelled, ImageResult
 from bagel_rt.engine import Engine
-from bagel_rt.models.bagel.contexts import Conversation, Noise
+from bagel_rt.models.bagel.contents import Text
 from bagel_rt.models.bagel.settings import ImageSettings
-from bagel_rt.runtime.context import Context, Prefill, Text
-from bagel_rt.runtime.denoise import Denoiser, ImageTask
+from bagel_rt.runtime.context import Context, Prefill
 
 FAST = {"num_timesteps": 5}
 
@@ -32,23 +32,23 @@ def frozen(cache, context):
 
 
 def test_a_packed_prefill_equals_one_append_at_a_time(bagel, photo):
-    def contexts(run_each):
+    def filled(run_each):
         prefill = Prefill(bagel.model, bagel.cache)
-        conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(3), guided=True)
+        contexts = bagel.model.open_contexts(prefill, bagel.tokenizer, [], seed=3)
         for add in (
-            lambda: conversation.add_system("think"),
-            lambda: conversation.add_image(photo),
-            lambda: conversation.add_text("make it night"),
-            lambda: conversation.add_negative("day"),
+            lambda: contexts.add_system("think"),
+            lambda: contexts.add_image(photo),
+            lambda: contexts.add_text("make it night"),
+            lambda: contexts.add_negative("day"),
         ):
             add()
             if run_each:
                 prefill.run()
         prefill.run()
-        return conversation.gen, conversation.no_text, conversation.no_img
+        return contexts.branches
 
     with torch.inference_mode():
-        for packed, single in zip(contexts(False), contexts(True), strict=True):
+        for packed, single in zip(filled(False), filled(True), strict=True):
             assert (packed.length, packed.position) == (single.length, single.position)
             for a, b in zip(frozen(bagel.cache, packed), frozen(bagel.cache, single), strict=True):
                 close(a, b)
@@ -81,15 +81,16 @@ def test_branch_deduplication_changes_nothing(bagel, image_scale):
         results = []
         for deduplicate in (True, False):
             prefill = Prefill(bagel.model, bagel.cache)
-            conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(1), guided=True)
-            conversation.add_text("a small red boat")
+            contexts = bagel.model.open_contexts(prefill, bagel.tokenizer, [], seed=1)
+            contexts.add_text("a small red boat")
             prefill.run()
-            noise = conversation.noise.draw(24, bagel.model.config.latent_features)
-            task = ImageTask(4, 6, noise, conversation.gen, conversation.no_text, conversation.no_img, settings)
-            denoiser = Denoiser(bagel.model, bagel.cache, [task], deduplicate=deduplicate)
+            noise = contexts.noise.draw(24, bagel.model.config.latent_features)
+            denoiser = denoising.start(
+                bagel.model, bagel.cache, contexts.branches, noise, settings, (4, 6), deduplicate=deduplicate
+            )
             for step in range(len(denoiser)):
                 denoiser.step(step)
-            results.append((denoiser.latents, max(b for branches in denoiser._branch_of for b in branches if b) + 1))
+            results.append((denoiser.state, max(b for branches in denoiser._branch_of for b in branches if b) + 1))
     assert [branches for _, branches in results] == [2, 3 if image_scale > 1 else 2]
     close(results[0][0], results[1][0])
 
@@ -97,18 +98,19 @@ def test_branch_deduplication_changes_nothing(bagel, image_scale):
 def test_two_denoisings_at_once_do_not_share_slots(bagel, photo):
     def start(seed):
         prefill = Prefill(bagel.model, bagel.cache)
-        conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(seed), guided=True)
-        conversation.add_image(photo)
-        conversation.add_text("make it night")
+        contexts = bagel.model.open_contexts(prefill, bagel.tokenizer, [], seed=seed)
+        contexts.add_image(photo)
+        contexts.add_text("make it night")
         prefill.run()
-        noise = conversation.noise.draw(24, bagel.model.config.latent_features)
+        noise = contexts.noise.draw(24, bagel.model.config.latent_features)
         settings = ImageSettings(num_timesteps=5, cfg_img_scale=2.0, cfg_interval=(0.5, 1.0))
-        task = ImageTask(4, 6, noise, conversation.gen, conversation.no_text, conversation.no_img, settings)
-        return Denoiser(bagel.model, bagel.cache, [task], bagel.engine.graphs)
+        return denoising.start(
+            bagel.model, bagel.cache, contexts.branches, noise, settings, (4, 6), bagel.engine.graphs
+        )
 
     def rows_of(denoiser):
         packed = {denoiser._buffers.guided, denoiser._buffers.plain}
-        return {slot for branches in packed for slot in branches.rows.slots.tolist()}
+        return {slot for branches in packed for slot in branches._batch.slots.tolist()}
 
     with torch.inference_mode():
         first, second = start(1), start(2)
@@ -119,7 +121,7 @@ def test_two_denoisings_at_once_do_not_share_slots(bagel, photo):
             alone = start(seed)
             for step in range(len(alone)):
                 alone.step(step)
-            assert torch.equal(alone.latents, result.latents)
+            assert torch.equal(alone.state, result.state)
 
 
 # Contexts
@@ -151,15 +153,13 @@ def test_a_cloned_and_extended_context_leaves_its_source_untouched(bagel):
 def test_equal_texts_make_equal_contexts_and_images_only_themselves(bagel, photo):
     with torch.inference_mode():
         prefill = Prefill(bagel.model, bagel.cache)
-        talks = [
-            Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(0), guided=True) for _ in range(3)
-        ]
+        talks = [bagel.model.open_contexts(prefill, bagel.tokenizer, [], seed=0) for _ in range(3)]
         for talk, text in zip(talks, ("a", "a", "b"), strict=True):
             talk.add_text(text)
-        assert talks[0].gen.same_as(talks[1].gen) and not talks[0].gen.same_as(talks[2].gen)
-        assert talks[0].gen.same_as(talks[0].no_img) and not talks[0].gen.same_as(talks[0].no_text)
+        assert talks[0].cond.same_as(talks[1].cond) and not talks[0].cond.same_as(talks[2].cond)
+        assert talks[0].cond.same_as(talks[0].no_img) and not talks[0].cond.same_as(talks[0].no_text)
         talks[0].add_image(photo), talks[1].add_image(photo)
-        assert not talks[0].gen.same_as(talks[1].gen), "two encodings draw different noise"
+        assert not talks[0].cond.same_as(talks[1].cond), "two encodings draw different noise"
         prefill.run()
 
 
@@ -211,7 +211,7 @@ def test_interleaving_returns_texts_and_stops_when_no_image_is_asked_for(bagel, 
 
 
 def test_interleaving_draws_at_most_max_rounds_images(bagel, photo, monkeypatch):
-    monkeypatch.setattr(Engine, "_decode", lambda self, *_: iter(["look <image_start>"]))
+    monkeypatch.setattr(Engine, "_stream_text", lambda self, *_: iter(["look <image_start>"]))
     parts = bagel.interleave([photo, "go on"], max_rounds=2, seed=0, **FAST)
     assert [type(part) for part in parts] == [str, ImageResult, str, ImageResult]
     assert parts[1].image.size == parts[3].image.size == (96, 64)

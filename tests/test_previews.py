@@ -2,16 +2,16 @@
 
 import gc
 
+import denoising
 import pytest
 import torch
 from conftest import CHECKPOINT, DEVICE
 from recording import Recording, dispatch_ops
 
-from bagel_rt import Bagel, engine
-from bagel_rt.models.bagel.contexts import Conversation, Noise
+from bagel_rt import Bagel
+from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.runtime.context import Prefill
-from bagel_rt.runtime.denoise import Denoiser, ImageTask
 
 FAST = {"num_timesteps": 7, "cfg_interval": (0.7, 1.0), "seed": 3}  # steps of both kinds, each more than twice
 
@@ -70,8 +70,8 @@ def test_the_last_preview_is_the_picture_and_seeing_it_changes_nothing(runtime, 
 
 
 def test_what_is_not_looked_at_is_not_decoded(bagel, monkeypatch):
-    decoded, decode = [], engine.decode_picture
-    monkeypatch.setattr(engine, "decode_picture", lambda *given: decoded.append(given) or decode(*given))
+    decoded, decode = [], BagelModel.decode_image
+    monkeypatch.setattr(BagelModel, "decode_image", lambda *given: decoded.append(given) or decode(*given))
     steps = []
     bagel.generate(["a", "b"], size=(32, 32), progress=steps.append, **FAST)
     assert len(steps) == FAST["num_timesteps"] - 1 and len(decoded) == 2  # the two pictures
@@ -83,15 +83,14 @@ def test_on_a_straight_path_every_preview_is_the_end(bagel):
     settings = ImageSettings(num_timesteps=5)
     with torch.inference_mode():
         prefill = Prefill(bagel.model, bagel.cache)
-        conversation = Conversation(bagel.model, bagel.tokenizer, bagel.cache, prefill, Noise(1), guided=True)
-        conversation.add_text("a small red boat")
+        contexts = bagel.model.open_contexts(prefill, bagel.tokenizer, [], seed=1)
+        contexts.add_text("a small red boat")
         prefill.run()
-        noise, end = (conversation.noise.draw(24, bagel.model.config.latent_features) for _ in range(2))
-        contexts = (conversation.gen, conversation.no_text, conversation.no_img)
-        denoiser = Denoiser(bagel.model, bagel.cache, [ImageTask(4, 6, noise, *contexts, settings)])
-        for step, t in enumerate([*denoiser.timesteps[1:, 0], 0.0]):
+        noise, end = (contexts.noise.draw(24, bagel.model.config.latent_features) for _ in range(2))
+        denoiser = denoising.start(bagel.model, bagel.cache, contexts.branches, noise, settings, (4, 6))
+        for step, t in enumerate([*denoiser.guidance.timesteps[1:, 0], 0.0]):
             denoiser.step(step)
-            denoiser.latents.copy_((1 - t) * end + t * noise)
+            denoiser.state.copy_((1 - t) * end + t * noise)
             torch.testing.assert_close(denoiser.estimates()[0], end, rtol=1e-5, atol=1e-5)
 
 

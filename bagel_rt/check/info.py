@@ -102,7 +102,7 @@ def checkpoint(folder: Path) -> dict:
     from bagel_rt.models.bagel.model import IGNORED_TENSORS, BagelModel  # here: as above
 
     config = BagelConfig.from_folder(folder)
-    destinations = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).destinations()
+    destinations = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).weight_slots()
     counts = Counter()
     for stem, places in destinations.items():
         for name, place in places.items():

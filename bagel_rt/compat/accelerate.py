@@ -5,7 +5,7 @@ from torch import nn
 
 from bagel_rt.compat.adopt import adopt_config, adopt_model, generates
 from bagel_rt.compat.entry_points import EntryPoints
-from bagel_rt.compat.exclusive import alone
+from bagel_rt.compat.exclusive import exclusive
 from bagel_rt.models.bagel.model import BagelModel
 
 ENTRY_POINTS = (
@@ -84,7 +84,7 @@ def _sampling(model: BagelModel, official: nn.Module):
         config = model.vae.config
         batch, _, height, width = pixels.shape
         shape = (batch, config.z_channels, height // config.downsample, width // config.downsample)
-        with alone(model), torch.no_grad():
+        with exclusive(model), torch.no_grad():
             noise = torch.randn(shape, device=next(official.parameters()).device).to(model.device)
             return model.vae.encode(pixels.to(model.device, torch.float32), noise).to(pixels.device)
 
@@ -93,7 +93,7 @@ def _sampling(model: BagelModel, official: nn.Module):
 
 def _decoding(model: BagelModel):
     def decode(latent: torch.Tensor) -> torch.Tensor:
-        with alone(model), torch.no_grad():
+        with exclusive(model), torch.no_grad():
             return model.vae.decode(latent.to(model.device, torch.float32)).to(latent.device)
 
     return decode

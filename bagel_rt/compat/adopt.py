@@ -200,7 +200,7 @@ def adopt_model(
     """
     like = official.language_model.model.embed_tokens.weight
     layout = BagelWeights.allocate(config, "meta", like.dtype)
-    places = layout.destinations(config)
+    places = layout.weight_slots(config)
     if not generates(official):
         places = {name: place for name, place in places.items() if name.split(".")[0] not in _GENERATION}
     named = dict(official.named_parameters()) | dict(official.named_buffers())
@@ -231,7 +231,7 @@ def _known(official: nn.Module, config: BagelConfig, named: dict[str, torch.Tens
     for model in list(_MODELS.get(official, ())):
         free = {name: getattr(config, name) for name in ("vae_transform", "vit_transform", "max_latent_size")}
         if replace(model.config, **free) == config:  # of what differs, weights that are there do not depend
-            places = model.weights.destinations(config)
+            places = model.weights.weight_slots(config)
             if all(_lies_in(parameter, places[name]) for name, parameter in named.items()):
                 return model
     return None

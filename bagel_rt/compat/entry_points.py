@@ -19,13 +19,14 @@ from bagel_rt.compat.arguments import (
     grid_of,
     refuse_taylorseer,
 )
-from bagel_rt.compat.exclusive import Follower, alone, guarded
+from bagel_rt.compat.exclusive import WeightSync, exclusive, guarded
+from bagel_rt.models.bagel.contents import MARKERS, NoisedImage, Text, VAEImage, ViTImage
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.settings import ImageSettings
-from bagel_rt.runtime.context import Context, Prefill, Text, VAEImage, ViTImage
+from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.decode import MAX_TEXTS, Sampling, generate_tokens
-from bagel_rt.runtime.denoise import Denoiser, ImageTask
+from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
 from bagel_rt.runtime.graphs import GraphCache
 
 
@@ -44,18 +45,18 @@ class EntryPoints:
         """
         self.model, self.generates = model, generates
         self.cache = model.make_cache() if cache is None else cache
-        self.graphs = graphs or GraphCache.on(model.device)
+        self.graphs = graphs or GraphCache.for_device(model.device)
         if graphs is None:
-            self.cache.moved.append(self.graphs.forget)
-        self._follower, self._depth = Follower(model, self.graphs), 0
+            self.cache.moved.append(self.graphs.invalidate)
+        self._weights, self._depth = WeightSync(model, self.graphs), 0
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """What a computation runs under, without gradients too. The outermost one looks whether weights have changed:
         what runs inside it need not."""
-        with alone(self.model), torch.inference_mode():
+        with exclusive(self.model), torch.inference_mode():
             if not self._depth:
-                self._follower.follow()
+                self._weights.sync()
             self._depth += 1
             try:
                 yield
@@ -217,20 +218,23 @@ class EntryPoints:
         if guided and settings.cfg_img_scale > 1:
             branch = (cfg_img_past_key_values, cfg_img_key_values_lens, cfg_img_packed_position_ids)
             no_img = self._at(*branch, lengths)
-        tokens, config = [length - 2 for length in lengths], self.model.config
+        tokens, config = [length - MARKERS for length in lengths], self.model.config
         sides = (config.max_latent_size, config.interpolate_pos)
         grids = [grid_of(ids, *sides) for ids in packed_vae_position_ids.split(tokens)]
         noises = packed_init_noises.split(tokens)
         tasks = [
-            ImageTask(*grid, noise, *branches, settings)
+            DenoisingTask(NoisedImage(*grid), noise, tuple(branches))
             for grid, noise, *branches in zip(grids, noises, contexts, no_text, no_img, strict=True)
         ]
-        return tuple(self.denoise(tasks, packed_init_noises.device))
+        return tuple(self.denoise(tasks, settings, packed_init_noises.device))
 
     @guarded
-    def denoise(self, tasks: Sequence[ImageTask], device: torch.device) -> list[torch.Tensor]:
-        """The latents [rows * columns, features] of each picture, on a device, with a bar as officially."""
-        with closing(Denoiser(self.model, self.cache, tasks, self.graphs)) as denoiser:
+    def denoise(
+        self, tasks: Sequence[DenoisingTask], settings: ImageSettings, device: torch.device
+    ) -> list[torch.Tensor]:
+        """The latents [tokens, features] of each image, on a device, with a progress bar as officially."""
+        guidance = self.model.guidance(tasks, [settings] * len(tasks))
+        with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
             for index in tqdm(range(len(denoiser))):
                 denoiser.step(index)
             with torch.inference_mode(False):  # the caller's tensors are ordinary ones
@@ -276,7 +280,7 @@ class EntryPoints:
         sampling = [Sampling(temperature, seed=draw_seed(self.model)) if do_sample else Sampling() for _ in contexts]
         end = -1 if end is None else end
         texts: list[list[int]] = [[start] for _ in contexts]
-        run = generate_tokens(self.model, contexts, start, end, max_length, sampling, self.graphs)
+        run = generate_tokens(self.model, self.model.text, contexts, start, end, max_length, sampling, self.graphs)
         with closing(run) as tokens:
             for number, token in tokens:
                 texts[number].append(token)

@@ -26,7 +26,7 @@ def share_lock(model: BagelModel, other: BagelModel) -> None:
 
 
 @contextmanager
-def alone(model: BagelModel) -> Iterator[None]:
+def exclusive(model: BagelModel) -> Iterator[None]:
     """One thread at a time, on the model's GPU (each thread has a current one, where kernels are launched), and in the
     model's own precision, whatever autocast the caller is in."""
     device = model.device
@@ -46,21 +46,21 @@ def guarded(method):
     return wrapped
 
 
-class Follower:
-    """Keeps what is derived from weights in step with them: whoever has the official module may change them in place
+class WeightSync:
+    """Keeps values derived from weights up to date: the owner of the official module may change weights in place
     (``load_state_dict``, a LoRA that is merged)."""
 
     def __init__(self, model: BagelModel, graphs: GraphCache):
         """
         Args:
-            model: whose weights are followed.
-            graphs: whose buffers are given up when numbers in them are out of date.
+            model: the weights' model.
+            graphs: dropped when numbers in their buffers are out of date.
         """
         self.model, self.graphs = model, graphs
         self._seen: list[torch.Tensor] = []
 
-    def follow(self) -> None:
-        """Take over what was changed. Cheap: a few copies of single rows for each layer, three comparisons."""
+    def sync(self) -> None:
+        """Take over changes. Cheap: a few copies of single rows per layer and three comparisons."""
         weights, heads = self.model.weights, self.model.config.llm.num_heads
         for layer in weights.layers:
             for norm in layer.qk_norm:

@@ -7,15 +7,15 @@ from bagel_rt.compat.adopt import adopt_config, adopt_model, adopt_tokenizer, ge
 from bagel_rt.compat.arguments import Contexts, refuse_taylorseer
 from bagel_rt.compat.entry_points import EntryPoints, draw_seed
 from bagel_rt.compat.exclusive import guarded
-from bagel_rt.models.bagel.contexts import Noise, encode_latents, encode_patches, frame_text, noise_shapes
+from bagel_rt.models.bagel.contents import NoisedImage
+from bagel_rt.models.bagel.contexts import Noise, frame_text, noise_shapes
 from bagel_rt.models.bagel.images import to_rgb
-from bagel_rt.models.bagel.picture import decode_picture
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import Request
 from bagel_rt.runtime.context import Context, Prefill
-from bagel_rt.runtime.denoise import ImageTask
+from bagel_rt.runtime.denoise import DenoisingTask
 
 VLM_THINK_SYSTEM_PROMPT, GEN_THINK_SYSTEM_PROMPT = THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 
@@ -156,9 +156,9 @@ class InterleaveInferencer:
             self._entry_points.check_generates()
             resized = model.config.vae_transform.resize(image)
             [shape] = noise_shapes(model.config, [resized], None)[:1]
-            contents.append(encode_latents(model, resized, Noise(0, [self._draw_posterior(shape)])))
+            contents.append(model.encode_latents(resized, Noise(0, [self._draw_posterior(shape)])))
         if vit:
-            contents.append(encode_patches(model.config, model.config.vit_transform.resize(image)))
+            contents.append(model.encode_patches(model.config.vit_transform.resize(image)))
         return self._append(gen_context, contents)
 
     def _append(self, gen_context: dict, contents) -> dict:
@@ -195,19 +195,18 @@ class InterleaveInferencer:
         model, size = self.bagel.model, self.bagel.check_size(tuple(image_shape))
         [shape] = noise_shapes(model.config, [], size)
         contexts = [gen_context, cfg_text_precontext or gen_context, cfg_img_precontext or gen_context]
-        branches = [context["past_key_values"].contexts[0] for context in contexts]
-        rows, columns = (side // model.config.latent_stride for side in size)
-        task = ImageTask(rows, columns, torch.randn(shape), *branches, settings)
-        [latent] = self._entry_points.denoise([task], model.device)
+        branches = tuple(context["past_key_values"].contexts[0] for context in contexts)
+        task = DenoisingTask(NoisedImage(*model.config.latent_grid(size)), torch.randn(shape), branches)
+        [latent] = self._entry_points.denoise([task], settings, model.device)
         return self.decode_image(latent, size)
 
     @guarded
     def decode_image(self, latent: torch.Tensor, image_shape) -> Image.Image:
         """Latent tokens [n, features], on any device -> the picture of (height, width) that they stand for."""
         model = self.bagel.model
-        rows, columns = (side // model.config.latent_stride for side in image_shape)
         latent = latent.to(model.device, torch.float32)
-        return decode_picture(model, latent, rows, columns, self.bagel.engine.graphs)
+        content = NoisedImage(*model.config.latent_grid(image_shape))
+        return model.decode_image(latent, content, self.bagel.engine.graphs)
 
     @guarded
     def gen_text(self, gen_context, max_length: int = 500, do_sample: bool = True, temperature: float = 1.0) -> str:

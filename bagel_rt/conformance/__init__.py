@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bagel_rt.conformance import parts
+from bagel_rt.conformance.bagel import parts
+from bagel_rt.conformance.bagel.recorded import Replay
+from bagel_rt.conformance.bagel.requests import request_case
+from bagel_rt.conformance.bagel.training import run_training_case
 from bagel_rt.conformance.compare import Comparison, agree
-from bagel_rt.conformance.recorded import Replay
-from bagel_rt.conformance.requests import request_case
-from bagel_rt.conformance.training import run_training_case
 from bagel_rt.errors import CheckpointError
 from bagel_rt.pipeline import Bagel
 

@@ -1,29 +1,50 @@
-"""Autoregressive text: one token of each row per forward, appended to private clones of the contexts.
+"""Autoregressive decoding: one token of each row per forward, on clones of the contexts or in the contexts themselves.
 
-What a token needs (the last one, slots, lengths, positions, the sampler's state) lies in buffers that the step itself
-advances, so a step is the same launches on the same addresses (see ``bagel_rt.runtime.graphs``). On CUDA tokens are
-read a few steps behind, while the next steps run; what was computed beyond the end of a text is dropped.
+What a step needs (the rows fed next, slots, lengths, positions, the sampler's state) lies in buffers that the step
+itself advances, so a step is the same launches on the same addresses (see ``bagel_rt.runtime.graphs``). On CUDA tokens
+are read a few steps behind, while the next steps run; what was computed beyond the end of a text is dropped.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bagel_rt.kernels import sample
-from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.models.bagel.transformer import Rows
-from bagel_rt.runtime.context import Context
+from bagel_rt.runtime.batch import ForwardBatch
+from bagel_rt.runtime.context import Context, DecodedText
 from bagel_rt.runtime.graphs import GraphCache
+from bagel_rt.runtime.interface import Model
 
-MAX_TEXTS = 8  # decoded together; the kernels of the one-token path take no more
-READ_EVERY = 8  # tokens at most between two looks at what was written, on CUDA
+MAX_TEXTS = 8  # texts decoded together where there is a choice: more rows leave the kernels of the one-token path
+READ_EVERY = 8  # maximum tokens per device-to-host read
+
+
+@dataclass(frozen=True)
+class TokenMode:
+    """How tokens of one kind are read and drawn.
+
+    Attributes:
+        key: names the mode, with every number that its functions hold; captured steps are kept by it.
+        embed: ids of drawn tokens int64 [n] -> the rows that are fed next, [n, H].
+        logits: last hidden states [rows, H] (before the final norm) -> logits [rows, V].
+        group: rows that share each drawn token, next to each other.
+        combine: logits [rows / group, group, V] -> those to draw from, [rows / group, V]; needed where group > 1.
+        mask: float32 [V], added to the logits: -inf for ids that this mode must not draw; None for all.
+    """
+
+    key: Hashable
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    group: int = 1
+    combine: Callable[[torch.Tensor], torch.Tensor] | None = None
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one text is sampled.
+    """How the tokens of one group of rows are sampled.
 
     Attributes:
         temperature: 0 takes the most likely token; else the logits are divided by it.
@@ -40,143 +61,207 @@ class Sampling:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What steps read and write, of B texts.
+    """What steps read and write, of B rows in g groups.
 
     Attributes:
-        token: int64 [B], to be fed next.
+        rows: [B, H], to be fed next.
         counters: int64 [4, B], all advanced by one at each step: the slot of the token's key, the length of the context
             with it, its RoPE position, the number of the step.
         starts: int64 [B], slots of the contexts' first tokens.
-        sampling: float32 [B, 3], temperature, top_k and top_p; None if all texts take the most likely tokens.
-        seeds: int64 [B].
-        written: int64 [steps, B], the tokens.
+        sampling: float32 [g, 3], temperature, top_k and top_p; None if all groups take the most likely tokens.
+        seeds: int64 [g].
+        noise: float32 [steps, g, V], exponential draws in the place of the sampler's own; None for those.
+        written: int64 [steps, g], the tokens.
     """
 
-    token: torch.Tensor
+    rows: torch.Tensor
     counters: torch.Tensor
     starts: torch.Tensor
     sampling: torch.Tensor | None
     seeds: torch.Tensor
+    noise: torch.Tensor | None
     written: torch.Tensor
 
-    @classmethod
-    def allocate(cls, texts: int, steps: int, greedy: bool, device: torch.device) -> "_Buffers":
-        def integers(*shape):
-            return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        sampling = None if greedy else torch.zeros(texts, 3, device=device)
-        return cls(
-            integers(texts), integers(4, texts), integers(texts), sampling, integers(texts), integers(steps, texts)
-        )
+class DecodeLoop:
+    """The decoding of some rows, one token of each group a step; see :func:`generate_tokens`."""
 
-
-class TextLoop:
-    """The decoding of up to 8 texts, one token of each a step; see :func:`generate_tokens`."""
-
-    def __init__(self, model: BagelModel, contexts: Sequence[Context], start: int, max_length: int, sampling, graphs):
-        self.model, self.cache, self.graphs = model, contexts[0].cache, graphs
-        sessions = [context.clone() for context in contexts]
-        writes = [session.extend(max_length) for session in sessions]
-        self._sessions = sessions  # keep the slots
-        greedy = all(row.temperature == 0 for row in sampling)
-        capacity = 1 << max(10, (max_length - 1).bit_length())
-        self._workspace = graphs.workspace(
-            ("decode", len(contexts), greedy, capacity),
-            lambda: _Buffers.allocate(len(contexts), capacity, greedy, model.device),
+    def __init__(
+        self,
+        model: Model,
+        mode: TokenMode,
+        contexts: Sequence[Context],
+        start: Sequence[int],
+        max_length: int,
+        sampling: Sequence[Sampling],
+        graphs: GraphCache,
+        noise: torch.Tensor | None,
+        keep: bool,
+    ):
+        self.model, self.mode, self.cache, self.graphs = model, mode, contexts[0].cache, graphs
+        positions = [context.position for context in contexts]
+        lengths = [context.length for context in contexts]
+        self._contexts = list(contexts) if keep else [context.clone() for context in contexts]
+        writes = [context.extend(max_length) for context in self._contexts]
+        self._rope = model.rope.table(max(positions) + max_length)
+        first = model.embed_tokens(torch.tensor(start, device=model.device))
+        greedy = noise is None and all(group.temperature == 0 for group in sampling)
+        capacity = 1 << max(10, (max_length - 1).bit_length())  # powers of two, so that buffers are shared
+        shape = None if noise is None else tuple(noise.shape[1:])
+        self._held = graphs.acquire(
+            ("decode", mode.key, len(contexts), greedy, capacity, shape),
+            lambda: self._allocate(first, capacity, greedy, noise),
             self,
         )
-        self.buffers: _Buffers = self._workspace.buffers
-        self._rope = model.rope_table(max(context.position for context in contexts) + max_length)
-        self._fill(contexts, writes, start, sampling)
+        self.buffers: _Buffers = self._held.buffers
+        self._fill(first, list(zip(writes, lengths, positions, strict=True)), sampling, noise)
 
     def step(self) -> None:
-        """Feed the last tokens and write the next ones."""
-        self.graphs.run(self._workspace, "token", self._step)
+        """Feed the last tokens and draw the next ones."""
+        self.graphs.run(self._held, "token", self._step)
 
     def close(self) -> None:
-        """Give the buffers back."""
-        self._workspace.give_back()
+        """Release the buffers."""
+        self._held.release()
 
-    def _fill(self, contexts, writes: list[int], start: int, sampling: Sequence[Sampling]) -> None:
+    def keep(self, row: int, fed: Sequence[int], max_length: int) -> None:
+        """Leave the tokens that were fed to a row in its context, and give the room of the others back."""
+        context = self._contexts[row]
+        context.length -= max_length - len(fed)
+        context.position += len(fed)
+        context.history += (DecodedText(tuple(fed)),)
+
+    def _allocate(self, first: torch.Tensor, steps: int, greedy: bool, noise: torch.Tensor | None) -> _Buffers:
+        rows, device = len(first), first.device
+        groups = rows // self.mode.group
+
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        return _Buffers(
+            rows=torch.empty_like(first),
+            counters=integers(4, rows),
+            starts=integers(rows),
+            sampling=None if greedy else torch.zeros(groups, 3, device=device),
+            seeds=integers(groups),
+            noise=None if noise is None else torch.empty(steps, *noise.shape[1:], device=device),
+            written=integers(steps, groups),
+        )
+
+    def _fill(
+        self,
+        first: torch.Tensor,
+        places: Sequence[tuple[int, int, int]],
+        sampling: Sequence[Sampling],
+        noise: torch.Tensor | None,
+    ) -> None:
         buffers = self.buffers
-        rows = zip(contexts, writes, strict=True)
-        counters = [(write, context.length + 1, context.position, 0) for context, write in rows]
+        counters = [(write, length + 1, position, 0) for write, length, position in places]
         buffers.counters.copy_(torch.tensor(counters).T)
-        buffers.token.fill_(start)
-        buffers.starts.copy_(torch.tensor([session.key_start for session in self._sessions]))
-        buffers.seeds.copy_(torch.tensor([row.seed for row in sampling]))
+        buffers.rows.copy_(first)
+        buffers.starts.copy_(torch.tensor([context.key_start for context in self._contexts]))
+        buffers.seeds.copy_(torch.tensor([group.seed for group in sampling]))
         if buffers.sampling is not None:
-            buffers.sampling.copy_(torch.tensor([(row.temperature, row.top_k, row.top_p) for row in sampling]))
+            buffers.sampling.copy_(torch.tensor([(one.temperature, one.top_k, one.top_p) for one in sampling]))
+        if buffers.noise is not None:
+            buffers.noise[: len(noise)] = noise
 
     def _step(self) -> None:
-        model, buffers = self.model, self.buffers
+        model, mode, buffers = self.model, self.mode, self.buffers
         slots, lengths, positions, steps = buffers.counters.unbind(0)
         cos, sin = self._rope.index_select(1, positions).unbind(0)
-        rows = Rows(0, cos, sin, slots, starts=buffers.starts, lengths=lengths)
-        hidden = model.transformer.forward(model.embed_tokens(buffers.token), rows, self.cache)
+        batch = ForwardBatch(0, cos, sin, slots, starts=buffers.starts, lengths=lengths)
+        logits = mode.logits(model.transformer.forward(buffers.rows, batch, self.cache))
+        if mode.combine is not None:
+            logits = mode.combine(logits.unflatten(0, (-1, mode.group)))
+        if mode.mask is not None:
+            logits = logits + mode.mask
+        step = steps[:1]
         if buffers.sampling is None:
-            token = sample(model.logits(hidden))
+            token = sample(logits)
+        elif buffers.noise is None:
+            token = sample(logits, buffers.sampling, buffers.seeds, steps[:: mode.group])
         else:
-            token = sample(model.logits(hidden), buffers.sampling, buffers.seeds, steps)
-        buffers.token.copy_(token)
-        buffers.written.index_copy_(0, steps[:1], token[None])
+            noise = buffers.noise.index_select(0, step)[0]
+            token = sample(logits, buffers.sampling, buffers.seeds, steps[:: mode.group], noise)
+        buffers.written.index_copy_(0, step, token[None])
+        buffers.rows.copy_(mode.embed(token if mode.group == 1 else token.repeat_interleave(mode.group)))
         buffers.counters.add_(1)
 
 
 def generate_tokens(
-    model: BagelModel,
+    model: Model,
+    mode: TokenMode,
     contexts: Sequence[Context],
-    start: int,
-    stop: int,
+    start: int | Sequence[int],
+    stop: int | None,
     max_length: int,
     sampling: Sequence[Sampling] | None = None,
     graphs: GraphCache | None = None,
+    noise: torch.Tensor | None = None,
+    keep: bool = False,
 ) -> Iterator[tuple[int, int]]:
-    """Continue contexts with texts; the contexts themselves are left as they are. Use it under
-    ``torch.inference_mode()``.
+    """Continue contexts with tokens. Use it under ``torch.inference_mode()``.
 
     Args:
         model: the network.
-        contexts: what was said so far, 1 to 8 of them, in one cache.
-        start: the token fed first (<|im_start|>).
-        stop: the token that ends a text (<|im_end|>); it is not yielded.
-        max_length: forward passes at most. The tokens drawn by the last one are dropped, as in the official code, so a
-            text has at most ``max_length - 1`` tokens.
-        sampling: one for each context; by default all take the most likely tokens.
-        graphs: where buffers and the captured step are kept for the next texts.
+        mode: how the tokens are read and drawn.
+        contexts: one per row, in one cache; the rows of a group are next to each other.
+        start: the token fed first, one for all rows or one for each. It is embedded by ``model.embed_tokens``.
+        stop: the token that ends a text, which is not yielded; None for exactly ``max_length`` tokens.
+        max_length: forward passes at most. With ``stop`` the tokens drawn by the last one are dropped, as in the
+            official code of BAGEL, so a text has at most ``max_length - 1`` tokens.
+        sampling: one for each group; by default all take the most likely tokens.
+        graphs: keeps buffers and the captured step for the next texts.
+        noise: float32 [max_length, groups, V], exponential draws q: the token is argmax p / q of the probabilities
+            after temperature, top_k and top_p.
+        keep: leave the tokens that were fed, the start token first, in the contexts; otherwise they stay as they are.
+            The last token of a text of fixed length is never fed: append it with what follows.
 
     Yields:
-        (number of the context, token id), each as soon as it is known; after a text's end nothing more of it.
+        (number of the group, token id), each as soon as it is known; nothing more of a text after its end.
 
     Raises:
-        ValueError: no context, or too many.
+        ValueError: no contexts, or numbers of rows, start tokens, samplings and noise that contradict each other.
     """
-    if not 1 <= len(contexts) <= MAX_TEXTS:
-        raise ValueError(f"{len(contexts)} texts at once: allowed are 1 to {MAX_TEXTS}")
-    sampling = sampling or [Sampling()] * len(contexts)
-    loop = TextLoop(model, contexts, start, max_length, sampling, graphs or GraphCache(None))
-    running = set(range(len(contexts)))
+    rows, groups = len(contexts), len(contexts) // mode.group
+    if not rows or rows % mode.group:
+        raise ValueError(f"contexts must be a positive multiple of {mode.group}, got {rows}. Give one per row.")
+    starts = [start] * rows if isinstance(start, int) else list(start)
+    sampling = list(sampling) if sampling is not None else [Sampling()] * groups
+    for name, given, wanted in (("start", len(starts), rows), ("sampling", len(sampling), groups)):
+        if given != wanted:
+            raise ValueError(f"{name} must have {wanted} entries, got {given}")
+    if noise is not None and noise.shape[:2] != (max_length, groups):
+        raise ValueError(f"noise must have shape [{max_length}, {groups}, V], got {tuple(noise.shape)}")
+    loop = DecodeLoop(model, mode, contexts, starts, max_length, sampling, graphs or GraphCache(None), noise, keep)
+    texts: list[list[int]] = [[] for _ in range(groups)]
+    running = set(range(groups))
     try:
         for index, tokens in enumerate(_tokens(loop, max_length)):
-            for number in sorted(running):
-                if tokens[number] == stop or index == max_length - 1:
-                    running.discard(number)
+            for group in sorted(running):
+                if stop is not None and (tokens[group] == stop or index == max_length - 1):
+                    running.discard(group)
                 else:
-                    yield number, tokens[number]
+                    texts[group].append(tokens[group])
+                    yield group, tokens[group]
             if not running:
                 return
     finally:
         loop.close()
+        for row in range(rows if keep else 0):
+            fed = [starts[row], *texts[row // mode.group]][:max_length]
+            loop.keep(row, fed, max_length)
 
 
-def _tokens(loop: TextLoop, max_length: int) -> Iterator[list[int]]:
+def _tokens(loop: DecodeLoop, max_length: int) -> Iterator[list[int]]:
     """The tokens of every step, step by step. On CUDA the device is some steps ahead of what is read."""
     written = loop.buffers.written
     ahead, reads, launched = written.is_cuda, deque(), 0
     while launched < max_length or reads:
         if launched < max_length and len(reads) <= ahead:
             first = launched
-            # Few at first: whoever waits for the first token should not wait for the eighth.
+            # Ramp up the read interval to keep the time to the first token low.
             launched = min(max_length, first + (min(READ_EVERY, max(1, first)) if ahead else 1))
             for _ in range(first, launched):
                 loop.step()
@@ -186,7 +271,7 @@ def _tokens(loop: TextLoop, max_length: int) -> Iterator[list[int]]:
 
 
 class _Read:
-    """Numbers on their way from the device to the host."""
+    """A device-to-host copy of integers in flight."""
 
     def __init__(self, numbers: torch.Tensor):
         self._numbers, self._arrived = numbers, None
@@ -197,7 +282,7 @@ class _Read:
             self._arrived.record()
 
     def wait(self) -> list[list[int]]:
-        """The numbers, when they are there."""
+        """The numbers, once they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers.tolist()

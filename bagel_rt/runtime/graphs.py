@@ -1,10 +1,10 @@
-"""Work that repeats, at fixed addresses: buffers that outlive a request, and the CUDA graphs captured over them.
+"""Static buffers that outlive a request, and the CUDA graphs captured over them.
 
-A step of a denoising, or of a text, is a few hundred launches that are the same every time but for the numbers in its
-buffers. On CUDA it is run once as it is, which compiles its kernels, then captured, and from then on replayed: one
-launch. Nothing but the buffers' contents may change between replays, so whatever varies (timestep, slots, lengths,
-guidance, the token) lies in a buffer. Elsewhere, with ``graphs=False``, and with ``BAGEL_RT_GRAPHS=0`` in the
-environment, the same work runs as it is.
+A denoising step or a decoded token is a few hundred launches that differ only in the numbers in their buffers. On CUDA
+the first one runs eagerly, which compiles its kernels, the second is captured, and later ones are replayed: one launch.
+Only the contents of the buffers may change between replays, so everything that varies (timestep, slots, lengths,
+guidance, the token) lies in a buffer. On other devices, with ``graphs=False`` and with ``BAGEL_RT_GRAPHS=0`` in the
+environment, every step runs eagerly.
 """
 
 import gc
@@ -13,49 +13,51 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from bagel_rt.kernels.backend import backend
 from bagel_rt.kernels.configs import supports
 
-LIMIT = 16  # workspaces of a kind that are kept: a server sees a few image sizes, and as many sizes of batches
+LIMIT = 16  # static buffers kept of one kind of work: a server sees a few image sizes and batch sizes
 
 
 class StaticBuffers:
-    """Buffers of one structure of work, and what was captured over them.
+    """The buffers of one structure of work and the graphs captured over them.
 
     Attributes:
-        buffers: whatever the work reads and writes; made once.
+        buffers: what the work reads and writes; allocated once.
         graphs: name of the work -> its captured form, with ``replay()``.
+        warmed_up: names of the work that has run eagerly.
     """
 
     def __init__(self, buffers):
         self.buffers = buffers
         self.graphs: dict[str, object] = {}
-        self.ran: set[str] = set()  # names of the work that ran as it is
-        self.owner: weakref.ref | None = None
+        self.warmed_up: set[str] = set()
+        self.owner: Callable[[], object] | None = None  # gives None once the run is gone
 
     @property
-    def taken(self) -> bool:
-        """Whether the run that uses it goes on."""
+    def in_use(self) -> bool:
+        """Whether a run holds the buffers."""
         return self.owner is not None and self.owner() is not None
 
-    def give_back(self) -> None:
-        """The run is over, though an exception may still refer to it."""
+    def release(self) -> None:
+        """Free the buffers for the next run, although an exception may still refer to this one."""
         self.owner = None
 
 
 class GraphCache:
-    """Workspaces by structure, the least recently used of each kind given up first; and the capturing of work.
+    """LRU cache of static buffers and the CUDA graphs captured over them.
 
     Attributes:
         captures: graphs captured so far.
-        capture_seconds: what they took.
+        capture_seconds: time spent capturing them.
     """
 
     def __init__(self, capture: Callable[[Callable[[], None]], object] | None, limit: int = LIMIT):
-        """``capture`` turns work into an object with ``replay()``; None runs all work as it is."""
+        """``capture`` turns work into an object with ``replay()``; None runs all work eagerly."""
         self.capture = capture
         self.limit = limit
         self.captures, self.capture_seconds = 0, 0.0
@@ -63,73 +65,89 @@ class GraphCache:
         self._alive: weakref.WeakSet[StaticBuffers] = weakref.WeakSet()
 
     @classmethod
-    def on(cls, device: torch.device, enabled: bool = True) -> "GraphCache":
-        """Those of a device: CUDA graphs, or none on a CPU and on GPUs where references, which read back, run."""
+    def for_device(cls, device: torch.device, enabled: bool = True) -> "GraphCache":
+        """A cache that captures on CUDA; not on a CPU, nor on GPUs that run the references, which read back."""
         enabled = enabled and os.environ.get("BAGEL_RT_GRAPHS") != "0"
         return cls(CUDACapture() if enabled and device.type == "cuda" and supports(device) else None)
 
-    def workspace(self, key: tuple[Hashable, ...], make: Callable[[], object], owner) -> StaticBuffers:
-        """The workspace of a structure, until it is given back or its owner gone; another if it is taken.
+    @contextmanager
+    def borrow(self, key: tuple[Hashable, ...], make: Callable[[], object]) -> Iterator[StaticBuffers]:
+        """The buffers of a structure for the length of a block; arguments as :meth:`acquire` takes them."""
+        held = self.acquire(key, make, None)
+        try:
+            yield held
+        finally:
+            held.release()
+
+    def acquire(self, key: tuple[Hashable, ...], make: Callable[[], object], owner: object | None) -> StaticBuffers:
+        """The buffers of a structure, held until they are released or ``owner`` is collected.
+
+        Buffers that another run holds are left to it: this run gets new ones, which replace them in the cache.
 
         Args:
-            key: the kind of the work, and all that shapes, addresses and launches depend on.
-            make: makes the buffers.
-            owner: the run, weakly referenced.
+            key: the kind of work, then everything that shapes, addresses and launches depend on.
+            make: allocates the buffers.
+            owner: the run, weakly referenced; None where the caller is sure to release them.
         """
         found = self._kept.get(key)
-        if found is None or found.taken:
+        if found is None or found.in_use:
             found = self._kept[key] = StaticBuffers(make())
             self._alive.add(found)
         self._kept.move_to_end(key)
         same_kind = [other for other in self._kept if other[0] == key[0]]
         for oldest in same_kind[: len(same_kind) - self.limit]:
             del self._kept[oldest]
-        found.owner = weakref.ref(owner)
+        found.owner = (lambda: True) if owner is None else weakref.ref(owner)
         return found
 
-    def run(self, workspace: StaticBuffers, name: str, work: Callable[[], None]) -> None:
-        """Do the work of that name: as it is the first time, captured and replayed from the second on.
+    def run(self, buffers: StaticBuffers, name: str, work: Callable[[], None]) -> None:
+        """Run work: eagerly the first time, captured the second, replayed from then on.
+
+        Args:
+            buffers: held by the caller.
+            name: of the work; it is captured once for these buffers.
+            work: reads and writes nothing but the buffers and the model.
 
         Raises:
-            RuntimeError: it cannot be captured; the message says how to do without.
+            RuntimeError: the work cannot be captured; the message names the remedy.
         """
         if self.capture is None or backend() == "reference":  # references read back
             return work()
-        if name not in workspace.ran:
+        if name not in buffers.warmed_up:
             work()
-            workspace.ran.add(name)
+            buffers.warmed_up.add(name)
             return
-        if name not in workspace.graphs:
+        if name not in buffers.graphs:
             start = time.perf_counter()
-            workspace.graphs[name] = self.capture(work)
+            buffers.graphs[name] = self.capture(work)
             self.captures += 1
             self.capture_seconds += time.perf_counter() - start
-        workspace.graphs[name].replay()
+        buffers.graphs[name].replay()
 
-    def forget(self) -> None:
-        """Give up what was captured, because an address in it has changed; workspaces stay."""
-        for workspace in self._alive:
-            workspace.graphs.clear()
+    def invalidate(self) -> None:
+        """Drop all graphs, because an address in them has changed; the buffers stay."""
+        for buffers in self._alive:
+            buffers.graphs.clear()
 
     def clear(self) -> None:
-        """Give up everything, memory included; runs that exist keep theirs."""
-        self.forget()
+        """Drop all graphs and buffers; runs in progress keep theirs."""
+        self.invalidate()
         self._kept.clear()
 
     @property
     def kept(self) -> int:
-        """Workspaces kept."""
+        """Number of buffers in the cache."""
         return len(self._kept)
 
 
 class CapturedGraph:
-    """A CUDA graph; it ends when nobody holds it, not before what it does is done."""
+    """A CUDA graph that is destroyed only after its last replay has finished."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph):
         self._graph = graph
 
     def replay(self) -> None:
-        """Do the work, on the current stream."""
+        """Launch the graph on the current stream."""
         self._graph.replay()
 
     def __del__(self):
@@ -137,31 +155,32 @@ class CapturedGraph:
 
 
 class CUDACapture:
-    """Captures work as CUDA graphs that share one pool of memory: they run one after another, and leave nothing in it
-    that another would need."""
+    """Captures work as CUDA graphs that share one memory pool.
+
+    Sharing is safe because graphs run one after another and no graph reads what another left in the pool.
+    """
 
     def __init__(self):
         self._graphs: weakref.WeakSet = weakref.WeakSet()
         self._pool = None
 
     def __call__(self, work: Callable[[], None]) -> CapturedGraph:
-        """The graph of the work, which is not done by capturing it."""
+        """Capture the work without running it."""
         if not self._graphs:
-            self._pool = torch.cuda.graph_pool_handle()  # a pool that lost its last graph cannot be used again
+            self._pool = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone cannot be used again
         graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
-        gc.disable()  # what it frees may wait for the device, which ends a capture
+        gc.disable()  # a finaliser may synchronise, which ends a capture
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a capture that does not end well leaves its own
-            self._graphs.clear()  # and perhaps a pool of which nothing is known
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
+            self._graphs.clear()  # and the pool in an unknown state: the next capture starts a new one
             for cause in (error, error.__context__):  # ending a capture that ran out of memory may fail as well
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
             raise RuntimeError(
-                f"a step could not be captured as a CUDA graph ({error}); load the model with graphs=False to run "
-                "without"
+                f"a step could not be captured as a CUDA graph: {error}. Load the model with graphs=False."
             ) from error
         finally:
             if collects:
@@ -172,10 +191,10 @@ class CUDACapture:
 
 
 def run_pipelined(device: torch.device, work: Iterable[Callable[[], None]]) -> Iterator[int]:
-    """Do work in order; yield how much of it the device has finished, each time that one more is.
+    """Run work in order and yield the number of pieces that the device has finished, after each one.
 
-    On CUDA the next one is queued before the last one is waited for, so that the device never waits for the host, and
-    never more than two, so that whoever stops iterating stops the device too.
+    On CUDA the next piece is queued before the previous one is waited for, so the device never waits for the host. At
+    most two are queued, so the device stops soon after the caller stops iterating.
     """
     done, before = 0, None
     for call in work:

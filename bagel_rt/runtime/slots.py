@@ -1,8 +1,8 @@
 """The KV cache: one buffer per layer for all contexts, handed out in contiguous slot ranges.
 
 A context owns no memory of its own: it is a prefix of a :class:`SlotRange`, an append-only slot range. Clones share the
-storage; the longest one may append in place, because the others never look past their own length. A context is copied
-only where it outgrows its storage, or where a shorter clone appends; snapshots for guidance cost nothing.
+range; the longest one may append in place, because the others never look past their own length. A context is copied
+only where it outgrows its range, or where a shorter clone appends; snapshots for guidance cost nothing.
 """
 
 import weakref
@@ -24,7 +24,7 @@ class KVCache:
         self._shape = (kv_heads, head_dim)
         self._free: list[tuple[int, int]] = []  # disjoint (start, length), sorted, never adjacent
         self._returned: list[tuple[int, int]] = []  # released since; a finalizer may append at any moment
-        self._claimed: weakref.WeakSet[SlotRange] | None = None  # what takes note of storages that are made
+        self._tracking: weakref.WeakSet[SlotRange] | None = None  # collects the ranges that are allocated
         self.moved: list[Callable[[], None]] = []  # called whenever the buffers are replaced by others
         self.slots = 0
         self.k = torch.empty(layers, 0, *self._shape, dtype=dtype, device=device)
@@ -34,7 +34,7 @@ class KVCache:
 
     @property
     def free_slots(self) -> int:
-        """Slots that no storage holds."""
+        """Slots that no range holds."""
         self._merge_returned()
         return sum(length for _, length in self._free)
 
@@ -57,16 +57,16 @@ class KVCache:
         self._returned.append((start, length))
 
     @contextmanager
-    def claim(self, storages: "weakref.WeakSet[SlotRange]") -> Iterator[None]:
-        """Collect the storages that are made meanwhile, but for those that somebody else collects."""
-        before, self._claimed = self._claimed, storages
+    def track(self, ranges: "weakref.WeakSet[SlotRange]") -> Iterator[None]:
+        """Track allocations made inside this block. An inner block takes over from the one around it."""
+        before, self._tracking = self._tracking, ranges
         try:
             yield
         finally:
-            self._claimed = before
+            self._tracking = before
 
     def trim(self) -> None:
-        """Give the buffers back to the device if no storage holds a slot."""
+        """Give the buffers back to the device if no range holds a slot."""
         if self.free_slots == self.slots > 0:
             self._free, self.slots = [], 0
             self._replace(*(buffer.new_empty(buffer.shape[0], 0, *self._shape) for buffer in (self.k, self.v)))
@@ -123,8 +123,8 @@ class SlotRange:
         self.capacity = capacity
         self.holders: weakref.WeakSet = weakref.WeakSet()  # contexts (anything with a ``length``) living here
         self.release = weakref.finalize(self, cache.release, self.start, capacity)  # runs once, now or at the end
-        if cache._claimed is not None:
-            cache._claimed.add(self)
+        if cache._tracking is not None:
+            cache._tracking.add(self)
 
     def can_extend(self, length: int, extra: int) -> bool:
         """Whether a holder of that length may write ``extra`` more slots in place: room, and nobody lives there."""

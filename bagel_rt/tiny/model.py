@@ -75,7 +75,7 @@ def initialize_(model: BagelModel, seed: int) -> None:
     knows its colour (``_look_back_``).
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, place in model.destinations()["ema"].items():
+    for name, place in model.weight_slots()["ema"].items():
         *_, module, kind = name.split(".")
         if kind == "pos_embed" or module == "position_embedding":
             place.view.copy_(sincos_table(place.shape[1], math.isqrt(place.shape[0])))

@@ -47,7 +47,7 @@ def official_tensors(model: BagelModel, stem: str) -> dict[str, torch.Tensor]:
         CheckpointError: a weight is not finite.
     """
     tensors = {}
-    for name, place in model.destinations()[stem].items():
+    for name, place in model.weight_slots()[stem].items():
         repeated = place.view[(0,) * (place.view.ndim - len(place.shape))]  # the first of equal rows
         tensors[name] = repeated.detach().to("cpu", STORED_AS[stem], copy=True).contiguous()
         if not tensors[name].isfinite().all():

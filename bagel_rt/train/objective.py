@@ -14,6 +14,7 @@ from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.vision import connect, vision_tower
+from bagel_rt.runtime.batch import ForwardBatch
 from bagel_rt.train.batch import TrainingBatch, check_range
 from bagel_rt.validation import check, number
 
@@ -58,7 +59,7 @@ def training_losses(
 
     plan = batch.plan()
     order = torch.from_numpy(plan.order).to(device)
-    rows = model.rows(plan, batch.packed_position_ids.numpy())
+    rows = ForwardBatch.from_plan(plan, batch.packed_position_ids.numpy(), model.rope)
     hidden = _embed(model, batch, x, t)[order]
     hidden = model.transformer.forward(hidden, rows, _Slots(model, len(batch)))
     last_hidden = model.transformer.final_norm(hidden, plan.G)[order.argsort()]

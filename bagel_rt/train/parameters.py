@@ -53,7 +53,7 @@ class Parameters:
 
     def official_gradients(self) -> dict[str, torch.Tensor]:
         """Official name -> gradient of that tensor; without the tables that are :data:`FROZEN`."""
-        places = map_weights(self._model.weights, self._gradient).destinations(self.config)
+        places = map_weights(self._model.weights, self._gradient).weight_slots(self.config)
         return {
             name: place.view.sum_to_size(place.shape) for name, place in places.items() if name not in FROZEN.values()
         }

@@ -118,7 +118,9 @@ def test_conformance_fails_if_one_case_does(spoiled_pack):
 
 
 def test_conformance_json_has_null_for_nan(monkeypatch):
-    monkeypatch.setattr("bagel_rt.conformance.parts.time_embedding", lambda _, t: torch.full((len(t), 64), torch.nan))
+    monkeypatch.setattr(
+        "bagel_rt.conformance.bagel.parts.time_embedding", lambda _, t: torch.full((len(t), 64), torch.nan)
+    )
     result = run("conformance", PACK, "--case", "02*", "--json")
     assert result.exit_code == 1
 

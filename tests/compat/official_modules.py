@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bagel_rt.compat import InterleaveInferencer
-from bagel_rt.conformance.requests import _draws
+from bagel_rt.conformance.bagel.requests import _draws
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify, position_ids
 from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb

@@ -45,7 +45,7 @@ def test_weights_are_shared_and_the_module_is_restored(official):
     wanted = torch.nn.functional.linear(x, mlp.gate_proj.weight)
     acceleration = accelerate(model, official.vae_model)
     weights = acceleration.entry_points.model.weights
-    for name, place in weights.destinations(official.ours).items():
+    for name, place in weights.weight_slots(official.ours).items():
         parameter = model.get_parameter(name)
         assert parameter.untyped_storage().data_ptr() == place.view.untyped_storage().data_ptr(), name
         assert torch.equal(parameter, before[name])
@@ -72,7 +72,7 @@ def test_weights_are_shared_and_the_module_is_restored(official):
 
 def test_whoever_comes_second_has_the_same_weights(official):
     def pointers(model):
-        weights = [place.view.data_ptr() for place in model.weights.destinations(official.ours).values()]
+        weights = [place.view.data_ptr() for place in model.weights.weight_slots(official.ours).values()]
         return weights + [parameter.data_ptr() for parameter in model.vae.parameters()]
 
     first = load_inferencer(official)

@@ -1,5 +1,7 @@
 """Texts decoded one token at a time: together as alone, and through the CUDA kernels as through the references."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import PACK
@@ -7,7 +9,8 @@ from conftest import PACK
 from bagel_rt import Bagel
 from bagel_rt.conformance import run_case
 from bagel_rt.kernels.backend import choose_backend
-from bagel_rt.runtime.context import Context, Prefill, Text
+from bagel_rt.models.bagel.contents import Text
+from bagel_rt.runtime.context import Context, DecodedText, Prefill
 from bagel_rt.runtime.decode import Sampling, generate_tokens
 
 TEXTS = [(1, 2, 3), (9,), tuple(range(40, 90)), (7, 7)]
@@ -24,11 +27,13 @@ def contexts_of(bagel, texts):
     return contexts
 
 
-def decode(bagel, contexts, sampling=None, stop=-1, length=12):
+def decode(bagel, contexts, sampling=None, stop=-1, length=12, **options):
     """The tokens of every text."""
     texts = [[] for _ in contexts]
     with torch.inference_mode():
-        for number, token in generate_tokens(bagel.model, contexts, bagel.tokenizer.bos, stop, length, sampling):
+        for number, token in generate_tokens(
+            bagel.model, bagel.model.text, contexts, bagel.tokenizer.bos, stop, length, sampling, **options
+        ):
             texts[number].append(token)
     return texts
 
@@ -62,16 +67,96 @@ def test_contexts_are_left_as_they_are(bagel):
     assert bagel.cache.free_slots == taken
 
 
-@pytest.mark.parametrize("count", [0, 9])
-def test_a_number_of_texts_that_the_kernels_do_not_take_is_refused(bagel, count):
-    with pytest.raises(ValueError, match=f"{count} texts at once: allowed are 1 to 8"):
-        next(generate_tokens(bagel.model, [Context(bagel.cache)] * count, 0, 1, 4))
+def test_rejects_arguments_that_contradict_each_other(bagel):
+    model, contexts = bagel.model, [Context(bagel.cache)] * 3
+    pairs = replace(model.text, key="pairs", group=2)
+    for mode, arguments, message in [
+        (model.text, ([], 0, 1, 4), "contexts must be a positive multiple of 1, got 0"),
+        (pairs, (contexts, 0, 1, 4), "contexts must be a positive multiple of 2, got 3"),
+        (model.text, (contexts, [0], 1, 4), "start must have 3 entries, got 1"),
+        (model.text, (contexts, 0, 1, 4, [Sampling()]), "sampling must have 3 entries, got 1"),
+        (model.text, (contexts, 0, 1, 4, None, None, torch.ones(4, 2, 9)), r"noise must have shape \[4, 3, V\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            next(generate_tokens(model, mode, *arguments))
+
+
+def test_more_rows_than_the_one_token_kernels_take_decode_the_same_texts(bagel):
+    texts = [(number + 1, number + 2) for number in range(20)]
+    with torch.inference_mode():
+        contexts = contexts_of(bagel, texts)
+    together = decode(bagel, contexts, length=5)
+    assert together == [decode(bagel, [context], length=5)[0] for context in contexts]
+
+
+def test_a_text_of_fixed_length_has_every_token_that_was_drawn(bagel):
+    with torch.inference_mode():
+        contexts = contexts_of(bagel, TEXTS[:2])
+    assert decode(bagel, contexts, stop=None, length=5) == decode(bagel, contexts, length=6)
+
+
+def test_each_row_begins_with_its_own_start_token(bagel):
+    with torch.inference_mode():
+        contexts = contexts_of(bagel, [TEXTS[0], TEXTS[0]])
+        run = generate_tokens(bagel.model, bagel.model.text, contexts, [5, bagel.tokenizer.bos], -1, 6)
+        tokens = list(run)
+    assert [token for number, token in tokens if number == 1] == decode(bagel, contexts[1:], length=6)[0]
+    assert [token for number, token in tokens if number == 0] != [token for number, token in tokens if number == 1]
+
+
+def test_kept_texts_continue_as_if_they_had_been_prefilled(bagel):
+    with torch.inference_mode():
+        kept, other = contexts_of(bagel, [TEXTS[0], TEXTS[1]])
+        fresh = kept.clone()
+        [written, _] = decode(bagel, [kept, other], keep=True)
+        fed = (bagel.tokenizer.bos, *written)
+        prefill = Prefill(bagel.model, bagel.cache)
+        prefill.append(fresh, Text(fed))
+        prefill.run()
+    assert kept.history[-1] == DecodedText(fed)
+    assert (kept.length, kept.position) == (fresh.length, fresh.position)
+    for buffer in (bagel.cache.k, bagel.cache.v):
+        a, b = (buffer[:, one.key_start : one.key_start + one.length] for one in (kept, fresh))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert decode(bagel, [kept], length=5) == decode(bagel, [fresh], length=5)
+
+
+def test_ids_that_the_mode_masks_are_never_drawn(bagel):
+    with torch.inference_mode():
+        contexts = contexts_of(bagel, TEXTS[:1])
+    [text] = decode(bagel, contexts)
+    mask = torch.zeros(bagel.model.config.llm.vocab_size)
+    mask[text] = -torch.inf
+    mode = replace(bagel.model.text, key="masked", mask=mask)
+    with torch.inference_mode():
+        tokens = [t for _, t in generate_tokens(bagel.model, mode, contexts, bagel.tokenizer.bos, None, 12)]
+    assert not set(tokens) & set(text)
+
+
+def test_injected_noise_draws_the_token_of_the_largest_quotient(bagel):
+    with torch.inference_mode():
+        contexts = contexts_of(bagel, TEXTS[:2])
+        vocab = bagel.model.config.llm.vocab_size
+        noise = torch.empty(3, 2, vocab).exponential_(generator=torch.Generator().manual_seed(1))
+        logits = []
+        mode = replace(
+            bagel.model.text, key="noise", logits=lambda x: logits.append(bagel.model.logits(x)) or logits[-1]
+        )
+        sampling = [Sampling(0.7), Sampling(1.3)]
+        drawn = list(generate_tokens(bagel.model, mode, contexts, bagel.tokenizer.bos, None, 3, sampling, noise=noise))
+    temperatures = torch.tensor([[0.7], [1.3]])
+    wanted = [
+        (row, int(token))
+        for x, q in zip(logits, noise, strict=True)
+        for row, token in enumerate(((x / temperatures).softmax(-1) / q).argmax(-1))
+    ]
+    assert drawn == wanted
 
 
 def test_a_text_beyond_the_positions_of_the_model_is_refused(bagel):
     length = bagel.model.config.llm.max_position_embeddings + 1
-    with pytest.raises(ValueError, match=f"reaches position {length}, the model has {length - 1}"):
-        next(generate_tokens(bagel.model, [Context(bagel.cache)], 0, 1, length))
+    with pytest.raises(ValueError, match=f"must end by position {length - 1}, got {length}"):
+        next(generate_tokens(bagel.model, bagel.model.text, [Context(bagel.cache)], 0, 1, length))
 
 
 # The CUDA kernels, emulated on the CPU

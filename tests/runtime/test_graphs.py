@@ -152,11 +152,11 @@ class Owner:
     pass
 
 
-def test_workspaces_are_bounded_and_the_least_recently_used_of_a_kind_goes_first():
+def test_buffers_are_bounded_and_the_least_recently_used_of_a_kind_goes_first():
     graphs, made = GraphCache(None, limit=2), []
 
     def take(*key):
-        return graphs.workspace(key, lambda: made.append(key), Owner())
+        return graphs.acquire(key, lambda: made.append(key), Owner())
 
     other = take("text", 1)
     first = take("image", "a")
@@ -170,25 +170,25 @@ def test_workspaces_are_bounded_and_the_least_recently_used_of_a_kind_goes_first
     assert graphs.kept == 3
 
 
-def test_a_workspace_given_back_is_free_though_its_run_still_exists():
+def test_released_buffers_are_free_though_their_run_still_exists():
     graphs, owner = GraphCache(None), Owner()
-    first = graphs.workspace(("a",), lambda: [], owner)
-    first.give_back()
-    assert graphs.workspace(("a",), lambda: [], Owner()) is first
+    first = graphs.acquire(("a",), lambda: [], owner)
+    first.release()
+    assert graphs.acquire(("a",), lambda: [], Owner()) is first
     del owner
 
 
-def test_a_workspace_in_use_is_not_given_to_another():
+def test_buffers_in_use_are_not_given_to_another_run():
     graphs, owner = GraphCache(None), Owner()
-    first = graphs.workspace(("a",), lambda: [], owner)
-    second = graphs.workspace(("a",), lambda: [], other := Owner())
+    first = graphs.acquire(("a",), lambda: [], owner)
+    second = graphs.acquire(("a",), lambda: [], other := Owner())
     assert first is not second and first.buffers is not second.buffers
     del owner
-    assert graphs.workspace(("a",), lambda: [], Owner()) is not second, "its run still exists"
+    assert graphs.acquire(("a",), lambda: [], Owner()) is not second, "its run still exists"
     del other
 
 
-def test_work_runs_as_it_is_once_and_then_from_what_was_captured():
+def test_work_runs_eagerly_once_then_is_captured_and_replayed():
     done, owner = [], Owner()
 
     class Captured:
@@ -199,25 +199,25 @@ def test_work_runs_as_it_is_once_and_then_from_what_was_captured():
             done.append("replayed")
 
     graphs = GraphCache(Captured)
-    workspace = graphs.workspace(("a",), lambda: None, owner)
+    held = graphs.acquire(("a",), lambda: None, owner)
     for _ in range(3):
-        graphs.run(workspace, "step", lambda: done.append("ran"))
+        graphs.run(held, "step", lambda: done.append("ran"))
     assert done == ["ran", "captured", "replayed", "replayed"] and graphs.captures == 1
-    graphs.forget()
-    graphs.run(workspace, "step", lambda: done.append("ran"))
+    graphs.invalidate()
+    graphs.run(held, "step", lambda: done.append("ran"))
     assert done[4:] == ["captured", "replayed"]
 
 
 def test_work_that_fails_the_first_time_is_not_taken_for_done():
     graphs, owner = GraphCache(Recording), Owner()
-    workspace = graphs.workspace(("a",), lambda: None, owner)
+    held = graphs.acquire(("a",), lambda: None, owner)
 
     def fail():
         raise torch.OutOfMemoryError("no memory")
 
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
-            graphs.run(workspace, "step", fail)
+            graphs.run(held, "step", fail)
     assert graphs.captures == 0
 
 
@@ -236,14 +236,14 @@ def test_on_a_gpu_graphs_are_the_default_and_can_be_switched_off(eager):
 
 def test_what_ran_with_references_is_run_once_more_before_it_is_captured():
     graphs, owner, done = GraphCache(Recording), Owner(), []
-    workspace = graphs.workspace(("a",), lambda: None, owner)
+    held = graphs.acquire(("a",), lambda: None, owner)
     choose_backend("reference")
     try:
         for _ in range(3):
-            graphs.run(workspace, "step", lambda: done.append("reference"))
+            graphs.run(held, "step", lambda: done.append("reference"))
     finally:
         choose_backend(None)
-    graphs.run(workspace, "step", lambda: done.append("compiles the kernels"))
+    graphs.run(held, "step", lambda: done.append("compiles the kernels"))
     assert done == ["reference"] * 3 + ["compiles the kernels"] and graphs.captures == 0
 
 

@@ -225,7 +225,8 @@ TEXT = Segment("causal", und(3), 0, 4, 4)
         "blocks of no rows", "blocks of too many rows", "an unknown mode", "a segment of no rows",
         "experts given as integers", "experts in two dimensions", "experts in a list", "a negative key_start",
         "a negative visible",
-        "a negative write", "a write past int32", "a prefix past int32", "writes that overlap", "the same segment twice",
+        "a negative write", "a write past int32", "a prefix past int32", "writes that overlap",
+        "the same segment twice",
     ],
 )  # fmt: skip
 def test_refuses(segments, block_q, message, planner):

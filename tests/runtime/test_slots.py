@@ -51,7 +51,7 @@ def test_a_clone_shares_slots_and_the_longest_holder_grows_in_place():
     context = Context(cache, capacity=10)
     start = context.extend(4)
     snapshot = context.clone()
-    assert context.extend(3) == start + 4 and context.storage is snapshot.storage
+    assert context.extend(3) == start + 4 and context.range is snapshot.range
     assert (snapshot.length, context.length) == (4, 7)
     assert cache.free_slots == 10
 
@@ -63,7 +63,7 @@ def test_a_shorter_clone_that_grows_moves_and_leaves_the_source_alone():
     snapshot = context.clone()
     fill(cache, context.extend(3), 3, 2.0)
     fill(cache, snapshot.extend(2), 2, 3.0)
-    assert snapshot.storage is not context.storage
+    assert snapshot.range is not context.range
     keys = cache.k[0, :, 0, 0]
     assert keys[context.key_start :][:7].tolist() == [1, 1, 1, 1, 2, 2, 2]
     assert keys[snapshot.key_start :][:6].tolist() == [1, 1, 1, 1, 3, 3]
@@ -87,7 +87,7 @@ def test_borrowed_slots_of_two_clones_do_not_collide():
     first, second = context.borrow(5), context.clone().borrow(5)
     ranges = [set(range(h.key_start + h.length - 5, h.key_start + h.length)) for h in (first, second)]
     assert not ranges[0] & ranges[1]
-    assert first.storage is context.storage, "the first one fits right behind the context"
+    assert first.range is context.range, "the first one fits right behind the context"
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 50])

@@ -124,7 +124,8 @@ def test_sampling_follows_the_seed(client):
 
 
 def test_interleaved_answer_equals_the_library(client, bagel, monkeypatch):
-    monkeypatch.setattr("bagel_rt.engine.IMAGE_REQUEST", "")  # a text that every text has: the model always draws
+    # A text that every text contains: the model always draws.
+    monkeypatch.setattr("bagel_rt.models.bagel.model.BagelModel.image_request", "")
     request = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 6, "seed": 3}
     how = {"modalities": ["text", "image"], "max_rounds": 2, "size": "48x32", **QUICK}
     wanted = bagel.interleave(["draw"], max_rounds=2, size=(32, 48), seed=3, max_think_token_n=7, **QUICK)

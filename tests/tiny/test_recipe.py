@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import denoising
 import numpy as np
 import pytest
 import torch
@@ -12,14 +13,14 @@ from PIL import Image
 from bagel_rt import Bagel
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
 from bagel_rt.models.bagel.config import BagelConfig, VAEConfig
-from bagel_rt.models.bagel.contexts import Conversation, Noise
+from bagel_rt.models.bagel.contents import Text
+from bagel_rt.models.bagel.contexts import GuidanceContexts
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.random_checkpoint import randomize_
 from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.models.bagel.tokenizer import Tokenizer
-from bagel_rt.runtime.context import Prefill, Text
-from bagel_rt.runtime.denoise import Denoiser, ImageTask
+from bagel_rt.runtime.context import Prefill
 from bagel_rt.tiny import data as tiny_data
 from bagel_rt.tiny.data import Shares, World, ask_sample, edit_sample, encode_pool, generate_sample, pixels_of
 from bagel_rt.tiny.examples import make_example, make_questions, texts
@@ -59,22 +60,21 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def conversation(model, tokenizer, guided: bool, noise=()) -> Conversation:
-    """As the engine opens one; what is said reaches the cache when ``conversation.prefill.run()`` is called."""
-    cache = model.make_cache()
-    prefill = Prefill(model, cache)
-    return Conversation(model, tokenizer, cache, prefill, Noise(0, list(noise)), guided, expects_images=bool(noise))
+def open_contexts(model, tokenizer, draws: bool, noise=()) -> tuple[GuidanceContexts, Prefill]:
+    """As the engine opens them; contents reach the cache when the prefill is run."""
+    prefill = Prefill(model, model.make_cache())
+    return model.open_contexts(prefill, tokenizer, [], noise=list(noise), draws=draws), prefill
 
 
 @torch.inference_mode()
-def runtime_velocities(model, talk: Conversation, x: torch.Tensor):
+def runtime_velocities(model, contexts: GuidanceContexts, prefill: Prefill, x: torch.Tensor):
     """(cond, no_text) velocities of the state ``x`` at T, as the runtime's denoiser computes them."""
-    talk.prefill.run()
+    prefill.run()
     settings = ImageSettings(num_timesteps=3, timestep_shift=1.0, cfg_text_scale=2.0, cfg_interval=(0.0, 1.0))
-    denoiser = Denoiser(model, talk.prefill.cache, [ImageTask(8, 8, x, talk.gen, talk.no_text, talk.no_img, settings)])
-    assert denoiser.timesteps[1] == T
-    denoiser.latents.copy_(x)
-    return denoiser.branch_velocities(1)[0][:2]
+    denoiser = denoising.start(model, prefill.cache, contexts.branches, x, settings, (8, 8))
+    assert denoiser.guidance.timesteps[1] == T
+    denoiser.state.copy_(x)
+    return denoiser.branch_outputs(1)[0][:2]
 
 
 @torch.inference_mode()
@@ -92,9 +92,9 @@ def trained_velocity(model, tokenizer, sample: Sample, noise: torch.Tensor) -> t
 def test_a_caption_and_its_picture_are_what_the_runtime_denoises(model, tokenizer):
     picture, noise = normal(1, 64, 16), normal(2, 64, 16)
     text = "two green squares above a red circle"
-    talk = conversation(model, tokenizer, True)
+    talk, prefill = open_contexts(model, tokenizer, True)
     talk.add_text(text)
-    want, without_text = runtime_velocities(model, talk, (1 - T) * picture + T * noise)
+    want, without_text = runtime_velocities(model, talk, prefill, (1 - T) * picture + T * noise)
     sample = generate_sample(tokenizer.encode(text), picture)
     torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), want, rtol=1e-4, atol=1e-5)
     dropped = Sample(sample.parts[1:])
@@ -105,11 +105,11 @@ def test_a_caption_and_its_picture_are_what_the_runtime_denoises(model, tokenize
 def test_an_edit_is_what_the_runtime_denoises(model, tokenizer):
     example = make_example(np.random.default_rng(3), "edit", "train")
     before, eps, after, noise = render(example.before), normal(4, 1, 4, 16, 16), normal(5, 64, 16), normal(6, 64, 16)
-    talk = conversation(model, tokenizer, True, [eps])
+    talk, prefill = open_contexts(model, tokenizer, True, [eps])
     with torch.inference_mode():
         talk.add_image(before)
         talk.add_text(example.text)
-    want, without_text = runtime_velocities(model, talk, (1 - T) * after + T * noise)
+    want, without_text = runtime_velocities(model, talk, prefill, (1 - T) * after + T * noise)
     pixels = pixels_of(example.before)
     with torch.inference_mode():
         shown = patchify(model.vae.encode(pixels[None], eps)[0], 2)
@@ -154,15 +154,15 @@ def test_an_answer_is_what_the_runtime_would_write(model, tokenizer):
     """The first one, and a later one about the same picture."""
     scene, questions = make_questions(np.random.default_rng(7), "train", 3)
     questions = [(text, "two red things") for text, _ in questions]
-    talk = conversation(model, tokenizer, False)
-    talk.add_image(render(scene), generates=False)
+    talk, prefill = open_contexts(model, tokenizer, False)
+    talk.add_image(render(scene))
     want = []
     for text, answer in questions:
         talk.add_text(text)
-        talk.prefill.run()
+        prefill.run()
         ids = tokenizer.encode(answer)  # token by token in the runtime; a forward of all is the same
-        talk.prefill.append(talk.gen, Text((tokenizer.bos, *ids, tokenizer.eos)))
-        hidden, plan = talk.prefill.run()
+        prefill.append(talk.cond, Text((tokenizer.bos, *ids, tokenizer.eos)))
+        hidden, plan = prefill.run()
         logits = model.logits(hidden[torch.from_numpy(np.argsort(plan.order))])[:-1]
         want.append(F.cross_entropy(logits, torch.tensor([*ids, tokenizer.eos]), reduction="none"))
     encoded = [(tokenizer.encode(text), tokenizer.encode(answer)) for text, answer in questions]

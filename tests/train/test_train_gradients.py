@@ -208,8 +208,8 @@ def test_parameters_are_copies_and_leave_the_model_as_it_was(step):
     randomize_(model)
     parameters = Parameters(model)
     again = parameters.model()
-    for name, place in model.destinations()["ema"].items():
-        assert torch.equal(place.view, again.destinations()["ema"][name].view), name
+    for name, place in model.weight_slots()["ema"].items():
+        assert torch.equal(place.view, again.weight_slots()["ema"][name].view), name
         assert not place.view.requires_grad
     with torch.no_grad():
         parameters.leaves["layers.0.qk_norm.gen"].fill_(2)

@@ -241,10 +241,10 @@ def test_an_exported_model_is_the_averaged_one_in_bfloat16(model, tmp_path):
     save_checkpoint(averaged, tmp_path / "model", CHECKPOINT)
     read = Bagel.from_pretrained(tmp_path / "model", device="cpu").model
     assert read.config == model.config
-    for stem, places in averaged.destinations().items():
+    for stem, places in averaged.weight_slots().items():
         for name, place in places.items():
             want = place.view.to(torch.bfloat16).float() if stem == "ema" else place.view
-            assert torch.equal(read.destinations()[stem][name].view, want), name
+            assert torch.equal(read.weight_slots()[stem][name].view, want), name
     with safe_open(tmp_path / "model" / "ema.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     assert not torch.equal(read.weights.lm_head, model.weights.lm_head)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel_rt.conformance.training import sequence_mask
+from bagel_rt.conformance.bagel.training import sequence_mask
 from bagel_rt.pipeline import Bagel
 from bagel_rt.runtime.plan import build_plan
 from bagel_rt.train.batch import TrainingBatch, training_segments

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from conftest import CHECKPOINT, PACK
 from safetensors.torch import load_file, save_file
 
-from bagel_rt.conformance.training import run_training_case
+from bagel_rt.conformance.bagel.training import run_training_case
+from bagel_rt.models.bagel.contents import NoisedImage, Text, VAEImage, ViTImage, image_rows
 from bagel_rt.models.bagel.embed import position_ids
 from bagel_rt.pipeline import Bagel
-from bagel_rt.runtime.context import Context, Prefill, Text, VAEImage, ViTImage
+from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.denoise import PackedBranches
 from bagel_rt.train.batch import TrainingBatch
 from bagel_rt.train.objective import flow_pair, flow_timesteps, training_losses
@@ -87,7 +88,7 @@ def pack(model, samples):
                 positions += range(position, position + n)
                 targets += [(start + i, content.ids[i + 1]) for i in range(n - 1)]
             else:
-                n, noised = content.rows * content.columns + 2, isinstance(content, Noised)
+                n, noised = image_rows(content.grid_h, content.grid_w), isinstance(content, Noised)
                 mode, advance = ("noise", 0) if noised else ("full", 1)
                 kind = "vit" if isinstance(content, ViTImage) else "vae"
                 kinds += ["text", *[kind] * (n - 2), "text"]
@@ -95,7 +96,7 @@ def pack(model, samples):
                 positions += [position] * n
                 if kind == "vit":
                     patches.append(content.patches)
-                    sides.append((content.rows, content.columns))
+                    sides.append((content.grid_h, content.grid_w))
                 else:
                     latents.append(content)
                     noise.append(content.noise if noised else torch.full_like(content.latents, 7.0))
@@ -106,7 +107,7 @@ def pack(model, samples):
     kinds = np.array(kinds)
     rows = {kind: torch.from_numpy(np.flatnonzero(kinds == kind)) for kind in ("text", "vit", "vae")}
     config, nothing = model.config, torch.zeros(0, dtype=torch.int64)
-    vae_ids = [position_ids(c.rows, c.columns, config.max_latent_size) for c in latents]
+    vae_ids = [position_ids(c.grid_h, c.grid_w, config.max_latent_size) for c in latents]
     vit_ids = [position_ids(*side, config.vit.max_patches_per_side) for side in sides]
     raws = torch.tensor(raws)
     batch = TrainingBatch(
@@ -139,11 +140,11 @@ def infer(model, sample, shift):
         if isinstance(content, Noised):
             t = flow_timesteps(torch.tensor([content.raw]), shift)
             x, target = flow_pair(content.latents, content.noise, t)
-            grid = (content.rows, content.columns)
-            borrowed = [(0, context, context.borrow(len(x) + 2))]
-            branches = PackedBranches(model, cache, [grid], borrowed)
+            grid = (content.grid_h, content.grid_w)
+            borrowed = [(0, context, context.borrow(image_rows(*grid)))]
+            branches = PackedBranches(model, cache, [NoisedImage(*grid)], borrowed, [[0]])
             embedded = model.embed_latents(x, model.latent_positions(*grid) + model.time_embedding(t))
-            velocity = branches.velocities(embedded)
+            velocity = model.velocity(branches.forward(embedded))
             mse.append((velocity - target).square().mean(1))
             continue
         prefill = Prefill(model, cache)

@@ -95,7 +95,7 @@ class Slowness:
 @pytest.fixture
 def slow(monkeypatch):
     """Slow down steps and tokens to the pace of a larger model."""
-    slowness, step, decode = Slowness(), Denoiser.step, Engine._decode
+    slowness, step, decode = Slowness(), Denoiser.step, Engine._stream_text
 
     def slow(self, index):
         time.sleep(slowness.pause)
@@ -108,7 +108,7 @@ def slow(monkeypatch):
             yield piece
 
     monkeypatch.setattr(Denoiser, "step", slow)
-    monkeypatch.setattr(Engine, "_decode", slowly)
+    monkeypatch.setattr(Engine, "_stream_text", slowly)
     return slowness
 
 
@@ -205,7 +205,7 @@ def chat(browser):
 @pytest.fixture
 def requests_an_image(monkeypatch):
     """Make the model request an image at the end of its first text."""
-    texts, decode = [], Engine._decode
+    texts, decode = [], Engine._stream_text
 
     def decoded(self, *given):
         texts.append(given)
@@ -213,7 +213,7 @@ def requests_an_image(monkeypatch):
         if len(texts) == 1:
             yield IMAGE_REQUEST
 
-    monkeypatch.setattr(Engine, "_decode", decoded)
+    monkeypatch.setattr(Engine, "_stream_text", decoded)
 
 
 def test_conversation_continues_and_restarts(chat):

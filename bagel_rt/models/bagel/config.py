@@ -125,6 +125,17 @@ class BagelConfig:
         """Pixels per latent token and side."""
         return self.vae.downsample * self.latent_patch_size
 
+    def latent_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(grid_h, grid_w) of the latent tokens of an image of (height, width) pixels."""
+        height, width = size
+        return height // self.latent_stride, width // self.latent_stride
+
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(grid_h, grid_w) of the ViT patches of an image that the autoencoder's rule resized to (height, width)."""
+        height, width = size
+        width, height = self.vit_transform.output_size(width, height)
+        return height // self.vit.patch_size, width // self.vit.patch_size
+
     @property
     def largest_side(self) -> int:
         """Pixels per side of the largest image that the position table holds."""

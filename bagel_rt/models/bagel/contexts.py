@@ -1,17 +1,14 @@
-"""One request's contexts, kept by the official guidance rules, and the encoding of what is put into them."""
+"""The contexts of one request, kept by the official guidance rules, and the counting of what enters them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
 
 from bagel_rt.models.bagel.config import BagelConfig
-from bagel_rt.models.bagel.embed import patchify
-from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
-from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.models.bagel.contents import Content, Text, image_rows
 from bagel_rt.models.bagel.tokenizer import Tokenizer
-from bagel_rt.runtime.context import Context, Prefill, Text, VAEImage, ViTImage
-from bagel_rt.runtime.slots import KVCache
+from bagel_rt.runtime.context import Context, Prefill
 
 
 class Noise:
@@ -36,110 +33,101 @@ class Noise:
             return torch.randn(shape, generator=self._generator)
         if not self._given:
             raise ValueError(
-                f"noise: no tensor left for a draw of shape {shape}; give one per encoded and generated image"
+                f"noise must have a tensor for every encoded and every generated image, got none for a draw of {shape}"
             )
         noise = self._given.pop(0)
         if tuple(noise.shape) != shape:
-            raise ValueError(f"noise: a tensor of shape {tuple(noise.shape)} was given where {shape} is drawn")
+            raise ValueError(f"noise must have shape {shape} for this draw, got {tuple(noise.shape)}")
         return noise.float()
 
 
-class Conversation:
+class GuidanceContexts:
     """The contexts of one request.
 
-    ``gen`` sees everything. ``no_text`` is gen as it was before the last text (after the last image). ``no_img`` sees
-    the texts alone. Contents reach the KV cache when the prefill is run.
+    Contents reach the KV cache when the prefill is run.
+
+    Attributes:
+        cond: sees everything.
+        no_text: ``cond`` as it was before the last text (after the last image).
+        no_img: sees the texts alone.
+        image_size: (height, width) of the last image, after the resize rule; None before the first.
     """
 
     def __init__(
         self,
-        model: BagelModel,
-        tokenizer: Tokenizer,
-        cache: KVCache,
         prefill: Prefill,
+        encode_text: Callable[[str], Text],
+        encode_image: Callable[[Image.Image, bool], tuple[list[Content], tuple[int, int]]],
         noise: Noise,
         guided: bool,
         room: tuple[int, int] = (0, 0),
         expects_images: bool = False,
     ):
-        """Start with nothing said.
+        """Start empty.
 
         Args:
-            prefill: what the contents are appended to.
-            noise: for the images that are encoded.
-            guided: whether images will be generated; without it only ``gen`` is kept.
-            room: slots that gen and no_img will need in all, taken at once so that they need not move (see
+            prefill: the contents are appended to it.
+            encode_text: frames and tokenizes a text.
+            encode_image: (image, whether images will be generated) -> its contents, and (height, width) after the
+                resize rule.
+            noise: the request's draws.
+            guided: whether images will be generated; without it only ``cond`` is kept.
+            room: slots that cond and no_img will need in all, taken at once so that they need not move (see
                 :func:`count_tokens`).
-            expects_images: without images no_img is what gen is, and shares its slots.
+            expects_images: without images no_img equals cond, and shares its slots.
         """
-        self.expects_images = expects_images
-        self.model, self.tokenizer, self.prefill, self.noise, self.guided = model, tokenizer, prefill, noise, guided
-        self.gen, self.no_text, self.no_img = Context(cache, room[0]), Context(cache), Context(cache, room[1])
-        self.image_size: tuple[int, int] | None = None  # (height, width) of the last image, after the resize rule
+        self._prefill, self._encode_text, self._encode_image = prefill, encode_text, encode_image
+        self.noise, self._guided, self._expects_images = noise, guided, expects_images
+        cache = prefill.cache
+        self.cond, self.no_text, self.no_img = Context(cache, room[0]), Context(cache), Context(cache, room[1])
+        self.image_size: tuple[int, int] | None = None
 
     def add_system(self, text: str) -> None:
-        """A system prompt: part of gen and of no_img."""
+        """Append a system prompt: part of cond and of no_img."""
         self._append_text(text)
 
     def add_text(self, text: str) -> None:
-        """A text of the user."""
-        if self.guided:
-            self.no_text = self.gen.clone()
+        """Append a text of the user."""
+        if self._guided:
+            self.no_text = self.cond.clone()
         self._append_text(text)
 
     def add_thought(self, text: str) -> None:
-        """A text of the model's own, re-tokenised: it never enters a guidance context."""
-        self.prefill.append(self.gen, frame_text(self.tokenizer, text))
+        """Append a text that the model wrote, tokenized again: it never enters a guidance context."""
+        self._prefill.append(self.cond, self._encode_text(text))
 
     def add_negative(self, text: str) -> None:
-        """A negative prompt: what the text guidance moves away from, in the place of the last text."""
+        """Append a negative prompt: text guidance moves away from it, in the place of the last text."""
         self.no_text = self.no_text.clone()
-        self.prefill.append(self.no_text, frame_text(self.tokenizer, text))
+        self._prefill.append(self.no_text, self._encode_text(text))
 
-    def add_image(self, image: Image.Image, generates: bool = True, updates_guidance: bool = True) -> None:
-        """An image: for generation its clean latents and its ViT patches, for understanding the patches alone.
-
-        The ViT sees the picture that the autoencoder's resize rule made (the official inferencer resizes twice).
-        """
-        config = self.model.config
-        resized = config.vae_transform.resize(to_rgb(image))
-        if generates:
-            self.prefill.append(self.gen, encode_latents(self.model, resized, self.noise))
-        self.prefill.append(self.gen, encode_patches(config, config.vit_transform.resize(resized)))
+    def add_image(self, image: Image.Image, updates_guidance: bool = True) -> None:
+        """Append an image: for generation clean latents and ViT patches, for understanding the patches alone."""
+        contents, size = self._encode_image(image, self._guided)
+        for content in contents:
+            self._prefill.append(self.cond, content)
         if updates_guidance:
-            self.no_text = self.gen.clone()
-            self.image_size = (resized.height, resized.width)
+            self.no_text = self.cond.clone()
+            self.image_size = size
+
+    @property
+    def branches(self) -> tuple[Context, Context, Context]:
+        """The contexts of the guidance branches (see ``bagel_rt.models.bagel.guidance.BRANCHES``)."""
+        return self.cond, self.no_text, self.no_img
 
     def _append_text(self, text: str) -> None:
-        content = frame_text(self.tokenizer, text)
-        shared = not self.expects_images and self.gen.same_as(self.no_img)
-        self.prefill.append(self.gen, content)
-        if self.guided and shared:
-            self.no_img = self.gen.clone()
-        elif self.guided:
-            self.prefill.append(self.no_img, content)
+        content = self._encode_text(text)
+        shared = not self._expects_images and self.cond.same_as(self.no_img)
+        self._prefill.append(self.cond, content)
+        if self._guided and shared:
+            self.no_img = self.cond.clone()
+        elif self._guided:
+            self._prefill.append(self.no_img, content)
 
 
 def frame_text(tokenizer: Tokenizer, text: str) -> Text:
     """Token ids in their frame: <|im_start|> text <|im_end|>; no roles, no template."""
     return Text((tokenizer.bos, *tokenizer.encode(text), tokenizer.eos))
-
-
-def encode_latents(model: BagelModel, image: Image.Image, noise: Noise) -> VAEImage:
-    """A resized RGB picture as clean latent tokens; the official model samples the posterior, never takes its mode."""
-    config = model.config
-    pixels = image_to_tensor(image)[None].to(model.device)
-    height, width = pixels.shape[2:]
-    eps = noise.draw(1, config.vae.z_channels, height // config.vae.downsample, width // config.vae.downsample)
-    latent = model.vae.encode(pixels, eps.to(model.device))
-    tokens = patchify(latent[0], config.latent_patch_size)
-    return VAEImage(tokens, height // config.latent_stride, width // config.latent_stride)
-
-
-def encode_patches(config: BagelConfig, image: Image.Image) -> ViTImage:
-    """A resized RGB picture as ViT patches."""
-    patch = config.vit.patch_size
-    return ViTImage(patchify(image_to_tensor(image), patch), image.height // patch, image.width // patch)
 
 
 def count_tokens(
@@ -151,20 +139,19 @@ def count_tokens(
     for part in parts:
         if not isinstance(part, str):
             width, height = config.vae_transform.output_size(*part.size)
-            vit_width, vit_height = config.vit_transform.output_size(width, height)
-            images += vit_width * vit_height // config.vit.patch_size**2 + 2
-            images += guided * (width * height // config.latent_stride**2 + 2)
             size = (height, width)
+            images += image_rows(*config.patch_grid(size))
+            images += guided * image_rows(*config.latent_grid(size))
     return texts, images, size
 
 
 def noise_shapes(config: BagelConfig, parts: Sequence[str | Image.Image], size: tuple[int, int] | None) -> list[tuple]:
-    """The shapes that drawing one picture from these parts takes from :class:`Noise`, in order."""
+    """The shapes that drawing one image from these parts takes from :class:`Noise`, in order."""
     shapes = []
     for part in parts:
         if not isinstance(part, str):
             width, height = config.vae_transform.output_size(*part.size)
             size = (height, width)
             shapes.append((1, config.vae.z_channels, height // config.vae.downsample, width // config.vae.downsample))
-    rows, columns = (side // config.latent_stride for side in size)
-    return [*shapes, (rows * columns, config.latent_features)]
+    grid_h, grid_w = config.latent_grid(size)
+    return [*shapes, (grid_h * grid_w, config.latent_features)]

@@ -7,15 +7,19 @@ its libraries and the rounding of an allocator take is an allowance: :data:`RUNT
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
+from PIL import Image
 
-from bagel_rt.models.bagel.autoencoder import decode_memory, encode_memory
+from bagel_rt.models.bagel.autoencoder import AutoEncoder, decode_memory, encode_memory
 from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig
-from bagel_rt.models.bagel.model import BagelModel
+from bagel_rt.models.bagel.contexts import count_tokens
+from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.models.bagel.weights import BagelWeights
 from bagel_rt.models.bagel.workload import Workload
 from bagel_rt.runtime.context import MAX_ROWS
 from bagel_rt.runtime.decode import MAX_TEXTS
@@ -213,20 +217,52 @@ def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = 
     return "\n".join(lines)
 
 
+def explain_requests(
+    config: BagelConfig,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer,
+    requests: Sequence[Any],
+    available: int | None,
+    graphs: bool,
+) -> str:
+    """:func:`explain` for a batch of :class:`~bagel_rt.request.Request`, counted as if all were like the largest."""
+
+    def counted(request: Any) -> tuple[int, int]:
+        parts = [*request.inputs, *(part for part in (request.system, request.negative_prompt) if part is not None)]
+        return count_tokens(config, tokenizer, parts, request.image is not None)[:2]
+
+    request = max(requests, key=lambda request: sum(counted(request)))
+    images = [part.size[::-1] for part in request.inputs if isinstance(part, Image.Image)]
+    draws = request.image is not None
+    return explain(
+        config,
+        dtype,
+        available=available,
+        task="chat" if not draws else "edit" if images else "generate",
+        size=request.size,
+        images=images,
+        batch=len(requests),
+        text_tokens=max(1, counted(request)[0]),
+        max_think_token_n=request.text.max_think_token_n if request.writes else 0,
+        settings=request.image,
+        graphs=graphs,
+    )
+
+
 def cache_slots(work: Workload, growth: int = GROWTH) -> tuple[int, int]:
     """(slots of the KV cache after the request, slots before it grew for the last time), from an empty cache.
 
     Args:
         growth: slots by which it grows at least; on a CPU 0.
     """
-    picture = work.latents + 2 if work.draws else 0
-    rooms = [work.text_tokens + work.image_tokens + work.written + picture]
+    image = work.rows if work.draws else 0
+    rooms = [work.text_tokens + work.image_tokens + work.written + image]
     if work.draws and work.images:
-        rooms.append(work.text_tokens + picture)  # the context without pictures has a room of its own
+        rooms.append(work.text_tokens + image)  # the context without pictures has a room of its own
     # Branches that no longer have their room behind them: the one without text, and the one that is a thought behind.
     apart = (work.branches > 1) + (work.branches > 2 and not work.images)
     slots = before = room = 0
-    for length in rooms * work.batch + [picture] * apart * work.group:
+    for length in rooms * work.batch + [image] * apart * work.group:
         if length > room:
             before, grown = slots, max(length - room, slots // 2, growth)
             slots, room = slots + grown, room + grown
@@ -236,8 +272,11 @@ def cache_slots(work: Workload, growth: int = GROWTH) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)  # advice asks for a few
 def _weights(config: BagelConfig, dtype: torch.dtype) -> int:
-    places = BagelModel.allocate(config, (0, 0), "meta", dtype).destinations()
-    storages = {place.view.untyped_storage() for of_file in places.values() for place in of_file.values()}
+    """Bytes of all weights, counted on the meta device; fused parameters share storages."""
+    slots = BagelWeights.allocate(config, "meta", dtype).weight_slots(config).values()
+    with torch.device("meta"):
+        vae = AutoEncoder(config.vae)
+    storages = {tensor.untyped_storage() for tensor in (*(slot.view for slot in slots), *vae.parameters())}
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
@@ -273,7 +312,7 @@ def _denoising(work: Workload) -> int:
     """A step: what the stack holds, the embedded latents, and the velocities."""
     config, itemsize = work.config, work.dtype.itemsize
     latents = work.group * work.latents
-    rows = work.branches * (latents + 2 * work.group)
+    rows = work.branches * work.group * work.rows
     embedded = latents * config.llm.hidden_size * itemsize
     return embedded + _forward(config.llm, rows, itemsize) + rows * config.latent_features * itemsize
 
@@ -291,7 +330,7 @@ def _buffers(work: Workload) -> int:
         guided, steps = work.guided_steps
         apart = work.branches > 1 and guided < steps  # steps without guidance have a packed forward of their own
         for branches in {work.branches, 1} if apart else {work.branches}:
-            rows = branches * (latents + 2 * work.group)
+            rows = branches * work.group * work.rows
             total += rows * (H * itemsize + 8) + _plan(llm, rows)
         table = 1 << max(6, (steps - 1).bit_length())
         total += (latents + table) * H * itemsize + latents * config.latent_features * 4

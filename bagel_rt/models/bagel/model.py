@@ -1,38 +1,65 @@
-"""BAGEL on one device: weights, transformer, vision tower and autoencoder behind the few calls a runtime makes."""
+"""BAGEL on one device: weights, transformer, vision tower and autoencoder, and what the runtime asks of a model."""
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from bagel_rt.checkpoint.read import WeightSlot, check_weights, find_weights, load_weights
 from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels import decode_linear
 from bagel_rt.models.bagel.autoencoder import AutoEncoder
 from bagel_rt.models.bagel.config import BagelConfig
-from bagel_rt.models.bagel.embed import position_ids, time_embedding
-from bagel_rt.models.bagel.transformer import Rows, Transformer, rope_tables
+from bagel_rt.models.bagel.contents import Content, NoisedImage, Text, VAEImage, ViTImage, image_rows
+from bagel_rt.models.bagel.contexts import GuidanceContexts, Noise, count_tokens, frame_text
+from bagel_rt.models.bagel.embed import patchify, position_ids, time_embedding, unpatchify
+from bagel_rt.models.bagel.guidance import FlowGuidance
+from bagel_rt.models.bagel.images import image_to_tensor, tensor_to_image, to_rgb
+from bagel_rt.models.bagel.memory import explain_requests
+from bagel_rt.models.bagel.prompts import IMAGE_REQUEST
+from bagel_rt.models.bagel.settings import ImageSettings
+from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.models.bagel.transformer import Transformer
 from bagel_rt.models.bagel.vision import connect, vision_tower
 from bagel_rt.models.bagel.weights import BagelWeights
-from bagel_rt.runtime.plan import Plan
+from bagel_rt.runtime.batch import Rope
+from bagel_rt.runtime.context import Prefill
+from bagel_rt.runtime.decode import TokenMode
+from bagel_rt.runtime.denoise import DenoisingTask
+from bagel_rt.runtime.graphs import GraphCache
 from bagel_rt.runtime.slots import KVCache
 
 # Recomputed by rotary code, or state of a trainer: harmless leftovers that official-format files may carry.
 IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.position_ids")
 
 
+@dataclass(frozen=True, eq=False)
+class _DecoderBuffers:
+    """What the autoencoder's decoder reads and writes: latent [1, z, h, w] and pixels [1, 3, H, W], float32."""
+
+    latent: torch.Tensor
+    pixels: torch.Tensor
+
+
 class BagelModel:
     """The network of one checkpoint.
 
     Attributes:
+        image_request: what the model writes, in an interleaved answer, when it wants an image.
         config: the checkpoint's configuration.
         weights: every tensor of ``ema.safetensors``, fused and paired.
         transformer: the decoder stack over packed rows.
-        vae: the FLUX autoencoder, in float32 as published; None where pictures are neither encoded nor decoded here.
+        rope: the rotary tables.
+        vae: the FLUX autoencoder, in float32 as published; None where images are neither encoded nor decoded here.
         markers: token ids of the start and end of an image; None until they are known.
     """
+
+    image_request = IMAGE_REQUEST
 
     def __init__(
         self, config: BagelConfig, weights: BagelWeights, vae: AutoEncoder | None, markers: tuple[int, int] | None
@@ -44,7 +71,7 @@ class BagelModel:
         self.markers = markers
         self.device = weights.embed_tokens.device
         self.dtype = weights.embed_tokens.dtype
-        self._rope_table: torch.Tensor | None = None
+        self.rope = Rope(config.llm.head_dim, config.llm.rope_theta, config.llm.max_position_embeddings, self.device)
 
     @classmethod
     def allocate(cls, config: BagelConfig, markers: tuple[int, int], device, dtype) -> "BagelModel":
@@ -64,28 +91,54 @@ class BagelModel:
             CheckpointError: a file or tensor is missing, left over, corrupt or of the wrong shape.
         """
         files, problems = {}, []
-        for stem, places in cls.allocate(config, markers, "meta", dtype).destinations().items():
-            try:  # before anything of the configuration's size exists
+        for stem, slots in cls.allocate(config, markers, "meta", dtype).weight_slots().items():
+            try:  # before anything of the configuration's size is allocated
                 files[stem] = find_weights(folder, stem)
-                check_weights(files[stem], places, IGNORED_TENSORS)
+                check_weights(files[stem], slots, IGNORED_TENSORS)
             except CheckpointError as error:
                 problems.append(str(error))
         if problems:
             raise CheckpointError("\n".join(problems))
         model = cls.allocate(config, markers, device, dtype)
-        for stem, places in model.destinations().items():
-            load_weights(files[stem], places, IGNORED_TENSORS, progress)
+        for stem, slots in model.weight_slots().items():
+            load_weights(files[stem], slots, IGNORED_TENSORS, progress)
         return model
 
-    def destinations(self) -> dict[str, dict[str, WeightSlot]]:
+    def weight_slots(self) -> dict[str, dict[str, WeightSlot]]:
         """File stem ("ema", "ae") -> official tensor name -> where it is stored."""
         autoencoder = {name: WeightSlot(p.data, tuple(p.shape)) for name, p in self.vae.named_parameters()}
-        return {"ema": self.weights.destinations(self.config), "ae": autoencoder}
+        return {"ema": self.weights.weight_slots(self.config), "ae": autoencoder}
 
     def make_cache(self, slots: int = 0) -> KVCache:
         """An empty KV cache of this model's shape."""
         llm = self.config.llm
         return KVCache(llm.num_layers, llm.num_kv_heads, llm.head_dim, self.dtype, self.device, slots)
+
+    # Contents in
+
+    def embed(self, contents: Sequence[Content]) -> torch.Tensor:
+        """Hidden states of contents in order, [T, H]. All ViT images go through the tower in one pack; latents being
+        denoised are left at zero."""
+        images = [content for content in contents if isinstance(content, ViTImage)]
+        patches = iter(self.embed_patches(images)) if images else iter(())
+        start, end = None, None
+        if any(not isinstance(content, Text) for content in contents):
+            start, end = self.embed_markers().split(1)
+        parts = []
+        for content in contents:
+            if isinstance(content, Text):
+                parts.append(self.embed_tokens(torch.tensor(content.ids, device=self.device)))
+                continue
+            if isinstance(content, ViTImage):
+                tokens = next(patches)
+            elif isinstance(content, VAEImage):
+                clean = self.time_embedding(torch.zeros(1, device=self.device))
+                positions = self.latent_positions(content.grid_h, content.grid_w) + clean
+                tokens = self.embed_latents(content.latents.to(self.device), positions)
+            else:
+                tokens = start.new_zeros(content.grid_h * content.grid_w, start.shape[1])
+            parts += [start, tokens, end]
+        return torch.cat(parts)
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids int64 [n] -> [n, H]."""
@@ -95,18 +148,98 @@ class BagelModel:
         """The start-of-image and end-of-image rows, [2, H]."""
         return self.embed_tokens(torch.tensor(self.markers, device=self.device))
 
-    def embed_patches(self, images: Sequence[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
-        """Images as (patches [rows * columns, features], rows, columns) -> their ViT tokens [sum n, H], packed."""
-        side = self.config.vit.max_patches_per_side
-        ids = torch.cat([position_ids(r, c, side, self.config.interpolate_pos) for _, r, c in images]).to(self.device)
-        patches = torch.cat([patches for patches, _, _ in images]).to(self.device, self.dtype)
-        lengths = [rows * columns for _, rows, columns in images]
+    def embed_patches(self, images: Sequence[ViTImage]) -> tuple[torch.Tensor, ...]:
+        """The ViT tokens [n, H] of each image."""
+        side, interpolate = self.config.vit.max_patches_per_side, self.config.interpolate_pos
+        ids = torch.cat([position_ids(one.grid_h, one.grid_w, side, interpolate) for one in images]).to(self.device)
+        patches = torch.cat([one.patches for one in images]).to(self.device, self.dtype)
+        lengths = [one.grid_h * one.grid_w for one in images]
         tokens = vision_tower(self.weights.vit, self.config.vit, patches, ids, lengths)
-        return connect(self.weights.connector, tokens) + self.weights.vit_positions[ids]
+        return (connect(self.weights.connector, tokens) + self.weights.vit_positions[ids]).split(lengths)
 
-    def latent_positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The constant part of a latent grid's embedding, position plus projection bias, [rows * columns, H]."""
-        ids = position_ids(rows, columns, self.config.max_latent_size, self.config.interpolate_pos)
+    def encode_patches(self, image: Image.Image) -> ViTImage:
+        """An RGB image resized for the ViT, as patches."""
+        patch = self.config.vit.patch_size
+        return ViTImage(patchify(image_to_tensor(image), patch), image.height // patch, image.width // patch)
+
+    def encode_latents(self, image: Image.Image, noise: Noise) -> VAEImage:
+        """An RGB image resized for the autoencoder, as clean latent tokens.
+
+        The official model samples the posterior and never takes its mode.
+        """
+        config = self.config
+        pixels = image_to_tensor(image)[None].to(self.device)
+        height, width = pixels.shape[2:]
+        eps = noise.draw(1, config.vae.z_channels, height // config.vae.downsample, width // config.vae.downsample)
+        latent = self.vae.encode(pixels, eps.to(self.device))
+        return VAEImage(patchify(latent[0], config.latent_patch_size), *config.latent_grid((height, width)))
+
+    def open_contexts(
+        self,
+        prefill: Prefill,
+        tokenizer: Tokenizer,
+        inputs: Sequence[str | Image.Image],
+        *,
+        system: str | None = None,
+        seed: int = 0,
+        noise: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        draws: bool = True,
+        written: int = 0,
+    ) -> GuidanceContexts:
+        """The contexts of a request that was shown a system prompt, then its inputs.
+
+        Args:
+            prefill: runs what is appended.
+            inputs: texts and images in order.
+            seed: of the noise.
+            noise: draws to use in place of the seed's (see :class:`~bagel_rt.models.bagel.contexts.Noise`).
+            size: (height, width) of the image to generate, if no input is an image.
+            draws: whether images will be generated.
+            written: tokens that the model may write into the contexts, which get room for them.
+        """
+        config = self.config
+        parts = [*inputs, *([system] if system is not None else [])]
+        texts, images, last_size = count_tokens(config, tokenizer, parts, draws)
+        drawn = image_rows(*config.latent_grid(last_size or size or (0, 0))) if draws else 0
+        room = (texts + images + written + drawn, texts + drawn)
+        draws_of = Noise(seed, noise)
+
+        def encode_image(image: Image.Image, generates: bool) -> tuple[list[Content], tuple[int, int]]:
+            # The ViT sees the image that the autoencoder's rule resized: the official inferencer resizes twice.
+            resized = config.vae_transform.resize(to_rgb(image))
+            contents: list[Content] = [self.encode_latents(resized, draws_of)] if generates else []
+            contents.append(self.encode_patches(config.vit_transform.resize(resized)))
+            return contents, (resized.height, resized.width)
+
+        encode_text = functools.partial(frame_text, tokenizer)
+        contexts = GuidanceContexts(
+            prefill, encode_text, encode_image, draws_of, draws, room, expects_images=images > 0
+        )
+        if system is not None:
+            contexts.add_system(system)
+        for part in inputs:
+            if isinstance(part, str):
+                contexts.add_text(part)
+            else:
+                contexts.add_image(part)
+        return contexts
+
+    # Denoising
+
+    def denoising_task(self, contexts: GuidanceContexts, size: tuple[int, int]) -> DenoisingTask:
+        """An image of (height, width) pixels behind what the contexts were shown, with the next draw of their noise."""
+        grid_h, grid_w = self.config.latent_grid(size)
+        noise = contexts.noise.draw(grid_h * grid_w, self.config.latent_features)
+        return DenoisingTask(NoisedImage(grid_h, grid_w), noise, contexts.branches)
+
+    def guidance(self, tasks: Sequence[DenoisingTask], settings: Sequence[ImageSettings]) -> FlowGuidance:
+        """Schedule, guidance and update rule of one denoising."""
+        return FlowGuidance(self, [task.content for task in tasks], settings)
+
+    def latent_positions(self, grid_h: int, grid_w: int) -> torch.Tensor:
+        """The constant part of a latent grid's embedding, position plus projection bias, [grid_h * grid_w, H]."""
+        ids = position_ids(grid_h, grid_w, self.config.max_latent_size, self.config.interpolate_pos)
         return self.weights.latent_positions[ids.to(self.device)] + self.weights.vae2llm.bias
 
     def time_embedding(self, t: torch.Tensor) -> torch.Tensor:
@@ -117,42 +250,45 @@ class BagelModel:
         """Latent tokens [n, features] -> [n, H]; ``positions`` [n, H] are :meth:`latent_positions` plus the time's."""
         return torch.addmm(positions, latents.to(self.dtype), self.weights.vae2llm.weight.t())
 
-    def rows(self, plan: Plan, positions: np.ndarray) -> Rows:
-        """Put a plan on the device.
-
-        Args:
-            plan: as built from segments.
-            positions: [T] RoPE positions in segment order.
-        """
-        ordered = torch.from_numpy(np.asarray(positions, dtype=np.int64)[plan.order])
-        cos, sin = self.rope(ordered)
-        slots, limits, blocks = (torch.from_numpy(a).to(self.device) for a in (plan.slots, plan.limits, plan.blocks))
-        return Rows(plan.G, cos, sin, slots, limits, blocks)
-
-    def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary tables cos, sin float32 [T, head_dim / 2] of positions [T]."""
-        return rope_tables(positions.to(self.device), self.config.llm.head_dim, self.config.llm.rope_theta)
-
-    def rope_table(self, positions: int) -> torch.Tensor:
-        """Rotary tables (cos, sin) of positions 0, 1, ..., float32 [2, P, head_dim / 2], P at least ``positions``.
-
-        One tensor for the model's life: captured steps read it. P is the model's ``max_position_embeddings``.
-
-        Raises:
-            ValueError: more positions than the model has.
-        """
-        most = self.config.llm.max_position_embeddings
-        if positions > most:
-            raise ValueError(f"a text reaches position {positions}, the model has {most}: lower max_think_token_n")
-        if self._rope_table is None:
-            self._rope_table = torch.stack(self.rope(torch.arange(most)))
-        return self._rope_table
-
     def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states of generation rows [n, H] (before the final norm) -> velocity [n, features]."""
         return F.linear(self.transformer.final_norm(hidden, hidden.shape[0]), *self.weights.llm2vae)
+
+    # Results out
+
+    @property
+    def text(self) -> TokenMode:
+        """How text is read and drawn."""
+        return TokenMode("text", self.embed_tokens, self.logits)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states of understanding rows [n, H] (before the final norm) -> logits [n, vocab]."""
         norm = self.weights.norm.und
         return decode_linear(hidden, self.weights.lm_head, norm=norm, eps=self.config.llm.rms_norm_eps)
+
+    def explain_memory(self, tokenizer: Tokenizer, requests: Sequence[Any], available: int | None, graphs: bool) -> str:
+        """The memory that requests are expected to need, and what would need less.
+
+        Args:
+            requests: :class:`~bagel_rt.request.Request` of one batch; counted as if all were like the largest.
+            available: bytes of the whole device, if it has a memory of its own.
+            graphs: whether steps are captured.
+        """
+        return explain_requests(self.config, self.dtype, tokenizer, requests, available, graphs)
+
+    @torch.inference_mode()
+    def decode_image(self, latents: torch.Tensor, content: NoisedImage, graphs: GraphCache) -> Image.Image:
+        """Clean latent tokens [grid_h * grid_w, features] -> the image, through a captured decoder."""
+        config, grid_h, grid_w = self.config, content.grid_h, content.grid_w
+        latent = unpatchify(latents, grid_h, grid_w, config.latent_patch_size)[None]
+
+        def allocate() -> _DecoderBuffers:
+            sides = (grid_h * config.latent_stride, grid_w * config.latent_stride)
+            return _DecoderBuffers(torch.empty_like(latent), latent.new_empty(1, config.vae.out_channels, *sides))
+
+        key = ("image", grid_h, grid_w, torch.backends.cudnn.allow_tf32)
+        with graphs.borrow(key, allocate) as held:
+            buffers: _DecoderBuffers = held.buffers
+            buffers.latent.copy_(latent)
+            graphs.run(held, "decode", lambda: buffers.pixels.copy_(self.vae.decode(buffers.latent)))
+            return tensor_to_image(buffers.pixels[0])

@@ -75,7 +75,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: i
 @torch.inference_mode()
 def randomize_(model: BagelModel, seed: int = 0) -> None:
     """Fill a model, on any device and in any dtype, with the weights of the random checkpoint of this seed."""
-    for stem, places in model.destinations().items():
+    for stem, places in model.weight_slots().items():
         for name, place in places.items():
             place.view.copy_(random_tensor(name, place.shape, STORED_AS[stem], seed))
 
@@ -110,7 +110,7 @@ def make_random_checkpoint(
     if config.llm.hidden_size % 4:
         raise ValueError(f"hidden_size is {config.llm.hidden_size}; allowed: a multiple of 4, for the sin-cos tables")
     folder = Path(folder)
-    places = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).destinations()
+    places = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).weight_slots()
     shapes = {stem: {name: place.shape for name, place in named.items()} for stem, named in places.items()}
     total = sum(
         math.prod(shape) * STORED_AS[stem].itemsize for stem, named in shapes.items() for shape in named.values()

@@ -128,6 +128,10 @@ class Tokenizer:
             raise ValueError(f"generated ids must contain {START}, got {text[:60]!r}. Include the start token.")
         return answer.partition(END)[0].partition(START)[0]
 
+    def stream(self) -> "TextStream":
+        """A decoder for the tokens of one text, piece by piece."""
+        return TextStream(self)
+
     def spell(self, token: int) -> bytes | None:
         """The bytes of one token, which may end inside a character; None if the id has no token.
 

@@ -140,7 +140,7 @@ class BagelWeights:
             vit_positions=empty(vit.max_patches_per_side**2, H),
         )
 
-    def destinations(self, config: BagelConfig) -> dict[str, WeightSlot]:
+    def weight_slots(self, config: BagelConfig) -> dict[str, WeightSlot]:
         """Official tensor name -> where it is stored here: the whole key list of ``ema.safetensors``."""
         places = {
             "language_model.model.embed_tokens.weight": self.embed_tokens,

@@ -1,14 +1,16 @@
 """What a request asks of the runtime, in numbers: tokens, rows, branches. Derived as the runtime derives them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.models.bagel.contents import image_rows
+from bagel_rt.models.bagel.guidance import branches_of, is_guided, schedule
 from bagel_rt.models.bagel.settings import MAX_BATCH, MAX_INPUTS, TASKS, ImageSettings
 from bagel_rt.runtime.context import MAX_ROWS
-from bagel_rt.runtime.denoise import schedule
 from bagel_rt.validation import check, check_fields, checked, integer, one_of
 
 
@@ -85,47 +87,41 @@ class Workload:
 
     @property
     def latents(self) -> int:
-        """Tokens of a generated picture, without its two markers."""
-        return latent_tokens(self.config, self.drawn)
+        """Latent tokens of a generated image, without its markers."""
+        return math.prod(self.config.latent_grid(self.drawn))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a generated image in one branch."""
+        return image_rows(*self.config.latent_grid(self.drawn))
 
     @property
     def patches(self) -> int:
-        """ViT patches of one request's pictures."""
-        config = self.config
-        sizes = [config.vit_transform.output_size(width, height) for height, width in self.resized]
-        return sum(width * height // config.vit.patch_size**2 for width, height in sizes)
+        """ViT patches of one request's images."""
+        return sum(math.prod(self.config.patch_grid(size)) for size in self.resized)
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one request's pictures: ViT patches and, where pictures are generated, latents."""
-        latents = sum(latent_tokens(self.config, size) + 2 for size in self.resized) if self.draws else 0
-        return self.patches + 2 * len(self.images) + latents
+        """Tokens of one request's input images: ViT patches and, where images are generated, latents."""
+        grids = [self.config.patch_grid(size) for size in self.resized]
+        grids += [self.config.latent_grid(size) for size in self.resized] if self.draws else []
+        return sum(image_rows(*grid) for grid in grids)
 
     @property
     def guided_steps(self) -> tuple[int, int]:
         """(steps with guidance, all steps)."""
-        low, high = self.settings.cfg_interval
         t = schedule(self.settings.num_timesteps, self.settings.timestep_shift)[:-1]
-        guided = ((t > low) & (t <= high)).sum().item() if self.settings.cfg_text_scale > 1 else 0
-        return guided, len(t)
+        return is_guided(t, self.settings).sum().item(), len(t)
 
     @property
     def branches(self) -> int:
         """Branches of a guided step that see different contexts."""
-        if not self.guided_steps[0]:
-            return 1
-        # Without pictures and thoughts the context without pictures is the conditional one, and computed once.
-        return 2 + (self.settings.cfg_img_scale > 1 and bool(self.images or self.written))
+        asked = branches_of(self.settings, guided=self.guided_steps[0] > 0)
+        # Without images and thoughts the context without images equals the conditional one, and is computed once.
+        return asked if self.images or self.written else min(asked, 2)
 
     @property
     def group(self) -> int:
-        """Pictures that are denoised in one packed forward, as the engine groups them."""
-        settings = self.settings
-        branches = 1 + (settings.cfg_text_scale > 1) + (settings.cfg_text_scale > 1 and settings.cfg_img_scale > 1)
-        return max(1, min(self.batch, MAX_ROWS // (branches * (self.latents + 2))))
-
-
-def latent_tokens(config: BagelConfig, size: tuple[int, int]) -> int:
-    """Latent tokens of a picture of (height, width) pixels."""
-    height, width = size
-    return height * width // config.latent_stride**2
+        """Images that are denoised in one packed forward, as the engine groups them."""
+        branches = branches_of(self.settings, guided=self.guided_steps[0] > 0)
+        return max(1, min(self.batch, MAX_ROWS // (branches * self.rows)))

@@ -8,7 +8,7 @@ from conftest import CHECKPOINT, PACK
 from safetensors.torch import load_file
 
 from bagel_rt import Bagel
-from bagel_rt.conformance.recorded import Replay
+from bagel_rt.conformance.bagel.recorded import Replay
 
 # Relative L2 of the official code under bfloat16 autocast, measured on these cases: the largest of each kind.
 BUDGET = {"hidden": 1.8e-2, "k": 1.8e-2, "v": 1.8e-2, "velocity": 4.1e-2, "final_latent": 1.7e-2, "logits": 1.9e-2}

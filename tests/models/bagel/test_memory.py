@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import denoising
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,7 @@ from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAG
 from bagel_rt.models.bagel.settings import TASKS
 from bagel_rt.models.bagel.workload import Workload
 from bagel_rt.runtime.context import Context, Prefill
-from bagel_rt.runtime.decode import Sampling, TextLoop
-from bagel_rt.runtime.denoise import Denoiser, ImageTask
+from bagel_rt.runtime.decode import DecodeLoop, Sampling
 from bagel_rt.runtime.graphs import GraphCache
 from bagel_rt.runtime.slots import GROWTH, KVCache
 
@@ -149,23 +149,25 @@ def test_a_step_takes_what_is_expected(fresh, as_ops, grids, branches):
     config, settings = fresh.model.config, replace(TASKS["edit"].image, num_timesteps=9)
     settings = replace(settings, cfg_text_scale=4.0 if branches > 1 else 1.0, cfg_img_scale=branches - 1)
     workload = {"task": "edit", "images": grids[:1], "batch": len(grids), "settings": settings, "graphs": False}
-    rows, columns = (side // config.latent_stride for side in expected_memory(config, **workload).workload.drawn)
+    grid = config.latent_grid(expected_memory(config, **workload).workload.drawn)
     expected = expected_memory(config, dtype=torch.float32, **workload)
     with torch.inference_mode():
         cache = fresh.model.make_cache(1 << 15)
-        noise = torch.zeros(rows * columns, config.latent_features)
-        tasks = []
+        noise = torch.zeros(math.prod(grid), config.latent_features)
+        branches = []
         for _ in grids:
             contexts = [Context(cache) for _ in range(3)]
             for number, context in enumerate(contexts):  # of unequal histories
                 context.history = (number,)
-            tasks.append(ImageTask(rows, columns, noise, *contexts, settings))
+            branches.append(contexts)
+        if len(grids) == 1:
+            branches = branches[0]
         with LiveBytes(fresh.model.device) as made:
-            denoiser = Denoiser(fresh.model, cache, tasks)
+            denoiser = denoising.start(fresh.model, cache, branches, noise, settings, grid, images=len(grids))
             kept = made.live
             made.peak = 0
             denoiser.step(0)
-    pictures = 4 * (rows * columns * config.latent_features + 3 * math.prod(expected.workload.drawn))
+    pictures = 4 * (math.prod(grid) * config.latent_features + 3 * math.prod(expected.workload.drawn))
     bounds(kept, expected.buffers - pictures)  # a picture's buffers are made where it is decoded
     bounds(made.peak - kept, expected.phases["denoising"])
     assert len(denoiser._buffers.guided.sizes) == branches * len(grids)
@@ -190,7 +192,7 @@ def test_a_prefill_takes_what_is_expected(request, as_ops, task, images, model):
     expected = expected_memory(
         bagel.model.config, dtype=bagel.model.dtype, text_tokens=texts(bagel, inputs[-1]), **work
     )
-    assert kept.gen.length == expected.workload.text_tokens + expected.workload.image_tokens
+    assert kept.cond.length == expected.workload.text_tokens + expected.workload.image_tokens
     bounds(made.peak, expected.phases["prefill"])
 
 
@@ -207,7 +209,7 @@ REAL = {
 @pytest.mark.parametrize("workload, call", REAL.values(), ids=REAL)
 def test_the_published_model_takes_what_is_expected(published, as_ops, monkeypatch, workload, call):
     """The whole request, operator by operator, on tensors without memory."""
-    monkeypatch.setattr("bagel_rt.models.bagel.picture.tensor_to_image", lambda pixels: None)
+    monkeypatch.setattr("bagel_rt.models.bagel.model.tensor_to_image", lambda pixels: None)
     said = {"text_tokens": texts(published, "a"), "graphs": False}
     expected = expected_memory(BAGEL_7B_MOT, **said, **workload)
     slots, before = cache_slots(expected.workload, growth=0)
@@ -225,7 +227,10 @@ def test_a_token_takes_what_is_expected(published, as_ops, count):
     with torch.inference_mode():
         contexts = [Context(model.make_cache(1 << 12)) for _ in range(count)]
         with LiveBytes(model.device) as made:
-            loop = TextLoop(model, contexts, 1, 512, [Sampling()] * count, GraphCache(None))
+            sampling = [Sampling()] * count
+            loop = DecodeLoop(
+                model, model.text, contexts, [1] * count, 512, sampling, GraphCache(None), noise=None, keep=False
+            )
             kept = made.live
             made.peak = 0
             loop.step()

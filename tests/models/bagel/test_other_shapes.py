@@ -7,6 +7,7 @@ autoencoders) are read back from their files and every row of a request is compu
 import math
 from dataclasses import replace
 
+import denoising
 import numpy as np
 import pytest
 import torch
@@ -17,12 +18,10 @@ from safetensors.torch import load_file
 
 from bagel_rt import Bagel
 from bagel_rt.models.bagel.config import BagelConfig, VAEConfig
-from bagel_rt.models.bagel.contexts import Conversation, Noise
 from bagel_rt.models.bagel.images import ResizeRule
 from bagel_rt.models.bagel.random_checkpoint import make_random_checkpoint
 from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.runtime.context import Prefill
-from bagel_rt.runtime.denoise import Denoiser, ImageTask
 
 TINY = BagelConfig.from_folder(CHECKPOINT)
 LLM = replace(TINY.llm, rope_theta=1e4)
@@ -141,7 +140,7 @@ def test_a_text_an_image_and_a_denoising_step(bagel_and_weights):
     picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 56, 3), dtype=np.uint8))
     with torch.inference_mode():
         prefill = Prefill(model, bagel.cache)
-        talk = Conversation(model, bagel.tokenizer, bagel.cache, prefill, Noise(4), guided=True)
+        talk = model.open_contexts(prefill, bagel.tokenizer, [], seed=4)
         talk.add_text("a red boat")
         talk.add_image(picture)
         talk.add_text("make it night")
@@ -149,13 +148,11 @@ def test_a_text_an_image_and_a_denoising_step(bagel_and_weights):
         grid = (2, 3)
         noise = torch.randn(6, config.latent_features)
         settings = ImageSettings(num_timesteps=3, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
-        task = ImageTask(*grid, noise, talk.gen, talk.no_text, talk.no_img, settings)
-        denoiser = Denoiser(model, bagel.cache, [task])
-        velocities = denoiser.branch_velocities(0)[0]
+        denoiser = denoising.start(model, bagel.cache, talk.branches, noise, settings, grid)
+        velocities = denoiser.branch_outputs(0)[0]
 
-    first, vae, vit, last = talk.gen.history
-    seen = [(vit.patches, vit.rows, vit.columns)]
-    vit_tokens = model.embed_patches(seen).double()  # the tower has its own test
+    first, vae, vit, last = talk.cond.history
+    vit_tokens = model.embed_patches([vit])[0].double()  # the tower has its own test
     start, end = model.markers
     for velocity, contents in zip(velocities, ([first, vae, vit, last], [first, vae, vit], [first, last]), strict=True):
         naive, position = Naive(weights, config), 0
@@ -165,7 +162,7 @@ def test_a_text_an_image_and_a_denoising_step(bagel_and_weights):
                 position += len(content.ids)
                 continue
             inner, expert = (vit_tokens, "") if content is vit else (
-                naive.latents(vae.latents, (vae.rows, vae.columns), config.max_latent_size, 0.0), "_moe_gen",
+                naive.latents(vae.latents, (vae.grid_h, vae.grid_w), config.max_latent_size, 0.0), "_moe_gen",
             )  # fmt: skip
             framed = [(naive.embed(start), position, ""), *((x, position, expert) for x in inner)]
             naive.run([*framed, (naive.embed(end), position, "")], causal=False)

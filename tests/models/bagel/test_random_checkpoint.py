@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def places(model):
-    return {(stem, name): place for stem, named in model.destinations().items() for name, place in named.items()}
+    return {(stem, name): place for stem, named in model.weight_slots().items() for name, place in named.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,7 +156,7 @@ def test_a_configuration_survives_its_json_files(config, tmp_path):
 
 def test_the_published_model_has_fourteen_billion_parameters_and_29_gb():
     shapes = {stem: [place.shape for place in named.values()] for stem, named in
-              BagelModel.allocate(BAGEL_7B_MOT, (0, 0), "meta", torch.bfloat16).destinations().items()}  # fmt: skip
+              BagelModel.allocate(BAGEL_7B_MOT, (0, 0), "meta", torch.bfloat16).weight_slots().items()}  # fmt: skip
     count = {stem: sum(torch.Size(shape).numel() for shape in shapes[stem]) for stem in shapes}
     assert 14.6e9 < count["ema"] < 14.8e9 and 29.1e9 < 2 * count["ema"] < 29.6e9
     assert 8.3e7 < count["ae"] < 8.5e7

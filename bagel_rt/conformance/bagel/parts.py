@@ -7,12 +7,10 @@ import torch
 from PIL import Image
 
 from bagel_rt.conformance.compare import Comparison, agree, compare
-from bagel_rt.models.bagel.contexts import encode_patches
 from bagel_rt.models.bagel.embed import position_ids, sincos_table, time_embedding, time_sinusoid
+from bagel_rt.models.bagel.guidance import schedule
 from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
-from bagel_rt.models.bagel.transformer import rope_tables
 from bagel_rt.models.bagel.vision import connect, embed_patches, encoder_layer, vision_tower, within_images
-from bagel_rt.runtime.denoise import schedule
 
 
 def tokenizer_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
@@ -60,13 +58,12 @@ def image_transforms_case(bagel, pack: Path, meta: dict, golden: dict) -> list[C
 
 def positions_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
     """Position ids, sin-cos tables, time embedding, rotary tables, schedules."""
-    config, weights = bagel.model.config, bagel.model.weights
-    found = {}
+    weights, found = bagel.model.weights, {}
     for row in meta["position_id_rows"]:
         grid = (row["img_h"] // row["patch"], row["img_w"] // row["patch"], row["max_num_patches_per_side"])
         found[f"extrapolate_{row['index']}"] = position_ids(*grid)
         found[f"interpolate_{row['index']}"] = position_ids(*grid, interpolate=True)
-    cos, sin = rope_tables(golden["rope_pos"], config.llm.head_dim, config.llm.rope_theta)
+    cos, sin = bagel.model.rope(golden["rope_pos"])
     found |= {"rope_cos": torch.cat([cos, cos], 1), "rope_sin": torch.cat([sin, sin], 1)}
     t = golden["t"].to(bagel.model.device)
     found["t_sinusoid256"] = time_sinusoid(t)
@@ -88,10 +85,10 @@ def vit_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
     config, weights = model.config, model.weights
     images = []
     for path in meta["images"]:
-        images.append(encode_patches(config, config.vit_transform.resize(to_rgb(Image.open(pack / path)))))
-    lengths = [image.rows * image.columns for image in images]
+        images.append(model.encode_patches(config.vit_transform.resize(to_rgb(Image.open(pack / path)))))
+    lengths = [image.grid_h * image.grid_w for image in images]
     side = config.vit.max_patches_per_side
-    ids = torch.cat([position_ids(image.rows, image.columns, side, config.interpolate_pos) for image in images])
+    ids = torch.cat([position_ids(image.grid_h, image.grid_w, side, config.interpolate_pos) for image in images])
     ids = ids.to(model.device)
     patches = torch.cat([image.patches for image in images]).to(model.device, model.dtype)
     layers = [embed_patches(weights.vit, patches, ids)]
@@ -106,7 +103,7 @@ def vit_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
         "embeddings": layers[0],
         "vit_out": out,
         "connector_out": connect(weights.connector, out),
-        "llm_input": model.embed_patches([(image.patches, image.rows, image.columns) for image in images]),
+        "llm_input": torch.cat(model.embed_patches(images)),
     }
     found |= {f"layer{index:02d}": layer for index, layer in enumerate(layers[1:])}
     return _all_of(golden, found)

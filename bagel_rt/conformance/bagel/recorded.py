@@ -9,15 +9,17 @@ from PIL import Image
 
 from bagel_rt.conformance.compare import Comparison, agree, compare
 from bagel_rt.kernels import guided_velocity
-from bagel_rt.models.bagel.contexts import Noise, encode_latents, encode_patches, frame_text
+from bagel_rt.models.bagel.contents import NoisedImage
+from bagel_rt.models.bagel.contexts import Noise, frame_text
 from bagel_rt.models.bagel.embed import position_ids, unpatchify
+from bagel_rt.models.bagel.guidance import BRANCHES
 from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
 from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.models.bagel.transformer import Transformer
 from bagel_rt.models.bagel.vision import vision_tower
 from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.decode import generate_tokens
-from bagel_rt.runtime.denoise import Denoiser, ImageTask, PackedBranches
+from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
 
 
 class _Recorder(Transformer):
@@ -27,11 +29,11 @@ class _Recorder(Transformer):
         super().__init__(observed.config, observed.layers, observed.norm)
         self.entering, self.layer_states = None, []
 
-    def forward(self, hidden, rows, cache):
+    def forward(self, hidden, batch, cache):
         self.entering, self.layer_states = hidden.clone(), []
         for index, layer in enumerate(self.layers):
-            attended = self.attend(layer, hidden, rows, *cache.layer(index))
-            self.layer_states.append((attended - hidden, self.feed_forward(layer, attended, rows.G)))
+            attended = self.attend(layer, hidden, batch, *cache.layer(index))
+            self.layer_states.append((attended - hidden, self.feed_forward(layer, attended, batch.G)))
             hidden = self.layer_states[-1][1]
         return hidden
 
@@ -127,18 +129,18 @@ class Replay:
             self._resized = config.vae_transform.resize(to_rgb(Image.open(next(self._images))))
         content = self._latents(name) if update["kind"] == "vae" else self._patches(name)
         if update["kind"] == "vae":
-            self._agree(f"{name}.grid", [[content.rows, content.columns]], update["latent_grid_hw"])
+            self._agree(f"{name}.grid", [[content.grid_h, content.grid_w]], update["latent_grid_hw"])
         else:
-            self._agree(f"{name}.patch count", content.rows * content.columns, update["num_patches"])
+            self._agree(f"{name}.patch count", content.grid_h * content.grid_w, update["num_patches"])
         return [content]
 
     def _latents(self, name: str):
         """The clean latents of the current picture, with the recorded sampling noise."""
         config, pixels = self.model.config, image_to_tensor(self._resized)[None]
-        content = encode_latents(self.model, self._resized, Noise(0, [self.golden[f"{name}.eps"]]))
+        content = self.model.encode_latents(self._resized, Noise(0, [self.golden[f"{name}.eps"]]))
         mean, logvar = self.model.vae.moments(pixels.to(self.model.device))
-        latent = unpatchify(content.latents, content.rows, content.columns, config.latent_patch_size)[None]
-        ids = position_ids(content.rows, content.columns, config.max_latent_size, config.interpolate_pos)
+        latent = unpatchify(content.latents, content.grid_h, content.grid_w, config.latent_patch_size)[None]
+        ids = position_ids(content.grid_h, content.grid_w, config.max_latent_size, config.interpolate_pos)
         found = {"pixels": pixels, "mean": mean, "logvar": logvar, "latent": latent, "pos_ids": ids}
         for part, tensor in found.items():
             self._compare(f"{name}.{part}", tensor)
@@ -147,8 +149,8 @@ class Replay:
     def _patches(self, name: str):
         """The ViT patches of the current picture."""
         config = self.model.config
-        content = encode_patches(config, config.vit_transform.resize(self._resized))
-        ids = position_ids(content.rows, content.columns, config.vit.max_patches_per_side, config.interpolate_pos)
+        content = self.model.encode_patches(config.vit_transform.resize(self._resized))
+        ids = position_ids(content.grid_h, content.grid_w, config.vit.max_patches_per_side, config.interpolate_pos)
         patches = content.patches.to(self.model.device, self.model.dtype)
         out = vision_tower(self.model.weights.vit, config.vit, patches, ids.to(self.model.device), [len(ids)])
         for part, tensor in {"patches": content.patches, "pos_ids": ids, "vit_out": out}.items():
@@ -170,7 +172,7 @@ class Replay:
         plain = model.logits
         model.logits = lambda hidden: logits.append(plain(hidden)) or logits[-1]
         try:
-            tokens = generate_tokens(model, [context], tokenizer.bos, tokenizer.eos, text["max_length"])
+            tokens = generate_tokens(model, model.text, [context], tokenizer.bos, tokenizer.eos, text["max_length"])
             ids = [token for _, token in tokens]
         finally:
             del model.logits
@@ -185,23 +187,24 @@ class Replay:
         name, config = f"i{image['index']:02d}", self.model.config
         contexts = self._guidance_contexts(image, name)
         settings = ImageSettings(**{field.name: image[field.name] for field in fields(ImageSettings)})
-        grids = [tuple(side // config.latent_stride for side in size) for size in image["image_sizes_hw"]]
+        grids = [config.latent_grid(size) for size in image["image_sizes_hw"]]
         noises = self.golden[f"{name}.init_noise"].split([rows * columns for rows, columns in grids])
         tasks = [
-            ImageTask(*grid, noise, *branches, settings)
+            DenoisingTask(NoisedImage(*grid), noise, branches)
             for grid, noise, branches in zip(grids, noises, zip(*contexts, strict=True), strict=True)
         ]
-        denoiser = Denoiser(self.model, self.bagel.cache, tasks)
-        self._compare(f"{name}.timesteps", denoiser.timesteps[:, 0])
-        self._compare(f"{name}.dts", denoiser.dts[:, 0])
+        guidance = self.model.guidance(tasks, [settings] * len(tasks))
+        denoiser = Denoiser(self.model, self.bagel.cache, tasks, guidance)
+        self._compare(f"{name}.timesteps", guidance.timesteps[:, 0])
+        self._compare(f"{name}.dts", guidance.dts[:, 0])
         guided = [scales[0] > 1 for scales in image["effective_scales_per_step"]]
-        self._agree(f"{name}.guided steps", denoiser.guided, guided)
+        self._agree(f"{name}.guided steps", guidance.guided, guided)
         for index in range(len(denoiser)):
             self._step(denoiser, index, name)
-        self._compare(f"{name}.final_latent", denoiser.latents)
+        self._compare(f"{name}.final_latent", denoiser.state)
         if len(tasks) == 1:
             [(rows, columns)] = grids
-            latent = unpatchify(denoiser.latents, rows, columns, config.latent_patch_size)[None]
+            latent = unpatchify(denoiser.state, rows, columns, config.latent_patch_size)[None]
             self._compare(f"{name}.decoder_input", latent)
             self._compare(f"{name}.image_float", self.model.vae.decode(latent))
             self._compare(
@@ -223,31 +226,27 @@ class Replay:
 
     def _step(self, denoiser: Denoiser, index: int, name: str) -> None:
         """One denoising step: branch velocities, guided velocity; leaves the denoiser at the next timestep."""
-        name, settings = f"{name}.step{index:03d}", denoiser.tasks[0].settings
-        self._compare(f"{name}.x_t", denoiser.latents)
-        branches = list(zip(*denoiser.branch_velocities(index), strict=True))
-        for kind, velocities in zip(("v_cond", "v_no_text", "v_no_img"), branches, strict=True):
-            if f"{name}.{kind}" in self.golden:
+        name, guidance = f"{name}.step{index:03d}", denoiser.guidance
+        settings = guidance.settings[0]
+        self._compare(f"{name}.x_t", denoiser.state)
+        branches = list(zip(*denoiser.branch_outputs(index), strict=True))
+        for kind, velocities in zip(BRANCHES, branches, strict=True):
+            if f"{name}.v_{kind}" in self.golden:
                 if velocities[0] is None:  # the official code evaluates this branch and drops the result
-                    velocities = self._discarded_branch(denoiser, index, kind.removeprefix("v_"))
-                self._compare(f"{name}.{kind}", torch.cat(velocities))
-        scales = (settings.cfg_text_scale, settings.cfg_img_scale) if denoiser.guided[index] else (1.0, 1.0)
+                    number = BRANCHES.index(kind)
+                    contexts = [task.branches[number] for task in denoiser.tasks]
+                    velocities = denoiser.outputs_of(contexts, index)
+                self._compare(f"{name}.v_{kind}", torch.cat(velocities))
+        scales = (settings.cfg_text_scale, settings.cfg_img_scale) if guidance.guided[index] else (1.0, 1.0)
         renorm = (settings.cfg_renorm_type, settings.cfg_renorm_min)
         whole = [None if parts[0] is None else torch.cat(parts) for parts in branches]
         if len(denoiser.tasks) > 1 and settings.cfg_renorm_type == "global":
             # The official norm spans the whole batch; ours each image. Follow the official one here.
             v = guided_velocity(*whole, *scales, *renorm)
             self._compare(f"{name}.v", v)
-            denoiser.latents.sub_(v * denoiser.dts[index, 0])
+            denoiser.state.sub_(v * guidance.dts[index, 0])
             return
         if f"{name}.v" in self.golden:
             parts = [guided_velocity(*velocities, *scales, *renorm) for velocities in zip(*branches, strict=True)]
             self._compare(f"{name}.v", torch.cat(parts))
         denoiser.step(index)
-
-    def _discarded_branch(self, denoiser: Denoiser, index: int, kind: str):
-        grids = [(task.rows, task.columns) for task in denoiser.tasks]
-        contexts = [getattr(task, kind) for task in denoiser.tasks]
-        borrowed = [(i, c, c.borrow(grids[i][0] * grids[i][1] + 2)) for i, c in enumerate(contexts)]
-        packed = PackedBranches(self.model, self.bagel.cache, grids, borrowed)
-        return packed.velocities(denoiser.embedded(index)).split(packed.sizes)

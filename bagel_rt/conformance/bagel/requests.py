@@ -25,7 +25,7 @@ class _Scripted(Engine):
         super().__init__(engine.model, engine.tokenizer)
         self._script = iter(script)
 
-    def _decode(self, *_):
+    def _stream_text(self, *_):
         yield next(self._script)
 
 

@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 from bagel_rt.conformance.compare import TOLERANCE, Comparison, agree, compare
 from bagel_rt.models.bagel.config import BagelConfig
-from bagel_rt.models.bagel.contexts import encode_patches
-from bagel_rt.models.bagel.embed import position_ids
+from bagel_rt.models.bagel.embed import patchify, position_ids
 from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
 from bagel_rt.runtime.plan import Plan, visibility
 from bagel_rt.train.batch import TrainingBatch
@@ -44,9 +43,10 @@ def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
     packing, inputs = meta["packing"], meta["inputs"]
     parameters = Parameters(bagel.model)
     model, config = parameters.model(), bagel.model.config
-    for_vae, for_vit = _pictures(config, pack, packing["samples"])
+    for_vae, for_vit = _images(config, pack, packing["samples"])
     grids = [tuple(side // config.latent_stride for side in picture.shape[1:]) for picture in for_vae]
-    batch = _batch(golden, packing, for_vit)
+    patches = [patchify(pixels, config.vit.patch_size) for pixels in for_vit]
+    batch = _batch(golden, packing, patches)
     plan = batch.plan()
     with torch.no_grad():
         padded = encode_padded(model, for_vae, golden["vae_eps"])
@@ -56,10 +56,11 @@ def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
     total.backward()
     gradients = parameters.official_gradients()
 
-    patches = [(content.rows, content.columns) for content in for_vit]
+    patch = config.vit.patch_size
+    grids_vit = [(pixels.shape[1] // patch, pixels.shape[2] // patch) for pixels in for_vit]
     every = -(-len(batch) // len(golden["last_hidden_rows"]))  # a pack stores every 7th row, or every 11th
     found = {
-        "batch.packed_vit_position_ids": _ids(config, patches, config.vit.max_patches_per_side),
+        "batch.packed_vit_position_ids": _ids(config, grids_vit, config.vit.max_patches_per_side),
         "batch.packed_latent_position_ids": _ids(config, grids, config.max_latent_size),
         "padded_latent": padded,
         "mask_packed": torch.from_numpy(np.packbits(sequence_mask(plan), axis=1)),
@@ -107,19 +108,19 @@ def _compare_norms(gradients: dict[str, torch.Tensor], recorded: dict[str, float
     return results
 
 
-def _pictures(config: BagelConfig, pack: Path, samples: list[dict]) -> tuple[list, list]:
-    """The autoencoder's pictures [3, H, W] and the ViT's patches, in packing order, each resized from the original."""
+def _images(config: BagelConfig, pack: Path, samples: list[dict]) -> tuple[list, list]:
+    """Pixels [3, H, W] for the autoencoder and for the ViT, in packing order, each resized from the original."""
 
     def resized(rule, letter):
         return rule.resize(to_rgb(Image.open(pack / "images" / f"{letter}.png")))
 
     letters = [_PICTURES[sample["name"]] for sample in samples]
     for_vae = [image_to_tensor(resized(config.vae_transform, letter)) for vae, _ in letters for letter in vae]
-    for_vit = [encode_patches(config, resized(config.vit_transform, letter)) for _, vit in letters for letter in vit]
+    for_vit = [image_to_tensor(resized(config.vit_transform, letter)) for _, vit in letters for letter in vit]
     return for_vae, for_vit
 
 
-def _batch(golden: dict, packing: dict, for_vit: list) -> TrainingBatch:
+def _batch(golden: dict, packing: dict, patches: list) -> TrainingBatch:
     """The recorded batch, without the padding that closes it."""
     samples = len(packing["samples"])
     splits = int(np.searchsorted(np.cumsum(packing["split_lens_with_pad"]), packing["sequence_length"])) + 1
@@ -127,7 +128,7 @@ def _batch(golden: dict, packing: dict, for_vit: list) -> TrainingBatch:
         sample_lens=packing["sample_lens_with_pad"][:samples],
         split_lens=packing["split_lens_with_pad"][:splits],
         attn_modes=packing["attn_modes_with_pad"][:splits],
-        packed_vit_tokens=torch.cat([content.patches for content in for_vit]),
+        packed_vit_tokens=torch.cat(patches),
         vit_token_seqlens=golden["batch.vit_token_seqlens"].tolist(),
         packed_timesteps=golden["batch.packed_timesteps"],
         ce_loss_weights=golden.get("batch.ce_loss_weights"),
