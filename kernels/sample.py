@@ -34,14 +34,14 @@ from .backend import check_devices
 from .registry import op
 
 
-def sample_reference(logits, settings, seed, step):
+def sample_reference(logits, settings, seed, step, noise=None):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`sample`."""
     if settings is None:
         return logits.argmax(-1)
-    return scores_reference(logits, settings, seed, step).argmax(-1)
+    return scores_reference(logits, settings, seed, step, noise).argmax(-1)
 
 
-def scores_reference(logits, settings, seed, step):
+def scores_reference(logits, settings, seed, step, noise=None):
     """What the token drawn has most of: scaled logits plus noise, -inf for tokens not kept; [B, V]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     V = logits.shape[1]
@@ -56,11 +56,13 @@ def scores_reference(logits, settings, seed, step):
     tau = ordered.gather(1, before_tau.clamp(max=V - 1))
     left = scaled < torch.maximum(smallest_k, tau)  # nan is not
 
-    column = torch.arange(V, device=logits.device)
-    seed, step = seed.unsqueeze(1), step.unsqueeze(1)
-    word = philox4x32((column, step, 0, 0), (seed, seed >> 32))[0]
-    u = ((word >> 9).to(logits.dtype) + 0.5) * 2.0**-23
-    return (scaled - u.log().neg().log()).where(draws, scaled).masked_fill(left, -torch.inf)
+    if noise is None:
+        column = torch.arange(V, device=logits.device)
+        seed, step = seed.unsqueeze(1), step.unsqueeze(1)
+        word = philox4x32((column, step, 0, 0), (seed, seed >> 32))[0]
+        u = ((word >> 9).to(logits.dtype) + 0.5) * 2.0**-23
+        noise = u.log().neg()
+    return (scaled - noise.log()).where(draws, scaled).masked_fill(left, -torch.inf)
 
 
 def philox4x32(counter, key):
@@ -99,23 +101,24 @@ def _run_extension(logits, settings, seed, step):
     return token
 
 
-def _fake(logits, settings, seed, step):
+def _fake(logits, settings, seed, step, noise):
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
 @op(
     "sample",
-    "(Tensor logits, Tensor? settings, Tensor? seed, Tensor? step) -> Tensor",
+    "(Tensor logits, Tensor? settings, Tensor? seed, Tensor? step, Tensor? noise) -> Tensor",
     kernel="cuda",
     fake=_fake,
 )
-def _sample(logits, settings, seed, step):
+def _sample(logits, settings, seed, step, noise):
     B, V = logits.shape
-    kernel = extension.runs_extension(logits) and B <= extension.COUNTERS and V <= MAX_COLUMNS
-    return (_run_extension if kernel else sample_reference)(logits, settings, seed, step)
+    if noise is None and extension.runs_extension(logits) and B <= extension.COUNTERS and V <= MAX_COLUMNS:
+        return _run_extension(logits, settings, seed, step)
+    return sample_reference(logits, settings, seed, step, noise)
 
 
-def sample(logits, settings=None, seed=None, step=None):
+def sample(logits, settings=None, seed=None, step=None, noise=None):
     """Draw one token per row from softmax(logits / temperature), or take the most likely one.
 
     Args:
@@ -126,6 +129,8 @@ def sample(logits, settings=None, seed=None, step=None):
             more; one of 0 or less keeps the largest. None takes the largest logit of every row.
         seed: [B] int64, one stream per row; may be None without settings.
         step: [B] int64, the position in the stream, modulo 2^32: the same (seed, step) draws the same noise.
+        noise: [B, V] float32, exponential draws q in the place of the sampler's own, such as recorded ones: the token
+            is argmax p / q over the tokens kept. Runs as PyTorch operators.
 
     Returns:
         [B] int64 token ids.
@@ -145,5 +150,8 @@ def sample(logits, settings=None, seed=None, step=None):
             if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
                 given = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"sample: {name} is {given}, expected {shape} {dtype}")
-        check_devices("sample", logits=logits, settings=settings, seed=seed, step=step)
-    return _sample(logits, settings, seed, step)
+        if noise is not None and (noise.shape != logits.shape or noise.dtype != torch.float32):
+            given = f"{tuple(noise.shape)} {noise.dtype}"
+            raise ValueError(f"sample: noise is {given}, expected {tuple(logits.shape)} {torch.float32}")
+        check_devices("sample", logits=logits, settings=settings, seed=seed, step=step, noise=noise)
+    return _sample(logits, settings, seed, step, noise)

@@ -75,7 +75,7 @@ def test_thoughts_of_a_batch_are_those_of_each_alone(bagel):
 def test_more_than_eight_thoughts_are_decoded_in_parts(bagel, monkeypatch):
     batches = []
     tokens = Engine._tokens
-    monkeypatch.setattr(Engine, "_tokens", lambda self, c, s: batches.append(len(c)) or tokens(self, c, s))
+    monkeypatch.setattr(Engine, "_tokens", lambda self, c, *rest: batches.append(len(c)) or tokens(self, c, *rest))
     prompts = [f"boat {number}" for number in range(9)]
     results = bagel.generate(prompts, size=(16, 16), seed=1, think=True, max_think_token_n=4, num_timesteps=2)
     assert batches == [8, 1] and all(result.thought for result in results)

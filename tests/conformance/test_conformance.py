@@ -37,7 +37,7 @@ def test_a_wrong_model_fails(bagel, break_it, monkeypatch):
     elif break_it == "norm epsilon":
         monkeypatch.setattr(model.transformer, "config", _changed(model.config.llm, rms_norm_eps=1e-4))
     elif break_it == "rope theta":
-        monkeypatch.setattr(model, "config", _changed(model.config, llm=_changed(model.config.llm, rope_theta=9e5)))
+        monkeypatch.setattr(model.rope, "theta", 9e5)
     else:
         swapped = [
             _changed(layer, input_norm=type(layer.input_norm)(*reversed(layer.input_norm)))
