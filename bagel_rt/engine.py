@@ -16,6 +16,7 @@ from bagel_rt.runtime.context import MAX_ROWS, Prefill
 from bagel_rt.runtime.decode import MAX_TEXTS, Sampling, generate_tokens
 from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
 from bagel_rt.runtime.graphs import GraphCache, run_pipelined
+from bagel_rt.runtime.interface import Guidance
 from bagel_rt.runtime.slots import KVCache, SlotRange
 
 Report = Callable[[int, Callable[[], list]], None]  # takes the steps done, and a function that gives the results so far
@@ -169,14 +170,20 @@ class Engine:
             report = _reporter(progress, "image", steps, number, group)
             chosen = [tasks[index] for index in group]
             guidance = self.model.guidance(chosen, [settings[index] for index in group])
-            with closing(Denoiser(self.model, self.cache, chosen, guidance, self.graphs)) as denoiser:
-                preview = functools.partial(self._preview, weakref.ref(denoiser))  # a kept preview holds no slots
-                work = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
-                for done in run_pipelined(self.model.device, work):
-                    report(done, preview)
-                with torch.inference_mode(False):  # the caller's tensors are ordinary ones
-                    latents |= zip(group, (state.clone() for state in denoiser.images()), strict=True)
+            latents |= zip(group, self._denoise_together(chosen, guidance, report), strict=True)
         return [latents[index] for index in range(len(tasks))]
+
+    def _denoise_together(
+        self, tasks: Sequence[DenoisingTask], guidance: Guidance, report: Report
+    ) -> list[torch.Tensor]:
+        """The final state of every task, one packed forward a step for all. Their slots are free again on return."""
+        with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
+            preview = functools.partial(self._preview, weakref.ref(denoiser))  # a kept preview holds no slots
+            work = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
+            for done in run_pipelined(self.model.device, work):
+                report(done, preview)
+            with torch.inference_mode(False):  # the caller's tensors are ordinary ones
+                return [state.clone() for state in denoiser.images()]
 
     def _decode(self, tasks: Sequence[DenoisingTask], latents: Sequence[torch.Tensor]) -> list[Image.Image]:
         """The images of clean states."""

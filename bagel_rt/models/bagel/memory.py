@@ -324,7 +324,8 @@ def _buffers(work: Workload) -> int:
     if work.written:
         total += 4 * llm.head_dim * llm.max_position_embeddings  # rotary tables of every position
         longest = 1 << max(10, (work.max_think_token_n - 1).bit_length())
-        total += min(work.batch, MAX_TEXTS) * 8 * (longest + 10)  # tokens that were written, and counters
+        # The rows that are fed next, the tokens that were drawn, counters and seeds.
+        total += min(work.batch, MAX_TEXTS) * (H * itemsize + 8 * (longest + 9))
     if work.draws:
         latents = work.group * work.latents
         guided, steps = work.guided_steps

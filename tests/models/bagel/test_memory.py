@@ -154,16 +154,15 @@ def test_a_step_takes_what_is_expected(fresh, as_ops, grids, branches):
     with torch.inference_mode():
         cache = fresh.model.make_cache(1 << 15)
         noise = torch.zeros(math.prod(grid), config.latent_features)
-        branches = []
+        opened = []
         for _ in grids:
             contexts = [Context(cache) for _ in range(3)]
             for number, context in enumerate(contexts):  # of unequal histories
                 context.history = (number,)
-            branches.append(contexts)
-        if len(grids) == 1:
-            branches = branches[0]
+            opened.append(contexts)
+        opened = opened if len(grids) > 1 else opened[0]
         with LiveBytes(fresh.model.device) as made:
-            denoiser = denoising.start(fresh.model, cache, branches, noise, settings, grid, images=len(grids))
+            denoiser = denoising.start(fresh.model, cache, opened, noise, settings, grid, images=len(grids))
             kept = made.live
             made.peak = 0
             denoiser.step(0)
