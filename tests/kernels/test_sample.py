@@ -364,15 +364,15 @@ def test_what_the_cuda_kernel_does_not_take_is_drawn_all_the_same(extension_devi
 
 def test_names_the_argument_that_does_not_fit():
     logits, number, settings = torch.zeros(2, 5), int64(0, 0), each(2, 1.0)
-    with pytest.raises(ValueError, match=r"settings must be \(2, 3\) torch.float32.*got \(1, 3\) torch.float32"):
+    with pytest.raises(ValueError, match=r"settings is \(1, 3\) torch.float32, expected \(2, 3\) torch.float32"):
         sample(logits, each(1, 1.0), number, number)
-    with pytest.raises(ValueError, match=r"settings must be \(2, 3\) torch.float32.*got \(2, 3\) torch.float64"):
+    with pytest.raises(ValueError, match=r"settings is \(2, 3\) torch.float64, expected \(2, 3\) torch.float32"):
         sample(logits, settings.double(), number, number)
-    with pytest.raises(ValueError, match=r"seed must be \(2,\) torch.int64.*got None"):
+    with pytest.raises(ValueError, match=r"seed is None, expected \(2,\) torch.int64"):
         sample(logits, settings)
-    with pytest.raises(ValueError, match=r"step must be \(2,\) torch.int64.*got \(2,\) torch.int32"):
+    with pytest.raises(ValueError, match=r"step is \(2,\) torch.int32, expected \(2,\) torch.int64"):
         sample(logits, settings, number, number.int())
-    with pytest.raises(ValueError, match=r"seed must be \(2,\).*got \(1,\) torch.int64"):
+    with pytest.raises(ValueError, match=r"seed is \(1,\) torch.int64, expected \(2,\)"):
         sample(logits, settings, number[:1], number)
     with pytest.raises(ValueError, match="step is on meta, logits on cpu; move step there"):
         sample(logits, settings, number, number.to("meta"))
