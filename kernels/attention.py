@@ -25,11 +25,9 @@ rule. The gradient is in :mod:`bagel_rt.kernels.attention_backward`.
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
 
 from . import configs
 from .attention_backward import attention_lse_gradient
-from .attention_batched import attention_batched
 from .attention_tiles import (
     MAX_BLOCK_ROWS,
     block_of_channels,
@@ -276,12 +274,9 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
     if blocks.dim() != 2 or blocks.shape[1] != 7 or blocks.dtype != torch.int32:
         raise mismatch("attention", "blocks", blocks, ("n", 7), torch.int32)
     scale = check_scale("attention", scale, D)
-    differentiated = wants_gradient(q, k_cache, v_cache)
-    if return_lse or (differentiated and (is_compiling() or runs_attention_kernel(q.detach()))):
+    if return_lse or wants_gradient(q, k_cache, v_cache):  # whose gradient needs the log-sum-exp
         out, lse = _attention_lse(q, k_cache, v_cache, limits, blocks, scale)
         return (out, lse) if return_lse else out
-    if differentiated:
-        return attention_batched(q, k_cache, v_cache, limits, blocks, scale)
     return _attention(q, k_cache, v_cache, limits, blocks, scale)
 
 

@@ -30,7 +30,7 @@ Traffic: reads the logits once, with top-k or top-p a few times; memory-bound.
 import torch
 
 from . import extension
-from .backend import check_devices
+from .backend import check_devices, mismatch
 from .registry import op
 
 
@@ -148,10 +148,8 @@ def sample(logits, settings=None, seed=None, step=None, noise=None):
             ("step", step, (B,), torch.int64),
         ):
             if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-                given = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"sample: {name} is {given}, expected {shape} {dtype}")
+                raise mismatch("sample", name, tensor, shape, dtype)
         if noise is not None and (noise.shape != logits.shape or noise.dtype != torch.float32):
-            given = f"{tuple(noise.shape)} {noise.dtype}"
-            raise ValueError(f"sample: noise is {given}, expected {tuple(logits.shape)} {torch.float32}")
+            raise mismatch("sample", "noise", noise, (B, V), torch.float32)
         check_devices("sample", logits=logits, settings=settings, seed=seed, step=step, noise=noise)
     return _sample(logits, settings, seed, step, noise)

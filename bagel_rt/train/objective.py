@@ -15,6 +15,7 @@ from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.vision import connect, vision_tower
 from bagel_rt.runtime.batch import ForwardBatch
+from bagel_rt.train.attention import training_attention
 from bagel_rt.train.batch import TrainingBatch, check_range
 from bagel_rt.validation import check, number
 
@@ -61,7 +62,7 @@ def training_losses(
     order = torch.from_numpy(plan.order).to(device)
     rows = ForwardBatch.from_plan(plan, batch.packed_position_ids.numpy(), model.rope)
     hidden = _embed(model, batch, x, t)[order]
-    hidden = model.transformer.forward(hidden, rows, _Slots(model, len(batch)))
+    hidden = model.transformer.forward(hidden, rows, _Slots(model, len(batch)), training_attention)
     last_hidden = model.transformer.final_norm(hidden, plan.G)[order.argsort()]
 
     logits = F.linear(last_hidden[batch.ce_loss_indexes.to(device)], model.weights.lm_head)
@@ -160,7 +161,7 @@ def _embed(model: BagelModel, batch: TrainingBatch, x: torch.Tensor, t: torch.Te
     weights, device = model.weights, model.device
     text = model.embed_tokens(batch.packed_text_ids.to(device))
     patches, ids = batch.packed_vit_tokens.to(device, model.dtype), batch.packed_vit_position_ids.to(device)
-    seen = vision_tower(weights.vit, model.config.vit, patches, ids, list(batch.vit_token_seqlens))
+    seen = vision_tower(weights.vit, model.config.vit, patches, ids, list(batch.vit_token_seqlens), training_attention)
     seen = connect(weights.connector, seen) + weights.vit_positions[ids]
     positions = weights.latent_positions[batch.packed_latent_position_ids.to(device)] + weights.vae2llm.bias
     latents = model.embed_latents(x, positions + model.time_embedding(t))

@@ -102,6 +102,11 @@ def test_the_cuda_kernel_matches_dense_softmax_on(cuda_kernel, starts, lengths):
     check(cuda_kernel, starts, lengths, index=torch.int32)
 
 
+@pytest.mark.parametrize("B", [16, 32])
+def test_the_cuda_kernel_takes_more_sequences_than_the_gemv(cuda_kernel, B):
+    check(cuda_kernel, [2 * b for b in range(B)], [b + 1 for b in range(B)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(

@@ -362,17 +362,35 @@ def test_what_the_cuda_kernel_does_not_take_is_drawn_all_the_same(extension_devi
     assert sample(torch.tensor([[0.0, 2.0, 1.0]], device=extension_device)).item() == 1
 
 
+@pytest.mark.parametrize("B", [1, 8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_with_injected_exponential_noise(extension_device, B, dtype):
+    generator = torch.Generator().manual_seed(B)
+    logits = (3 * torch.randn(B, 97, generator=generator)).to(extension_device, dtype)
+    noise = torch.empty(B, 97).exponential_(generator=generator).to(extension_device)
+    settings, number = (
+        each(B, 0.8, top_k=20, device=extension_device),
+        torch.zeros(B, dtype=torch.int64).to(noise.device),
+    )
+    scaled = logits.double() / settings[:, :1].double()
+    kept = scaled >= scaled.topk(20).values[:, -1:]
+    want = (scaled.masked_fill(~kept, -torch.inf).softmax(-1) / noise.double()).argmax(-1)
+    assert torch.equal(sample(logits, settings, number, number, noise), want)
+
+
 def test_names_the_argument_that_does_not_fit():
     logits, number, settings = torch.zeros(2, 5), int64(0, 0), each(2, 1.0)
-    with pytest.raises(ValueError, match=r"settings is \(1, 3\) torch.float32, expected \(2, 3\) torch.float32"):
+    with pytest.raises(ValueError, match=r"settings must be \(2, 3\) torch.float32.*got \(1, 3\) torch.float32"):
         sample(logits, each(1, 1.0), number, number)
-    with pytest.raises(ValueError, match=r"settings is \(2, 3\) torch.float64, expected \(2, 3\) torch.float32"):
+    with pytest.raises(ValueError, match=r"settings must be \(2, 3\) torch.float32.*got \(2, 3\) torch.float64"):
         sample(logits, settings.double(), number, number)
-    with pytest.raises(ValueError, match=r"seed is None, expected \(2,\) torch.int64"):
+    with pytest.raises(ValueError, match=r"seed must be \(2,\) torch.int64.*got None"):
         sample(logits, settings)
-    with pytest.raises(ValueError, match=r"step is \(2,\) torch.int32, expected \(2,\) torch.int64"):
+    with pytest.raises(ValueError, match=r"step must be \(2,\) torch.int64.*got \(2,\) torch.int32"):
         sample(logits, settings, number, number.int())
-    with pytest.raises(ValueError, match=r"seed is \(1,\) torch.int64, expected \(2,\)"):
+    with pytest.raises(ValueError, match=r"noise must be \(2, 5\) torch.float32, got \(2, 4\) torch.float32"):
+        sample(logits, settings, number, number, torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"seed must be \(2,\).*got \(1,\) torch.int64"):
         sample(logits, settings, number[:1], number)
     with pytest.raises(ValueError, match="step is on meta, logits on cpu; move step there"):
         sample(logits, settings, number, number.to("meta"))

@@ -8,11 +8,11 @@ import torch
 from torch.autograd import gradcheck
 
 from bagel_rt.kernels import attention, linear, qk_norm_rope, rms_norm
-from bagel_rt.kernels.attention_batched import attention_batched
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.random_checkpoint import randomize_
 from bagel_rt.pipeline import Bagel
 from bagel_rt.runtime.plan import Segment, build_plan
+from bagel_rt.train.attention import attention_batched, training_attention
 from bagel_rt.train.objective import training_losses
 from bagel_rt.train.packing import Clean, Noised, Sample, SpecialTokens, Text, ViT, pack
 from bagel_rt.train.parameters import FROZEN, Parameters
@@ -109,7 +109,7 @@ def attention_inputs(name, D=4):
 @pytest.mark.parametrize("name", PLANS)
 def test_batched_attention_is_attention(name):
     q, k, v, limits, blocks = attention_inputs(name)
-    got = attention(q, k, v, limits, blocks)
+    got = training_attention(q, k, v, limits, blocks)
     with torch.no_grad():
         want = attention(q, k, v, limits, blocks)
     torch.testing.assert_close(got.detach(), want, rtol=1e-12, atol=1e-12)
@@ -118,7 +118,7 @@ def test_batched_attention_is_attention(name):
 @pytest.mark.parametrize("name", [name for name in PLANS if name != "no rows"])
 def test_gradient_of_batched_attention_is_that_of_the_formula(name):
     q, k, v, limits, blocks = attention_inputs(name)
-    out = attention(q, k, v, limits, blocks)
+    out = training_attention(q, k, v, limits, blocks)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = torch.autograd.grad(out, (q, k, v), grad)
     by_formula, _ = torch.ops.bagel_rt.attention_lse(q, k, v, limits, blocks, q.shape[-1] ** -0.5)

@@ -5,6 +5,8 @@ order is made once, at entry, by the plan. A layer is eight ops: norm, QKV, QK-n
 output + residual, norm, gate/up + SwiGLU, down + residual. When decoding it is five, which read every weight once.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from bagel_rt.kernels import (
@@ -30,13 +32,16 @@ class Transformer:
         self.layers = layers
         self.norm = norm
 
-    def forward(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache, attention: Callable = attention
+    ) -> torch.Tensor:
         """Run every layer.
 
         Args:
             hidden: [T, H], packed expert-major. Not modified.
             batch: the plan of these rows.
             cache: receives the rows' keys and values at ``batch.slots``.
+            attention: the op, or what training takes for it.
 
         Returns:
             [T, H], before the final norm (see :meth:`final_norm`).
@@ -46,7 +51,7 @@ class Transformer:
             if decodes:
                 hidden = self.decode(layer, hidden, batch, *cache.layer(index))
             else:
-                hidden = self.attend(layer, hidden, batch, *cache.layer(index))
+                hidden = self.attend(layer, hidden, batch, *cache.layer(index), attention)
                 hidden = self.feed_forward(layer, hidden, batch.G)
         return hidden
 
@@ -57,6 +62,7 @@ class Transformer:
         batch: ForwardBatch,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
+        attention: Callable = attention,
     ) -> torch.Tensor:
         """The attention half of a layer, residual included."""
         G, eps = batch.G, self.config.rms_norm_eps

@@ -4,6 +4,8 @@ Patches of all images lie in one sequence; attention never leaves an image. Lear
 tanh-GELU, no class token, no pooling.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,12 @@ from bagel_rt.runtime.plan import Segment, build_plan
 
 
 def vision_tower(
-    weights: ViTWeights, config: ViTConfig, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int]
+    weights: ViTWeights,
+    config: ViTConfig,
+    patches: torch.Tensor,
+    position_ids: torch.Tensor,
+    lengths: list[int],
+    attention: Callable = attention,
 ) -> torch.Tensor:
     """Encode packed patches.
 
@@ -23,6 +30,7 @@ def vision_tower(
         patches: [n, patch * patch * channels] of all images, in order; pixels in [-1, 1].
         position_ids: int64 [n], index into the learned table.
         lengths: patches of each image; they add up to n.
+        attention: the op, or what training takes for it.
 
     Returns:
         [n, V] after the last LayerNorm.
@@ -30,7 +38,7 @@ def vision_tower(
     limits, blocks = within_images(lengths, patches.device)
     x = embed_patches(weights, patches, position_ids)
     for layer in weights.layers:
-        x = encoder_layer(layer, config, x, limits, blocks)
+        x = encoder_layer(layer, config, x, limits, blocks, attention)
     return F.layer_norm(x, (config.hidden_size,), *weights.post_norm, config.layer_norm_eps)
 
 
@@ -39,7 +47,9 @@ def embed_patches(weights: ViTWeights, patches: torch.Tensor, position_ids: torc
     return F.linear(patches, *weights.patch_embedding) + weights.position_embedding[position_ids]
 
 
-def encoder_layer(layer: ViTLayerWeights, config: ViTConfig, x: torch.Tensor, limits, blocks) -> torch.Tensor:
+def encoder_layer(
+    layer: ViTLayerWeights, config: ViTConfig, x: torch.Tensor, limits, blocks, attention: Callable = attention
+) -> torch.Tensor:
     """One pre-LayerNorm block, [n, V] -> [n, V]; limits and blocks from :func:`within_images`."""
     V, eps = config.hidden_size, config.layer_norm_eps
     qkv = F.linear(F.layer_norm(x, (V,), *layer.norm1, eps), *layer.qkv)

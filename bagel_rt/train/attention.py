@@ -14,6 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bagel_rt.kernels import attention
+from bagel_rt.kernels.attention_tiles import runs_attention_kernel
+from bagel_rt.kernels.backend import wants_gradient
+
 ROWS_STEP, KEYS_STEP = 16, 32
 """Groups share a batch whose numbers of rows and keys lie between the same multiples of these."""
 
@@ -38,6 +42,13 @@ class Batches(NamedTuple):
 
     batches: list[Batch]
     position: torch.Tensor
+
+
+def training_attention(q, k_cache, v_cache, limits, blocks):
+    """As :func:`bagel_rt.kernels.attention.attention`; where it has no kernel, PyTorch differentiates batches."""
+    if wants_gradient(q, k_cache, v_cache) and not runs_attention_kernel(q.detach()):
+        return attention_batched(q, k_cache, v_cache, limits, blocks, q.shape[-1] ** -0.5)
+    return attention(q, k_cache, v_cache, limits, blocks)
 
 
 def attention_batched(q, k_cache, v_cache, limits, blocks, scale):
