@@ -80,7 +80,7 @@ def make_denoiser(bagel: Bagel, settings: ImageSettings, prompt: str, edits: boo
     model, prefill = bagel.model, Prefill(bagel.model, bagel.cache)
     ramp = torch.linspace(-1, 1, 3 * SIZE[0] * SIZE[1]).reshape(3, *SIZE)
     inputs = [tensor_to_image(ramp), prompt] if edits else [prompt]
-    contexts = model.open_contexts(prefill, bagel.tokenizer, inputs)
+    contexts = model.open_contexts(prefill, bagel.tokenizer, inputs, size=SIZE)
     prefill.run()
     tasks = [model.denoising_task(contexts, SIZE)]
     return Denoiser(model, bagel.cache, tasks, model.guidance(tasks, [settings]))
