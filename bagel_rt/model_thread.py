@@ -75,20 +75,14 @@ class ModelThread:
     """
 
     def __init__(
-        self,
-        bagel: Bagel,
-        run: Callable[[list[Job], Callable[[], None]], list],
-        on_error: Callable[[Exception, int], Exception],
-        queue: int,
-        batch: int = 1,
-        observe: Callable[[str, float], None] = lambda *_: None,
+        self, bagel: Bagel, run: Callable, on_error: Callable, queue: int, batch: int, observe: Callable | None = None
     ):
         """
         Args:
             bagel: used by this thread alone from now on, except for its checks.
-            run: runs a batch and returns its results. It calls its second argument between steps, which raises
-                Cancelled once all jobs of the batch have ended.
-            on_error: called with an exception of ``run`` and the batch size; returns the exception for the job.
+            run: ``run(jobs, check)`` runs a batch and returns its results. It calls ``check()`` between steps, which
+                raises Cancelled once all jobs of the batch have ended.
+            on_error: ``on_error(exception, jobs)`` returns the exception to deliver; ``jobs`` is the batch size.
             queue: maximum number of waiting jobs.
             batch: maximum number of jobs that run together.
             observe: called with ("batch", jobs) and ("waited", seconds).
@@ -188,10 +182,10 @@ class ModelThread:
             key = self._waiting[0].batch_key
             self._running = jobs = [job for job in self._waiting if job.batch_key == key][: self._batch]
             self._waiting = [job for job in self._waiting if job not in jobs]
-        now = time.monotonic()
-        for job in jobs:
-            self._observe("waited", now - job._queued_at)
-        self._observe("batch", len(jobs))
+        if self._observe is not None:
+            for job in jobs:
+                self._observe("waited", time.monotonic() - job._queued_at)
+            self._observe("batch", len(jobs))
         return jobs
 
     def _drop_ended(self) -> None:

@@ -60,10 +60,8 @@ def read_image(data: bytes, limits: Limits) -> Image.Image:
 
 
 def shrink_for_model(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    """Apply the model's own resize now if it makes the image smaller: less memory is held in the queue.
-
-    Only where the rule leaves its own result unchanged, so that the model sees the same pixels.
-    """
+    """Apply the model's resize now if that holds less memory in the queue, and if the rule leaves its own result
+    unchanged, so that the model sees the same pixels."""
     size = rule.output_size(*image.size)
     smaller = size[0] * size[1] < image.width * image.height
     return rule.resize(image) if smaller and rule.output_size(*size) == size else image

@@ -116,9 +116,7 @@ class AsyncJob(Job):
             self.cancel()
 
 
-def start_worker(
-    bagel: Bagel, queue: int, batch: int, observe: Callable[[str, float], None] = lambda *_: None
-) -> ModelThread:
+def start_worker(bagel: Bagel, queue: int, batch: int, observe: Callable | None = None) -> ModelThread:
     """Start a thread for :class:`AsyncJob`; arguments as of :class:`~bagel_rt.model_thread.ModelThread`."""
     return ModelThread(bagel, partial(_run, bagel.engine), _log_failure, queue, batch, observe)
 

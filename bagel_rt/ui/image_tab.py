@@ -12,7 +12,7 @@ from bagel_rt.ui.controls import SEED_LIMIT, Controls, chosen_seed, explained, s
 from bagel_rt.ui.gallery import Gallery
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.theme import idle, status
-from bagel_rt.ui.thoughts import thought_of
+from bagel_rt.ui.thoughts import strip_markers
 
 MAX_PIXELS = 1 << 24  # of an uploaded image, checked before it is decoded
 EVENT = {"show_progress": "hidden", "api_visibility": "private"}
@@ -130,7 +130,7 @@ class ImageTab:
         for view in self.jobs.watch((page, self._name), self._call(values, seed), values[self._previews]):
             changes = {self._status: status(view)}
             if view.text:
-                changes[self._thought] = thought_of(view.text)
+                changes[self._thought] = strip_markers(view.text)
             if view.image is not None and not view.ended:
                 changes[self.result] = self.gallery.preview(page, self._name, view.image)
             if view.stage == "done":
@@ -166,7 +166,7 @@ class ImageTab:
             self._status: status(view, words),
         }
         if result.thought is not None:
-            changes[self._thought] = thought_of(result.thought)
+            changes[self._thought] = strip_markers(result.thought)
         return changes | self._enable(True)
 
     def _enable(self, enabled: bool) -> dict:

@@ -9,15 +9,11 @@ def split_thought(text: str) -> tuple[str, str]:
     """Return (thought, answer) of a text, which may be incomplete."""
     before, opened, rest = text.partition("<think>")
     if not opened:
-        return "", _plain(text)
+        return "", strip_markers(text)
     thought, _, after = rest.partition("</think>")
-    return _plain(thought), _plain(before + after)
+    return strip_markers(thought), strip_markers(before + after)
 
 
-def thought_of(text: str) -> str:
-    """Return the thought that precedes an image: the whole text, without markers."""
-    return _plain(text)
-
-
-def _plain(text: str) -> str:
+def strip_markers(text: str) -> str:
+    """Remove the markers from a text."""
     return _MARKS.sub("", text).strip()
