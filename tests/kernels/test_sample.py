@@ -273,6 +273,7 @@ def check_drawn(device, logits, settings, seeds, steps):
     assert (found >= scores.max(1, keepdim=True).values - 1e-5).all(), (drawn, scores.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [1, 7, 31, 300, 2049, 20003])
 def test_the_cuda_kernel_draws_what_the_reference_draws(cuda_kernel, V, dtype):
