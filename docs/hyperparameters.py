@@ -6,13 +6,11 @@ that the script works.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from bagel_rt import Bagel
-from bagel_rt.models.bagel.settings import TASKS
+from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS
 from bagel_rt.tiny.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
 
 FOLDER = Path(__file__).parent / "hyperparameters"
@@ -44,8 +42,8 @@ ANSWERING = {
     "top_k": (1, 2, 5, 20, 0),
     "top_p": (0.1, 0.5, 0.9, 1.0),
 }
-# What is not the default: at the defaults these would show little, for this model is sure of its answers and its steps.
-BESIDE = {
+# Set beside a parameter that would show little at the defaults, where this model is sure of its answers and steps.
+CHANGED = {
     "cfg_interval": {"cfg_text_scale": 16.0},
     "cfg_renorm_type": {"cfg_text_scale": 16.0},
     "cfg_renorm_min": {"cfg_text_scale": 16.0},
@@ -57,78 +55,63 @@ BESIDE = {
 }
 
 
-def drawing_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
-    """Pictures of the same texts under several values."""
-    values, sections = DRAWING[name], []
+def drawings(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
+    """Images of the same prompts under several values."""
+    values = DRAWING[name]
     for prompt in DRAWN:
-        given = {"seed": SEED, "num_timesteps": timesteps} | BESIDE.get(name, {}) | {name: list(values)}
-        results = bagel.generate([prompt] * len(values), **_one_seed(given, len(values)))
+        given = (
+            {"seed": [SEED] * len(values), "num_timesteps": timesteps} | CHANGED.get(name, {}) | {name: list(values)}
+        )
+        results = bagel.generate([prompt] * len(values), **given)
         tiles = [Tile((result.image,), _label(name, value)) for result, value in zip(results, values, strict=True)]
-        sections.append(Section(prompt, "", tiles))
-    return contact_sheet(name, f"text-to-image, {_said(TASKS['generate'].image, name, timesteps)}", sections)
+        yield Section(prompt, "", tiles)
 
 
-def editing_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
-    """Edits of the same picture under several values."""
-    sections = []
+def edits(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
+    """Edits of the same images under several values."""
+    settings = {"seed": SEED, "num_timesteps": timesteps}
     for prompt, instruction in EDITED:
-        source = bagel.generate(prompt, seed=SEED, num_timesteps=timesteps).image
-        tiles = [
-            Tile(
-                (source, bagel.edit(source, instruction, seed=SEED, num_timesteps=timesteps, **{name: value}).image),
-                _label(name, value),
-            )
-            for value in EDITING[name]
-        ]
-        sections.append(Section(instruction, "", tiles))
-    return contact_sheet(name, f"editing, {_said(TASKS['edit'].image, name, timesteps)}", sections)
+        source = bagel.generate(prompt, **settings).image
+        results = [(bagel.edit(source, instruction, **settings, **{name: value}), value) for value in EDITING[name]]
+        yield Section(instruction, "", [Tile((source, result.image), _label(name, value)) for result, value in results])
 
 
-def answering_sheet(bagel: Bagel, name: str, timesteps: int) -> Image.Image:
-    """Answers to the same question under several values; sampled ones of several seeds."""
-    sections = []
+def answers(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
+    """Answers to the same question under several values; with sampling, one per seed."""
     for prompt, question in ASKED:
-        picture = bagel.generate(prompt, seed=SEED, num_timesteps=timesteps).image
+        image = bagel.generate(prompt, seed=SEED, num_timesteps=timesteps).image
         tiles = []
         for value in ANSWERING[name]:
-            given = {"max_think_token_n": LONGEST} | BESIDE.get(name, {}) | {name: value}
+            given = {"max_think_token_n": LONGEST} | CHANGED.get(name, {}) | {name: value}
             seeds = range(SEEDS if given.get("do_sample") else 1)
-            answers = [bagel.chat(question, [picture], seed=seed, **given) for seed in seeds]
-            said = [f"{seed}: {answer}" if len(answers) > 1 else answer for seed, answer in enumerate(answers)]
-            tiles.append(Tile((picture,), (*_label(name, value), *((line, INK) for line in said))))
-        sections.append(Section(question, "", tiles))
-    note = [f"one answer a seed, 0 to {SEEDS - 1}, where tokens are sampled", *_beside(name)]
-    return contact_sheet(name, ", ".join(note), sections)
-
-
-def _one_seed(given: dict, count: int) -> dict:
-    """The same seed for every picture of a batch, which by itself would count up."""
-    return given | {"seed": given["seed"] if isinstance(given["seed"], list) else [given["seed"]] * count}
+            texts = [bagel.chat(question, [image], seed=seed, **given) for seed in seeds]
+            lines = [f"{seed}: {text}" if len(texts) > 1 else text for seed, text in enumerate(texts)]
+            tiles.append(Tile((image,), (*_label(name, value), *((line, INK) for line in lines))))
+        yield Section(question, "", tiles)
 
 
 def _label(name: str, value) -> tuple[tuple[str, str], ...]:
-    said = "none" if value is None else str(value)
-    return ((said if name == "negative_prompt" else f"{name} {said}", FAINT),)
+    shown = "none" if value is None else str(value)
+    return ((shown if name == "negative_prompt" else f"{name} {shown}", FAINT),)
 
 
-def _said(defaults, name: str, timesteps: int) -> str:
-    """What stands beside a sheet's title."""
-    default = getattr(defaults, name, None)
-    told = [f"seed {SEED}"] if name != "seed" else []
-    told += [f"default {default}"] if default is not None else []
-    if "num_timesteps" not in (name, *BESIDE.get(name, {})):
-        told.append(f"{timesteps} timesteps")
-    return ", ".join([*told, *_beside(name)])
+def _subtitle(name: str, timesteps: int) -> str:
+    """The task of a sheet, and what is not the default in it."""
+    changed = [f"{other} {value}" for other, value in CHANGED.get(name, {}).items()]
+    if name in ANSWERING:
+        return ", ".join([f"one answer per seed, 0 to {SEEDS - 1}, with sampling", *changed])
+    task, title = ("edit", "editing") if name in EDITING else ("generate", "text-to-image")
+    parts = [title] + ([f"seed {SEED}"] if name != "seed" else [])
+    if name in HYPERPARAMETERS:
+        parts.append(f"default {getattr(TASKS[task].image, name)}")
+    if "num_timesteps" not in (name, *CHANGED.get(name, {})):
+        parts.append(f"{timesteps} timesteps")
+    return ", ".join([*parts, *changed])
 
 
-def _beside(name: str) -> list[str]:
-    return [f"{other} {value}" for other, value in BESIDE.get(name, {}).items()]
-
-
-def sheets() -> dict[str, Callable[[Bagel, str, int], Image.Image]]:
-    """Parameter -> what makes its sheet."""
-    made = {name: drawing_sheet for name in DRAWING} | {name: editing_sheet for name in EDITING}
-    return made | {name: answering_sheet for name in ANSWERING}
+def sheets() -> dict[str, Callable[[Bagel, str, int], Iterator[Section]]]:
+    """Parameter -> what makes the sections of its sheet."""
+    return dict.fromkeys(DRAWING, drawings) | dict.fromkeys(EDITING, edits) | dict.fromkeys(ANSWERING, answers)
 
 
 def main() -> None:
@@ -143,7 +126,8 @@ def main() -> None:
     bagel = Bagel.from_pretrained(device="cpu")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or made:
-        sheet = made[name](bagel, name, arguments.timesteps)
+        sections = list(made[name](bagel, name, arguments.timesteps))
+        sheet = contact_sheet(name, _subtitle(name, arguments.timesteps), sections)
         sheet.save(arguments.output / f"{name}.webp", quality=90, method=6)
         print(name, flush=True)
 
