@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from bagel_rt.check.case import Values
 from bagel_rt.kernels import backend, configs
-from benchmarks.workloads import Tensors, Workload
+from benchmarks.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def launches(architecture: str, launch: Callable, tiles: dict | None = None) -> 
 
 
 def _call(workload: Workload) -> None:
-    function, arguments, options = workload.build(Tensors("cpu", workload.dtype, random=False))
+    function, arguments, options = workload.build(Values("cpu", workload.dtype, random=False))
     with suppress(LeftToTorch):
         function(*arguments, **options)
 

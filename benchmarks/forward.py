@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bagel_rt.check.case import Values
 from bagel_rt.kernels.backend import choose_backend
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT, TransformerConfig
 from bagel_rt.models.bagel.transformer import Transformer
@@ -14,7 +15,7 @@ from bagel_rt.runtime.batch import ForwardBatch, Rope
 from bagel_rt.runtime.plan import Plan
 from bagel_rt.runtime.slots import KVCache
 from benchmarks.measure import Clock, markdown
-from benchmarks.workloads import Tensors, visible_pairs
+from benchmarks.workloads import visible_pairs
 
 LAYERS = 4
 FORWARDS = ("text-to-image 1024", "edit 1024")
@@ -41,12 +42,12 @@ class ForwardRow:
     note: str = ""
 
 
-def _transformer(tensors: Tensors, config: TransformerConfig, layers: int) -> Transformer:
+def _transformer(values: Values, config: TransformerConfig, layers: int) -> Transformer:
     H, D, F = config.hidden_size, config.head_dim, config.intermediate_size
     heads = config.num_heads + config.num_kv_heads
 
     def pair(*shape, deviation=1.0):
-        return Pair(tensors(*shape, deviation=deviation), tensors(*shape, deviation=deviation))
+        return Pair(values(*shape, deviation=deviation), values(*shape, deviation=deviation))
 
     def weight(rows, columns):
         return pair(rows, columns, deviation=columns**-0.5)
@@ -94,8 +95,8 @@ def measure(
         config: shapes of the layers; ``layers`` says how many.
     """
     torch.manual_seed(0)
-    tensors = Tensors(clock.device, dtype)
-    transformer = _transformer(tensors, config, layers)
+    values = Values(clock.device, dtype)
+    transformer = _transformer(values, config, layers)
     cache = KVCache(layers, config.num_kv_heads, config.head_dim, dtype, clock.device, int(plan.slots.max()) + 1)
     for index in range(layers):
         for buffer in cache.layer(index):
@@ -103,7 +104,7 @@ def measure(
     rope = Rope(config.head_dim, config.rope_theta, config.max_position_embeddings, clock.device)
     positions = plan.slots[np.argsort(plan.order)]  # one position per slot
     batch = ForwardBatch.from_plan(plan, positions, rope)
-    hidden = tensors(len(plan.limits), config.hidden_size)
+    hidden = values(len(plan.limits), config.hidden_size)
     floor, outputs, times = _floor_ms(plan, config, layers, limits), {}, {}
     try:
         for who, backend in BACKENDS.items():

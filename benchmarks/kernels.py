@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend
 
+from bagel_rt.check.case import Values
 from bagel_rt.kernels import attention_dense_reference
 from bagel_rt.kernels.decode_attention import decode_attention_reference
 from bagel_rt.kernels.decode_linear import decode_linear_reference
@@ -28,7 +29,7 @@ from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
 from bagel_rt.kernels.sample import scores_reference
 from benchmarks import peers, peers_attention, peers_decode
 from benchmarks.measure import LATENCY, Clock, ceilings, markdown
-from benchmarks.workloads import WORKLOADS, Tensors, Workload
+from benchmarks.workloads import WORKLOADS, Workload
 
 OURS, WITHOUT_EXTENSION = "bagel_rt", "bagel_rt, the extension not built"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -148,8 +149,8 @@ def judge(name: str, arguments: tuple, options: dict) -> tuple[tuple[torch.Tenso
     if name == "decode_attention":
         scale = options.get("scale") or arguments[0].shape[2] ** -0.5
         return (decode_attention_reference(*arguments, scale),), tuple
-    x, v, images, parameters, *launch = arguments
-    cfg_euler_step_reference(moved := x.clone(), v, images, parameters, *launch)
+    x, v, image_table, cfg_table, *launch = arguments
+    cfg_euler_step_reference(moved := x.clone(), v, image_table, cfg_table, *launch)
     return (moved,), tuple
 
 
@@ -224,7 +225,7 @@ def measure(workload: Workload, clock: Clock, compiled: bool = False, wrap: Call
         DeviceLost: after the row that tells why.
     """
     torch.manual_seed(0)
-    function, arguments, options = workload.build(Tensors(clock.device, workload.dtype))
+    function, arguments, options = workload.build(Values(clock.device, workload.dtype))
     inputs = _copies(clock.sets(workload.bytes), arguments, options)
     name = function.__name__
     if compiled:

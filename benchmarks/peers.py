@@ -289,10 +289,10 @@ def channels_first_group_norm(x, weight, bias, groups, eps, silu):
     return official_group_norm(x.contiguous(), weight, bias, groups, eps, silu)
 
 
-def official_guided_step(x, v, images, parameters, max_rows, guided=True, wrap=lambda f: f):
+def official_guided_step(x, v, image_table, cfg_table, max_rows, guided=True, wrap=lambda f: f):
     """The formula in about ten operators an image; the host knows where images lie and what guides them."""
     calls = []
-    for (first, rows, *branches), values in zip(images.tolist(), parameters.tolist(), strict=True):
+    for (first, rows, *branches), values in zip(image_table.tolist(), cfg_table.tolist(), strict=True):
         dt, text_scale, image_scale, smallest, renorm = values
         scales = (text_scale, image_scale) if guided else (1.0, 1.0)
         velocities = [v[branch : branch + rows] for branch in branches]

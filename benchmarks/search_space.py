@@ -20,11 +20,19 @@ def candidates(op: str, shape_class: str, architecture: str) -> list[dict]:
     """
     shipped = configs.TABLE[op][architecture][shape_class]["tiles"]
     found = [] if shipped is None else [shipped]
+    if op not in _SPACES:
+        return found + [tiles for tiles in _neighbours(shipped) if tiles != shipped]
     space, shared_memory = _SPACES[op]
     for tiles in space(shape_class, architecture in ("sm_90", "sm_100")):
         if tiles not in found and shared_memory(tiles, shape_class) <= LIMITS[architecture].shared_per_block:
             found.append(tiles)
     return found
+
+
+def _neighbours(tiles: dict) -> Iterator[dict]:
+    """Every size of an entry halved, as it is and doubled, with 1 to 16 warps: the space of ops that name no other."""
+    sizes = {name: sorted({max(1, size // 2), size, 2 * size}) for name, size in tiles.items() if type(size) is int}
+    return _grid(**tiles | sizes | {"num_warps": [1, 2, 4, 8, 16]})
 
 
 def _grid(**choices) -> Iterator[dict]:
@@ -125,24 +133,9 @@ def _dk_dv_shared_memory(tiles: dict, shape_class: str) -> int:
     return 2 * _row_bytes(shape_class) * (tiles["BLOCK_N"] + tiles["num_stages"] * tiles["BLOCK_M"])
 
 
-def _none(tiles: dict, shape_class: str) -> int:
-    return 0
-
-
 _SPACES = {
     "linear": (_linear, _linear_shared_memory),
     "attention": (_attention, _attention_shared_memory),
     "attention_dq": (_attention, _dq_shared_memory),
     "attention_dk_dv": (_dk_dv, _dk_dv_shared_memory),
-    "rms_norm": (lambda *_: _grid(ROWS=[1, 2, 4], num_warps=[1, 2, 4, 8, 16]), _none),
-    "qk_norm_rope": (lambda *_: _grid(num_warps=[1, 2, 4, 8, 16]), _none),
-    "group_norm": (lambda *_: _grid(ELEMENTS=[1024, 2048, 4096, 8192], num_warps=[4, 8]), _none),
-    "group_norm_moments": (
-        lambda *_: _grid(ELEMENTS=[1024, 2048, 4096], PARTS=[256, 512, 1024, 2048], num_warps=[4, 8]),
-        _none,
-    ),
-    "cfg_euler_step": (
-        lambda *_: _grid(ELEMENTS=[512, 1024, 2048, 4096, 8192], PARTS=[128, 256, 512], num_warps=[4, 8, 16]),
-        _none,
-    ),
 }

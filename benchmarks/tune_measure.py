@@ -12,10 +12,11 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from bagel_rt.check.case import Values
 from bagel_rt.kernels import backend, configs, extension
 from benchmarks.compiling import stop
 from benchmarks.measure import Clock
-from benchmarks.workloads import ALL_WORKLOADS, Tensors, Workload
+from benchmarks.workloads import ALL_WORKLOADS, Workload
 
 PATIENCE = 60.0
 """Seconds without a result after which a candidate counts as hanging."""
@@ -41,7 +42,7 @@ def measurements(
     ``tiles`` are the candidates by index. Each is tried through the public op, by way of the table.
     """
     torch.manual_seed(0)
-    function, arguments, options = workload.build(Tensors(device, workload.dtype))
+    function, arguments, options = workload.build(Values(device, workload.dtype))
     latents = arguments[0].clone() if workload.op == "cfg_euler_step" else None
     clock = Clock(device, seconds=0.05, most=20)
     entry = configs.TABLE[name[0]][architecture][name[1]]

@@ -7,30 +7,13 @@ A layer has hidden size 3584, 28 query heads and 4 key/value heads of 128 channe
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+
+from bagel_rt.check.case import Values
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 3584, 18944, 28, 4, 128, 152064
 VIT_HEADS, VIT_HEAD_DIM = 16, 72
 EPS = 1e-6
-
-
-class Tensors:
-    """Makes the tensors of a workload on ``device``, floating ones in ``dtype`` unless told otherwise.
-
-    ``random`` ones are normal; others are left unwritten, so that on the CPU even gigabytes take no memory.
-    """
-
-    def __init__(self, device, dtype: torch.dtype, random: bool = True):
-        self.device, self.dtype, self.random = torch.device(device), dtype, random
-
-    def __call__(self, *shape: int, deviation: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
-        return tensor.normal_(0.0, deviation) if self.random else tensor
-
-    def of(self, array: np.ndarray) -> torch.Tensor:
-        """The values of ``array``."""
-        return torch.from_numpy(array).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -42,7 +25,7 @@ class Workload:
         op: the public op's name; "attention_backward" is attention and its gradients.
         flops: multiplications and additions of the formula; 0 where memory is the limit.
         bytes: least traffic in ``dtype``, each input read and each output written once.
-        build: Tensors -> (public function, arguments, keyword arguments).
+        build: Values -> (public function, arguments, keyword arguments).
         dtype: what the model runs it in.
     """
 
@@ -50,7 +33,7 @@ class Workload:
     op: str
     flops: int
     bytes: int
-    build: Callable[[Tensors], tuple[Callable, tuple, dict]]
+    build: Callable[[Values], tuple[Callable, tuple, dict]]
     dtype: torch.dtype = torch.bfloat16
 
     @property

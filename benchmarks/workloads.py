@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from bagel_rt.check.case import Values
 from bagel_rt.kernels import attention, cfg_euler_step, group_norm, linear, qk_norm_rope, rms_norm
 from bagel_rt.kernels.guidance import RENORMS
 from bagel_rt.runtime.plan import Plan, Segment, build_plan
@@ -22,7 +23,6 @@ from benchmarks.workload import (
     KV_HEADS,
     VIT_HEAD_DIM,
     VIT_HEADS,
-    Tensors,
     Workload,
 )
 from benchmarks.workloads_decode import decode_workloads
@@ -81,11 +81,11 @@ PLANS: dict[str, Callable[[], Plan]] = {
 """Forwards of the model -> their plans. Together with decoding one token they are all that a request runs."""
 
 
-def _linear(tensors: Tensors, T: int, G: int, K: int, N: int, epilogue: str):
-    weights = [tensors(N, K, deviation=K**-0.5) for _ in range(2)]
-    biases = [tensors(N) for _ in range(2)] if epilogue == "bias" else ()
-    residual = tensors(T, N) if epilogue == "residual" else None
-    return linear, (tensors(T, K), *weights, *biases), {"G": G, "residual": residual, "swiglu": epilogue == "swiglu"}
+def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str):
+    weights = [values(N, K, deviation=K**-0.5) for _ in range(2)]
+    biases = [values(N) for _ in range(2)] if epilogue == "bias" else ()
+    residual = values(T, N) if epilogue == "residual" else None
+    return linear, (values(T, K), *weights, *biases), {"G": G, "residual": residual, "swiglu": epilogue == "swiglu"}
 
 
 LINEARS = {  # K, N, epilogue
@@ -108,18 +108,18 @@ def _linear_workload(name: str, T: int, G: int, K: int, N: int, epilogue: str, d
     return Workload(name, "linear", 2 * T * K * N, traffic, build, dtype)
 
 
-def _rms_norm(tensors: Tensors, T: int, G: int, adds: bool = False, width: int = HIDDEN):
-    weights = (tensors(width), tensors(width))
-    return rms_norm, (tensors(T, width), tensors(T, width) if adds else None, *weights, G, EPS), {}
+def _rms_norm(values: Values, T: int, G: int, adds: bool = False, width: int = HIDDEN):
+    weights = (values(width), values(width))
+    return rms_norm, (values(T, width), values(T, width) if adds else None, *weights, G, EPS), {}
 
 
-def _qk_norm_rope(tensors: Tensors, T: int, G: int, q_heads: int = HEADS, kv_heads: int = KV_HEADS):
+def _qk_norm_rope(values: Values, T: int, G: int, q_heads: int = HEADS, kv_heads: int = KV_HEADS):
     heads = q_heads + kv_heads
-    qkv = tensors(T, (heads + kv_heads) * HEAD_DIM)
-    norms = (tensors(heads, HEAD_DIM), tensors(heads, HEAD_DIM))
-    tables = [tensors(T, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
-    caches = [tensors(T, kv_heads, HEAD_DIM) for _ in range(2)]
-    return qk_norm_rope, (qkv, *norms, *tables, tensors.of(np.arange(T)), *caches, G, EPS), {}
+    qkv = values(T, (heads + kv_heads) * HEAD_DIM)
+    norms = (values(heads, HEAD_DIM), values(heads, HEAD_DIM))
+    tables = [values(T, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
+    caches = [values(T, kv_heads, HEAD_DIM) for _ in range(2)]
+    return qk_norm_rope, (qkv, *norms, *tables, values.of(np.arange(T)), *caches, G, EPS), {}
 
 
 def _row_ops(forward: str, T: int, G: int) -> list[Workload]:
@@ -134,14 +134,14 @@ def _row_ops(forward: str, T: int, G: int) -> list[Workload]:
     return [*_linears(forward, T, G), *norms, rope]
 
 
-def _attention_inputs(tensors: Tensors, plan: Plan, heads: int, kv_heads: int, head_dim: int):
+def _attention_inputs(values: Values, plan: Plan, heads: int, kv_heads: int, head_dim: int):
     T, slots = len(plan.limits), int(plan.slots.max()) + 1
-    caches = [tensors(slots, kv_heads, head_dim) for _ in range(2)]
-    return tensors(T, heads, head_dim), *caches, tensors.of(plan.limits), tensors.of(plan.blocks)
+    caches = [values(slots, kv_heads, head_dim) for _ in range(2)]
+    return values(T, heads, head_dim), *caches, values.of(plan.limits), values.of(plan.blocks)
 
 
-def _attention(tensors: Tensors, make_plan, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, **options):
-    return attention, _attention_inputs(tensors, make_plan(), heads, kv_heads, head_dim), options
+def _attention(values: Values, make_plan, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, **options):
+    return attention, _attention_inputs(values, make_plan(), heads, kv_heads, head_dim), options
 
 
 def attention_gradients(q, k_cache, v_cache, limits, blocks, gradient):
@@ -151,9 +151,9 @@ def attention_gradients(q, k_cache, v_cache, limits, blocks, gradient):
     return (out.detach(), *torch.autograd.grad(out, inputs, gradient))
 
 
-def _attention_gradients(tensors: Tensors, make_plan, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM):
-    inputs = _attention_inputs(tensors, make_plan(), heads, kv_heads, head_dim)
-    return attention_gradients, (*inputs, tensors(*inputs[0].shape)), {}
+def _attention_gradients(values: Values, make_plan, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM):
+    inputs = _attention_inputs(values, make_plan(), heads, kv_heads, head_dim)
+    return attention_gradients, (*inputs, values(*inputs[0].shape)), {}
 
 
 def visible_pairs(plan: Plan) -> int:
@@ -201,16 +201,16 @@ def _attention_workloads() -> list[Workload]:
     ]
 
 
-def _guided_step(tensors: Tensors, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
+def _guided_step(values: Values, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
     """Every branch of all images, then the next one. As dt is 1, velocities weigh in the result as the state does."""
     rows = images * latents
-    state, velocities = tensors(rows, features, dtype=torch.float32), tensors(branches * rows, features)
+    state, velocities = values(rows, features, dtype=torch.float32), values(branches * rows, features)
     first = np.arange(images) * latents
     of_branches = [first + min(branch, branches - 1) * rows for branch in range(3)]
     places = np.stack([first, np.full(images, latents), *of_branches], 1).astype(np.int32)
-    values = [1.0, 4.0, 2.0 if branches > 2 else 1.0, 0.0, RENORMS.index(renorm)]
-    parameters = np.array([values] * images, np.float32)
-    return cfg_euler_step, (state, velocities, tensors.of(places), tensors.of(parameters), latents, branches > 1), {}
+    row = [1.0, 4.0, 2.0 if branches > 2 else 1.0, 0.0, RENORMS.index(renorm)]
+    cfg_table = np.array([row] * images, np.float32)
+    return cfg_euler_step, (state, velocities, values.of(places), values.of(cfg_table), latents, branches > 1), {}
 
 
 def _guided_step_workload(name: str, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
@@ -218,9 +218,9 @@ def _guided_step_workload(name: str, latents: int, renorm: str, branches: int, f
     return Workload(name, "cfg_euler_step", 0, images * latents * features * (8 + 2 * branches), build)
 
 
-def _group_norm(tensors: Tensors, channels: int, side: int):
-    x = tensors(1, side, side, channels).permute(0, 3, 1, 2)
-    return group_norm, (x, tensors(channels), tensors(channels), 32, EPS, True), {}
+def _group_norm(values: Values, channels: int, side: int):
+    x = values(1, side, side, channels).permute(0, 3, 1, 2)
+    return group_norm, (x, values(channels), values(channels), 32, EPS, True), {}
 
 
 def _group_norm_workload(channels: int, side: int, dtype=torch.float32) -> Workload:

@@ -5,27 +5,28 @@ from functools import partial
 import numpy as np
 import torch
 
+from bagel_rt.check.case import Values
 from bagel_rt.kernels import decode_attention, decode_linear, decode_qkv, sample
-from benchmarks.workload import EPS, FEED_FORWARD, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, Tensors, Workload
+from benchmarks.workload import EPS, FEED_FORWARD, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, Workload
 
 CONTEXTS = (1000, 9064)
 TEXTS = (1, 4)
 
 
-def _decode_attention(tensors: Tensors, length: int):
-    caches = [tensors(length, KV_HEADS, HEAD_DIM) for _ in range(2)]
-    spans = [tensors.of(np.array([value])) for value in (0, length)]
-    return decode_attention, (tensors(1, HEADS, HEAD_DIM), *caches, *spans), {}
+def _decode_attention(values: Values, length: int):
+    caches = [values(length, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    spans = [values.of(np.array([value])) for value in (0, length)]
+    return decode_attention, (values(1, HEADS, HEAD_DIM), *caches, *spans), {}
 
 
-def _decode_linear(tensors: Tensors, B: int, K: int, N: int, norm: bool, epilogue: str):
+def _decode_linear(values: Values, B: int, K: int, N: int, norm: bool, epilogue: str):
     options = {
-        "norm": tensors(K) if norm else None,
+        "norm": values(K) if norm else None,
         "eps": EPS,
-        "residual": tensors(B, N) if epilogue == "residual" else None,
+        "residual": values(B, N) if epilogue == "residual" else None,
         "swiglu": epilogue == "swiglu",
     }
-    return decode_linear, (tensors(B, K), tensors(N, K, deviation=K**-0.5)), options
+    return decode_linear, (values(B, K), values(N, K, deviation=K**-0.5)), options
 
 
 def _decode_linear_workload(name: str, B: int, K: int, N: int, norm: bool, epilogue: str) -> Workload:
@@ -35,12 +36,12 @@ def _decode_linear_workload(name: str, B: int, K: int, N: int, norm: bool, epilo
     return Workload(name, "decode_linear", 2 * B * K * N, traffic, build)
 
 
-def _decode_qkv(tensors: Tensors, B: int):
+def _decode_qkv(values: Values, B: int):
     heads, rows = HEADS + KV_HEADS, (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    layer = tensors(HIDDEN), tensors(rows, HIDDEN, deviation=HIDDEN**-0.5), tensors(rows), tensors(heads, HEAD_DIM)
-    tables = [tensors(B, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
-    caches = [tensors(B, KV_HEADS, HEAD_DIM) for _ in range(2)]
-    return decode_qkv, (tensors(B, HIDDEN), *layer, *tables, tensors.of(np.arange(B)), *caches, EPS), {}
+    layer = values(HIDDEN), values(rows, HIDDEN, deviation=HIDDEN**-0.5), values(rows), values(heads, HEAD_DIM)
+    tables = [values(B, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)]
+    caches = [values(B, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    return decode_qkv, (values(B, HIDDEN), *layer, *tables, values.of(np.arange(B)), *caches, EPS), {}
 
 
 def _decode_qkv_workload(name: str, B: int) -> Workload:
@@ -49,12 +50,12 @@ def _decode_qkv_workload(name: str, B: int) -> Workload:
     return Workload(name, "decode_qkv", 2 * B * HIDDEN * rows, traffic, partial(_decode_qkv, B=B))
 
 
-def _sample(tensors: Tensors, B: int, settings: tuple[float, float, float] | None):
+def _sample(values: Values, B: int, settings: tuple[float, float, float] | None):
     """Logits are spread as a language model's are, or top-k and top-p would have next to everything to keep."""
-    logits, number = tensors(B, VOCABULARY, deviation=3.0), tensors.of(np.arange(B))
+    logits, number = values(B, VOCABULARY, deviation=3.0), values.of(np.arange(B))
     if settings is None:
         return sample, (logits,), {}
-    return sample, (logits, tensors.of(np.array([settings] * B, np.float32)), number, number), {}
+    return sample, (logits, values.of(np.array([settings] * B, np.float32)), number, number), {}
 
 
 def _of_texts(B: int) -> list[Workload]:

@@ -40,15 +40,18 @@ SWIGLU = 4  # roundings where torch does it: the product, silu, times up
 
 
 class Values:
-    """Makes normal tensors of one dtype on one device; the same whenever it is made anew."""
+    """Makes the tensors of a call on one device, floating ones in one dtype; the same whenever it is made anew.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self._generator = torch.Generator(device).manual_seed(0)
+    ``random`` ones are normal. Others are left unwritten, so that gigabytes on the CPU take no memory.
+    """
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, random: bool = True):
+        self.device, self.dtype, self._random = torch.device(device), dtype, random
+        self._generator = torch.Generator(self.device).manual_seed(0)
 
     def __call__(self, *shape: int, deviation: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        values = torch.empty(shape, device=self.device).normal_(0.0, deviation, generator=self._generator)
-        return values.to(dtype or self.dtype)
+        values = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+        return values.normal_(0.0, deviation, generator=self._generator) if self._random else values
 
     def of(self, values) -> torch.Tensor:
         """An array or list on the device, in its own dtype."""

@@ -43,9 +43,9 @@ def segment(mode, rows, start, visible, write=None):
 
 PLANS = {
     "long text": [segment("causal", 300, 0, 4)],
-    "two branches": [segment("noise", 8, 0, 5), segment("noise", 8, 0, 3, write=20)],
+    "two branches": [segment("full", 8, 0, 5), segment("full", 8, 0, 3, write=20)],
     "text after a context": [segment("causal", 9, 0, 4)],
-    "training": [segment("full", 6, 0, 0), segment("causal", 4, 0, 6), segment("noise", 7, 0, 10, write=12)],
+    "training": [segment("full", 6, 0, 0), segment("causal", 4, 0, 6), segment("full", 7, 0, 10, write=12)],
 }
 
 
@@ -152,7 +152,7 @@ def rows_of(workload):
 @pytest.mark.parametrize("name", TINY)
 def test_peers_compute_what_the_op_does(name):
     rows = {row.who: row for row in rows_of(WORKLOAD[name])}
-    function = WORKLOAD[name].build(kernels.Tensors(CPU, torch.float32))[0].__name__
+    function = WORKLOAD[name].build(kernels.Values(CPU, torch.float32))[0].__name__
     assert set(rows) == {kernels.OURS, *kernels.PEERS[function], *kernels.COMPILED.get(function, {})}
     for who in {kernels.OURS} | TINY[name][1]:
         assert rows[who].note == "" and rows[who].error < 1e-6 and rows[who].microseconds > 0, rows[who]
@@ -223,7 +223,7 @@ class Routing(TorchDispatchMode):
     [("linear", 2, 2), ("linear with a residual", 2, 2), ("linear with SwiGLU", 2, 0), ("linear behind SwiGLU", 0, 2)],
 )
 def test_the_official_layers_route_around_a_whole_feed_forward_network(name, gathers, scatters):
-    _, arguments, options = WORKLOAD[name].build(kernels.Tensors(CPU, torch.float32))
+    _, arguments, options = WORKLOAD[name].build(kernels.Values(CPU, torch.float32))
     contender = peers.official_linear(*arguments, **options)
     with Routing() as counted:
         contender.run()

@@ -8,12 +8,13 @@ from copy import deepcopy
 import pytest
 import torch
 
+from bagel_rt.check.case import Values
 from bagel_rt.kernels import configs
 from benchmarks import compiling, tune
 from benchmarks.compiling import LIMITS
 from benchmarks.search_space import candidates
 from benchmarks.tune import TORCH, choose, describe, updated, workloads_of_classes, write_table
-from benchmarks.workloads import ALL_WORKLOADS, WORKLOADS, Tensors, Workload
+from benchmarks.workloads import ALL_WORKLOADS, WORKLOADS, Workload
 
 ENTRIES = [
     pytest.param(op, architecture, shape_class, id=f"{op} {shape_class} on {architecture}")
@@ -291,7 +292,7 @@ def test_workloads_have_names_of_their_own_and_inputs_that_their_ops_accept():
         smallest[workload.op] = min(known, workload, key=lambda w: (w.flops, w.bytes))
     decoded = ("decode_attention", "decode_qkv", "decode_linear", "sample")
     for op in ("rms_norm", "qk_norm_rope", "attention", *decoded, "group_norm", "cfg_euler_step"):
-        function, arguments, options = smallest[op].build(Tensors("cpu", torch.bfloat16))
+        function, arguments, options = smallest[op].build(Values("cpu", torch.bfloat16))
         outputs = function(*arguments, **options)
         outputs = arguments[:1] if outputs is None else outputs  # cfg_euler_step works in place
         assert all(output.isfinite().all() for output in (outputs if isinstance(outputs, tuple) else [outputs]))
