@@ -11,6 +11,7 @@ import griffe
 import torch
 from typer.testing import CliRunner
 
+from bagel_rt import kernels
 from bagel_rt.cli import app
 from bagel_rt.kernels.registry import OPS
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT
@@ -79,12 +80,21 @@ def table(heads, rows) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
 
 
+def op_pages() -> str:
+    """The public functions of every file of ``kernels/``, for mkdocstrings."""
+    functions: dict[str, list[str]] = {}
+    for name in kernels.__all__:
+        functions.setdefault(getattr(kernels, name).__module__.removeprefix("bagel_rt."), []).append(name)
+    return "\n\n".join(f"::: {file}\n    options:\n      members: {names}" for file, names in functions.items())
+
+
 PARTS = {
     "help": command_help,
     "hyperparameters": hyperparameter_table,
     "about": hyperparameter_help,
     "memory": memory_table,
     "ops": op_table,
+    "op_pages": op_pages,
 }
 
 

@@ -284,7 +284,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     q, k_cache, v_cache, limits, blocks, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    gradients = attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, ctx.scale)
+    # Through the dispatcher: autograd may be traced, where only the registered op is known.
+    arguments = grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, ctx.scale
+    gradients = torch.ops.bagel_rt.attention_backward(*arguments)
     return *gradients, None, None, None
 
 

@@ -5,6 +5,7 @@ import torch
 from recording import dispatch_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bagel_rt.check.cases import CASES, Values
 from bagel_rt.kernels import (
     attention,
     attention_backward,
@@ -78,6 +79,7 @@ def calls(T, G, dtype=torch.float32):
 
 
 CALLS = list(calls(1, 0))
+SMALL_CASES = [case for case in CASES if case.interpreted]
 
 
 class Record(TorchDispatchMode):
@@ -138,8 +140,21 @@ def test_an_eager_call_skips_the_dispatcher_and_computes_the_same(name):
     assert not record.ours
 
 
-def test_these_calls_use_every_op():
-    assert {op._opname for name in CALLS for op, _, _ in run(name, 3, 1).ours} == set(OPS)
+def test_every_op_has_a_case_of_the_check_that_runs_here():
+    assert {case.op for case in SMALL_CASES} == set(OPS)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: f"{case.op}, {case.name}")
+def test_opcheck_accepts_the_case(case):
+    call, _ = case.build(Values("cpu", case.dtypes[0]))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), Record() as record:
+        dispatch_ops(patch)
+        call()
+    assert case.op in {op._opname for op, _, _ in record.ours}
+    for op, args, kwargs in record.ours:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "Autograd"):
+            args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        torch.library.opcheck(op, args, kwargs)
 
 
 @pytest.mark.slow
