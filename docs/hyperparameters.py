@@ -1,8 +1,8 @@
-"""What each hyper-parameter does, in pictures of the embedded model: ``python docs/hyperparameters.py [NAME...]``.
+"""What each hyper-parameter does, in images of the embedded model: ``python docs/hyperparameters.py [NAME...]``.
 
-A contact sheet a parameter, ``docs/hyperparameters/NAME.webp``: a row for each request, a tile for each value, the seed
-the same, all else the default but for what is in ``BESIDE``. ``--timesteps N`` makes quick ones of few steps, to see
-that the script works.
+One contact sheet per parameter, ``docs/hyperparameters/NAME.webp``: a row for each request, a tile for each value. The
+seed is the same, and all else the default except what is in ``CHANGED``. ``--timesteps N`` makes quick ones of few
+steps, to see that the script works.
 """
 
 import argparse
@@ -58,11 +58,9 @@ CHANGED = {
 def drawings(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
     """Images of the same prompts under several values."""
     values = DRAWING[name]
+    settings = {"seed": [SEED] * len(values), "num_timesteps": timesteps} | CHANGED.get(name, {}) | {name: list(values)}
     for prompt in DRAWN:
-        given = (
-            {"seed": [SEED] * len(values), "num_timesteps": timesteps} | CHANGED.get(name, {}) | {name: list(values)}
-        )
-        results = bagel.generate([prompt] * len(values), **given)
+        results = bagel.generate([prompt] * len(values), **settings)
         tiles = [Tile((result.image,), _label(name, value)) for result, value in zip(results, values, strict=True)]
         yield Section(prompt, "", tiles)
 
