@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import is_grad_enabled
 from torch.compiler import is_compiling
 
 from .backend import runs_kernel, wants_gradient
@@ -46,8 +47,9 @@ def op(
 
         @functools.wraps(launch)
         def run(*arguments):
-            through_dispatcher = is_compiling() or (differentiable and wants_gradient(*arguments))
-            return registered(*arguments) if through_dispatcher else launch(*arguments)
+            if is_compiling() or (differentiable and is_grad_enabled() and wants_gradient(*arguments)):
+                return registered(*arguments)
+            return launch(*arguments)
 
         return run
 
