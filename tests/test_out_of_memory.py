@@ -26,7 +26,7 @@ def test_where_memory_runs_out_the_error_says_what_helps_and_nothing_is_kept(bag
     full = bagel.cache.allocate(bagel.cache.free_slots)  # so that the next request must grow the cache
     with monkeypatch.context() as patch:
         patch.setattr(type(bagel.cache), "_grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
-        with pytest.raises(torch.OutOfMemoryError, match="(?s)no memory.*is expected to take about .* GB in all"):
+        with pytest.raises(torch.OutOfMemoryError, match="(?s)no memory.*the request needs about .* GB in total"):
             call(bagel, photo)
     bagel.cache.release(full, bagel.cache.slots - full)
     assert bagel.cache.slots - bagel.cache.free_slots == used and bagel.engine.graphs.kept == 0
@@ -69,7 +69,7 @@ def test_a_request_that_runs_out_of_memory_runs_once_more_without_what_is_only_k
     bagel.release_memory()
     assert bagel.cache.slots == 0, "nothing of the first attempt is left"
     scarce.calls = 0
-    with pytest.raises(torch.OutOfMemoryError, match="is expected to take about"):
+    with pytest.raises(torch.OutOfMemoryError, match="the request needs about"):
         call(bagel, photo)
     assert scarce.calls == 2 and bagel.cache.free_slots == bagel.cache.slots, "nothing was kept: one attempt"
 
@@ -79,7 +79,7 @@ def test_where_memory_runs_out_in_the_middle_of_a_stream_it_ends_and_frees_every
     pieces = bagel.stream("what?", photo, max_think_token_n=30)
     next(pieces)
     scarce = Scarce(monkeypatch, 3)
-    with pytest.raises(torch.OutOfMemoryError, match="is expected to take about") as caught:
+    with pytest.raises(torch.OutOfMemoryError, match="the request needs about") as caught:
         list(pieces)
     assert scarce.calls == 3 and caught.tb is not None
     assert bagel.cache.free_slots == bagel.cache.slots and bagel.engine.graphs.kept == 0

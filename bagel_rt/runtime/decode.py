@@ -21,6 +21,11 @@ MAX_TEXTS = 8  # texts decoded together where there is a choice: more rows leave
 READ_EVERY = 8  # maximum tokens per device-to-host read
 
 
+def token_capacity(max_length: int) -> int:
+    """How many tokens the buffers have room for: powers of two, so that texts of similar length share buffers."""
+    return 1 << max(10, (max_length - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class TokenMode:
     """How tokens of one kind are read and drawn.
@@ -106,7 +111,7 @@ class DecodeLoop:
         self._rope = model.rope.table(max(positions) + max_length)
         first = model.embed_tokens(torch.tensor(start, device=model.device))
         greedy = noise is None and all(group.temperature == 0 for group in sampling)
-        capacity = 1 << max(10, (max_length - 1).bit_length())  # powers of two, so that buffers are shared
+        capacity = token_capacity(max_length)
         shape = None if noise is None else tuple(noise.shape[1:])
         self._held = graphs.acquire(
             ("decode", mode.key, len(contexts), greedy, capacity, shape),

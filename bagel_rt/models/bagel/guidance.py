@@ -44,6 +44,11 @@ def branches_of(settings: ImageSettings, guided: bool = True) -> int:
     return 1 + text + (text and settings.cfg_img_scale > 1)
 
 
+def step_capacity(steps: int) -> int:
+    """Steps that the buffers have room for: a power of two, so that runs of similar length share buffers and graphs."""
+    return 1 << max(6, (steps - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class FlowStep:
     """What the steps of a batch read besides the state. N latent tokens in I images, S steps at most.
@@ -105,7 +110,7 @@ class FlowGuidance:
         self._guided = torch.stack([is_guided(t, one) for t, one in zip(self.timesteps.T, settings, strict=True)], 1)
         self.guided = self._guided.any(1).tolist()
         self._guided_images = self._guided.any(0).tolist()
-        self._capacity = 1 << max(6, (len(self) - 1).bit_length())  # powers of two, so that buffers are shared
+        self._capacity = step_capacity(len(self))
         self.key = (tuple(contents), len(self._schedules), self._capacity)
 
     def __len__(self) -> int:

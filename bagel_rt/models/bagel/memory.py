@@ -1,9 +1,9 @@
-"""The device memory that a request will take, from the model's configuration alone; and what would make it less.
+"""Estimate the device memory of a request from the model's configuration alone, and advise how to reduce it.
 
-The figures follow the runtime buffer by buffer: packed forwards hold a few tensors of their rows at once (see
-``models/bagel/transformer.py``), contexts take their slots in the order of ``engine.py``, a captured step keeps its
-memory while others pass. They hold for the kernels; PyTorch references, as on a CPU, take more. What a CUDA context,
-its libraries and the rounding of an allocator take is an allowance: :data:`RUNTIME`.
+The estimate follows the runtime buffer by buffer: a packed forward holds a few tensors of its rows at once (see
+``models/bagel/transformer.py``), contexts allocate slots in the order of ``engine.py``, and captured graphs keep their
+memory pool between steps. It holds for the kernels; the PyTorch references, as on a CPU, need more. The CUDA context,
+libraries and allocator rounding are covered by an allowance, :data:`RUNTIME`.
 """
 
 import math
@@ -18,30 +18,31 @@ from PIL import Image
 from bagel_rt.models.bagel.autoencoder import AutoEncoder, decode_memory, encode_memory
 from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig
 from bagel_rt.models.bagel.contexts import count_tokens
+from bagel_rt.models.bagel.guidance import step_capacity
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.models.bagel.weights import BagelWeights
 from bagel_rt.models.bagel.workload import Workload
 from bagel_rt.runtime.context import MAX_ROWS
-from bagel_rt.runtime.decode import MAX_TEXTS
+from bagel_rt.runtime.decode import MAX_TEXTS, token_capacity
 from bagel_rt.runtime.slots import GROWTH
 
-RUNTIME = 1 << 30  # bytes: CUDA context, modules of kernels, workspaces of cuBLAS and cuDNN; an allowance, not measured
-_LONG_TEXT = 256  # tokens; what the advice shortens longer texts to
+RUNTIME = 1 << 30  # bytes: CUDA context, kernel modules, cuBLAS and cuDNN workspaces; an allowance, not measured
+_LONG_TEXT = 256  # tokens: the advice shortens longer texts to this
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device, by what takes them.
+    """Bytes on the device, by use.
 
     Attributes:
-        workload: what they are for.
+        workload: the request.
         weights: transformer, vision tower and embeddings in the workload's dtype, the autoencoder in float32.
         kv_cache: the buffers of all slots.
-        buffers: what denoising and decoding text read and write at fixed addresses: packed hidden states, rotary
-            tables, embeddings of positions and times, latents, tokens.
-        graphs: memory that what was captured shares and keeps in the fullest moment; 0 without graphs.
-        phases: what each part of the request takes beside all that while it runs.
-        phase: the part that runs in the fullest moment.
+        buffers: static buffers of denoising and decoding: packed hidden states, rotary tables, embeddings of positions
+            and times, latents, tokens.
+        graphs: the memory pool of captured graphs at the peak; 0 without graphs.
+        phases: temporary memory of each phase of the request.
+        phase: the phase at the peak.
         runtime: :data:`RUNTIME`.
     """
 
@@ -56,38 +57,38 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes that the device must have free."""
+        """Peak bytes."""
         kept = self.weights + self.kv_cache + self.buffers + self.graphs + self.runtime
         return kept + self.phases[self.phase]
 
     def fits(self, available: int) -> bool:
-        """Whether that many bytes are enough."""
+        """Whether ``available`` bytes are enough."""
         return self.total <= available
 
     def advice(self, available: int | None = None) -> list[str]:
-        """Changes of the request that take less memory, the best first, and what remains after all of them.
+        """Changes of the request that need less memory, the largest saving first, then all of them together.
 
         Args:
-            available: bytes; the changes that are enough are marked.
+            available: bytes; each line then says whether the change is enough.
         """
-        lines, together = [], self.workload
+        lines, combined = [], self.workload
         changes = self._changes()
-        found = [(_estimate(replace(together, **change(together))), said) for said, change in changes]
-        for estimate, said in sorted(found, key=lambda entry: entry[0].total):
+        estimates = [(_estimate(replace(combined, **change(combined))), label) for label, change in changes]
+        for estimate, label in sorted(estimates, key=lambda entry: entry[0].total):
             saved = self.total - estimate.total
             if saved > self.total // 1000:
-                lines.append(f"{said}: {saved / 1e9:.1f} GB less, {estimate._against(available)}")
+                lines.append(f"{label}: {saved / 1e9:.1f} GB less, {estimate._against(available)}")
         for _, change in changes:
-            together = replace(together, **change(together))
-        least = _estimate(together)
+            combined = replace(combined, **change(combined))
+        least = _estimate(combined)
         if len(lines) > 1:
-            lines.append(f"all of it: {(self.total - least.total) / 1e9:.1f} GB less, {least._against(available)}")
+            lines.append(f"all of these: {(self.total - least.total) / 1e9:.1f} GB less, {least._against(available)}")
         if available is not None and least.weights + RUNTIME > available:
-            lines.append(f"no request fits: the weights alone take {least.weights / 1e9:.1f} GB")
+            lines.append(f"no request fits: the weights alone need {least.weights / 1e9:.1f} GB")
         return lines
 
     def as_dict(self, available: int | None = None) -> dict:
-        """The estimate as JSON-ready values, bytes; with ``available`` bytes also whether it fits and the advice."""
+        """The estimate as JSON-safe values, in bytes; with ``available`` also whether it fits, and the advice."""
         workload = {key: value for key, value in vars(self.workload).items() if key != "config"}
         workload |= {"dtype": str(self.workload.dtype).removeprefix("torch."), "settings": asdict(workload["settings"])}
         names = ("weights", "kv_cache", "buffers", "graphs", "phases", "runtime", "phase", "total")
@@ -97,47 +98,47 @@ class MemoryEstimate:
         return report
 
     def __str__(self) -> str:
-        """A table for people; GB are 10**9 bytes."""
+        """A table; GB are 10**9 bytes."""
         rows = [
             ("weights", self.weights),
             ("KV cache", self.kv_cache),
             ("buffers", self.buffers),
-            ("captured work", self.graphs),
+            ("CUDA graphs", self.graphs),
             (self.phase, self.phases[self.phase]),
-            ("CUDA and its libraries, allowed for", self.runtime),
-            ("in all", self.total),
+            ("CUDA and libraries, allowance", self.runtime),
+            ("total", self.total),
         ]
         return "\n".join(f"{name:36}{size / 1e9:8.2f} GB" for name, size in rows)
 
     def _against(self, available: int | None) -> str:
-        said = f"{self.total / 1e9:.1f} GB in all"
-        return said if available is None else f"{said}, {'enough' if self.fits(available) else 'still too much'}"
+        total = f"{self.total / 1e9:.1f} GB in total"
+        return total if available is None else f"{total}, {'fits' if self.fits(available) else 'still too much'}"
 
     def _changes(self) -> list[tuple[str, Callable[[Workload], dict]]]:
-        """(words, workload -> the fields to replace) of everything that might help; they can be applied in turn."""
+        """(label, workload -> fields to replace) of every change that may help; they combine in this order."""
         work, changes = self.workload, []
         if work.dtype == torch.float32:
             changes.append(("bfloat16 weights (dtype)", lambda _: {"dtype": torch.bfloat16}))
         if work.batch > 1:
             changes.append(("one request at a time (batch 1)", lambda _: {"batch": 1}))
         if len(work.images) > 1:
-            changes.append(("the last input picture alone", lambda _: {"images": work.images[-1:]}))
-        for quarters in (3, 2):  # the stronger one last: in turn it replaces the other
+            changes.append(("only the last input image", lambda _: {"images": work.images[-1:]}))
+        for quarters in (3, 2):  # the stronger one last: applied after the other, it replaces it
             smaller = partial(self._smaller, quarters)
             height, width = replace(work, **smaller(work)).drawn
             if work.draws and (height, width) != work.drawn:
-                changes.append((f"pictures of {width} x {height} pixels", smaller))
+                changes.append((f"images of {width}x{height}", smaller))
         if work.max_think_token_n > _LONG_TEXT:
             changes.append((f"max_think_token_n={_LONG_TEXT}", lambda _: {"max_think_token_n": _LONG_TEXT}))
         if work.draws and work.branches == 3:
             settings = replace(work.settings, cfg_img_scale=1.0)
             changes.append(("cfg_img_scale=1", lambda _: {"settings": settings}))
         if work.graphs:
-            changes.append(("graphs=False, which is slower", lambda _: {"graphs": False}))
+            changes.append(("graphs=False, slower", lambda _: {"graphs": False}))
         return changes
 
     def _smaller(self, quarters: int, work: Workload) -> dict:
-        """Sizes whose sides are so many quarters of this workload's."""
+        """Sizes scaled by ``quarters`` / 4."""
         if work.images:
             images = self.workload.images[-len(work.images) :]
             return {"images": tuple(tuple(max(1, side * quarters // 4) for side in size) for size in images)}
@@ -146,14 +147,14 @@ class MemoryEstimate:
 
 
 def expected_memory(config: BagelConfig, **workload) -> MemoryEstimate:
-    """Estimate the device memory of a request, its first one after loading; nothing is allocated.
+    """Estimate the device memory of a request, the first after loading. Nothing is allocated.
 
     Args:
         config: the model's, as :meth:`BagelConfig.from_folder` reads it.
         workload: fields of :class:`Workload`.
 
     Raises:
-        ValueError: a request that could not be run.
+        ValueError: the request could not run.
     """
     return _estimate(Workload(config, **workload))
 
@@ -165,21 +166,22 @@ def _estimate(work: Workload) -> MemoryEstimate:
     slots, before = cache_slots(work)
     phases = {"growing the KV cache": before * slot, "prefill": _prefill(work)}
     if work.draws:
-        phases["encoding pictures"] = max((encode_memory(config.vae, *size) for size in work.resized), default=0)
+        phases["encoding images"] = max((encode_memory(config.vae, *size) for size in work.resized), default=0)
         phases["denoising"] = _denoising(work)
-        phases["decoding pictures"] = decode_memory(config.vae, *work.drawn)
+        phases["decoding images"] = decode_memory(config.vae, *work.drawn)
     if work.written:
         texts = min(work.batch, MAX_TEXTS)
-        # Logits as they are and, at most, twice in float32: divided by the temperature, and with noise.
+        # Logits in the model's dtype and, at most, twice in float32: divided by the temperature, and with noise added.
         phases["decoding text"] = _forward(llm, texts, itemsize) + texts * llm.vocab_size * (itemsize + 8)
-    graphs, phase = _fullest(phases, work.graphs)
+    graphs, phase = _peak(phases, work.graphs)
     return MemoryEstimate(work, _weights(config, work.dtype), slots * slot, _buffers(work), graphs, phases, phase)
 
 
-def _fullest(phases: dict[str, int], graphs: bool) -> tuple[int, str]:
-    """(memory that captured work keeps, the part that runs) when the two take the most together.
+def _peak(phases: dict[str, int], graphs: bool) -> tuple[int, str]:
+    """(bytes of the graphs' memory pool, phase) at the moment when the two need the most together.
 
-    Work is run as it is first, then captured. Everything captured shares one pool, of which it uses a part at a time.
+    All graphs share one pool, which is as large as the largest captured phase, because they run one after another. A
+    phase is captured at its second run, so the pool grows in the order of the list below.
     """
 
     def pool(names: set[str]) -> int:
@@ -187,16 +189,16 @@ def _fullest(phases: dict[str, int], graphs: bool) -> tuple[int, str]:
 
     steps = {"denoising", "decoding text"}
     moments = [
-        (pool({"decoding text"}), {"growing the KV cache"}),  # ahead of the first step
-        (pool(steps), steps | {"decoding pictures"}),  # the first request: no picture was decoded before
-        (pool(steps | {"decoding pictures"}), {"prefill", "encoding pictures"}),  # one more like it
+        (pool({"decoding text"}), {"growing the KV cache"}),  # before the first denoising step
+        (pool(steps), steps | {"decoding images"}),  # the first request: its image is decoded eagerly
+        (pool(steps | {"decoding images"}), {"prefill", "encoding images"}),  # a second request like it
     ]
-    found = [(kept, name) for kept, names in moments for name in sorted(names & phases.keys())]
-    return max(found, key=lambda moment: moment[0] + phases[moment[1]])
+    candidates = [(held, name) for held, names in moments for name in sorted(names & phases.keys())]
+    return max(candidates, key=lambda moment: moment[0] + phases[moment[1]])
 
 
 def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = None, **workload) -> str:
-    """What a request is expected to take and what would help, in words, for the message of an out-of-memory error.
+    """The expected memory of a request and the advice, as text for an out-of-memory error.
 
     Args:
         config, dtype: the model's.
@@ -204,13 +206,13 @@ def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = 
         workload: the other fields of :class:`Workload`.
 
     Raises:
-        ValueError: a request that could not be run.
+        ValueError: the request could not run.
     """
     estimate = expected_memory(config, dtype=dtype, **workload)
-    has = f"; the device has {available / 1e9:.1f} GB" if available is not None else ""
-    lines = [f"the request is expected to take about {estimate.total / 1e9:.1f} GB in all{has}:", str(estimate)]
+    capacity = f"; the device has {available / 1e9:.1f} GB" if available is not None else ""
+    lines = [f"the request needs about {estimate.total / 1e9:.1f} GB in total{capacity}:", str(estimate)]
     if available is not None and estimate.fits(available):
-        lines.append("that should fit: free what other programs, or other tensors of this one, hold of the device")
+        lines.append("that should fit: free the memory that other programs, or other tensors of this one, hold")
     advice = estimate.advice(available)
     if advice:
         lines += ["to reduce it:", *(f"- {line}" for line in advice)]
@@ -250,16 +252,16 @@ def explain_requests(
 
 
 def cache_slots(work: Workload, growth: int = GROWTH) -> tuple[int, int]:
-    """(slots of the KV cache after the request, slots before it grew for the last time), from an empty cache.
+    """(slots of the KV cache after the request, slots before its last growth), starting from an empty cache.
 
     Args:
-        growth: slots by which it grows at least; on a CPU 0.
+        growth: minimum number of slots by which the cache grows; 0 on a CPU.
     """
     image = work.rows if work.draws else 0
     rooms = [work.text_tokens + work.image_tokens + work.written + image]
     if work.draws and work.images:
-        rooms.append(work.text_tokens + image)  # the context without pictures has a room of its own
-    # Branches that no longer have their room behind them: the one without text, and the one that is a thought behind.
+        rooms.append(work.text_tokens + image)  # the context without images has slots of its own
+    # Branches whose context has no free slots behind it: the one without text, and the one that lacks a thought.
     apart = (work.branches > 1) + (work.branches > 2 and not work.images)
     slots = before = room = 0
     for length in rooms * work.batch + [image] * apart * work.group:
@@ -281,7 +283,7 @@ def _weights(config: BagelConfig, dtype: torch.dtype) -> int:
 
 
 def _forward(llm: TransformerConfig, rows: int, itemsize: int) -> int:
-    """What the decoder stack holds at most beside its input, of so many rows (see ``Transformer``)."""
+    """Peak bytes of the decoder stack for ``rows`` rows, besides its input (see ``Transformer``)."""
     H, heads = llm.hidden_size, llm.num_heads * llm.head_dim
     attend = 2 * H + (heads + 2 * llm.num_kv_heads * llm.head_dim) + 2 * heads  # hidden, norm or sum; qkv; q, output
     feed_forward = 2 * H + llm.intermediate_size  # hidden, norm or sum; SwiGLU's output
@@ -289,18 +291,19 @@ def _forward(llm: TransformerConfig, rows: int, itemsize: int) -> int:
 
 
 def _plan(llm: TransformerConfig, rows: int) -> int:
-    """What describes packed rows to the layers: rotary tables in float32, slots, limits and blocks."""
+    """Bytes of a :class:`~bagel_rt.runtime.batch.ForwardBatch`: float32 rotary tables, slots, limits and blocks."""
     return rows * (4 * llm.head_dim + 16)
 
 
 def _prefill(work: Workload) -> int:
+    """Peak bytes of the packed prefill."""
     config, itemsize = work.config, work.dtype.itemsize
     H, vit = config.llm.hidden_size, config.vit
-    texts = work.text_tokens * (1 + (work.draws and bool(work.images)))  # once more without the pictures
+    texts = work.text_tokens * (1 + (work.draws and bool(work.images)))  # a second time in the context without images
     thoughts = work.written * work.draws
     rows = min(work.batch * max(texts + work.image_tokens, thoughts), MAX_ROWS)
     packed = rows * H * itemsize + _plan(config.llm, rows) + _forward(config.llm, rows, itemsize)
-    # The tower, which runs before any row is packed: patches in both dtypes; a block's old and new input, its QKV and
+    # The vision tower runs before any row is packed: patches in both dtypes; a block's old and new input, its QKV and
     # its MLP before and after GELU; then the connector's layers.
     V, F = vit.hidden_size, vit.intermediate_size
     block = max(5 * V + 2 * F, 7 * V + F, V + 3 * H)
@@ -309,7 +312,7 @@ def _prefill(work: Workload) -> int:
 
 
 def _denoising(work: Workload) -> int:
-    """A step: what the stack holds, the embedded latents, and the velocities."""
+    """Peak bytes of a step: the decoder stack, the embedded latents and the velocities."""
     config, itemsize = work.config, work.dtype.itemsize
     latents = work.group * work.latents
     rows = work.branches * work.group * work.rows
@@ -318,23 +321,25 @@ def _denoising(work: Workload) -> int:
 
 
 def _buffers(work: Workload) -> int:
+    """Bytes of the static buffers."""
     config, itemsize = work.config, work.dtype.itemsize
     llm, H = config.llm, config.llm.hidden_size
     total = 0
     if work.written:
         total += 4 * llm.head_dim * llm.max_position_embeddings  # rotary tables of every position
-        longest = 1 << max(10, (work.max_think_token_n - 1).bit_length())
-        # The rows that are fed next, the tokens that were drawn, counters and seeds.
-        total += min(work.batch, MAX_TEXTS) * (H * itemsize + 8 * (longest + 9))
+        capacity = token_capacity(work.max_think_token_n)
+        # Per text: the row fed next, the drawn tokens, four counters, start slot, seed and three sampling numbers.
+        total += min(work.batch, MAX_TEXTS) * (H * itemsize + 8 * (capacity + 9))
     if work.draws:
         latents = work.group * work.latents
         guided, steps = work.guided_steps
-        apart = work.branches > 1 and guided < steps  # steps without guidance have a packed forward of their own
+        apart = work.branches > 1 and guided < steps  # unguided steps have packed buffers of their own
         for branches in {work.branches, 1} if apart else {work.branches}:
             rows = branches * work.group * work.rows
             total += rows * (H * itemsize + 8) + _plan(llm, rows)
-        table = 1 << max(6, (steps - 1).bit_length())
-        total += (latents + table) * H * itemsize + latents * config.latent_features * 4
-        total += (table + 2) * work.group * 20  # guidance's parameters of every step, and where its rows are
+        capacity = step_capacity(steps)
+        total += (latents + capacity) * H * itemsize  # embeddings of positions and times
+        total += latents * config.latent_features * 4  # the state
+        total += (capacity + 2) * work.group * 20  # cfg_table of every step, image_table of both packed forwards
         total += 4 * (work.latents * config.latent_features + 3 * math.prod(work.drawn))  # a latent and its pixels
     return total

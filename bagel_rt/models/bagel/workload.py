@@ -1,4 +1,4 @@
-"""What a request asks of the runtime, in numbers: tokens, rows, branches. Derived as the runtime derives them."""
+"""The size of a request in tokens, rows and branches, derived as the runtime derives them."""
 
 import math
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from bagel_rt.validation import check, check_fields, checked, integer, one_of
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be run. ValueError if it could not be.
+    """A request in numbers. ValueError if it could not run.
 
     Attributes:
-        config: the model's.
+        config: of the model.
         dtype: of the weights; the autoencoder is float32 in any case.
-        task: "generate", "edit" or "chat"; an interleaved answer takes what an edit takes.
-        size: (height, width) of the pictures to generate; default the model's largest square. An edit has the size of
-            its last input.
-        images: (height, width) of each input picture before the resize rule; default none, for an edit one of ``size``.
-        batch: requests at once.
+        task: "generate", "edit" or "chat"; an interleaved answer needs what an edit needs.
+        size: (height, width) of the images to generate; default the model's largest square. An edit has the size of its
+            last input.
+        images: (height, width) of each input image before the resize rule; default none, for an edit one of ``size``.
+        batch: number of requests run together.
         text_tokens: tokens of a request's texts, a system prompt and all frames included.
         max_think_token_n: tokens that the model may write before it draws, or as an answer; default none, for a chat
             the task's.
-        settings: of the denoising; default the task's.
+        settings: how images are denoised; default the task's.
         graphs: whether steps are captured as CUDA graphs.
     """
 
@@ -61,13 +61,17 @@ class Workload:
         check("max_think_token_n", self.max_think_token_n, integer(0, limit))
         self.config.check_size(*self.size)
         if (self.task == "edit") > len(self.images) or (self.task == "generate" and self.images):
-            raise ValueError(f"images: {len(self.images)} given; an edit takes at least one, a generation none")
+            raise ValueError(
+                f"images must have at least one entry for an edit and none to generate, got {len(self.images)}"
+            )
         if len(self.images) > MAX_INPUTS or any(side < 1 for pair in self.images for side in pair):
-            raise ValueError(f"images: allowed are up to {MAX_INPUTS} sizes, (height, width) from 1 pixel on")
+            raise ValueError(
+                f"images must be up to {MAX_INPUTS} sizes (height, width) of at least 1, got {self.images}"
+            )
 
     @property
     def draws(self) -> bool:
-        """Whether pictures are generated."""
+        """Whether images are generated."""
         return self.task != "chat"
 
     @property
@@ -77,12 +81,12 @@ class Workload:
 
     @property
     def resized(self) -> list[tuple[int, int]]:
-        """(height, width) of the input pictures after the autoencoder's resize rule."""
+        """(height, width) of the input images after the autoencoder's resize rule."""
         return [self.config.vae_transform.output_size(width, height)[::-1] for height, width in self.images]
 
     @property
     def drawn(self) -> tuple[int, int]:
-        """(height, width) of the pictures that are generated."""
+        """(height, width) of the generated images."""
         return self.resized[-1] if self.images else self.size
 
     @property
@@ -116,9 +120,9 @@ class Workload:
     @property
     def branches(self) -> int:
         """Branches of a guided step that see different contexts."""
-        asked = branches_of(self.settings, guided=self.guided_steps[0] > 0)
+        count = branches_of(self.settings, guided=self.guided_steps[0] > 0)
         # Without images and thoughts the context without images equals the conditional one, and is computed once.
-        return asked if self.images or self.written else min(asked, 2)
+        return count if self.images or self.written else min(count, 2)
 
     @property
     def group(self) -> int:

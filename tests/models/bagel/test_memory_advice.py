@@ -42,15 +42,15 @@ def test_advice_is_what_the_changed_request_takes_best_first():
     request = {"dtype": torch.float32, "task": "edit", "images": [(1024, 1024)] * 2, "max_think_token_n": 2048}
     estimate, available = expected_memory(BAGEL_7B_MOT, batch=3, **request), int(45e9)
     advice = estimate.advice(available)
-    saved = [float(re.search(r": (-?[\d.]+) GB less, ([\d.]+) GB in all", line)[1]) for line in advice]
+    saved = [float(re.search(r": (-?[\d.]+) GB less, ([\d.]+) GB in total", line)[1]) for line in advice]
     assert saved[:-1] == sorted(saved[:-1], reverse=True) and saved[-1] == max(saved)
     for said, change in {
         "bfloat16 weights": {"dtype": torch.bfloat16},
         "one request at a time": {"batch": 1},
-        "the last input picture alone": {"images": [(1024, 1024)]},
-        "pictures of 512 x 512 pixels": {"images": [(512, 512)] * 2},
+        "only the last input image": {"images": [(1024, 1024)]},
+        "images of 512x512": {"images": [(512, 512)] * 2},
         "max_think_token_n=256": {"max_think_token_n": 256},
-        "all of it": {
+        "all of these": {
             "dtype": torch.bfloat16,
             "batch": 1,
             "images": [(512, 512)],
@@ -61,29 +61,29 @@ def test_advice_is_what_the_changed_request_takes_best_first():
     }.items():
         [line] = [line for line in advice if line.startswith(said)]
         changed = expected_memory(BAGEL_7B_MOT, **{"batch": 3} | request | change)
-        verdict = "enough" if changed.total <= available else "still too much"
+        verdict = "fits" if changed.total <= available else "still too much"
         assert (
-            f"{(estimate.total - changed.total) / 1e9:.1f} GB less, {changed.total / 1e9:.1f} GB in all, {verdict}"
+            f"{(estimate.total - changed.total) / 1e9:.1f} GB less, {changed.total / 1e9:.1f} GB in total, {verdict}"
             in line
         )
-    assert advice[-1].endswith("enough")
+    assert advice[-1].endswith("fits")
 
 
 def test_advice_says_when_nothing_helps():
     advice = expected_memory(BAGEL_7B_MOT).advice(int(24e9))
-    assert advice[-1] == "no request fits: the weights alone take 29.6 GB" and not any(
-        "enough" in line for line in advice
+    assert advice[-1] == "no request fits: the weights alone need 29.6 GB" and not any(
+        "fits" in line for line in advice
     )
-    assert not any("24" in line or "enough" in line for line in expected_memory(BAGEL_7B_MOT).advice())
+    assert not any("24" in line or "fits" in line for line in expected_memory(BAGEL_7B_MOT).advice())
 
 
 def test_an_explanation_names_the_parts_and_the_remedies():
     said = explain(BAGEL_7B_MOT, torch.bfloat16, task="edit", available=int(32e9))
     estimate = expected_memory(BAGEL_7B_MOT, task="edit")
-    assert f"about {estimate.total / 1e9:.1f} GB in all; the device has 32.0 GB" in said
-    assert re.search(r"\nweights +29\.55 GB\n", said) and "\n- pictures of 512 x 512 pixels" in said
-    assert "free what other programs" not in said
-    assert "free what other programs" in explain(BAGEL_7B_MOT, torch.bfloat16, available=int(80e9))
+    assert f"about {estimate.total / 1e9:.1f} GB in total; the device has 32.0 GB" in said
+    assert re.search(r"\nweights +29\.55 GB\n", said) and "\n- images of 512x512" in said
+    assert "free the memory that other programs" not in said
+    assert "free the memory that other programs" in explain(BAGEL_7B_MOT, torch.bfloat16, available=int(80e9))
 
 
 def test_the_parts_add_up():
@@ -97,9 +97,9 @@ def test_the_parts_add_up():
 @pytest.mark.parametrize(
     "workload, graphs, phase",
     [
-        ({"graphs": False}, None, "decoding pictures"),
-        ({}, "denoising", "decoding pictures"),  # while the first picture is decoded, before that is captured
-        ({"task": "edit"}, "decoding pictures", "encoding pictures"),  # from the second request on
+        ({"graphs": False}, None, "decoding images"),
+        ({}, "denoising", "decoding images"),  # while the first picture is decoded, before that is captured
+        ({"task": "edit"}, "decoding images", "encoding images"),  # from the second request on
         ({"task": "chat"}, "decoding text", "prefill"),
         ({"batch": 64}, None, "growing the KV cache"),  # before anything is captured
     ],
@@ -117,9 +117,9 @@ def test_captured_work_keeps_its_memory_while_other_work_runs(workload, graphs, 
         ({"dtype": torch.float64}, "dtype must be .* got torch.float64"),
         ({"size": (1000, 1024)}, "multiples of 16 from 16 to 1024, got 1024x1000"),
         ({"size": (2048, 1024)}, "from 16 to 1024"),
-        ({"images": [(64, 64)]}, "a generation none"),
-        ({"task": "edit", "images": []}, "an edit takes at least one"),
-        ({"task": "edit", "images": [(64, 0)]}, "from 1 pixel on"),
+        ({"images": [(64, 64)]}, "none to generate, got 1"),
+        ({"task": "edit", "images": []}, "at least one entry for an edit"),
+        ({"task": "edit", "images": [(64, 0)]}, "of at least 1, got"),
         ({"batch": 0}, "batch must be an integer from 1 to 64, got 0"),
         ({"text_tokens": 0}, "text_tokens must be .* got 0"),
         ({"max_think_token_n": 40000}, "max_think_token_n must be .* got 40000"),
@@ -136,10 +136,10 @@ def test_refuses_what_could_not_be_run(workload, message):
 def test_command_tells_what_fits():
     said = good("memory", "--available", 80)
     estimate = expected_memory(BAGEL_7B_MOT)
-    assert f"in all {estimate.total / 1e9:37.2f} GB\nfits in 80.0 GB" in said
+    assert f"total {estimate.total / 1e9:38.2f} GB\nfits in 80.0 GB" in said
     said = good("memory", "--available", 32, "--batch", 4)
     assert "\ndoes not fit in 32.0 GB; to reduce it:\n" in said and "\none request at a time (batch 1): " in said
-    assert "\ngraphs=False, which is slower: " in said
+    assert "\ngraphs=False, slower: " in said
 
 
 def test_command_as_json():
