@@ -20,7 +20,7 @@ tiled as in FlashAttention-2, Dao 2023, arXiv:2307.08691), in powers of two. No 
 Triton 3.6 and 3.7 abort on a loop of products beside a specialised one, and on queries not loaded by a descriptor.
 
 Work: 4 Hq D flops per visible pair; K and V of a context are read once per block of queries and KV head, from L2 as a
-rule. The gradient is in :mod:`bagel_rt.kernels.attention_backward`.
+rule. The gradient is in :mod:`.attention_backward`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Gradient of attention in queries, keys and values, from the output and log-sum-exp that the forward left.
 
-With P = exp(scale q . K - lse) over the visible slots (see :mod:`bagel_rt.kernels.attention`), dO and dlse the
+With P = exp(scale q . K - lse) over the visible slots (see :mod:`.attention`), dO and dlse the
 gradients of its outputs, and delta[r, h] = dO[r, h] . O[r, h] - dlse[h, r]:
 
     dV = P^T dO        dS = P * (dO V^T - delta)        dQ = scale dS K        dK = scale dS^T Q
@@ -202,7 +202,7 @@ def visits(blocks, slots, tile):
     """Which query blocks see which tiles of slots, made on the device of ``blocks`` without asking it anything.
 
     Args:
-        blocks: [n, 7] int32, query blocks as in :func:`bagel_rt.kernels.attention.attention`.
+        blocks: [n, 7] int32, query blocks as in :func:`.attention.attention`.
         slots: number of slots of the cache.
         tile: slots a tile; the last one may have fewer.
 
@@ -260,7 +260,7 @@ def _fake(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
     fake=_fake,
 )
 def attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
-    """Gradients of :func:`bagel_rt.kernels.attention.attention`, which calls this through autograd.
+    """Gradients of :func:`.attention.attention`, which calls this through autograd.
 
     Args:
         grad: [T, Hq, D], of ``out``; dtype of ``q``.

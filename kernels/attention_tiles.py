@@ -1,6 +1,6 @@
 """How the kernels of attention walk a plan: query blocks in tiles of (row, head) pairs, their spans in tiles of slots.
 
-The spans of a query block (see :mod:`bagel_rt.kernels.attention`) are cut into whole tiles of BLOCK_N slots that every
+The spans of a query block (see :mod:`.attention`) are cut into whole tiles of BLOCK_N slots that every
 row sees, and small tiles of BLOCK_TAIL slots for what is left of both, where a row sees only the slots below a bound.
 """
 

@@ -3,13 +3,13 @@
     out[b, h] = softmax(scale * q[b, h] . K) V   over the visible slots, zero for a row that sees none
 
 Query head h reads KV head h // (Hq // Hkv). The Hq // Hkv queries of a KV head are the rows of one small matrix, so
-each key and value is read once per sequence, not once per query head. Rounding as in :mod:`bagel_rt.kernels.attention`;
+each key and value is read once per sequence, not once per query head. Rounding as in :mod:`.attention`;
 the CUDA kernel leaves probabilities in float32.
 
 The CUDA kernel splits the keys of a sequence among up to 32 blocks; the last of them to finish joins the partial
 softmaxes, in order (split-KV as in Flash-Decoding, Dao et al. 2023). How it splits depends on the sequence's length
 alone, so what else is in the batch changes no bit. Where the extension has no kernel (float16, head widths that do not
-make a power of two of 16-byte vectors), the Triton kernel of :mod:`bagel_rt.kernels.attention` runs, on blocks of one
+make a power of two of 16-byte vectors), the Triton kernel of :mod:`.attention` runs, on blocks of one
 row.
 
 Traffic: K and V of every sequence once, with more than 8 query heads a KV head once for every 8; memory-bound.

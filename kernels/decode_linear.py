@@ -5,8 +5,8 @@
     y = residual + h w^T            residual
     y = silu(z_2i) * z_2i+1         swiglu, z = h w^T; rows of w alternate gate and up
 
-Formulas and rounding of h as in :mod:`bagel_rt.kernels.norm`, of the epilogues as in the kernel of
-:mod:`bagel_rt.kernels.linear`: products accumulate in float32 and y is rounded once. A row's result does not depend on
+Formulas and rounding of h as in :mod:`.norm`, of the epilogues as in the kernel of
+:mod:`.linear`: products accumulate in float32 and y is rounded once. A row's result does not depend on
 the rows beside it, bit for bit.
 
 The kernel (csrc/decode_linear.cu) takes up to 8 rows. Other calls are composed of those two ops, which is also the

@@ -1,8 +1,8 @@
 """The QKV projection of a decoded token: RMSNorm, product, bias, QK-norm, RoPE and the cache write, in one launch.
 
-    h   = RMSNorm(x) with weight norm              as in bagel_rt.kernels.norm
-    qkv = h w^T + bias, rounded                    as in bagel_rt.kernels.linear
-    q   = rotated and normalised query heads       as in bagel_rt.kernels.qk_norm_rope;
+    h   = RMSNorm(x) with weight norm              as in kernels/norm.py
+    qkv = h w^T + bias, rounded                    as in kernels/linear.py
+    q   = rotated and normalised query heads       as in kernels/qk_norm_rope.py;
     keys, likewise, and values go to slot slots[b] of the caches
 
 The kernel (csrc/decode_qkv.cu) takes up to 8 rows, a bias, a QK-norm and heads of 16 i <= 128 channels: each block

@@ -16,7 +16,7 @@ Work: 2 T K N flops; traffic: both weights once, x and y once.
 The kernel is one persistent launch over both groups: a tile of the output belongs to one of them and takes its weight
 by a choice between two descriptors (or pointers), once per tile. Tiles of the second are spread evenly among those
 of the first, so that a group of two rows, all weight traffic, streams while the other one, all arithmetic, computes.
-The gradient is in :mod:`bagel_rt.kernels.linear_backward`.
+The gradient is in :mod:`.linear_backward`.
 """
 
 import torch

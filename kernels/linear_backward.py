@@ -3,7 +3,7 @@
     dx = dy w        dw = dy^T x        dbias = sum of dy over the rows        dresidual = dy
 
 Each product is made where it belongs, without gathers or copies. With SwiGLU dy is that of the product before it,
-which is computed again. (:func:`bagel_rt.kernels.linear.linear` keeps it instead: its layer has all gates before all
+which is computed again. (:func:`.linear.linear` keeps it instead: its layer has all gates before all
 ups in the weight, and PyTorch differentiates SwiGLU behind it.)
 """
 
@@ -16,7 +16,7 @@ def linear_backward(grad, x, w_first, w_rest, G, needs_dx=True):
 
     Args:
         grad: [T, N], of the result.
-        x, w_first, w_rest, G: as given to :func:`bagel_rt.kernels.linear.linear`.
+        x, w_first, w_rest, G: as given to :func:`.linear.linear`.
         needs_dx: whether dx is wanted; None otherwise.
 
     Returns:

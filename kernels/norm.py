@@ -5,7 +5,7 @@ two experts. Statistics are float32 (float64 for float64 rows); the normalised v
 *before* the weight, as in Qwen2 (Zhang & Sennrich 2019, arXiv:1910.07467; order: transformers Qwen2RMSNorm).
 
 The kernel holds whole rows in registers: one row a program, a few if rows are narrow. Traffic: reads x and r, writes y
-and x + r, each [T, H]; memory-bound. The gradient is in :mod:`bagel_rt.kernels.norm_backward`.
+and x + r, each [T, H]; memory-bound. The gradient is in :mod:`.norm_backward`.
 """
 
 import torch

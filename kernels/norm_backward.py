@@ -16,7 +16,7 @@ def rms_norm_backward(grad, x, w_first, w_rest, G, eps):
     Args:
         grad: [T, H], of the normalised rows.
         x: [T, H], the rows that were normalised.
-        w_first, w_rest, G, eps: as given to :func:`bagel_rt.kernels.norm.rms_norm`.
+        w_first, w_rest, G, eps: as given to :func:`.norm.rms_norm`.
 
     Returns:
         (dx [T, H], dw_first [H], dw_rest [H]), in the dtype of ``x``.

@@ -12,7 +12,7 @@ as in GPT-NeoX and Qwen2). All of it in float32 (float64 for float64 rows), roun
 Values pass untouched. Keys and values of row r go to slot ``slots[r]`` of the caches; other slots stay as they are.
 
 One program of the kernel takes one row; every number is read once and written once. Traffic: reads qkv, writes q, k
-and v; memory-bound. The gradient is in :mod:`bagel_rt.kernels.qk_norm_rope_backward`.
+and v; memory-bound. The gradient is in :mod:`.qk_norm_rope_backward`.
 """
 
 import torch

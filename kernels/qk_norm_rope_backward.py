@@ -17,7 +17,7 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
         dq: [T, Hq, D], of the queries.
         dk, dv: [S, Hkv, D], of the caches after the op.
         qkv, norm_first, norm_rest, cos, sin, slots, G, eps: as given to
-            :func:`bagel_rt.kernels.qk_norm_rope.qk_norm_rope`.
+            :func:`.qk_norm_rope.qk_norm_rope`.
 
     Returns:
         (dqkv like ``qkv``, dnorm_first, dnorm_rest [Hq + Hkv, D]), in the dtype of ``qkv``; None for no QK-norm.
