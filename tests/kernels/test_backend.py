@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bagel_rt import Bagel
-from bagel_rt.kernels import linear, rms_norm
+from bagel_rt.kernels import configs, linear, rms_norm
 from bagel_rt.kernels.backend import backend, check_backend, check_devices, choose_backend, runs_kernel
 from bagel_rt.kernels.registry import OPS, implementation
 
@@ -117,6 +118,15 @@ except ValueError as error:
     computed, refused = python(code).stdout.splitlines()
     assert computed == "[4.0, 8.0] reference"
     assert refused == "backend 'triton' is chosen, but Triton is not installed; pip has it for Linux only"
+
+
+def test_the_kernels_are_a_package_by_themselves(tmp_path):
+    shutil.copytree(configs.PATH.parent, tmp_path / "alone", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import sys, torch, alone
+print(alone.linear(torch.ones(1, 4), torch.ones(1, 4)).item(), any(name.startswith("bagel_rt") for name in sys.modules))
+"""
+    assert python(code, PYTHONPATH=str(tmp_path)).stdout == "4.0 False\n"
 
 
 def test_info_names_what_runs_each_op():
