@@ -32,10 +32,13 @@ from bagel_rt.ui.app import Page  # noqa: E402
 from bagel_rt.ui.controls import EXPLAINED  # noqa: E402
 from bagel_rt.ui.examples import EDITED  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not (NEEDED or (CHROMIUM and DRIVER)),
-    reason="no Chromium with its driver here: apt-get install chromium chromium-driver",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (NEEDED or (CHROMIUM and DRIVER)),
+        reason="no Chromium with its driver here: apt-get install chromium chromium-driver",
+    ),
+]
 TABS = {
     "draw": "Text to image",
     "edit": "Image editing",
