@@ -257,6 +257,7 @@ def test_a_stage_leaves_no_process_behind(tmp_path):
     assert begun[0].returncode == -9 and not gpu_check._RUNNING
 
 
+@pytest.mark.slow
 def test_a_run_that_is_terminated_ends_what_it_started(tmp_path):
     code = """
 import sys, torch
@@ -298,6 +299,7 @@ def test_our_own_wrong_result_is_a_problem_and_a_peers_is_not():
     assert report.problems(Stage("kernels", rows)) == ["w: WRONG"]
 
 
+@pytest.mark.slow
 def test_the_tests_stage_counts_and_keeps_the_log_of_what_fails(tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_good.py").write_text("def test_one(): pass\ndef test_two(): pass\n")

@@ -103,6 +103,7 @@ def does_not_compile(x, w_first, w_rest, G, eps):
     raise RuntimeError("at 3:4:\n    x = y\n        ^\nNameError('y is not defined')")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel, error, note",
     [
@@ -164,6 +165,7 @@ def test_what_is_no_op_is_refused():
 LARGE = [case for case in CASES if not case.interpreted and not re.search("gate and up|down|vocabulary", case.name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.op}: {case.name}")
 def test_sizes_that_only_a_gpu_runs_fit_their_references(case):
     call, reference = case.build(Values(torch.device("cpu"), torch.bfloat16))
@@ -189,6 +191,7 @@ def without_the_last_keys_in_the_sum(q, k, v, limits, blocks, scale):
     return out, attention_lse_reference(q, k, v, (limits - 32).clamp(min=1), blocks, scale)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, kernel, name",
     [

@@ -164,6 +164,7 @@ def test_full_disk_leaves_no_partial_image(tmp_path, monkeypatch):
     assert out.read_text() == "old" and os.listdir(tmp_path) == ["out.png"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_leaves_no_file(tmp_path):
     out = tmp_path / "out.png"
     arguments = ["generate", "x", "-o", str(out), "--num-timesteps", "1000", "--progress", "--device", "cpu"]
@@ -372,6 +373,7 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_closed_pipe_causes_no_traceback():
     command = [sys.executable, "-m", "bagel_rt.cli", "conformance", str(PACK), "--case", "0[0-2]*"]
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

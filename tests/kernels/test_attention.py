@@ -86,7 +86,8 @@ PLANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("block_q", [pytest.param(5, marks=pytest.mark.slow), 128], ids="blocks-of-{}".format)
+@pytest.mark.slow
+@pytest.mark.parametrize("block_q", [5, 128], ids="blocks-of-{}".format)
 @pytest.mark.parametrize("segments", PLANS.values(), ids=PLANS)
 def test_matches_dense_softmax_on(device, segments, block_q):
     check_plan(device, segments, block_q)

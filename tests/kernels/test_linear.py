@@ -52,6 +52,7 @@ def assert_matches(y, expected):
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("T, G, K, N", SHAPES)

@@ -243,6 +243,7 @@ def listening(command):
         server.stderr.close()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_requests_finish(threads):
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--port", "0", "--device", "cpu", "--grace", "100"]
     command += ["--model", str(CHECKPOINT)]
@@ -258,6 +259,7 @@ def test_sigterm_lets_requests_finish(threads):
         assert "Traceback" not in log.result()
 
 
+@pytest.mark.slow
 def test_second_interrupt_ends_the_server_at_once(threads):
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--port", "0", "--device", "cpu", "--grace", "1000"]
     command += ["--model", str(CHECKPOINT), "--steps", "1000"]

@@ -70,6 +70,7 @@ def test_tensors_of_one_shape_differ_by_their_names():
     assert (a == b).float().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_a_seed_means_the_same_in_every_process_and_for_any_number_of_threads():
     script = (
         "import hashlib, os, torch; from bagel_rt.models.bagel.random_checkpoint import random_tensor\n"
