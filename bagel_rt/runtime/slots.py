@@ -11,13 +11,13 @@ from contextlib import contextmanager
 
 import torch
 
-GROWTH = 4096  # slots by which the buffers grow at least on CUDA, where growing moves what graphs were captured with
+GROWTH = 4096  # minimum slots by which the buffers grow on CUDA, where growing invalidates captured graphs
 
 
 class KVCache:
     """Keys (after QK-norm and RoPE) and values of every layer, [layers, slots, kv_heads, head_dim] each.
 
-    The buffers grow when no free range is long enough; slot numbers stay valid, tensors held from before do not.
+    The buffers grow when no free range is long enough. Slot numbers stay valid; tensors taken before do not.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device, slots: int = 0):
@@ -25,7 +25,7 @@ class KVCache:
         self._free: list[tuple[int, int]] = []  # disjoint (start, length), sorted, never adjacent
         self._returned: list[tuple[int, int]] = []  # released since; a finalizer may append at any moment
         self._tracking: weakref.WeakSet[SlotRange] | None = None  # collects the ranges that are allocated
-        self.moved: list[Callable[[], None]] = []  # called whenever the buffers are replaced by others
+        self.moved: list[Callable[[], None]] = []  # called whenever the buffers are replaced
         self.slots = 0
         self.k = torch.empty(layers, 0, *self._shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
@@ -39,7 +39,7 @@ class KVCache:
         return sum(length for _, length in self._free)
 
     def allocate(self, length: int) -> int:
-        """First slot of a range of ``length`` free slots; the cache grows, by a half at least, when there is none."""
+        """Take ``length`` contiguous free slots; returns the first. The cache grows by at least a half if it must."""
         self._merge_returned()
         for index, (start, room) in enumerate(self._free):
             if room >= length:
@@ -53,7 +53,7 @@ class KVCache:
         return self.allocate(length)
 
     def release(self, start: int, length: int) -> None:
-        """Give a range back. Safe to call from a finalizer: the range is merged by the next allocation."""
+        """Free a range. Safe to call from a finalizer: the next allocation merges it."""
         self._returned.append((start, length))
 
     @contextmanager
@@ -66,7 +66,7 @@ class KVCache:
             self._tracking = before
 
     def trim(self) -> None:
-        """Give the buffers back to the device if no range holds a slot."""
+        """Free the buffers if no range holds a slot."""
         if self.free_slots == self.slots > 0:
             self._free, self.slots = [], 0
             self._replace(*(buffer.new_empty(buffer.shape[0], 0, *self._shape) for buffer in (self.k, self.v)))
@@ -97,7 +97,7 @@ class KVCache:
         if length > 0:
             old = (self.k, self.v)
             shape = (self.k.shape[0], self.slots + length, *self._shape)
-            grown = [buffer.new_empty(shape) for buffer in old]  # may run out of memory: nothing has changed yet
+            grown = [buffer.new_empty(shape) for buffer in old]  # may run out of memory: nothing has changed so far
             for new, buffer in zip(grown, old, strict=True):
                 new[:, : self.slots] = buffer
             self.slots += length
@@ -115,17 +115,17 @@ class KVCache:
 class SlotRange:
     """An append-only slot range that contexts share as prefixes.
 
-    Its slots return to the cache when it is collected, or when ``release()`` is called; it is of no use afterwards.
+    Its slots return to the cache when it is collected or when ``release()`` is called, after which it must not be used.
     """
 
     def __init__(self, cache: KVCache, capacity: int):
         self.start = cache.allocate(capacity)
         self.capacity = capacity
-        self.holders: weakref.WeakSet = weakref.WeakSet()  # contexts (anything with a ``length``) living here
+        self.holders: weakref.WeakSet = weakref.WeakSet()  # contexts (anything with a ``length``) in this range
         self.release = weakref.finalize(self, cache.release, self.start, capacity)  # runs once, now or at the end
         if cache._tracking is not None:
             cache._tracking.add(self)
 
     def can_extend(self, length: int, extra: int) -> bool:
-        """Whether a holder of that length may write ``extra`` more slots in place: room, and nobody lives there."""
+        """Whether a context of ``length`` can write ``extra`` slots in place: they exist and no context is longer."""
         return length + extra <= self.capacity and all(holder.length <= length for holder in self.holders)
