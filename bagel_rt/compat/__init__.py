@@ -1,4 +1,4 @@
-"""For code that was written for the official repository: its inferencer, and its modules with this runtime inside."""
+"""Drop-in replacements for the official repository: its inferencer class, and its modules accelerated in place."""
 
 from bagel_rt.compat.accelerate import Acceleration, accelerate
 from bagel_rt.compat.inferencer import InterleaveInferencer

@@ -1,11 +1,12 @@
-"""The official module, loaded by the official code, with this runtime behind its entry points."""
+"""Accelerate official modules: replace their inference methods, keep their weights."""
 
 import torch
 from torch import nn
 
-from bagel_rt.compat.adopt import adopt_config, adopt_model, generates
+from bagel_rt.compat.convert import convert_config, has_visual_gen
 from bagel_rt.compat.entry_points import EntryPoints
 from bagel_rt.compat.exclusive import exclusive
+from bagel_rt.compat.weight_sharing import build_shared_model
 from bagel_rt.models.bagel.model import BagelModel
 
 ENTRY_POINTS = (
@@ -16,69 +17,72 @@ ENTRY_POINTS = (
     "generate_text",
     "chat",
 )
-_MARK = "_bagel_rt_acceleration"
+_MARKER = "_bagel_rt_acceleration"  # attribute of an accelerated module
 
 
 class Acceleration:
-    """An official module whose entry points are replaced, until :meth:`restore`.
+    """An official module with replaced entry points; :meth:`restore` puts the official ones back.
 
     Attributes:
-        entry_points: what replaces them; None after :meth:`restore`.
+        entry_points: the replacements; None after :meth:`restore`.
     """
 
     def __init__(self, model: nn.Module, vae_model: nn.Module | None = None):
-        """See :func:`accelerate`."""
-        if _MARK in vars(model):
-            raise ValueError("the module is accelerated already; restore() it before")
-        config = adopt_config(model)
-        adopted = adopt_model(model, vae_model, config)
-        self.entry_points: EntryPoints | None = EntryPoints(adopted, generates=generates(model))
-        replaced = {model: {name: getattr(self.entry_points, name) for name in ENTRY_POINTS}}
+        """Arguments as for :func:`accelerate`."""
+        if _MARKER in vars(model):
+            raise ValueError("model must not be accelerated already. Call restore() on its Acceleration first.")
+        shared = build_shared_model(model, vae_model, convert_config(model))
+        self.entry_points: EntryPoints | None = EntryPoints(shared, visual_gen=has_visual_gen(model))
+        replacements = {model: {name: getattr(self.entry_points, name) for name in ENTRY_POINTS}}
         if vae_model is not None:
-            replaced[vae_model] = {"encode": _sampling(adopted, vae_model), "decode": _decoding(adopted)}
-        self._before = {module: {n: vars(module).get(n) for n in names} for module, names in replaced.items()}
-        for module, names in replaced.items():
-            vars(module).update(names)
-        vars(model)[_MARK] = self
+            replacements[vae_model] = {"encode": _vae_encode(shared, vae_model), "decode": _vae_decode(shared)}
+        self._originals = {
+            module: {name: vars(module).get(name) for name in methods} for module, methods in replacements.items()
+        }
+        for module, methods in replacements.items():
+            vars(module).update(methods)
+        vars(model)[_MARKER] = self
 
     def restore(self) -> None:
-        """Put the official entry points back. Weights stay where they are: the module computes with them as before.
+        """Put the official entry points back.
 
-        The KV cache and what was captured are given up, as soon as no context of them is held.
+        The parameters stay views of fused tensors, with which the module computes as before. The KV cache and the CUDA
+        graphs are freed when the last of their contexts is.
         """
-        for module, names in self._before.items():
-            for name, value in names.items():
+        for module, methods in self._originals.items():
+            for name, method in methods.items():
                 vars(module).pop(name, None)
-                if value is not None:
-                    vars(module)[name] = value
-            vars(module).pop(_MARK, None)
-        self._before, self.entry_points = {}, None
+                if method is not None:
+                    vars(module)[name] = method
+            vars(module).pop(_MARKER, None)
+        self._originals, self.entry_points = {}, None
 
 
 def accelerate(model: nn.Module, vae_model: nn.Module | None = None) -> Acceleration:
-    """Let this runtime do the inference of an official ``Bagel`` module, without a second copy of its weights.
+    """Run the inference of an official ``Bagel`` module on this runtime, without a second copy of its weights.
 
-    The module's cache updates, ``generate_image``, ``generate_text`` and ``chat`` keep their arguments and results;
-    scripts, and the official inferencer and app, go on as they are. A cache that was filled before cannot be used.
+    The module's cache updates, ``generate_image``, ``generate_text`` and ``chat`` keep their arguments and results, so
+    scripts and the official inferencer and app run unchanged. A cache that was filled before cannot be used.
 
     Args:
-        model: loaded by the official code, whole, on one device, in one dtype. With ``visual_gen=False`` it answers and
-            cannot draw.
-        vae_model: the official autoencoder; with it, its ``encode`` and ``decode`` are replaced too, and run on the
-            model's device, in float32: where it is elsewhere or of another dtype, on a copy of it.
+        model: loaded by the official code, not offloaded, on one device, in one dtype. With ``visual_gen=False`` it
+            generates text only.
+        vae_model: the official autoencoder. If given, its ``encode`` and ``decode`` are replaced too and run on the
+            model's device in float32, on a copy if the autoencoder has another device or dtype.
 
     Returns:
-        What :meth:`~Acceleration.restore` undoes it with.
+        The handle to undo it with: :meth:`~Acceleration.restore`.
 
     Raises:
-        TypeError, ValueError: the module is another one, quantised or offloaded, or accelerated already; nothing was
+        TypeError, ValueError: not an official module, quantized or offloaded, or already accelerated; nothing was
             changed.
     """
     return Acceleration(model, vae_model)
 
 
-def _sampling(model: BagelModel, official: nn.Module):
-    """``encode`` as officially: the posterior is sampled with torch's generator of the official module's device."""
+def _vae_encode(model: BagelModel, official: nn.Module):
+    """The replacement of ``encode``. As officially, the posterior is sampled with the torch generator of the official
+    autoencoder's device."""
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         config = model.vae.config
@@ -91,7 +95,9 @@ def _sampling(model: BagelModel, official: nn.Module):
     return encode
 
 
-def _decoding(model: BagelModel):
+def _vae_decode(model: BagelModel):
+    """The replacement of ``decode``."""
+
     def decode(latent: torch.Tensor) -> torch.Tensor:
         with exclusive(model), torch.no_grad():
             return model.vae.decode(latent.to(model.device, torch.float32)).to(latent.device)

@@ -1,4 +1,4 @@
-"""What official callers pass from call to call, and what of their arguments is read or refused."""
+"""Reading and checking the arguments of the official entry points."""
 
 from collections.abc import Sequence
 
@@ -8,59 +8,73 @@ from bagel_rt.models.bagel.embed import position_ids
 from bagel_rt.runtime.context import Context
 
 
-class Contexts:
-    """What the official code keeps in its ``NaiveCache``: here contexts, one for each sample of a batch.
+class ContextBatch:
+    """One context per sample of a batch, in place of the official ``NaiveCache``.
 
-    ``copy.deepcopy`` of it costs nothing: copies share their slots until one of them goes another way.
+    ``copy.deepcopy`` copies no keys and values: a copy shares its slots until one of the two is extended.
     """
 
     def __init__(self, contexts: Sequence[Context]):
         self.contexts = list(contexts)
 
-    def __deepcopy__(self, memo) -> "Contexts":
-        return Contexts([context.clone() for context in self.contexts])
+    def __deepcopy__(self, memo) -> "ContextBatch":
+        return ContextBatch([context.clone() for context in self.contexts])
 
     @property
     def seq_lens(self) -> int:
-        """Tokens of all samples together."""
+        """Number of cached tokens, summed over samples."""
         return sum(context.length for context in self.contexts)
 
 
-def grid_of(ids: torch.Tensor, side: int, interpolate: bool) -> tuple[int, int]:
-    """(rows, columns) of the grid whose flattened position ids these are.
+def grid_from_position_ids(name: str, ids: torch.Tensor, max_side: int, interpolate: bool) -> tuple[int, int]:
+    """(grid_h, grid_w) of the grid with these flattened position ids; the other arguments as for ``position_ids``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no grid has these ids; the message begins with ``name``, the argument.
     """
     count, ids = len(ids), ids.cpu()
-    for rows in range(1, count + 1):
-        if count % rows == 0 and (interpolate or max(rows, count // rows) <= side):
-            if torch.equal(position_ids(rows, count // rows, side, interpolate), ids):
-                return rows, count // rows
-    raise ValueError(f"{count} position ids that are no grid of a table of {side} x {side}: {ids[:8].tolist()}, ...")
+    for grid_h in range(1, count + 1):
+        grid_w, remainder = divmod(count, grid_h)
+        if remainder == 0 and (interpolate or max(grid_h, grid_w) <= max_side):
+            if torch.equal(position_ids(grid_h, grid_w, max_side, interpolate), ids):
+                return grid_h, grid_w
+    raise ValueError(
+        f"{name} must be the ids of a grid in a {max_side}x{max_side} position table, got {count} ids: "
+        f"{ids[:8].tolist()}, .... Pass what the official prepare_* function returns."
+    )
 
 
-def check_grid(ids: torch.Tensor, grid: tuple[int, int], side: int, interpolate: bool) -> None:
-    """ValueError if these are not the flattened position ids of a grid."""
-    if not torch.equal(ids.cpu(), position_ids(*grid, side, interpolate)):
+def check_latent_position_ids(ids: torch.Tensor, grid: tuple[int, int], max_side: int, interpolate: bool) -> None:
+    """Raise ValueError unless these are the flattened position ids of the grid (grid_h, grid_w)."""
+    if not torch.equal(ids.cpu(), position_ids(*grid, max_side, interpolate)):
         raise ValueError(
-            f"packed_vae_position_ids {ids[:8].tolist()}, ... are not those of a grid of {grid[0]} x {grid[1]} in a "
-            f"table of {side} x {side}: give what prepare_vae_images returns"
+            f"packed_vae_position_ids must be the ids of a grid of {grid[0]} rows and {grid[1]} columns in a "
+            f"{max_side}x{max_side} position table, got {ids[:8].tolist()}, .... Pass what prepare_vae_images returns."
         )
 
 
-def check_positions(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """ValueError if RoPE positions are others than those of a content."""
-    if not torch.equal(found.cpu(), wanted.cpu()):
-        raise ValueError(f"position ids {found[:4].tolist()}, ... are not those of one content behind another")
+def first_position(positions: torch.Tensor, step: int) -> int:
+    """The first of the RoPE positions of one text (``step`` 1) or one image (``step`` 0).
+
+    Raises:
+        ValueError: the positions do not go up by ``step`` from token to token.
+    """
+    first = int(positions[0])
+    if not torch.equal(positions, first + step * torch.arange(len(positions)).to(positions)):
+        allowed = "consecutive in a text" if step else "equal in an image"
+        raise ValueError(
+            f"RoPE positions must be {allowed}, got {positions[:4].tolist()}, .... Pass what the official prepare_* "
+            "function returns."
+        )
+    return first
 
 
-def answer_of(text: str) -> str:
-    """What stands between the first frame's markers, by the official rule."""
+def extract_answer(text: str) -> str:
+    """The text between the first pair of start and end markers, as the official code cuts it."""
     return text.split("<|im_end|>")[0].split("<|im_start|>")[1]
 
 
-def refuse_taylorseer(enabled: bool) -> None:
-    """ValueError if it is asked for."""
+def reject_taylorseer(enabled: bool) -> None:
+    """Raise ValueError if ``enable_taylorseer`` is set."""
     if enabled:
-        raise ValueError("enable_taylorseer is True: step caching is not supported, and changes pictures; leave it off")
+        raise ValueError("enable_taylorseer must be False, got True. Step caching changes images and is not supported.")

@@ -1,8 +1,8 @@
-"""The official module's inference entry points, with its own arguments, over this runtime.
+"""The inference entry points of the official module, with its arguments, on this runtime.
 
-The official code packs every call itself: token ids, indexes into the sequence with and without the cache, lengths,
-positions. Here these follow from what a context is. What a caller could have chosen otherwise (positions, grids, start
-tokens, noise) is taken from the arguments; the indexes, which can only be what they are, are not looked at.
+Official callers pack every call themselves: token ids, lengths, RoPE positions, and indexes into the sequence with and
+without the cache. The runtime derives the indexes from the context, so index arguments are ignored. Position ids,
+grids, start tokens and noise are read from the arguments, because callers may choose them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,16 @@ import torch
 from tqdm import tqdm
 
 from bagel_rt.compat.arguments import (
-    Contexts,
-    answer_of,
-    check_grid,
-    check_positions,
-    grid_of,
-    refuse_taylorseer,
+    ContextBatch,
+    check_latent_position_ids,
+    extract_answer,
+    first_position,
+    grid_from_position_ids,
+    reject_taylorseer,
 )
-from bagel_rt.compat.exclusive import WeightSync, exclusive, guarded
-from bagel_rt.models.bagel.contents import MARKERS, NoisedImage, Text, VAEImage, ViTImage
+from bagel_rt.compat.exclusive import entry_point, exclusive
+from bagel_rt.compat.weight_sharing import WeightSync
+from bagel_rt.models.bagel.contents import MARKERS, Content, NoisedImage, Text, VAEImage, ViTImage
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.settings import ImageSettings
@@ -28,22 +29,23 @@ from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.decode import MAX_TEXTS, Sampling, generate_tokens
 from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
 from bagel_rt.runtime.graphs import GraphCache
+from bagel_rt.validation import invalid
 
 
 class EntryPoints:
-    """The entry points of one model. Names, arguments in their order, defaults and results are the official module's.
+    """The entry points of one model. Names, arguments in order, defaults and results are the official module's.
 
-    They may be called from several threads: one of them works at a time.
+    Thread-safe: calls run one at a time.
     """
 
-    def __init__(self, model: BagelModel, cache=None, graphs: GraphCache | None = None, generates: bool = True):
+    def __init__(self, model: BagelModel, cache=None, graphs: GraphCache | None = None, visual_gen: bool = True):
         """
         Args:
             model: the network.
-            cache, graphs: of an engine that they are shared with; by default own ones.
-            generates: False if the weights that draw are missing.
+            cache, graphs: to share them with an engine; None for new ones.
+            visual_gen: False if the model has no generation weights.
         """
-        self.model, self.generates = model, generates
+        self.model, self.visual_gen = model, visual_gen
         self.cache = model.make_cache() if cache is None else cache
         self.graphs = graphs or GraphCache.for_device(model.device)
         if graphs is None:
@@ -51,9 +53,9 @@ class EntryPoints:
         self._weights, self._depth = WeightSync(model, self.graphs), 0
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """What a computation runs under, without gradients too. The outermost one looks whether weights have changed:
-        what runs inside it need not."""
+    def inference_scope(self) -> Iterator[None]:
+        """Exclusive use of the model in inference mode, with derived weights up to date. May be nested; only the
+        outermost scope checks the weights."""
         with exclusive(self.model), torch.inference_mode():
             if not self._depth:
                 self._weights.sync()
@@ -63,15 +65,17 @@ class EntryPoints:
             finally:
                 self._depth -= 1
 
-    def check_generates(self) -> None:
-        """ValueError if the module cannot draw."""
-        if not self.generates:
-            raise ValueError(
-                "the module was loaded with visual_gen=False: it answers, but neither draws nor encodes pictures for "
-                "drawing; load it with visual_gen=True"
+    def check_visual_gen(self) -> None:
+        """Raise ValueError if the model has no generation weights."""
+        if not self.visual_gen:
+            raise invalid(
+                "visual_gen",
+                False,
+                "True to generate images or to encode them with the autoencoder",
+                "Load the module with visual_gen=True",
             )
 
-    @guarded
+    @entry_point
     def forward_cache_update_text(
         self,
         past_key_values,
@@ -81,23 +85,14 @@ class EntryPoints:
         packed_text_indexes,
         packed_key_value_indexes,
         key_values_lens,
-    ) -> Contexts:
-        """Append a text to each sample's context. Ids come framed; positions must go up by one a token."""
+    ) -> ContextBatch:
+        """Append a text to each sample's context. The ids include the start and end token."""
         lengths = text_token_lens.tolist()
-        found = self._open(past_key_values, key_values_lens)
-        prefill = Prefill(self.model, self.cache)
-        parts = zip(
-            found.contexts, packed_text_ids.split(lengths), packed_text_position_ids.split(lengths), strict=True
-        )
-        for context, ids, positions in parts:
-            first = int(positions[0])
-            check_positions(positions, torch.arange(first, first + len(ids)))
-            context.position = first
-            prefill.append(context, Text(tuple(ids.tolist())))
-        prefill.run()
-        return found
+        texts = [Text(tuple(ids.tolist())) for ids in packed_text_ids.split(lengths)]
+        positions = packed_text_position_ids.split(lengths)
+        return self._append(past_key_values, key_values_lens, texts, positions, position_step=1)
 
-    @guarded
+    @entry_point
     def forward_cache_update_vit(
         self,
         past_key_values,
@@ -112,18 +107,17 @@ class EntryPoints:
         packed_indexes,
         packed_key_value_indexes,
         key_values_lens,
-    ) -> Contexts:
-        """Append a picture's ViT patches, [rows * columns, features], to each sample's context."""
-        self._take_markers(packed_text_ids)
-        config, lengths = self.model.config, vit_token_seqlens.tolist()
-        sides = (config.vit.max_patches_per_side, config.interpolate_pos)
-        grids = [grid_of(ids, *sides) for ids in packed_vit_position_ids.split(lengths)]
-        images = [ViTImage(p, *grid) for p, grid in zip(packed_vit_tokens.split(lengths), grids, strict=True)]
-        found = self._open(past_key_values, key_values_lens)
-        self._append_images(found.contexts, images, packed_position_ids, packed_seqlens)
-        return found
+    ) -> ContextBatch:
+        """Append an image's ViT patches, [grid_h * grid_w, features], to each sample's context."""
+        self._set_markers(packed_text_ids)
+        lengths, images = vit_token_seqlens.tolist(), []
+        table = (self.model.config.vit.max_patches_per_side, self.model.config.interpolate_pos)
+        for patches, ids in zip(packed_vit_tokens.split(lengths), packed_vit_position_ids.split(lengths), strict=True):
+            images.append(ViTImage(patches, *grid_from_position_ids("packed_vit_position_ids", ids, *table)))
+        positions = packed_position_ids.split(packed_seqlens.tolist())
+        return self._append(past_key_values, key_values_lens, images, positions, position_step=0)
 
-    @guarded
+    @entry_point
     def forward_cache_update_vae(
         self,
         vae_model,
@@ -140,29 +134,29 @@ class EntryPoints:
         packed_indexes,
         key_values_lens,
         packed_key_value_indexes,
-    ) -> Contexts:
-        """Append a picture's clean latents to each sample's context; ``vae_model.encode`` makes them where it is."""
-        self.check_generates()
-        self._take_markers(packed_text_ids)
+    ) -> ContextBatch:
+        """Append an image's clean latents to each sample's context; ``vae_model.encode`` computes them, on the device
+        and in the dtype of ``vae_model``."""
+        self.check_visual_gen()
+        self._set_markers(packed_text_ids)
         if packed_timesteps.any():
-            raise ValueError(f"packed_timesteps is {packed_timesteps.tolist()}: pictures in a context are clean, at 0")
+            raise invalid("packed_timesteps", packed_timesteps.tolist(), "0, because images in a context are clean")
         config = self.model.config
-        grids = [(int(rows), int(columns)) for rows, columns in patchified_vae_latent_shapes]
-        ids = packed_vae_position_ids.split([rows * columns for rows, columns in grids])
-        for of_image, grid in zip(ids, grids, strict=True):
-            check_grid(of_image, grid, config.max_latent_size, config.interpolate_pos)
         patch, images = config.latent_patch_size, []
-        if "encode" not in vars(vae_model):  # one that is accelerated takes pixels as they are
+        grids = [(int(grid_h), int(grid_w)) for grid_h, grid_w in patchified_vae_latent_shapes]
+        lengths = [grid_h * grid_w for grid_h, grid_w in grids]
+        for ids, grid in zip(packed_vae_position_ids.split(lengths), grids, strict=True):
+            check_latent_position_ids(ids, grid, config.max_latent_size, config.interpolate_pos)
+        if "encode" not in vars(vae_model):  # an accelerated autoencoder converts the pixels itself
             padded_images = padded_images.to(next(vae_model.parameters()))
-        padded = vae_model.encode(padded_images)
-        for latent, (rows, columns) in zip(padded, grids, strict=True):
-            tokens = patchify(latent[:, : rows * patch, : columns * patch], patch)
-            images.append(VAEImage(tokens, rows, columns))
-        found = self._open(past_key_values, key_values_lens)
-        self._append_images(found.contexts, images, packed_position_ids, packed_seqlens)
-        return found
+        padded_latents = vae_model.encode(padded_images)
+        for latent, (grid_h, grid_w) in zip(padded_latents, grids, strict=True):
+            tokens = patchify(latent[:, : grid_h * patch, : grid_w * patch], patch)
+            images.append(VAEImage(tokens, grid_h, grid_w))
+        positions = packed_position_ids.split(packed_seqlens.tolist())
+        return self._append(past_key_values, key_values_lens, images, positions, position_step=0)
 
-    @guarded
+    @entry_point
     def generate_image(
         self,
         packed_text_ids,
@@ -196,51 +190,55 @@ class EntryPoints:
         cfg_type="parallel",
         enable_taylorseer=False,
     ) -> tuple[torch.Tensor, ...]:
-        """Denoise a picture for each sample: latents [rows * columns, features] of each, on the noise's device.
+        """Denoise an image for each sample.
 
-        Unlike officially, the norm of ``cfg_renorm_type="global"`` is each picture's own. ``cfg_type`` plays no part,
-        as officially.
+        Unlike in the official code, the norm of ``cfg_renorm_type="global"`` is taken over each image, not over the
+        batch. ``cfg_type`` has no effect, as in the official code.
+
+        Returns:
+            Latents [grid_h * grid_w, features] of each image, on the device of the noise.
         """
-        refuse_taylorseer(enable_taylorseer)
-        self.check_generates()
-        self._take_markers(packed_text_ids)
+        reject_taylorseer(enable_taylorseer)
+        self.check_visual_gen()
+        self._set_markers(packed_text_ids)
         settings = ImageSettings(
             cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_min, cfg_renorm_type, timestep_shift, num_timesteps
         )
         lengths = packed_seqlens.tolist()
-        contexts = self._at(past_key_values, key_values_lens, packed_position_ids, lengths)
-        guided = settings.cfg_text_scale > 1
-        no_text = no_img = contexts
-        if guided:
-            no_text = self._at(
-                cfg_text_past_key_values, cfg_text_key_values_lens, cfg_text_packed_position_ids, lengths
-            )
-        if guided and settings.cfg_img_scale > 1:
-            branch = (cfg_img_past_key_values, cfg_img_key_values_lens, cfg_img_packed_position_ids)
-            no_img = self._at(*branch, lengths)
+        cond = self._clone_contexts(past_key_values, key_values_lens, packed_position_ids, lengths)
+        no_text = no_img = cond
+        # Without text guidance the official code drops image guidance too.
+        if settings.cfg_text_scale > 1:
+            branch = (cfg_text_past_key_values, cfg_text_key_values_lens, cfg_text_packed_position_ids)
+            no_text = self._clone_contexts(*branch, lengths)
+            if settings.cfg_img_scale > 1:
+                branch = (cfg_img_past_key_values, cfg_img_key_values_lens, cfg_img_packed_position_ids)
+                no_img = self._clone_contexts(*branch, lengths)
         tokens, config = [length - MARKERS for length in lengths], self.model.config
-        sides = (config.max_latent_size, config.interpolate_pos)
-        grids = [grid_of(ids, *sides) for ids in packed_vae_position_ids.split(tokens)]
+        table = (config.max_latent_size, config.interpolate_pos)
+        grids = [
+            grid_from_position_ids("packed_vae_position_ids", ids, *table)
+            for ids in packed_vae_position_ids.split(tokens)
+        ]
         noises = packed_init_noises.split(tokens)
         tasks = [
             DenoisingTask(NoisedImage(*grid), noise, tuple(branches))
-            for grid, noise, *branches in zip(grids, noises, contexts, no_text, no_img, strict=True)
+            for grid, noise, *branches in zip(grids, noises, cond, no_text, no_img, strict=True)
         ]
         return tuple(self.denoise(tasks, settings, packed_init_noises.device))
 
-    @guarded
     def denoise(
         self, tasks: Sequence[DenoisingTask], settings: ImageSettings, device: torch.device
     ) -> list[torch.Tensor]:
-        """The latents [tokens, features] of each image, on a device, with a progress bar as officially."""
+        """Denoise with a progress bar, as officially; the latents [tokens, features] of each image, on ``device``."""
         guidance = self.model.guidance(tasks, [settings] * len(tasks))
         with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
             for index in tqdm(range(len(denoiser))):
                 denoiser.step(index)
-            with torch.inference_mode(False):  # the caller's tensors are ordinary ones
+            with torch.inference_mode(False):  # callers get ordinary tensors, which autograd accepts
                 return [latents.to(device, copy=True) for latents in denoiser.images()]
 
-    @guarded
+    @entry_point
     def generate_text(
         self,
         past_key_values,
@@ -253,115 +251,124 @@ class EntryPoints:
         temperature=1.0,
         end_token_id=None,
     ) -> torch.Tensor:
-        """Write a text behind each sample's context: ids int64 [steps, samples], the start token first.
+        """Generate a text after each sample's context. The contexts do not change.
 
-        As officially, the first sample's end ends all; a sample that has ended before is filled with the end token.
-        The contexts are left as they are. Sampling is seeded from torch's generator of the model's device.
+        As in the official code, the batch ends when its first sample does. Here a sample that ends earlier is padded
+        with the end token. Sampling is seeded from the torch generator of the model's device.
+
+        Returns:
+            Token ids, int64 [steps, samples], beginning with the start token.
 
         Raises:
-            ValueError: more than 8 samples, or start tokens that differ.
+            ValueError: more than 8 samples, or different start tokens.
         """
         starts = packed_start_tokens.tolist()
         if len(set(starts)) != 1 or len(starts) > MAX_TEXTS:
-            raise ValueError(
-                f"packed_start_tokens is {starts}: one call writes 1 to {MAX_TEXTS} samples, which begin with the same "
-                "token; make several calls"
+            raise invalid(
+                "packed_start_tokens",
+                starts,
+                f"1 to {MAX_TEXTS} equal tokens, one per sample",
+                "Split the batch over several calls",
             )
-        contexts = self._at(past_key_values, key_values_lens, packed_query_position_ids, [1] * len(starts))
-        ids = self.write(contexts, starts[0], end_token_id, max_length, do_sample, temperature)
-        with torch.inference_mode(False):  # the caller's tensor is an ordinary one
+        contexts = self._clone_contexts(past_key_values, key_values_lens, packed_query_position_ids, [1] * len(starts))
+        ids = self.generate_ids(contexts, starts[0], end_token_id, max_length, do_sample, temperature)
+        with torch.inference_mode(False):  # as in denoise()
             return torch.tensor(ids, device=packed_start_tokens.device).T.contiguous()
 
-    @guarded
-    def write(
+    def generate_ids(
         self, contexts: Sequence[Context], start: int, end: int | None, max_length: int, do_sample, temperature
     ) -> list[list[int]]:
-        """The ids of a text behind each context, equally many: as many as the first has, with the start token."""
-        sampling = [Sampling(temperature, seed=draw_seed(self.model)) if do_sample else Sampling() for _ in contexts]
+        """Token ids of a text after each context, ``start`` included, cut or padded to the length of the first."""
+        sampling = [
+            Sampling(temperature, seed=draw_sampling_seed(self.model)) if do_sample else Sampling() for _ in contexts
+        ]
         end = -1 if end is None else end
         texts: list[list[int]] = [[start] for _ in contexts]
-        run = generate_tokens(self.model, self.model.text, contexts, start, end, max_length, sampling, self.graphs)
-        with closing(run) as tokens:
-            for number, token in tokens:
-                texts[number].append(token)
+        decoding = generate_tokens(self.model, self.model.text, contexts, start, end, max_length, sampling, self.graphs)
+        with closing(decoding) as tokens:
+            for index, token in tokens:
+                texts[index].append(token)
         length = len(texts[0])
         return [(text + [end] * length)[:length] for text in texts]
 
-    @guarded
+    @entry_point
     def chat(
         self, tokenizer, new_token_ids, image_transform, images, prompt, max_length, do_sample=False, temperature=1.0
     ) -> str:
-        """Answer a question about pictures, with the official module's tokenizer and transform."""
-        marks = {name: int(token) for name, token in new_token_ids.items()}
-        self._take_markers(torch.tensor([marks["start_of_image"], marks["end_of_image"]]))
-        context, prefill = Context(self.cache), Prefill(self.model, self.cache)
+        """Answer a prompt about images, with the official tokenizer and transform."""
+        marker_ids = {name: int(token) for name, token in new_token_ids.items()}
+        start, end = marker_ids["bos_token_id"], marker_ids["eos_token_id"]
+        self._set_markers(torch.tensor([marker_ids["start_of_image"], marker_ids["end_of_image"]]))
+        context, prefill, patch = Context(self.cache), Prefill(self.model, self.cache), self.model.config.vit.patch_size
         for image in images:
-            prefill.append(context, self._patches(image_transform(image)))
-        prefill.append(context, Text((marks["bos_token_id"], *tokenizer.encode(prompt), marks["eos_token_id"])))
+            pixels = image_transform(image)
+            grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+            prefill.append(context, ViTImage(patchify(pixels, patch), *grid))
+        prefill.append(context, Text((start, *tokenizer.encode(prompt), end)))
         prefill.run()
-        [ids] = self.write([context], marks["bos_token_id"], marks["eos_token_id"], max_length, do_sample, temperature)
-        return answer_of(tokenizer.decode(ids))
+        [ids] = self.generate_ids([context], start, end, max_length, do_sample, temperature)
+        return extract_answer(tokenizer.decode(ids))
 
-    def _patches(self, pixels: torch.Tensor) -> ViTImage:
-        """A transformed picture [3, height, width] as ViT patches."""
-        patch = self.model.config.vit.patch_size
-        return ViTImage(patchify(pixels, patch), pixels.shape[1] // patch, pixels.shape[2] // patch)
-
-    def _take_markers(self, ids: torch.Tensor) -> None:
-        """The ids of a picture's start and end, which an official module is only told at each call."""
-        found = [tuple(pair) for pair in ids.view(-1, 2).tolist()]
-        markers = self.model.markers or found[0]
-        if any(pair != markers for pair in found):
-            raise ValueError(
-                f"packed_text_ids frames pictures by {found}, before by {markers}: use one pair of markers"
-            )
+    def _set_markers(self, ids: torch.Tensor) -> None:
+        """Set the model's image markers from (start, end) pairs; official modules only get them with each call."""
+        pairs = [tuple(pair) for pair in ids.view(-1, 2).tolist()]
+        markers = self.model.markers or pairs[0]
+        if any(pair != markers for pair in pairs):
+            raise invalid("packed_text_ids", pairs, f"{markers} for every image", "Use one pair of image markers")
         self.model.markers = markers
 
-    def _open(self, past_key_values, key_values_lens) -> Contexts:
-        """The caller's contexts, to be appended to; new ones for an empty official cache."""
+    def _get_contexts(self, past_key_values, key_values_lens) -> ContextBatch:
+        """Check the caller's cache against its lengths. An empty cache, official or not, gets new contexts."""
         lengths = key_values_lens.tolist()
-        if isinstance(past_key_values, Contexts):
-            found = past_key_values
-            if not found.contexts:
-                found.contexts += [Context(self.cache) for _ in lengths]
+        if isinstance(past_key_values, ContextBatch):
+            batch = past_key_values
         elif getattr(past_key_values, "seq_lens", None) == 0:
-            found = Contexts([Context(self.cache) for _ in lengths])
+            batch = ContextBatch([])
         else:
             raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__} with keys in it: begin with an empty cache "
-                "after the module was accelerated"
+                "past_key_values must be empty or returned by the accelerated module, got a "
+                f"{type(past_key_values).__name__} that is neither. Start with an empty cache after accelerate()."
             )
-        have = [context.length for context in found.contexts]
-        if have != lengths:
-            raise ValueError(f"key_values_lens is {lengths}, but the contexts hold {have} tokens")
-        if any(context.cache is not self.cache for context in found.contexts):
-            raise ValueError("past_key_values belongs to another model")
-        return found
+        if not batch.contexts:
+            batch.contexts += [Context(self.cache) for _ in lengths]
+        cached = [context.length for context in batch.contexts]
+        if cached != lengths:
+            raise invalid("key_values_lens", lengths, f"{cached}, the lengths of past_key_values")
+        if any(context.cache is not self.cache for context in batch.contexts):
+            raise ValueError("past_key_values must belong to this model. Start with an empty cache.")
+        return batch
 
-    def _at(self, past_key_values, key_values_lens, position_ids, lengths: list[int]) -> list[Context]:
-        """Clones of the caller's contexts, at the positions that follow by the caller's count."""
+    def _clone_contexts(self, past_key_values, key_values_lens, position_ids, lengths: list[int]) -> list[Context]:
+        """Copies of the caller's contexts, which are not extended, at the RoPE positions that the caller passed."""
         if past_key_values is None:
-            raise ValueError("guidance is on, but the cache of its branch is None")
-        clones = []
-        for context, positions in zip(
-            self._open(past_key_values, key_values_lens).contexts, position_ids.split(lengths), strict=True
-        ):
-            clones.append(context.clone())
-            clones[-1].position = int(positions[0])
-            check_positions(positions, positions[:1].expand_as(positions))
+            raise ValueError("the cache of a guidance branch must be set when guidance is on, got None.")
+        contexts = self._get_contexts(past_key_values, key_values_lens).contexts
+        clones = [context.clone() for context in contexts]
+        for clone, positions in zip(clones, position_ids.split(lengths), strict=True):
+            clone.position = first_position(positions, 0)
         return clones
 
-    def _append_images(self, contexts, images, packed_position_ids, packed_seqlens) -> None:
+    def _append(
+        self,
+        past_key_values,
+        key_values_lens,
+        contents: Sequence[Content],
+        positions: Sequence[torch.Tensor],
+        position_step: int,
+    ) -> ContextBatch:
+        """Append one content to each sample's context, at the RoPE positions that the caller passed."""
+        batch = self._get_contexts(past_key_values, key_values_lens)
         prefill = Prefill(self.model, self.cache)
-        parts = zip(contexts, images, packed_position_ids.split(packed_seqlens.tolist()), strict=True)
-        for context, image, positions in parts:
-            context.position = int(positions[0])
-            check_positions(positions, positions[:1].expand_as(positions))
-            prefill.append(context, image)
+        for context, content, of_content in zip(batch.contexts, contents, positions, strict=True):
+            context.position = first_position(of_content, position_step)
+            prefill.append(context, content)
         prefill.run()
+        return batch
 
 
-def draw_seed(model: BagelModel) -> int:
-    """Of a sampler, from the generator of the model's device, which the official code samples with: on a GPU the
-    latents' noise, which the host's generator draws, is the same with and without sampled texts."""
+def draw_sampling_seed(model: BagelModel) -> int:
+    """A seed from the torch generator of the model's device, with which the official code samples tokens.
+
+    On a GPU, latent noise comes from the CPU generator, so it is the same with and without sampled text.
+    """
     return int(torch.randint(2**62, (), device=model.device))

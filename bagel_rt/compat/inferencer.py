@@ -1,12 +1,13 @@
-"""The official ``InterleaveInferencer`` over this runtime: a script changes the line that imports it."""
+"""The official ``InterleaveInferencer`` on this runtime: a script only changes its import."""
 
 import torch
 from PIL import Image
 
-from bagel_rt.compat.adopt import adopt_config, adopt_model, adopt_tokenizer, generates
-from bagel_rt.compat.arguments import Contexts, refuse_taylorseer
-from bagel_rt.compat.entry_points import EntryPoints, draw_seed
-from bagel_rt.compat.exclusive import guarded
+from bagel_rt.compat.arguments import ContextBatch, reject_taylorseer
+from bagel_rt.compat.convert import convert_config, convert_tokenizer, has_visual_gen
+from bagel_rt.compat.entry_points import EntryPoints, draw_sampling_seed
+from bagel_rt.compat.exclusive import entry_point
+from bagel_rt.compat.weight_sharing import build_shared_model
 from bagel_rt.models.bagel.contents import NoisedImage
 from bagel_rt.models.bagel.contexts import Noise, frame_text, noise_shapes
 from bagel_rt.models.bagel.images import to_rgb
@@ -21,12 +22,12 @@ VLM_THINK_SYSTEM_PROMPT, GEN_THINK_SYSTEM_PROMPT = THINK_BEFORE_ANSWER, THINK_BE
 
 
 class InterleaveInferencer:
-    """The official class: its arguments, defaults, attributes and results.
+    """The official class, with its arguments, defaults, attributes and results.
 
-    Whole requests run as this runtime's own: equal guidance branches once, steps as CUDA graphs. The methods on
-    contexts (``init_gen_context``, ``update_context_text``, ...) are there for scripts that arrange them themselves.
-    Noise is drawn from torch's generators, as officially, so ``torch.manual_seed`` decides the picture. Several threads
-    may call it; one of them works at a time.
+    Requests run through this runtime's engine: equal guidance branches are computed once, and steps replay CUDA graphs.
+    Scripts that build contexts themselves can use ``init_gen_context``, ``update_context_text`` and so on. As
+    officially, noise comes from torch's global generators, so ``torch.manual_seed`` determines the image. Thread-safe:
+    calls run one at a time.
     """
 
     def __init__(
@@ -34,37 +35,52 @@ class InterleaveInferencer:
     ):
         """
         Args:
-            model: an official ``Bagel`` module, whose weights are taken over in place (see
-                :func:`bagel_rt.compat.accelerate`); or a :class:`bagel_rt.Bagel`, and nothing else.
-            vae_model: the official autoencoder; on another device, or of another dtype than float32, a copy is made of
-                it. None for a module of ``visual_gen=False``.
+            model: an official ``Bagel`` module, whose weights are shared (see :func:`bagel_rt.compat.accelerate`); or a
+                :class:`bagel_rt.Bagel`, without further arguments.
+            vae_model: the official autoencoder, copied if it is on another device than the model or not float32. None
+                for a module with ``visual_gen=False``.
             tokenizer: the Hugging Face tokenizer, with the special tokens added.
-            vae_transform, vit_transform: the official ``ImageTransform`` of either.
-            new_token_ids: ids of the markers, as ``add_special_tokens`` returns them.
+            vae_transform, vit_transform: the official ``ImageTransform`` objects.
+            new_token_ids: token ids of the markers, as ``add_special_tokens`` returns them.
 
         Raises:
-            TypeError, ValueError: an object is another than the official scripts give; nothing was changed.
+            TypeError, ValueError: an argument is missing or not the official object; nothing was changed.
         """
-        draws = True
-        if not isinstance(model, Bagel):
-            draws = generates(model)
-            needed = [tokenizer, vae_transform, vit_transform, new_token_ids, *([vae_model] if draws else [])]
-            if any(argument is None for argument in needed):
-                raise TypeError("of an official module give all six arguments, as the official scripts do")
-            own_tokenizer = adopt_tokenizer(tokenizer, new_token_ids)
-            config = adopt_config(model, vae_transform, vit_transform)
-            markers = (own_tokenizer.start_of_image, own_tokenizer.end_of_image)
-            self.bagel = Bagel(adopt_model(model, vae_model, config, markers), own_tokenizer)
-        else:
+        visual_gen = True
+        if isinstance(model, Bagel):
             self.bagel = model
+        else:
+            visual_gen = has_visual_gen(model)
+            required = {
+                "tokenizer": tokenizer,
+                "vae_transform": vae_transform,
+                "vit_transform": vit_transform,
+                "new_token_ids": new_token_ids,
+            }
+            if visual_gen:
+                required["vae_model"] = vae_model
+            missing = [name for name, argument in required.items() if argument is None]
+            if missing:
+                raise TypeError(
+                    f"{', '.join(missing)} must be given with an official module, got None. Pass all six arguments of "
+                    "the official inferencer."
+                )
+            own_tokenizer = convert_tokenizer(tokenizer, new_token_ids)
+            config = convert_config(model, vae_transform, vit_transform)
+            markers = (own_tokenizer.start_of_image, own_tokenizer.end_of_image)
+            self.bagel = Bagel(build_shared_model(model, vae_model, config, markers), own_tokenizer)
         self.model, self.vae_model, self.tokenizer = model, vae_model, tokenizer
         self.vae_transform, self.vit_transform, self.new_token_ids = vae_transform, vit_transform, new_token_ids
         engine = self.bagel.engine
-        self._entry_points = EntryPoints(engine.model, engine.cache, engine.graphs, draws)
-        self.working = self._entry_points.working  # what the methods run under
+        self._entry_points = EntryPoints(engine.model, engine.cache, engine.graphs, visual_gen)
+        self.inference_scope = self._entry_points.inference_scope  # for @entry_point
 
     def __call__(self, image: Image.Image | None = None, text: str | None = None, **kargs) -> dict:
-        """``{"image": ..., "text": ...}`` of a picture, a text, or both; options as :meth:`interleave_inference`."""
+        """Run a request of an image, a text, or both; keyword arguments as for :meth:`interleave_inference`.
+
+        Returns:
+            ``{"image": ..., "text": ...}``, None for what was not generated.
+        """
         output = {"image": None, "text": None}
         inputs = [part for part in (image, text) if part is not None]
         if not inputs:
@@ -74,7 +90,7 @@ class InterleaveInferencer:
             output["text" if isinstance(part, str) else "image"] = part
         return output
 
-    @guarded
+    @entry_point
     def interleave_inference(
         self,
         input_lists: list[str | Image.Image],
@@ -93,18 +109,21 @@ class InterleaveInferencer:
         image_shapes=(1024, 1024),
         enable_taylorseer=False,
     ) -> list[str | Image.Image]:
-        """Texts and pictures in; out a text (``understanding_output``), or a picture, after its thought if any.
+        """Run a request of texts and images.
+
+        Returns:
+            [text] with ``understanding_output``; else [image], or [thought, image] with ``think``.
 
         Raises:
-            ValueError: a value out of range, a part that is neither text nor picture, or ``enable_taylorseer``.
+            ValueError: a value is out of range, a part is neither text nor image, or ``enable_taylorseer`` is set.
         """
-        refuse_taylorseer(enable_taylorseer)
+        reject_taylorseer(enable_taylorseer)
         for part in input_lists:
             if not isinstance(part, (str, Image.Image)):
-                raise ValueError(f"Unsupported input type: {type(part)}; give str and PIL images")
+                raise ValueError(f"input_lists must hold str and PIL images only, got {type(part).__name__}.")
         image = None
         if not understanding_output:
-            self._entry_points.check_generates()
+            self._entry_points.check_visual_gen()
             if not any(isinstance(part, Image.Image) for part in input_lists):
                 self.bagel.check_size(tuple(image_shapes))
             image = ImageSettings(
@@ -113,9 +132,9 @@ class InterleaveInferencer:
             )  # fmt: skip
         text = TextSettings(max_think_token_n, do_sample, text_temperature)
         system = (THINK_BEFORE_ANSWER if understanding_output else THINK_BEFORE_IMAGE) if think else None
-        # Noise first: where one generator serves both, a picture's noise is the same with and without sampled texts.
-        noise = None if understanding_output else self._draw(input_lists, image_shapes)
-        seed = draw_seed(self.bagel.model) if do_sample else 0
+        # Noise before the sampling seed: on a CPU one generator serves both, and sampling must not change the noise.
+        noise = None if understanding_output else self._draw_noise(input_lists, image_shapes)
+        seed = draw_sampling_seed(self.bagel.model) if do_sample else 0
         request = Request(list(input_lists), tuple(image_shapes), seed, image, text, noise, system)
         self.bagel.check(request)
         if understanding_output:
@@ -123,40 +142,46 @@ class InterleaveInferencer:
         [result] = self.bagel.engine.run_images([request])
         return [result.image] if result.thought is None else [result.thought, result.image]
 
-    def _draw(self, parts, size) -> list[torch.Tensor]:
-        """The draws of a request from torch's generators: posteriors as the official autoencoder's, the latent on the
-        host."""
+    def _draw_noise(self, parts, size) -> list[torch.Tensor]:
+        """The noise of a request from torch's generators, in the official order: a posterior sample for each encoded
+        image, then the initial latent, which the official code draws on the CPU."""
         *posteriors, latent = noise_shapes(self.bagel.model.config, parts, size)
-        return [*map(self._draw_posterior, posteriors), torch.randn(latent)]
+        return [*map(self._draw_posterior_noise, posteriors), torch.randn(latent)]
 
-    def _draw_posterior(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A draw from the generator of the device where the official autoencoder is."""
+    def _draw_posterior_noise(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Draw from the generator of the official autoencoder's device, as the official code does."""
         device = self.bagel.model.device if self.vae_model is None else next(self.vae_model.parameters()).device
         return torch.randn(shape, device=device)
 
-    # Contexts, for scripts that arrange them themselves
+    # For scripts that build contexts themselves
 
     def init_gen_context(self) -> dict:
         """An empty context."""
-        return {"kv_lens": [0], "ropes": [0], "past_key_values": Contexts([Context(self.bagel.engine.cache)])}
+        return {"kv_lens": [0], "ropes": [0], "past_key_values": ContextBatch([Context(self.bagel.engine.cache)])}
 
-    @guarded
+    @entry_point
     def update_context_text(self, text: str, gen_context: dict) -> dict:
-        """Append a text; the context is changed and returned."""
+        """Append a text to ``gen_context``, in place, and return it."""
         return self._append(gen_context, [frame_text(self.bagel.tokenizer, text)])
 
-    @guarded
+    @entry_point
     def update_context_image(self, image: Image.Image, gen_context: dict, vae=True, vit=True) -> dict:
-        """Append a picture, already resized by the autoencoder's rule: as clean latents, as ViT patches, or as both."""
+        """Append an image to ``gen_context``, in place, and return it.
+
+        Args:
+            image: already resized by the autoencoder's rule.
+            gen_context: the context to extend.
+            vae, vit: whether to append its clean latents and its ViT patches; at least one must be True.
+        """
         if not (vae or vit):
-            raise ValueError("vae and vit are both False: a picture is seen by one of them at least")
+            raise ValueError("vae or vit must be True, got False for both.")
         model, contents = self.bagel.model, []
         image = to_rgb(image)
         if vae:
-            self._entry_points.check_generates()
+            self._entry_points.check_visual_gen()
             resized = model.config.vae_transform.resize(image)
             [shape] = noise_shapes(model.config, [resized], None)[:1]
-            contents.append(model.encode_latents(resized, Noise(0, [self._draw_posterior(shape)])))
+            contents.append(model.encode_latents(resized, Noise(0, [self._draw_posterior_noise(shape)])))
         if vit:
             contents.append(model.encode_patches(model.config.vit_transform.resize(image)))
         return self._append(gen_context, contents)
@@ -170,7 +195,7 @@ class InterleaveInferencer:
         gen_context["kv_lens"], gen_context["ropes"] = [context.length], [context.position]
         return gen_context
 
-    @guarded
+    @entry_point
     def gen_image(
         self,
         image_shape,
@@ -186,9 +211,13 @@ class InterleaveInferencer:
         timestep_shift=3.0,
         enable_taylorseer=False,
     ) -> Image.Image:
-        """Draw a picture of (height, width) from a context, guided away from two others."""
-        refuse_taylorseer(enable_taylorseer)
-        self._entry_points.check_generates()
+        """Generate an image of (height, width) pixels from a context.
+
+        ``cfg_text_precontext`` and ``cfg_img_precontext`` are the contexts of the two guidance branches; None disables
+        the guidance of a branch, because its context then equals ``gen_context``.
+        """
+        reject_taylorseer(enable_taylorseer)
+        self._entry_points.check_visual_gen()
         settings = ImageSettings(
             cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_min, cfg_renorm_type, timestep_shift, num_timesteps
         )
@@ -200,17 +229,19 @@ class InterleaveInferencer:
         [latent] = self._entry_points.denoise([task], settings, model.device)
         return self.decode_image(latent, size)
 
-    @guarded
+    @entry_point
     def decode_image(self, latent: torch.Tensor, image_shape) -> Image.Image:
-        """Latent tokens [n, features], on any device -> the picture of (height, width) that they stand for."""
+        """Decode latent tokens [n, features], on any device, to an image of (height, width) pixels."""
         model = self.bagel.model
         latent = latent.to(model.device, torch.float32)
         content = NoisedImage(*model.config.latent_grid(image_shape))
         return model.decode_image(latent, content, self.bagel.engine.graphs)
 
-    @guarded
+    @entry_point
     def gen_text(self, gen_context, max_length: int = 500, do_sample: bool = True, temperature: float = 1.0) -> str:
-        """Write a text behind a context, which is left as it is."""
+        """Generate a text after a context, which does not change."""
         tokenizer, [context] = self.bagel.tokenizer, gen_context["past_key_values"].contexts
-        [ids] = self._entry_points.write([context], tokenizer.bos, tokenizer.eos, max_length, do_sample, temperature)
+        [ids] = self._entry_points.generate_ids(
+            [context], tokenizer.bos, tokenizer.eos, max_length, do_sample, temperature
+        )
         return tokenizer.answer(ids)

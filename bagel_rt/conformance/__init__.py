@@ -1,7 +1,7 @@
-"""Comparison of the runtime with recorded behaviour of the official code ("conformance packs").
+"""Conformance: compare the runtime with recordings of the official code.
 
-A pack is a folder with a checkpoint in the official format, pictures, and cases: inputs, hyper-parameters and every
-tensor worth checking, recorded from the official code in float32.
+A conformance pack is a folder with a checkpoint in the official format, images, and cases. A case holds the inputs, the
+hyper-parameters and the intermediate and final tensors of one run of the official code in float32.
 """
 
 import json
@@ -13,26 +13,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bagel_rt.conformance.bagel import parts
-from bagel_rt.conformance.bagel.recorded import Replay
-from bagel_rt.conformance.bagel.requests import request_case
+from bagel_rt.conformance.bagel import components
+from bagel_rt.conformance.bagel.case_runner import CaseRunner
+from bagel_rt.conformance.bagel.end_to_end import run_request_case
 from bagel_rt.conformance.bagel.training import run_training_case
-from bagel_rt.conformance.compare import Comparison, agree
+from bagel_rt.conformance.compare import Comparison, compare_values
 from bagel_rt.errors import CheckpointError
 from bagel_rt.pipeline import Bagel
 
-# Which function checks a case is told by what the case recorded.
-_PARTS = {
-    "encode": parts.tokenizer_case,
-    "size_rules": parts.image_transforms_case,
-    "position_id_rows": parts.positions_case,
-    "patch_grid_hw": parts.vit_case,
+# Key of meta.json that only cases of one component have -> the function that checks them.
+_COMPONENT_CASES = {
+    "encode": components.run_tokenizer_case,
+    "size_rules": components.run_image_transforms_case,
+    "position_id_rows": components.run_positions_case,
+    "patch_grid_hw": components.run_vit_case,
 }
 
 
 @dataclass
 class CaseReport:
-    """One case: what was compared, or why nothing was."""
+    """The comparisons of one case, or the reason why it was skipped."""
 
     case: str
     comparisons: list[Comparison]
@@ -40,63 +40,61 @@ class CaseReport:
 
     @property
     def passed(self) -> bool:
-        """Nothing failed; a skipped case has not passed."""
+        """Whether there were comparisons and all passed; False for a skipped case."""
         return not self.skipped and bool(self.comparisons) and all(c.passed for c in self.comparisons)
 
     @property
     def worst(self) -> Comparison | None:
-        """A failed comparison if there is one; else the one closest to its tolerance, tensors before pictures."""
+        """The comparison to report: failed before passed, tensors before images, then by error over tolerance."""
 
         def rank(comparison):
-            relative = comparison.tolerance < 1
+            relative = comparison.tolerance < 1  # the tolerance of an image is one of 256 levels
             error = math.inf if math.isnan(comparison.error) else comparison.error
             closeness = error / comparison.tolerance if comparison.tolerance else error
             return (not comparison.passed, relative, closeness)
 
-        compared = [item for item in self.comparisons if not (item.passed and math.isnan(item.error))]
-        return max(compared, key=rank, default=None)
+        return max(self.comparisons, key=rank, default=None)
 
 
 def find_cases(pack: Path) -> list[Path]:
-    """The case folders of a pack, in order.
+    """The case folders of a pack, sorted by name.
 
     Raises:
-        CheckpointError: the folder is no pack.
+        CheckpointError: the folder is not a conformance pack.
     """
     cases = sorted(path.parent for path in (pack / "cases").glob("*/meta.json"))
     if not cases or not (pack / "checkpoint").is_dir():
         raise CheckpointError(
-            f"{pack}: no conformance pack; it has a folder 'checkpoint' and folders 'cases/<name>/meta.json'"
+            f"{pack} is not a conformance pack. Give a folder with checkpoint/ and cases/<name>/meta.json."
         )
     return cases
 
 
 @torch.inference_mode()
 def run_case(bagel: Bagel, pack: Path, case: Path) -> CaseReport:
-    """Check one case. An exception inside it is a failed comparison with its traceback as the note."""
+    """Run one case. An exception in it becomes a failed comparison whose note is the traceback."""
     try:
         meta = json.loads((case / "meta.json").read_text("utf-8"))
         if meta.get("inputs", {}).get("hyper", {}).get("enable_taylorseer"):
             return CaseReport(case.name, [], "TaylorSeer step caching is not supported")
         golden = {} if "encode" in meta else load_file(case / "tensors.safetensors")  # the tokenizer has no tensors
-        return CaseReport(case.name, _check(bagel, pack, case, meta, golden))
-    except Exception as error:  # a crash in one case must not hide the others
+        return CaseReport(case.name, _run(bagel, pack, case, meta, golden))
+    except Exception as error:  # a crash in one case must not hide the results of the others
         note = "".join(traceback.format_exception(error))
         return CaseReport(case.name, [Comparison(f"{type(error).__name__}: {error}", 1.0, 0.0, False, note)])
 
 
-def _check(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict) -> list[Comparison]:
-    for key, check in _PARTS.items():
+def _run(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict) -> list[Comparison]:
+    for key, run_component_case in _COMPONENT_CASES.items():
         if key in meta:
-            return check(bagel, pack, meta, golden)
+            return run_component_case(bagel, pack, meta, golden)
     if "packing" in meta:
         return run_training_case(bagel, pack, case)
     if "padded_images" in meta["inputs"]:
-        return parts.vae_case(bagel, pack, meta, golden)
-    replay = Replay(bagel, pack, case, meta, golden)
-    results = replay.run()
+        return components.run_vae_case(bagel, pack, meta, golden)
+    comparisons = CaseRunner(bagel, pack, case, meta, golden).run()
     if "interleave_inputs" in meta["inputs"]:
-        results += request_case(bagel, pack, case, meta, golden)
-    inputs = {name for name in golden if name.endswith((".eps", ".init_noise"))}
-    missing = sorted(set(golden) - {result.name for result in results} - inputs)
-    return results + [agree("every recorded tensor was compared", missing, [])]
+        comparisons += run_request_case(bagel, pack, case, meta, golden)
+    noise = {name for name in golden if name.endswith((".eps", ".init_noise"))}  # inputs of the case
+    not_compared = sorted(set(golden) - {item.name for item in comparisons} - noise)
+    return comparisons + [compare_values("tensors that were not compared", not_compared, [])]

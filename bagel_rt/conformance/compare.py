@@ -1,22 +1,22 @@
-"""One line of a conformance report: a computed value beside a recorded one."""
+"""Compare a computed value with a recorded one."""
 
 from dataclasses import dataclass
 
 import torch
 
-TOLERANCE = 5e-5  # of the largest recorded magnitude: float32 against float32
+TOLERANCE = 5e-5  # relative to the largest recorded magnitude; both sides are float32
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of comparing one value.
+    """The result of comparing one value.
 
     Attributes:
         name: of the recorded value.
-        error: max |got - want| / max |want| of tensors; 0 or 1 of values that are equal or not.
+        error: for tensors, max |actual - recorded| / max |recorded|; for other values, 0 if equal, else 1.
         tolerance: the largest error that passes.
-        passed: whether it did.
-        note: why it could not be compared, or why the tolerance is another.
+        passed: whether the error is within the tolerance.
+        note: why the values could not be compared, or why the tolerance is not the usual one.
     """
 
     name: str
@@ -26,30 +26,30 @@ class Comparison:
     note: str = ""
 
 
-def compare(
-    name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE, note: str = ""
+def compare_tensors(
+    name: str, actual: torch.Tensor, recorded: torch.Tensor, tolerance: float = TOLERANCE, note: str = ""
 ) -> Comparison:
-    """Compare tensors: floating ones within ``tolerance`` of the largest magnitude, others for equality."""
-    got = got.detach().cpu()
-    if got.shape != want.shape:
-        return Comparison(name, 1.0, tolerance, False, f"shape {tuple(got.shape)}, recorded {tuple(want.shape)}")
-    if not want.is_floating_point():
-        return agree(name, bool((got == want).all()), True, note)
-    if not want.numel():
+    """Compare floating-point tensors within ``tolerance`` of the largest magnitude, others for equality."""
+    actual = actual.detach().cpu()
+    if actual.shape != recorded.shape:
+        return Comparison(name, 1.0, tolerance, False, f"shape {tuple(actual.shape)}, recorded {tuple(recorded.shape)}")
+    if not recorded.is_floating_point():
+        return compare_values(name, bool((actual == recorded).all()), True, note)
+    if not recorded.numel():
         return Comparison(name, 0.0, tolerance, True, note)
-    largest = want.double().abs().max().item()
-    error = (got.double() - want.double()).abs().max().item() / (largest or 1.0)
+    scale = recorded.double().abs().max().item() or 1.0
+    error = (actual.double() - recorded.double()).abs().max().item() / scale
     return Comparison(name, error, tolerance, error <= tolerance, note)
 
 
-def agree(name: str, got, want, note: str = "") -> Comparison:
+def compare_values(name: str, actual, recorded, note: str = "") -> Comparison:
     """Compare values for equality."""
-    same = got == want
-    return Comparison(
-        name, 0.0 if same else 1.0, 0.0, same, note if same else f"{_short(got)}, recorded {_short(want)}"
-    )
+    equal = actual == recorded
+    if not equal:
+        note = f"{_shortened(actual)}, recorded {_shortened(recorded)}"
+    return Comparison(name, 0.0 if equal else 1.0, 0.0, equal, note)
 
 
-def _short(value) -> str:
+def _shortened(value) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

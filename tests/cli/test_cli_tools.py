@@ -119,7 +119,7 @@ def test_conformance_fails_if_one_case_does(spoiled_pack):
 
 def test_conformance_json_has_null_for_nan(monkeypatch):
     monkeypatch.setattr(
-        "bagel_rt.conformance.bagel.parts.time_embedding", lambda _, t: torch.full((len(t), 64), torch.nan)
+        "bagel_rt.conformance.bagel.components.time_embedding", lambda _, t: torch.full((len(t), 64), torch.nan)
     )
     result = run("conformance", PACK, "--case", "02*", "--json")
     assert result.exit_code == 1

@@ -1,6 +1,8 @@
-"""Stand-ins for what the official repository loads: modules of its attribute names and keys, its tokenizer, its
-transforms; its way of packing the arguments of an entry point; and what it was recorded to compute. Nothing here
-computes a forward."""
+"""Stand-ins for the objects of the official repository, and recorded requests to run through them.
+
+The modules have the official attributes and parameter names but no forward; the tokenizers and transforms are minimal.
+:class:`OfficialScript` packs the arguments of the entry points as the official code does.
+"""
 
 import json
 from copy import deepcopy
@@ -16,7 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bagel_rt.compat import InterleaveInferencer
-from bagel_rt.conformance.bagel.requests import _draws
+from bagel_rt.compat.arguments import extract_answer
+from bagel_rt.compat.convert import VISUAL_GEN_MODULES
+from bagel_rt.conformance.bagel.end_to_end import load_inputs, recorded_noise
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify, position_ids
 from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
@@ -26,7 +30,7 @@ GUIDANCE = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_min",
 
 
 def module_tree(state: dict[str, torch.Tensor], root: nn.Module | None = None) -> nn.Module:
-    """Nested modules with these parameters."""
+    """Nested modules with the parameters of a state dict."""
     root = nn.Module() if root is None else root
     for name, tensor in state.items():
         *path, last = name.split(".")
@@ -40,85 +44,42 @@ def module_tree(state: dict[str, torch.Tensor], root: nn.Module | None = None) -
 
 
 class NaiveCache:
-    """An official cache that nothing was put into."""
+    """An empty official cache."""
 
     seq_lens = 0
 
 
 class OfficialBagel(nn.Module):
-    """The official module: its attributes, its keys, and entry points that must not be called."""
+    """The official module, whose own entry points must not be called."""
 
     def generate_image(self, **_):
-        raise AssertionError("the official forward ran")
+        raise AssertionError("the official entry point was called")
 
     forward_cache_update_text = forward_cache_update_vit = forward_cache_update_vae = generate_image
     generate_text = chat = generate_image
 
 
 class OfficialAutoEncoder(nn.Module):
-    """The official autoencoder: its keys, and methods that must not be called."""
+    """The official autoencoder, whose own methods must not be called."""
 
     def encode(self, _):
-        raise AssertionError("the official autoencoder ran")
+        raise AssertionError("the official autoencoder was called")
 
     decode = encode
 
 
 def load_official(folder: Path, dtype=torch.float32, visual_gen=True) -> SimpleNamespace:
-    """The six arguments of the official inferencer, and ``ours``, our reading of the configuration.
+    """The six arguments of the official inferencer, and ``ours``, the checkpoint's :class:`BagelConfig`.
 
-    With ``visual_gen=False`` as the official evaluation of understanding loads it: no autoencoder, no parts that draw.
+    With ``visual_gen=False``, as in the official understanding evaluation, there are no autoencoder and no generation
+    weights.
     """
     config = BagelConfig.from_folder(folder)
-    drawing = () if visual_gen else ("vae2llm", "llm2vae", "time_embedder", "latent_pos_embed")
     stored = load_file(folder / "ema.safetensors")
-    state = {name: tensor.to(dtype) for name, tensor in stored.items() if name.split(".")[0] not in drawing}
+    left_out = () if visual_gen else VISUAL_GEN_MODULES
+    state = {name: tensor.to(dtype) for name, tensor in stored.items() if name.split(".")[0] not in left_out}
     model = module_tree(state, OfficialBagel())
-    llm, vit, vae = config.llm, config.vit, config.vae
-    model.config = SimpleNamespace(
-        visual_gen=visual_gen,
-        visual_und=True,
-        llm_config=SimpleNamespace(
-            hidden_size=llm.hidden_size,
-            num_hidden_layers=llm.num_layers,
-            num_attention_heads=llm.num_heads,
-            num_key_value_heads=llm.num_kv_heads,
-            intermediate_size=llm.intermediate_size,
-            vocab_size=llm.vocab_size,
-            rope_theta=llm.rope_theta,
-            rms_norm_eps=llm.rms_norm_eps,
-            max_position_embeddings=llm.max_position_embeddings,
-            layer_module="Qwen2MoTDecoderLayer",
-            qk_norm=True,
-            hidden_act="silu",
-            rope_scaling=None,
-        ),
-        vit_config=SimpleNamespace(
-            hidden_size=vit.hidden_size,
-            num_hidden_layers=vit.num_layers,
-            num_attention_heads=vit.num_heads,
-            intermediate_size=vit.intermediate_size,
-            patch_size=vit.patch_size,
-            layer_norm_eps=vit.layer_norm_eps,
-            hidden_act="gelu_pytorch_tanh",
-            rope=False,
-        ),
-        vae_config=None
-        if not visual_gen
-        else SimpleNamespace(
-            ch=vae.ch,
-            ch_mult=list(vae.ch_mult),
-            num_res_blocks=vae.num_res_blocks,
-            z_channels=vae.z_channels,
-            scale_factor=vae.scale_factor,
-            shift_factor=vae.shift_factor,
-        ),
-        connector_act="gelu_pytorch_tanh",
-        vit_max_num_patch_per_side=vit.max_patches_per_side,
-        latent_patch_size=config.latent_patch_size,
-        max_latent_size=config.max_latent_size if visual_gen else 2,
-        interpolate_pos=config.interpolate_pos,
-    )
+    model.config = load_official_config(folder, visual_gen)
     tokenizer = FastTokenizer(folder)
     ids = {"bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>"}
     ids |= {"start_of_image": "<|vision_start|>", "end_of_image": "<|vision_end|>"}
@@ -133,8 +94,22 @@ def load_official(folder: Path, dtype=torch.float32, visual_gen=True) -> SimpleN
     )
 
 
+def load_official_config(folder: Path, visual_gen: bool) -> SimpleNamespace:
+    """The configuration as the official scripts assemble it from the JSON files and constants."""
+    main, llm, vit = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "llm_config.json", "vit_config.json")
+    )
+    main |= {"visual_gen": visual_gen, "visual_und": True}
+    main["llm_config"] = SimpleNamespace(**llm, rope_scaling=None)
+    main["vit_config"] = SimpleNamespace(**vit | {"rope": False, "num_hidden_layers": vit["num_hidden_layers"] - 1})
+    main["vae_config"] = SimpleNamespace(**main["vae_config"]) if visual_gen else None
+    if not visual_gen:
+        main["max_latent_size"] = 2  # has no effect, because the module has no latent position table
+    return SimpleNamespace(**main)
+
+
 class FastTokenizer:
-    """As Hugging Face wraps ``tokenizers``."""
+    """Like the fast tokenizers of transformers, a wrapper of ``tokenizers``."""
 
     def __init__(self, folder: Path):
         self.backend_tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -147,7 +122,7 @@ class FastTokenizer:
 
 
 class SlowTokenizer:
-    """As Hugging Face writes a BPE in Python."""
+    """Like the slow tokenizers of transformers, a BPE in Python."""
 
     def __init__(self, folder: Path):
         self.encoder = json.loads((folder / "vocab.json").read_text())
@@ -158,7 +133,7 @@ class SlowTokenizer:
 
 
 class ImageTransform:
-    """The official transform: resize, to a tensor, to [-1, 1]."""
+    """The official transform: resize, convert to a tensor, normalize to [-1, 1]."""
 
     def __init__(self, rule: ResizeRule):
         self.rule, self.stride = rule, rule.stride
@@ -170,7 +145,7 @@ class ImageTransform:
 
 
 class OfficialScript:
-    """How an official script talks to the module: contexts as dictionaries, arguments packed by hand."""
+    """Calls the entry points as official scripts do: with contexts as dictionaries and packed arguments."""
 
     def __init__(self, official: SimpleNamespace):
         self.official, self.model, self.config = official, official.model, official.ours
@@ -179,8 +154,8 @@ class OfficialScript:
         return {"kv_lens": [0], "ropes": [0], "past_key_values": NaiveCache()}
 
     def add_text(self, context: dict, text: str) -> None:
-        marks = self.official.new_token_ids
-        ids = [marks["bos_token_id"], *self.official.tokenizer.encode(text), marks["eos_token_id"]]
+        marker_ids = self.official.new_token_ids
+        ids = [marker_ids["bos_token_id"], *self.official.tokenizer.encode(text), marker_ids["eos_token_id"]]
         [start], [length] = context["ropes"], context["kv_lens"]
         self._update(context, len(ids), len(ids), self.model.forward_cache_update_text, dict(
             packed_text_ids=torch.tensor(ids),
@@ -198,7 +173,7 @@ class OfficialScript:
             packed_vit_position_ids=position_ids(pixels.shape[1] // patch, pixels.shape[2] // patch, side),
             vit_token_seqlens=torch.tensor([len(patches)], dtype=torch.int),
             packed_vit_token_indexes=torch.arange(1, len(patches) + 1),
-            **self._image(context, len(patches)),
+            **self._pack_image(context, len(patches)),
         ))  # fmt: skip
 
     def add_vae(self, context: dict, image: Image.Image, vae_model) -> None:
@@ -212,13 +187,13 @@ class OfficialScript:
             packed_vae_position_ids=position_ids(*grid, self.config.max_latent_size),
             packed_timesteps=torch.tensor([0]),
             packed_vae_token_indexes=torch.arange(1, tokens + 1),
-            **self._image(context, tokens),
+            **self._pack_image(context, tokens),
         ))  # fmt: skip
 
-    def draw(self, size, noise, context, no_text, no_img, **settings) -> torch.Tensor:
+    def generate_image(self, size, noise, context, no_text, no_img, **settings) -> torch.Tensor:
         grid = tuple(side // self.config.latent_stride for side in size)
         tokens = grid[0] * grid[1]
-        packed = self._image(context, tokens)
+        packed = self._pack_image(context, tokens)
         for name, branch in (("cfg_text", no_text), ("cfg_img", no_img)):
             settings |= {
                 f"{name}_past_key_values": branch["past_key_values"],
@@ -239,101 +214,97 @@ class OfficialScript:
         )
         return latent
 
-    def write(self, context: dict, max_length: int, **options) -> str:
-        marks = self.official.new_token_ids
+    def generate_text(self, context: dict, max_length: int, **options) -> str:
+        marker_ids = self.official.new_token_ids
         ids = self.model.generate_text(
             past_key_values=context["past_key_values"],
-            packed_start_tokens=torch.tensor([marks["bos_token_id"]]),
+            packed_start_tokens=torch.tensor([marker_ids["bos_token_id"]]),
             packed_query_position_ids=torch.tensor(context["ropes"]),
             key_values_lens=torch.tensor(context["kv_lens"], dtype=torch.int),
             packed_key_value_indexes=torch.arange(context["kv_lens"][0]),
             max_length=max_length,
-            end_token_id=marks["eos_token_id"],
+            end_token_id=marker_ids["eos_token_id"],
             **options,
         )
-        text = self.official.tokenizer.decode(ids[:, 0])
-        return text.split("<|im_end|>")[0].split("<|im_start|>")[1]
+        return extract_answer(self.official.tokenizer.decode(ids[:, 0]))
 
-    def _image(self, context: dict, tokens: int) -> dict:
-        [length], marks = context["kv_lens"], self.official.new_token_ids
+    def _pack_image(self, context: dict, tokens: int) -> dict:
+        [length], marker_ids = context["kv_lens"], self.official.new_token_ids
         return dict(
-            packed_text_ids=torch.tensor([marks["start_of_image"], marks["end_of_image"]]),
+            packed_text_ids=torch.tensor([marker_ids["start_of_image"], marker_ids["end_of_image"]]),
             packed_text_indexes=torch.tensor([0, tokens + 1]),
             packed_position_ids=torch.tensor(context["ropes"] * (tokens + 2)),
             packed_seqlens=torch.tensor([tokens + 2], dtype=torch.int),
             packed_indexes=torch.arange(length, length + tokens + 2),
         )
 
-    def _update(self, context: dict, slots: int, steps: int, call, arguments: dict) -> None:
+    def _update(self, context: dict, tokens: int, positions: int, entry_point, arguments: dict) -> None:
         [length], [position] = context["kv_lens"], context["ropes"]
-        context["past_key_values"] = call(
+        context["past_key_values"] = entry_point(
             past_key_values=context["past_key_values"],
             key_values_lens=torch.tensor([length], dtype=torch.int),
             packed_key_value_indexes=torch.arange(length),
             **arguments,
         )
-        context["kv_lens"], context["ropes"] = [length + slots], [position + steps]
+        context["kv_lens"], context["ropes"] = [length + tokens], [position + positions]
 
 
-class Case:
-    """A recorded request: inputs, hyper-parameters, outputs and draws."""
+class RecordedRequest:
+    """A conformance case that is a request: inputs, hyper-parameters, outputs and noise."""
 
     def __init__(self, name: str):
         self.folder = PACK / "cases" / name
         self.meta = json.loads((self.folder / "meta.json").read_text())
         self.hyper = self.meta["inputs"]["hyper"]
         self.settings = {name: self.hyper[name] for name in (*GUIDANCE, "num_timesteps", "timestep_shift")}
-        self.parts = open_parts(PACK, self.meta["inputs"]["interleave_inputs"])
-        golden = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
-            golden |= load_file(file)
-        self.golden = golden
-        self.draws = [] if self.hyper["understanding_output"] else _draws(self.meta, golden)
+        self.inputs = load_inputs(PACK, self.meta)
+        self.golden = load_file(self.folder / "tensors.safetensors")
+        self.noise = [] if self.hyper["understanding_output"] else recorded_noise(self.meta, self.golden)
 
     @property
     def system(self) -> str | None:
-        """The system prompt, if the model thinks."""
+        """The system prompt, if the request has ``think``."""
         prompt = THINK_BEFORE_ANSWER if self.hyper["understanding_output"] else THINK_BEFORE_IMAGE
         return prompt if self.hyper["think"] else None
 
-    def feed(self, monkeypatch) -> None:
-        """Let torch.randn give the recorded draws, in order, and nothing after them."""
-        draws = iter(self.draws)
+    def patch_randn(self, monkeypatch) -> None:
+        """Make torch.randn return the recorded noise, in order."""
+        noise = iter(self.noise)
 
         def randn(*shape, **_):
-            drawn = next(draws)
-            assert tuple(drawn.shape) in (shape, *shape)
-            return drawn.clone()
+            tensor = next(noise)
+            assert tuple(tensor.shape) in (shape, *shape)
+            return tensor.clone()
 
         monkeypatch.setattr(torch, "randn", randn)
 
-    def check(self, outputs: list) -> None:
-        """Whether these are the recorded outputs."""
+    def check_outputs(self, outputs: list) -> None:
+        """Assert that these are the recorded outputs: equal texts, images within one level."""
         assert len(outputs) == len(self.meta["outputs"])
-        for output, wanted in zip(outputs, self.meta["outputs"], strict=True):
+        for output, recorded in zip(outputs, self.meta["outputs"], strict=True):
             if isinstance(output, str):
-                assert output == wanted["text"]
+                assert output == recorded["text"]
             else:
-                assert levels_apart(output, Image.open(self.folder / wanted["image"])) <= 1
+                assert max_difference(output, Image.open(self.folder / recorded["image"])) <= 1
 
 
-def load_inferencer(official: SimpleNamespace) -> InterleaveInferencer:
-    """Ours, of the six official arguments."""
+def make_inferencer(official: SimpleNamespace) -> InterleaveInferencer:
+    """Our inferencer for the six official arguments."""
     return InterleaveInferencer(
         official.model, official.vae_model, official.tokenizer, official.vae_transform, official.vit_transform,
         official.new_token_ids,
     )  # fmt: skip
 
 
-def run_script(case: Case, official: SimpleNamespace, vae_model) -> tuple[list[str], torch.Tensor | None]:
-    """What the official inferencer does for a request, in its own calls: texts, and the final latent."""
-    script, hyper, texts = OfficialScript(official), case.hyper, []
+def run_script(request: RecordedRequest, official: SimpleNamespace, vae_model) -> tuple[list[str], torch.Tensor | None]:
+    """Run a request through the entry points, as the official inferencer does: its texts and its final latent."""
+    script, hyper, texts = OfficialScript(official), request.hyper, []
     gen, no_img, size = script.context(), script.context(), tuple(hyper["image_shapes"])
     no_text = script.context()
-    if case.system:
-        script.add_text(gen, case.system)
-        script.add_text(no_img, case.system)
-    for part in case.parts:
+    if request.system:
+        script.add_text(gen, request.system)
+        script.add_text(no_img, request.system)
+    for part in request.inputs:
         if isinstance(part, str):
             no_text = deepcopy(gen)
             script.add_text(gen, part)
@@ -344,20 +315,15 @@ def run_script(case: Case, official: SimpleNamespace, vae_model) -> tuple[list[s
                 script.add_vae(gen, resized, vae_model)
             script.add_vit(gen, resized)
             no_text, size = deepcopy(gen), resized.size[::-1]
-    if hyper["understanding_output"] or case.system:
-        texts.append(script.write(gen, hyper["max_think_token_n"]))
+    if hyper["understanding_output"] or request.system:
+        texts.append(script.generate_text(gen, hyper["max_think_token_n"]))
     if hyper["understanding_output"]:
         return texts, None
-    if case.system:
+    if request.system:
         script.add_text(gen, texts[0])
-    return texts, script.draw(size, case.draws[-1], gen, no_text, no_img, **case.settings)
+    return texts, script.generate_image(size, request.noise[-1], gen, no_text, no_img, **request.settings)
 
 
-def open_parts(pack: Path, parts: list[str]) -> list:
-    """The recorded inputs of a case: names of pictures become pictures."""
-    return [Image.open(pack / part) if (pack / part).is_file() else part for part in parts]
-
-
-def levels_apart(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of two pictures, in levels."""
+def max_difference(one: Image.Image, other: Image.Image) -> int:
+    """The largest difference of two images, in levels of 256."""
     return int(np.abs(np.asarray(one.convert("RGB"), int) - np.asarray(other.convert("RGB"), int)).max())

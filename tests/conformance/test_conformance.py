@@ -1,14 +1,17 @@
-"""Recorded behaviour of the official code, case by case, through the same function as ``bagel-rt conformance``."""
+"""Every case of the conformance pack, and how failures are reported."""
 
-from importlib import import_module
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CHECKPOINT, PACK
+from safetensors.torch import load_file, save_file
 
 from bagel_rt import Bagel
 from bagel_rt.conformance import find_cases, run_case
-from bagel_rt.conformance.compare import agree, compare
+from bagel_rt.conformance.compare import compare_tensors, compare_values
+from bagel_rt.kernels import qk_norm_rope
 
 UNSUPPORTED = {"50_taylorseer_t2i", "51_taylorseer_edit"}
 
@@ -19,7 +22,7 @@ def bagel():
 
 
 @pytest.mark.parametrize("case", find_cases(PACK), ids=lambda case: case.name)
-def test_case(bagel, case):
+def test_case_passes_or_is_unsupported(bagel, case):
     report = run_case(bagel, PACK, case)
     failed = [f"{c.name}: {c.error:.1e} > {c.tolerance:.0e} {c.note}" for c in report.comparisons if not c.passed]
     assert not failed, "\n".join(failed)
@@ -27,73 +30,101 @@ def test_case(bagel, case):
     assert (case.name in UNSUPPORTED) == bool(report.skipped)
 
 
-def test_the_pack_is_whole():
+def test_pack_has_all_cases():
     assert len(find_cases(PACK)) == 38
 
 
-@pytest.mark.parametrize("break_it", ["attention scale", "norm epsilon", "expert of the markers", "rope theta"])
-def test_a_wrong_model_fails(bagel, break_it, monkeypatch):
-    model = bagel.model
-    if break_it == "attention scale":
-        module = import_module("bagel_rt.kernels.attention")  # the package has the function under this name
-        monkeypatch.setattr(module, "check_scale", lambda op, scale, D: 1.01 * D**-0.5)
-    elif break_it == "norm epsilon":
-        monkeypatch.setattr(model.transformer, "config", _changed(model.config.llm, rms_norm_eps=1e-4))
-    elif break_it == "rope theta":
-        monkeypatch.setattr(model.rope, "theta", 9e5)
-    else:
-        swapped = [
-            _changed(layer, input_norm=type(layer.input_norm)(*reversed(layer.input_norm)))
-            for layer in model.weights.layers
-        ]
-        monkeypatch.setattr(model.transformer, "layers", swapped)
+# Small errors in a model must fail
+
+
+def fails(bagel) -> bool:
     report = run_case(bagel, PACK, PACK / "cases" / "20_edit_text_channel")
-    assert report.comparisons and not report.passed
+    return bool(report.comparisons) and not report.passed
 
 
-def _changed(instance, **fields):
-    from dataclasses import replace
+def test_wrong_attention_scale_fails(bagel, monkeypatch):
+    # Scaling the queries scales the attention scores.
+    monkeypatch.setattr("bagel_rt.models.bagel.transformer.qk_norm_rope", lambda *args: 1.01 * qk_norm_rope(*args))
+    assert fails(bagel)
 
-    return replace(instance, **fields)
+
+def test_wrong_norm_epsilon_fails(bagel, monkeypatch):
+    monkeypatch.setattr(bagel.model.transformer, "config", replace(bagel.model.config.llm, rms_norm_eps=1e-4))
+    assert fails(bagel)
 
 
-def test_comparisons_notice_what_they_should():
-    want = torch.tensor([1.0, -2.0])
-    assert compare("x", want + 9e-5, want).passed and not compare("x", want + 2e-4, want).passed
-    assert not compare("x", torch.zeros(3), want).passed and "shape" in compare("x", torch.zeros(3), want).note
-    assert not compare("x", torch.tensor([float("nan"), -2.0]), want).passed
-    assert not compare("i", torch.tensor([1]), torch.tensor([2])).passed
-    assert agree("a", [1, 2], [1, 2]).passed and not agree("a", [1, 2], [1, 3]).passed
+def test_wrong_rope_theta_fails(bagel, monkeypatch):
+    monkeypatch.setattr(bagel.model.rope, "theta", 9e5)
+    assert fails(bagel)
+
+
+def test_swapped_experts_fail(bagel, monkeypatch):
+    swapped = [
+        replace(layer, input_norm=type(layer.input_norm)(*reversed(layer.input_norm)))
+        for layer in bagel.model.weights.layers
+    ]
+    monkeypatch.setattr(bagel.model.transformer, "layers", swapped)
+    assert fails(bagel)
+
+
+# Comparisons
+
+
+def test_tensors_pass_within_the_tolerance():
+    recorded = torch.tensor([1.0, -2.0])  # the tolerance is relative to the largest magnitude, 2
+    assert compare_tensors("x", recorded + 9e-5, recorded).passed
+    assert not compare_tensors("x", recorded + 2e-4, recorded).passed
+
+
+def test_another_shape_fails_with_both_shapes_in_the_note():
+    comparison = compare_tensors("x", torch.zeros(3), torch.zeros(2))
+    assert not comparison.passed and comparison.note == "shape (3,), recorded (2,)"
+
+
+def test_nan_fails():
+    assert not compare_tensors("x", torch.tensor([float("nan"), -2.0]), torch.tensor([1.0, -2.0])).passed
+
+
+def test_integers_must_be_equal():
+    assert not compare_tensors("x", torch.tensor([1]), torch.tensor([2])).passed
+    assert compare_values("x", [1, 2], [1, 2]).passed and not compare_values("x", [1, 2], [1, 3]).passed
+
+
+# Damaged cases
 
 
 @pytest.fixture
-def copied(tmp_path):
-    import shutil
-
+def copied_case(tmp_path):
     case = tmp_path / "cases" / "32_und_text_only"
     shutil.copytree(PACK / "cases" / case.name, case)
     return tmp_path, case
 
 
-def test_a_case_without_its_tensors_fails(bagel, copied):
-    pack, case = copied
+def test_case_without_tensors_fails(bagel, copied_case):
+    pack, case = copied_case
     (case / "tensors.safetensors").unlink()
     report = run_case(bagel, pack, case)
     assert not report.passed and "tensors.safetensors" in report.comparisons[0].name
 
 
-def test_a_case_whose_meta_is_broken_fails_and_does_not_stop_the_run(bagel, copied):
-    pack, case = copied
+def test_case_with_invalid_meta_fails_without_an_exception(bagel, copied_case):
+    pack, case = copied_case
     (case / "meta.json").write_text("{")
     assert not run_case(bagel, pack, case).passed
 
 
-def test_a_failure_by_nan_is_the_worst(bagel, copied):
-    from safetensors.torch import load_file, save_file
-
-    pack, case = copied
+def test_nan_is_the_worst_comparison(bagel, copied_case):
+    pack, case = copied_case
     golden = load_file(case / "tensors.safetensors")
     golden["u00_text.hidden"][0, 0] = float("nan")
     save_file(golden, case / "tensors.safetensors")
     report = run_case(bagel, pack, case)
     assert not report.passed and report.worst.name == "u00_text.hidden"
+
+
+def test_uncompared_tensor_fails(bagel, copied_case):
+    pack, case = copied_case
+    golden = load_file(case / "tensors.safetensors")
+    save_file(golden | {"extra": torch.zeros(1)}, case / "tensors.safetensors")
+    report = run_case(bagel, pack, case)
+    assert not report.passed and report.worst.note == "['extra'], recorded []"

@@ -1,7 +1,7 @@
-"""Recorded behaviour of the official code, with every op's Triton kernel: on a GPU, or in Triton's interpreter.
+"""Conformance cases with the Triton kernels, on a GPU or in Triton's interpreter.
 
-A case of each kind, because the interpreter takes a minute for one; and the autoencoder's kernel in one of them alone,
-because it takes longest.
+The interpreter takes a minute per case, so there is one case of each kind, and the slowest kernel, the autoencoder's
+GroupNorm, runs in the first case only.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ CASES = ["10_t2i_nocfg_shift1", "11_t2i_cfg_global", "20_edit_text_channel", "30
 @pytest.fixture(scope="module")
 def bagel():
     allow_tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # the recordings are float32
+    torch.backends.cudnn.allow_tf32 = False  # the recordings are full float32
     yield Bagel.from_pretrained(PACK / "checkpoint", device=DEVICE, dtype=torch.float32, backend="triton")
     choose_backend(None)
     torch.backends.cudnn.allow_tf32 = allow_tf32
@@ -28,7 +28,7 @@ def bagel():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_case(bagel, case, monkeypatch):
+def test_case_passes(bagel, case, monkeypatch):
     if DEVICE.type == "cpu" and case != CASES[0]:
         monkeypatch.setattr(import_module("bagel_rt.kernels.group_norm"), "runs_kernel", lambda *_: False)
     report = run_case(bagel, PACK, PACK / "cases" / case)

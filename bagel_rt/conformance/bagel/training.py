@@ -1,4 +1,4 @@
-"""Conformance of a training step: a recorded packed batch forward and backward through the runtime's ops."""
+"""Cases of a training step: forward and backward of a recorded packed batch through the runtime's ops."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bagel_rt.conformance.compare import TOLERANCE, Comparison, agree, compare
+from bagel_rt.conformance.compare import TOLERANCE, Comparison, compare_tensors, compare_values
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify, position_ids
 from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
@@ -17,9 +17,9 @@ from bagel_rt.train.batch import TrainingBatch
 from bagel_rt.train.objective import encode_padded, latent_tokens, training_losses
 from bagel_rt.train.parameters import Parameters
 
-# Sample name -> its pictures: the letters of those the autoencoder encodes and of those the ViT sees, in packing order.
-# A pack records which pictures a batch was made of in prose only.
-_PICTURES = {
+# Sample name -> letters of its images for the autoencoder and for the ViT, in packing order. The pack lists these in
+# prose only.
+_SAMPLE_IMAGES = {
     "text_to_image": ("a", ""),
     "edit_chain": ("baac", "ba"),
     "vlm_sft": ("", "a"),
@@ -28,7 +28,7 @@ _PICTURES = {
     "video_frames_one_split": ("aca", ""),
     "clean_video_then_image": ("caa", ""),
 }
-_INTEGERS = (
+_INTEGER_TENSORS = (
     "packed_position_ids", "packed_text_indexes", "packed_text_ids", "packed_vit_token_indexes",
     "packed_vit_position_ids", "packed_vae_token_indexes", "packed_latent_position_ids", "ce_loss_indexes",
     "packed_label_ids", "mse_loss_indexes",
@@ -38,38 +38,38 @@ _INTEGERS = (
 @torch.inference_mode(False)
 @torch.enable_grad()
 def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
-    """Run a recorded training step; compare mask, hidden states, per-token losses, losses and gradients."""
+    """Run a recorded training step; compare the mask, hidden states, per-token losses, losses and gradients."""
     meta, golden = json.loads((case / "meta.json").read_text("utf-8")), load_file(case / "tensors.safetensors")
     packing, inputs = meta["packing"], meta["inputs"]
     parameters = Parameters(bagel.model)
     model, config = parameters.model(), bagel.model.config
-    for_vae, for_vit = _images(config, pack, packing["samples"])
-    grids = [tuple(side // config.latent_stride for side in picture.shape[1:]) for picture in for_vae]
+    for_vae, for_vit = _load_pixels(config, pack, packing["samples"])
+    latent_grids = [config.latent_grid(pixels.shape[1:]) for pixels in for_vae]
     patches = [patchify(pixels, config.vit.patch_size) for pixels in for_vit]
-    batch = _batch(golden, packing, patches)
+    batch = _make_batch(golden, packing, patches)
     plan = batch.plan()
     with torch.no_grad():
         padded = encode_padded(model, for_vae, golden["vae_eps"])
-    latents = latent_tokens(padded, grids, config.latent_patch_size)
+    latents = latent_tokens(padded, latent_grids, config.latent_patch_size)
     losses = training_losses(model, batch, latents, golden["flow_noise"], inputs["timestep_shift"])
     total = inputs["ce_weight"] * losses.ce + inputs["mse_weight"] * losses.mse
     total.backward()
     gradients = parameters.official_gradients()
 
     patch = config.vit.patch_size
-    grids_vit = [(pixels.shape[1] // patch, pixels.shape[2] // patch) for pixels in for_vit]
-    every = -(-len(batch) // len(golden["last_hidden_rows"]))  # a pack stores every 7th row, or every 11th
-    found = {
-        "batch.packed_vit_position_ids": _ids(config, grids_vit, config.vit.max_patches_per_side),
-        "batch.packed_latent_position_ids": _ids(config, grids, config.max_latent_size),
+    vit_grids = [(pixels.shape[1] // patch, pixels.shape[2] // patch) for pixels in for_vit]
+    stride = -(-len(batch) // len(golden["last_hidden_rows"]))  # the pack stores every 7th or 11th row
+    tensors = {
+        "batch.packed_vit_position_ids": _position_ids(config, vit_grids, config.vit.max_patches_per_side),
+        "batch.packed_latent_position_ids": _position_ids(config, latent_grids, config.max_latent_size),
         "padded_latent": padded,
         "mask_packed": torch.from_numpy(np.packbits(sequence_mask(plan), axis=1)),
-        "last_hidden_rows": losses.last_hidden[::every],
+        "last_hidden_rows": losses.last_hidden[::stride],
         "ce_per_token": losses.ce_per_token,
         "mse_per_token_channel_mean": losses.mse_per_token,
         **{f"grad.{name}": gradient for name, gradient in gradients.items() if f"grad.{name}" in golden},
     }
-    results = [compare(name, tensor, golden[name]) for name, tensor in found.items()]
+    comparisons = [compare_tensors(name, tensor, golden[name]) for name, tensor in tensors.items()]
     scalars = {
         "ce": losses.ce,
         "mse": losses.mse,
@@ -78,50 +78,52 @@ def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
         "num_ce_tokens": torch.tensor(len(losses.ce_per_token)),
         "num_mse_tokens": torch.tensor(len(losses.mse_per_token)),
     }
-    for name, want in meta["losses"].items():
-        got = scalars.get(name)
-        results.append(compare(f"losses.{name}", torch.empty(0) if got is None else got, torch.tensor(want)))
-    results += _compare_norms(gradients, meta["grad_norms"])
-    left = sorted(name for name in set(golden) - {*found, "vae_eps", "flow_noise"} if not name.startswith("batch."))
-    return results + [Comparison(name, 1.0, TOLERANCE, False, "recorded, but nothing computes it") for name in left]
+    absent = torch.empty(0)
+    for name, recorded in meta["losses"].items():
+        comparisons.append(compare_tensors(f"losses.{name}", scalars.get(name, absent), torch.tensor(recorded)))
+    comparisons += _compare_norms(gradients, meta["grad_norms"])
+    for name in sorted(set(golden) - {*tensors, "vae_eps", "flow_noise"}):
+        if not name.startswith("batch."):
+            comparisons.append(Comparison(name, 1.0, TOLERANCE, False, "recorded, but not computed"))
+    return comparisons
 
 
 def sequence_mask(plan: Plan) -> np.ndarray:
-    """The dense mask of a training plan in the order of the batch, bool [L, L]: row q sees row k."""
+    """The dense attention mask of a training plan, in sequence order: bool [L, L], entry (q, k) if row q sees row k."""
     inverse = np.argsort(plan.order)
     return visibility(plan)[inverse][:, plan.slots[inverse]]
 
 
 def _compare_norms(gradients: dict[str, torch.Tensor], recorded: dict[str, float | None]) -> list[Comparison]:
-    """Norm of every parameter's gradient, relative to the recorded one.
+    """Compare the norm of every parameter's gradient, relative to the recorded norm.
 
-    A norm that is nothing beside the largest is relative to a millionth of that: a key's bias has no gradient, because
-    it adds the same to all scores of a softmax, and what was recorded of it is rounding.
+    Norms below a millionth of the largest are rounding noise and only have to stay that small. A key bias, for example,
+    has no gradient: it adds the same number to all scores of a softmax.
     """
-    norms = {name: norm for name, norm in recorded.items() if norm is not None}  # the others are not trained
-    least = max(norms.values()) * 1e-6
-    results = [agree("parameters with a gradient", sorted(gradients), sorted(norms))]
+    norms = {name: norm for name, norm in recorded.items() if norm is not None}  # None: not trained
+    noise_level = max(norms.values()) * 1e-6
+    comparisons = [compare_values("parameters with a gradient", sorted(gradients), sorted(norms))]
     for name in sorted(gradients.keys() & norms.keys()):
-        error = abs(float(gradients[name].norm()) - norms[name]) / max(norms[name], least)
-        tolerance = TOLERANCE if norms[name] > least else 1.0
-        results.append(Comparison(f"grad_norms.{name}", error, tolerance, error <= tolerance))
-    return results
+        error = abs(float(gradients[name].norm()) - norms[name]) / max(norms[name], noise_level)
+        tolerance = TOLERANCE if norms[name] > noise_level else 1.0
+        comparisons.append(Comparison(f"grad_norms.{name}", error, tolerance, error <= tolerance))
+    return comparisons
 
 
-def _images(config: BagelConfig, pack: Path, samples: list[dict]) -> tuple[list, list]:
+def _load_pixels(config: BagelConfig, pack: Path, samples: list[dict]) -> tuple[list, list]:
     """Pixels [3, H, W] for the autoencoder and for the ViT, in packing order, each resized from the original."""
 
     def resized(rule, letter):
         return rule.resize(to_rgb(Image.open(pack / "images" / f"{letter}.png")))
 
-    letters = [_PICTURES[sample["name"]] for sample in samples]
+    letters = [_SAMPLE_IMAGES[sample["name"]] for sample in samples]
     for_vae = [image_to_tensor(resized(config.vae_transform, letter)) for vae, _ in letters for letter in vae]
     for_vit = [image_to_tensor(resized(config.vit_transform, letter)) for _, vit in letters for letter in vit]
     return for_vae, for_vit
 
 
-def _batch(golden: dict, packing: dict, patches: list) -> TrainingBatch:
-    """The recorded batch, without the padding that closes it."""
+def _make_batch(golden: dict, packing: dict, patches: list) -> TrainingBatch:
+    """The recorded batch, without the padding at its end."""
     samples = len(packing["samples"])
     splits = int(np.searchsorted(np.cumsum(packing["split_lens_with_pad"]), packing["sequence_length"])) + 1
     return TrainingBatch(
@@ -132,9 +134,9 @@ def _batch(golden: dict, packing: dict, patches: list) -> TrainingBatch:
         vit_token_seqlens=golden["batch.vit_token_seqlens"].tolist(),
         packed_timesteps=golden["batch.packed_timesteps"],
         ce_loss_weights=golden.get("batch.ce_loss_weights"),
-        **{name: golden[f"batch.{name}"].long() for name in _INTEGERS},
+        **{name: golden[f"batch.{name}"].long() for name in _INTEGER_TENSORS},
     )
 
 
-def _ids(config: BagelConfig, grids: list[tuple[int, int]], side: int) -> torch.Tensor:
-    return torch.cat([position_ids(*grid, side, config.interpolate_pos) for grid in grids])
+def _position_ids(config: BagelConfig, grids: list[tuple[int, int]], max_side: int) -> torch.Tensor:
+    return torch.cat([position_ids(*grid, max_side, config.interpolate_pos) for grid in grids])

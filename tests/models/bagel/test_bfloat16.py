@@ -8,7 +8,7 @@ from conftest import CHECKPOINT, PACK
 from safetensors.torch import load_file
 
 from bagel_rt import Bagel
-from bagel_rt.conformance.bagel.recorded import Replay
+from bagel_rt.conformance.bagel.case_runner import CaseRunner
 
 # Relative L2 of the official code under bfloat16 autocast, measured on these cases: the largest of each kind.
 BUDGET = {"hidden": 1.8e-2, "k": 1.8e-2, "v": 1.8e-2, "velocity": 4.1e-2, "final_latent": 1.7e-2, "logits": 1.9e-2}
@@ -16,14 +16,14 @@ CASES = ["05_text_prefill_layers", "06_image_prefill_layers", "11_t2i_cfg_global
          "21_edit_global", "23_multi_image", "30_und_basic"]  # fmt: skip
 
 
-class Distances(Replay):
-    """Replays a case and keeps the relative L2 distance of every tensor of a kind that has a budget."""
+class Distances(CaseRunner):
+    """Runs a case and records the relative L2 distance of every tensor of a kind in ``BUDGET``."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.distances = {}
 
-    def _compare(self, name, got, rows=None):
+    def _compare_tensor(self, name, got, rows=None):
         kind = name.split(".")[-1].removesuffix("_last").removeprefix("first_").removeprefix("last_")
         kind = "velocity" if kind in ("v_cond", "v_no_text", "v_no_img") or (kind == "v" and "step" in name) else kind
         if name in self.golden and kind in BUDGET:
@@ -41,11 +41,11 @@ def test_distance_to_the_goldens(bagel, name):
     case = PACK / "cases" / name
     meta = json.loads((case / "meta.json").read_text("utf-8"))
     meta["text_generations"] = []  # greedy ids may differ in bfloat16
-    replay = Distances(bagel, PACK, case, meta, load_file(case / "tensors.safetensors"))
+    runner = Distances(bagel, PACK, case, meta, load_file(case / "tensors.safetensors"))
     with torch.inference_mode():
-        replay.run()
-    assert replay.distances
-    over = {name: found for name, (found, budget) in replay.distances.items() if found > budget}
+        runner.run()
+    assert runner.distances
+    over = {name: found for name, (found, budget) in runner.distances.items() if found > budget}
     assert not over
 
 

@@ -1,17 +1,15 @@
-"""The arguments of the official module's entry points and of the official inferencer, one by one."""
+"""Signatures of the entry points and of the inferencer, against the official ones."""
 
 import inspect
 
-import pytest
 from conftest import CHECKPOINT
-from official_modules import OfficialScript, load_official
-from PIL import Image
+from official_modules import load_official
 
 from bagel_rt.compat import InterleaveInferencer, accelerate
 from bagel_rt.compat.accelerate import ENTRY_POINTS
 
 EMPTY = inspect.Parameter.empty
-# Of the official code: every argument in its order, with its default; but its lists are tuples.
+# The official arguments in order, with their defaults; lists are tuples here.
 ENTRY_POINT_ARGUMENTS = {
     "forward_cache_update_text": {
         "past_key_values": EMPTY,
@@ -147,33 +145,20 @@ INFERENCER_ARGUMENTS = {
 }
 
 
-@pytest.fixture
-def official():
-    return load_official(CHECKPOINT)
+def arguments(function) -> list[tuple]:
+    return [(name, parameter.default) for name, parameter in inspect.signature(function).parameters.items()]
 
 
-def test_arguments_are_the_official_ones_in_their_order(official):
-    def arguments(call):
-        return [(name, parameter.default) for name, parameter in inspect.signature(call).parameters.items()]
-
-    accelerate(official.model)
+def test_entry_points_have_the_official_signatures():
+    model = load_official(CHECKPOINT).model
+    accelerate(model)
     assert ENTRY_POINT_ARGUMENTS.keys() == set(ENTRY_POINTS)
-    for name, wanted in ENTRY_POINT_ARGUMENTS.items():
-        assert arguments(getattr(official.model, name)) == list(wanted.items()), name
-    for name, wanted in INFERENCER_ARGUMENTS.items():
-        assert arguments(getattr(InterleaveInferencer, name))[1:] == list(wanted.items()), name
-    six = ["model", "vae_model", "tokenizer", "vae_transform", "vit_transform", "new_token_ids"]
-    assert [name for name, _ in arguments(InterleaveInferencer)] == six
+    for name, expected in ENTRY_POINT_ARGUMENTS.items():
+        assert arguments(getattr(model, name)) == list(expected.items()), name
 
 
-def test_latent_positions_are_compared(official):
-    accelerate(official.model, official.vae_model)
-    script = OfficialScript(official)
-    update = official.model.forward_cache_update_vae
-
-    def shifted(**arguments):
-        return update(**arguments | {"packed_vae_position_ids": arguments["packed_vae_position_ids"] + 1})
-
-    vars(official.model)["forward_cache_update_vae"] = shifted
-    with pytest.raises(ValueError, match="are not those of a grid of 4 x 4 in a table of 16 x 16"):
-        script.add_vae(script.context(), Image.new("RGB", (64, 64)), official.vae_model)
+def test_inferencer_has_the_official_signatures():
+    for name, expected in INFERENCER_ARGUMENTS.items():
+        assert arguments(getattr(InterleaveInferencer, name))[1:] == list(expected.items()), name
+    names = ["model", "vae_model", "tokenizer", "vae_transform", "vit_transform", "new_token_ids"]
+    assert [name for name, _ in arguments(InterleaveInferencer)] == names
