@@ -318,7 +318,7 @@ class EntryPoints:
         self.model.markers = markers
 
     def _get_contexts(self, past_key_values, key_values_lens) -> ContextBatch:
-        """Check the caller's cache against its lengths. An empty cache, official or not, gets new contexts."""
+        """The contexts of the caller's cache, checked against its lengths; new ones if it is empty, official or not."""
         lengths = key_values_lens.tolist()
         if isinstance(past_key_values, ContextBatch):
             batch = past_key_values
@@ -339,7 +339,7 @@ class EntryPoints:
         return batch
 
     def _clone_contexts(self, past_key_values, key_values_lens, position_ids, lengths: list[int]) -> list[Context]:
-        """Copies of the caller's contexts, which are not extended, at the RoPE positions that the caller passed."""
+        """Clones of the caller's contexts, which must not change, at the RoPE positions that the caller passed."""
         if past_key_values is None:
             raise ValueError("the cache of a guidance branch must be set when guidance is on, got None.")
         contexts = self._get_contexts(past_key_values, key_values_lens).contexts

@@ -143,7 +143,7 @@ class InterleaveInferencer:
         return [result.image] if result.thought is None else [result.thought, result.image]
 
     def _draw_noise(self, parts, size) -> list[torch.Tensor]:
-        """The noise of a request from torch's generators, in the official order: a posterior sample for each encoded
+        """The noise of a request from torch's generators, in the official order: posterior noise for each encoded
         image, then the initial latent, which the official code draws on the CPU."""
         *posteriors, latent = noise_shapes(self.bagel.model.config, parts, size)
         return [*map(self._draw_posterior_noise, posteriors), torch.randn(latent)]

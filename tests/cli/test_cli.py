@@ -87,7 +87,7 @@ MISTAKES = {
     "a part that must be an image": (("interleave", "a", "image:b", *OUT), "b: no such file"),
     "no rounds": (("interleave", "a", *OUT, "--max-rounds", "0"), "--max-rounds"),
     "too many rounds": (("interleave", "a", *OUT, "--max-rounds", str(MAX_ROUNDS + 1)), "--max-rounds"),
-    "a conformance pack that is none": (("conformance", "{tmp}"), "no conformance pack"),
+    "a folder that is not a conformance pack": (("conformance", "{tmp}"), "is not a conformance pack"),
     "a case that does not exist": (("conformance", str(PACK), "--case", "99"), "--case must match one of 00_"),
     "a taken folder": (("make-random-checkpoint", "{tmp}"), "exists and is not an empty folder"),
     "a folder that is a file": (("make-random-checkpoint", "{photo}"), "exists and is not an empty folder"),

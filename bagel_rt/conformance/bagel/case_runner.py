@@ -47,7 +47,7 @@ class CaseRunner:
         self.comparisons: list[Comparison] = []
         self.contexts: dict[str, list[Context]] = {}  # "gen" and "no_img" -> one context per sample
         self.snapshots: dict[str, list[list[Context]]] = {"gen": [], "no_img": []}  # the contexts after every update
-        self._image_files = iter(self._list_image_files())
+        self._image_files = self._list_image_files()
 
     def run(self) -> list[Comparison]:
         """Run the recorded updates and generations."""
@@ -264,7 +264,7 @@ class CaseRunner:
         scales = (settings.cfg_text_scale, settings.cfg_img_scale) if guidance.guided[index] else (1.0, 1.0)
         renorm = (settings.cfg_renorm_type, settings.cfg_renorm_min)
         if len(denoiser.tasks) > 1 and settings.cfg_renorm_type == "global":
-            # The official norm is taken over the batch, ours over each image: make this step the official way.
+            # The official norm is taken over the batch, ours over each image. Take this step as the official code does.
             batched = [None if velocities[0] is None else torch.cat(velocities) for velocities in branches]
             v = guided_velocity(*batched, *scales, *renorm)
             self._compare_tensor(f"{name}.v", v)
