@@ -2,8 +2,8 @@
 
 
 class CheckpointError(ValueError):
-    """A model folder cannot be used; the message names the file, what is wrong in it and what to do."""
+    """A model folder cannot be loaded. The message names the file, the problem and the remedy."""
 
 
 class Cancelled(Exception):
-    """Raise it in a ``progress`` callback to stop a request; its KV cache slots are freed."""
+    """Raise this in a ``progress`` callback to stop the request and free its KV cache slots."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old file or the complete new one, never a part."""
+"""Atomic file writes: a reader finds the old file or the complete new one, never a part of it."""
 
 import json
 import os
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def partial_path(path: Path) -> Path:
-    """Where the content of ``path`` is written before it takes that name: beside it, hidden, one per process."""
+    """The temporary file that is renamed to ``path``: hidden, in the same folder, one per process."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that replaces ``path`` when the block ends without an error; else ``path`` stays as it was.
+    """Open a temporary binary file that replaces ``path`` when the block succeeds; on an error ``path`` is unchanged.
 
-    The content is on the disk before the name changes, so a crash leaves the old file or the new one.
+    The content is synced to disk before the rename, so a crash leaves the old file or the new one.
 
     Raises:
         OSError: the folder is not writable or the disk is full.
@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 def write_png(image: "Image.Image", path: Path, parameters: dict) -> None:
     """Write an image atomically, with ``parameters`` as JSON in the tEXt chunk of that name."""
-    from PIL.PngImagePlugin import PngInfo  # here, so that ``bagel-rt --help`` does not wait for Pillow
+    from PIL.PngImagePlugin import PngInfo  # imported here to keep ``bagel-rt --help`` fast
 
     metadata = PngInfo()
     metadata.add_text("Software", f"bagel_rt {__version__}")

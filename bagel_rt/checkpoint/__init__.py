@@ -1,6 +1,6 @@
-"""Model folders: where they are, reading weights, writing them."""
+"""Model folders: the default one, and reading and writing their weights."""
 
 from pathlib import Path
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "assets" / "tiny"
-"""The small model that the package carries, in the layout of the published one."""
+"""The small model embedded in the package, in the layout of the published one."""

@@ -1,4 +1,4 @@
-"""Reading the files of a model folder: regular files only, JSON objects of bounded size."""
+"""Open the files of a model folder: regular files only, JSON objects of bounded size."""
 
 import json
 import stat
@@ -10,14 +10,14 @@ from typing import BinaryIO
 from bagel_rt.errors import CheckpointError
 
 _JSON_LIMIT = 16 << 20  # bytes; the largest weight index of a published model has a few hundred kilobytes
-REMEDY = "Correct the file, or take it from the published model folder again"
+REMEDY = "Fix the file, or download it again from the published model folder"
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """The regular file ``path``, open for reading. An OSError, now or while it is read, becomes a CheckpointError."""
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading. An OSError on opening or reading it becomes a CheckpointError."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # asked before open, which would wait for the writer of a FIFO
+        if not stat.S_ISREG(path.stat().st_mode):  # checked before open, which blocks on a FIFO without a writer
             raise CheckpointError(f"{path} is not a file. Put the published file there.")
         with open(path, "rb") as file:
             yield file
@@ -25,21 +25,21 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Put the published file there.") from None
 
 
-def json_object(raw: bytes, source) -> dict:
-    """The JSON object in ``raw``; CheckpointError, naming ``source``, if that is something else."""
+def parse_json_object(raw: bytes, source) -> dict:
+    """Parse a JSON object; CheckpointError, naming ``source``, for anything else."""
     try:
         value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not JSON in UTF-8: {error}. {REMEDY}.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{source} holds a JSON {type(value).__name__}; allowed: an object. {REMEDY}.")
+        raise CheckpointError(f"{source} must be a JSON object, got {type(value).__name__}. {REMEDY}.")
     return value
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in the file ``path``; CheckpointError if there is none."""
-    with opened(path) as file:
+    """Read the JSON object in a file; CheckpointError if it holds anything else."""
+    with open_file(path) as file:
         raw = file.read(_JSON_LIMIT + 1)
     if len(raw) > _JSON_LIMIT:
-        raise CheckpointError(f"{path} is too large; allowed: up to {_JSON_LIMIT} bytes. {REMEDY}.")
-    return json_object(raw, path)
+        raise CheckpointError(f"{path} must have at most {_JSON_LIMIT} bytes, got more. {REMEDY}.")
+    return parse_json_object(raw, path)

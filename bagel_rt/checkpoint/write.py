@@ -10,6 +10,7 @@ import torch
 
 from bagel_rt.checkpoint.read import DTYPES
 from bagel_rt.files import atomic_write
+from bagel_rt.validation import check, one_of
 
 
 def save_sharded(
@@ -20,80 +21,82 @@ def save_sharded(
 ) -> Path:
     """Write ``<stem>-0000k-of-0000N.safetensors`` and ``<stem>.safetensors.index.json``.
 
-    One tensor is in memory at a time. Every file appears under its name only when it is complete, the index last.
+    One tensor is in memory at a time. Files are written atomically, the index last.
 
     Args:
-        folder: exists, or is made.
+        folder: created if it does not exist.
         stem: "ema" or "ae".
-        tensors: (name, function that makes the tensor, its shape, its dtype: bf16, fp16, fp32 or fp64). The functions
-            are called once each, in order.
-        max_shard_bytes: most tensor bytes per shard; a larger tensor gets a shard of its own.
+        tensors: (name, function that returns the tensor, its shape, its dtype: bf16, fp16, fp32 or fp64). Each
+            function is called once, in order.
+        max_shard_bytes: maximum tensor bytes per shard; a larger tensor gets its own shard.
 
     Returns:
-        The index file's path.
+        The path of the index file.
 
     Raises:
-        ValueError: no tensors, a name twice, a dtype that is not allowed, or a tensor other than announced.
+        ValueError: no tensors, a duplicate name, an unsupported dtype, or a tensor that differs from its declared
+            shape or dtype.
     """
     folder = Path(folder)
-    shards = _shards(tensors, max_shard_bytes)
+    shards = _plan_shards(tensors, max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         with atomic_write(folder / file_name) as file:
             _write_shard(file, shard)
-        weight_map |= dict.fromkeys((planned.name for planned in shard), file_name)
-    total = sum(planned.size for shard in shards for planned in shard)
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), file_name)
+    total = sum(tensor.size for shard in shards for tensor in shard)
     index = folder / f"{stem}.safetensors.index.json"
     with atomic_write(index) as file:
         file.write(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode())
     return index
 
 
-class _Planned(NamedTuple):
+class _TensorSpec(NamedTuple):
     name: str
     make: Callable[[], torch.Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    size: int
+    size: int  # bytes
 
 
-def _shards(tensors, max_shard_bytes: int) -> list[list[_Planned]]:
-    """Tensors in their order, cut into shards of at most ``max_shard_bytes``."""
+def _plan_shards(tensors, max_shard_bytes: int) -> list[list[_TensorSpec]]:
+    """Split the tensors, in order, into shards of at most ``max_shard_bytes``."""
     shards, names, room = [], set(), 0
     for name, make, shape, dtype in tensors:
-        if dtype not in DTYPES.values() or name in names:
-            raise ValueError(f"{name} is {dtype}; allowed: each name once, with dtype {', '.join(DTYPES)}")
+        check(f"dtype of {name}", dtype, one_of(tuple(DTYPES.values())))
+        if name in names:
+            raise ValueError(f"tensor names must be unique, got {name} twice.")
         names.add(name)
         size = math.prod(shape) * dtype.itemsize
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append(_Planned(name, make, tuple(shape), dtype, size))
+        shards[-1].append(_TensorSpec(name, make, tuple(shape), dtype, size))
         room -= size
     if not shards:
-        raise ValueError("there are no tensors to save")
+        raise ValueError("tensors must not be empty.")
     return shards
 
 
-def _write_shard(file: BinaryIO, shard: list[_Planned]) -> None:
+def _write_shard(file: BinaryIO, shard: list[_TensorSpec]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, _, shape, dtype, size in shard:
         header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (end, end + size)}
         end += size
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # tensors start at a multiple of 8 bytes
+    raw += b" " * (-len(raw) % 8)  # align the tensor data to 8 bytes
     file.write(len(raw).to_bytes(8, "little") + raw)
-    for planned in shard:
-        file.write(_bytes(planned))
+    for spec in shard:
+        file.write(_tensor_bytes(spec))
 
 
-def _bytes(planned: _Planned):
-    tensor = planned.make()
-    if tensor.shape != planned.shape or tensor.dtype != planned.dtype:
+def _tensor_bytes(spec: _TensorSpec):
+    tensor = spec.make()
+    if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
         raise ValueError(
-            f"{planned.name} is {list(tensor.shape)} {tensor.dtype}, announced as {list(planned.shape)} {planned.dtype}"
+            f"{spec.name} must be {list(spec.shape)} {spec.dtype} as declared, got {list(tensor.shape)} {tensor.dtype}."
         )
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

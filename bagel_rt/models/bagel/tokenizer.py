@@ -14,12 +14,12 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from bagel_rt.checkpoint.files import opened, read_json
+from bagel_rt.checkpoint.files import open_file, read_json
 from bagel_rt.errors import CheckpointError
 
 START, END = "<|im_start|>", "<|im_end|>"
 
-_REMEDY = "Take the tokenizer's files from the published model folder again"
+_REMEDY = "Download the tokenizer files again from the published model folder"
 
 _FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # of an added token
 
@@ -209,7 +209,7 @@ def _special(backend: tokenizers.Tokenizer, name: str, source: Path | str) -> in
 
 
 def _read_whole(path: Path) -> tokenizers.Tokenizer:
-    with opened(path) as file:
+    with open_file(path) as file:
         raw = file.read()
     try:
         return tokenizers.Tokenizer.from_buffer(raw)

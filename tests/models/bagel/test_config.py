@@ -234,11 +234,11 @@ BAD_JSON = [
     pytest.param(b"", "is not JSON in UTF-8", id="an-empty-file"),
     pytest.param(b"{", "is not JSON in UTF-8", id="a-truncated-file"),
     pytest.param(b'{"a": "\xff"}', "can't decode byte 0xff", id="invalid-UTF-8"),
-    pytest.param(b"[]", "holds a JSON list; allowed: an object", id="a-list"),
-    pytest.param(b"7", "holds a JSON int; allowed: an object", id="a-number"),
+    pytest.param(b"[]", "must be a JSON object, got list", id="a-list"),
+    pytest.param(b"7", "must be a JSON object, got int", id="a-number"),
     pytest.param(b"[" * 100_000, "is not JSON in UTF-8", id="brackets-without-end"),
     pytest.param(b"9" * 10_000, "is not JSON in UTF-8", id="a-number-without-end"),
-    pytest.param(b" " * (17 << 20), "is too large; allowed: up to 16777216 bytes", id="17-MB-of-blanks"),
+    pytest.param(b" " * (17 << 20), "must have at most 16777216 bytes", id="17-MB-of-blanks"),
 ]
 
 

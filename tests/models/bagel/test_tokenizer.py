@@ -307,7 +307,7 @@ def test_names_the_damaged_file_and_the_remedy(tmp_path, name, damage, message):
 def test_names_the_part_that_is_missing(tmp_path, name):
     copy_files(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"must have tokenizer.json or all of .*; missing: {name}. Take"):
+    with pytest.raises(FileNotFoundError, match=f"must have tokenizer.json or all of .*; missing: {name}. Download"):
         Tokenizer.from_folder(tmp_path)
 
 
