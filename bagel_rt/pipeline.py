@@ -1,4 +1,4 @@
-"""Bagel: text-to-image, editing, understanding and interleaved output from one official checkpoint folder."""
+"""The Python API: ``Bagel`` loads a checkpoint folder and generates, edits, answers and interleaves."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,23 +26,23 @@ from bagel_rt.request import (
     check_text,
     is_size,
     open_images,
-    seeds_for,
+    resolve_seeds,
 )
-from bagel_rt.validation import BOOLEAN, check, integer, invalid, per_prompt
+from bagel_rt.validation import BOOLEAN, check, integer, invalid, one_of, per_prompt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Bagel:
-    """A loaded model and everything it can do. One request at a time; not thread-safe.
+    """A loaded model. Runs one request at a time and is not thread-safe.
 
     Attributes:
-        engine: runs requests that are already checked.
-        model, tokenizer, cache: the engine's.
+        engine: runs requests after they are checked.
+        model, tokenizer, cache: the model, tokenizer and KV cache of the engine.
     """
 
     def __init__(self, model: BagelModel, tokenizer: Tokenizer, graphs: bool = True):
-        """``graphs=False`` runs every step as it is, on CUDA too; see :meth:`from_pretrained`."""
+        """Use a model that is already loaded; for ``graphs`` see :meth:`from_pretrained`."""
         self.engine = Engine(model, tokenizer, graphs)
         self.model, self.tokenizer, self.cache = model, tokenizer, self.engine.cache
 
@@ -59,48 +59,39 @@ class Bagel:
         """Load an official checkpoint folder.
 
         Args:
-            folder: with config.json, llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and the
-                tokenizer's files. Without one, the small model that the package carries.
-            device: default "cuda" where there is one, else "cpu". A GPU becomes torch's current one.
-            dtype: default bfloat16 on CUDA, float32 on the CPU.
-            backend: "auto" runs Triton kernels on CUDA and the ops' PyTorch formulas elsewhere, "reference" formulas
-                everywhere, "triton" kernels or nothing; for the whole process. Default: the environment variable
-                BAGEL_RT_BACKEND, else "auto".
-            graphs: on CUDA, capture steps as CUDA graphs and replay them; False launches every kernel by itself, with
-                the same results, for debugging.
-            progress: show a bar while weights are read.
+            folder: contains config.json, llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and the
+                tokenizer files. Default: the small model embedded in the package.
+            device: "cpu", "cuda" or "cuda:N"; default "cuda" if available, else "cpu". A GPU becomes torch's current
+                device.
+            dtype: float32, bfloat16 or float16; default bfloat16 on CUDA, float32 on the CPU.
+            backend: "auto" runs Triton kernels on CUDA and the PyTorch reference of every op elsewhere; "reference"
+                runs the PyTorch references everywhere; "triton" requires the kernels. It applies to the whole process.
+                Default: the environment variable BAGEL_RT_BACKEND, else "auto".
+            graphs: on CUDA, capture steps as CUDA graphs and replay them. False runs eagerly, with the same results,
+                for debugging.
+            progress: show a progress bar while the weights are loaded.
 
         Raises:
-            FileNotFoundError, ValueError, CheckpointError: a file is missing or wrong; the message says which and what
-                to do.
+            FileNotFoundError: the folder or a file does not exist.
+            CheckpointError: a file is malformed or does not match the others.
+            ValueError: the device, dtype or backend is not supported.
         """
         folder = Path(folder) if folder is not None else DEFAULT_MODEL
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; give the path of a downloaded BAGEL checkpoint folder")
-        try:
-            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError as error:
-            raise ValueError(f"device is {device!r}: allowed are 'cpu', 'cuda' and 'cuda:N' ({error})") from None
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device is {device}: allowed are 'cpu', 'cuda' and 'cuda:N'")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs: use device='cpu', or a torch "
-                "build with CUDA on a machine that has one"
-            )
+            raise FileNotFoundError(f"{folder}: no such folder. Give the path of a downloaded BAGEL checkpoint folder.")
+        device = _resolve_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}: allowed are {', '.join(map(str, DTYPES))}")
+        check("dtype", dtype, one_of(DTYPES))
         check_backend(device, backend)
         choose_backend(backend)
         if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)  # kernels are launched on the current one
+            torch.cuda.set_device(device)  # Triton launches kernels on the current device
         config = BagelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)
         if len(tokenizer) > config.llm.vocab_size:
             raise CheckpointError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens, but llm_config.json says vocab_size "
-                f"{config.llm.vocab_size}; take both from the same published folder"
+                f"{folder}: vocab_size in llm_config.json must be at least {len(tokenizer)}, the number of tokens of "
+                f"the tokenizer, got {config.llm.vocab_size}. Use both from the same published folder."
             )
         markers = (tokenizer.start_of_image, tokenizer.end_of_image)
         with torch.inference_mode():
@@ -118,24 +109,25 @@ class Bagel:
         progress: ProgressCallback | None = None,
         **hyperparameters,
     ) -> ImageResult | list[ImageResult]:
-        """Text to image.
+        """Generate an image from a prompt, or a batch of images from a list of prompts.
+
+        For a list of prompts every argument except ``progress`` may be a list with one value per prompt.
 
         Args:
-            prompt: what to draw; a list draws them all in one batch and returns a list.
-            size: (height, width), multiples of the latent stride [16]; a list gives each prompt its own. Default: the
-                largest square the model was made for [1024 x 1024].
-            seed: of the noise (and of sampled thoughts); a list gives each prompt its own. With one seed for a batch,
-                prompt i takes seed + i. Default: random, returned in the result.
-            negative_prompt: what the text guidance moves away from, in place of nothing; a list gives each prompt its
-                own.
-            think: let the model write a plan first; a list says it of each prompt.
-            noise: float32 [tokens, features] instead of the seed's noise (a list of them for a batch).
+            prompt: description of the image. A list is generated as one batch and returns a list.
+            size: (height, width) in pixels, multiples of the latent stride, 16 for BAGEL-7B-MoT. Default: the default
+                resolution of the model, a square of 1024 pixels per side for BAGEL-7B-MoT.
+            seed: for the noise and for sampled thoughts. One seed for a batch gives prompt i the seed ``seed + i``.
+                Default: random, returned in the result.
+            negative_prompt: used for the branch without text of classifier-free guidance. Default: no text.
+            think: write a plan before the image.
+            noise: float32 [tokens, features] to use instead of the noise drawn from the seed.
             progress: called after every step; may raise :class:`Cancelled`.
-            **hyperparameters: fields of :class:`ImageSettings` and :class:`TextSettings`, official names and defaults;
-                a list gives each prompt its own.
+            **hyperparameters: fields of :class:`ImageSettings` and :class:`TextSettings`, with the official names and
+                defaults.
 
         Raises:
-            ValueError, TypeError: something is out of range; nothing was computed.
+            ValueError, TypeError: an argument is invalid. Arguments are checked before any computation.
         """
         batch = [prompt] if isinstance(prompt, str) else check_list("prompt", prompt, str, MAX_BATCH)
         count, single = len(batch), isinstance(prompt, str)
@@ -144,23 +136,30 @@ class Bagel:
         else:
             settings = settings_per_prompt("generate", hyperparameters, count)
 
-        def each(name: str, value, shared: bool) -> list:
-            return [value] * count if single or shared else per_prompt(name, value, count)
+        def expand(name: str, value, is_shared: bool) -> list:
+            """One value per prompt."""
+            return [value] * count if single or is_shared else per_prompt(name, value, count)
 
-        columns = (
+        arguments = (
             batch,
-            each("size", size, size is None or is_size(size)),
-            seeds_for(seed, count),
+            expand("size", size, size is None or is_size(size)),
+            resolve_seeds(seed, count),
             settings,
-            each("noise", noise, noise is None),
-            each("think", think, not isinstance(think, (list, tuple))),
-            each("negative_prompt", negative_prompt, not isinstance(negative_prompt, (list, tuple))),
+            expand("noise", noise, noise is None),
+            expand("think", think, not isinstance(think, (list, tuple))),
+            expand("negative_prompt", negative_prompt, not isinstance(negative_prompt, (list, tuple))),
         )
         requests = [
             self._request(
-                [text], self.check_size(size), seed, settings, noise, _system(THINK_BEFORE_IMAGE, think), negative
+                [text],
+                self.check_size(size),
+                seed,
+                settings,
+                noise,
+                _system_prompt(THINK_BEFORE_IMAGE, think),
+                negative,
             )
-            for text, size, seed, settings, noise, think, negative in zip(*columns, strict=True)
+            for text, size, seed, settings, noise, think, negative in zip(*arguments, strict=True)
         ]
         results = self.engine.run_images(requests, progress)
         return results[0] if single else results
@@ -177,24 +176,24 @@ class Bagel:
         progress: ProgressCallback | None = None,
         **hyperparameters,
     ) -> ImageResult:
-        """Redraw an image (or combine several) as the prompt says; the result has the last one's size.
+        """Edit an image, or combine several, as the prompt instructs. The result has the size of the last image.
 
         Args:
-            images: a PIL image, a path or encoded bytes; or a list of them.
+            images: a PIL image, a path or encoded bytes, or a list of them.
             prompt: the instruction.
-            noise: tensors instead of the seed's draws, one [1, z, height / 8, width / 8] per input image, then one
-                [tokens, features].
+            noise: tensors to use instead of the noise drawn from the seed: one [1, z, height / 8, width / 8] per input
+                image for the autoencoder, then one [tokens, features] for the generated image.
 
-        The rest is as in :meth:`generate`, with the official defaults of editing.
+        Other arguments: see :meth:`generate`; the defaults are the official ones of editing.
         """
         settings = resolve_settings("edit", hyperparameters)
-        inputs = [*open_images(images, least=1), check_text("prompt", prompt)]
-        system = _system(THINK_BEFORE_IMAGE, think)
-        request = self._request(inputs, None, seeds_for(seed, 1)[0], settings, noise, system, negative_prompt)
+        inputs = [*open_images(images, minimum=1), check_text("prompt", prompt)]
+        system = _system_prompt(THINK_BEFORE_IMAGE, think)
+        request = self._request(inputs, None, resolve_seeds(seed, 1)[0], settings, noise, system, negative_prompt)
         return self.engine.run_images([request], progress)[0]
 
     def chat(self, prompt: str, images: ImageSource | Sequence[ImageSource] = (), **options) -> str:
-        """Answer a question about images, or about none. Options as in :meth:`stream`."""
+        """Answer a prompt, with or without images, and return the whole text. Options as in :meth:`stream`."""
         return "".join(self.stream(prompt, images, **options))
 
     def stream(
@@ -207,22 +206,23 @@ class Bagel:
         progress: ProgressCallback | None = None,
         **hyperparameters,
     ) -> Iterator[str]:
-        """Answer piece by piece. Arguments are checked at the call, work begins with the first piece.
+        """Stream the answer to a prompt as pieces of text.
+
+        Arguments are checked at the call; computation starts with the first ``next()``.
 
         Args:
             prompt: the question.
-            images: shown before it, in order.
-            think: let the model reason first; the reasoning is part of the answer.
-            seed: of the sampler, where ``do_sample`` is set.
+            images: placed before the prompt, in order.
+            think: reason before answering; the reasoning is part of the text.
+            seed: for sampling, if ``do_sample`` is set.
             progress: called after every token; may raise :class:`Cancelled`.
             **hyperparameters: fields of :class:`TextSettings`.
         """
         settings = resolve_settings("chat", hyperparameters)
         inputs = [*open_images(images), check_text("prompt", prompt)]
-        system = _system(THINK_BEFORE_ANSWER, think)
-        return self.engine.run_answer(
-            self._request(inputs, None, seeds_for(seed, 1)[0], settings, None, system), progress
-        )
+        system = _system_prompt(THINK_BEFORE_ANSWER, think)
+        request = self._request(inputs, None, resolve_seeds(seed, 1)[0], settings, None, system)
+        return self.engine.run_answer(request, progress)
 
     def interleave(
         self,
@@ -236,31 +236,36 @@ class Bagel:
         progress: ProgressCallback | None = None,
         **hyperparameters,
     ) -> list[str | ImageResult]:
-        """Texts and images in, texts and images out, for models trained to ask for images (ThinkMorph).
+        """Generate interleaved texts and images, with models trained to request images (ThinkMorph).
 
-        The model writes; when its text contains ``<image_start>`` it draws, sees its drawing and writes on, up to
-        ``max_rounds`` images.
+        The model generates text. If the text contains ``<image_start>``, the model generates an image, which becomes
+        part of its context, and continues with text, up to ``max_rounds`` images.
 
         Args:
-            inputs: texts as str; images as PIL images, :class:`~pathlib.Path` or bytes (a str is always a text).
-            think: put the interleaved-thinking system prompt first.
-            max_rounds: images at most, [1, 16].
-            size: (height, width) of the images if no input is one; else they take the last input image's.
-            noise: tensors instead of the seed's draws, in the order of encoding and drawing.
+            inputs: texts as str; images as PIL images, :class:`~pathlib.Path` or bytes. A str is always a text.
+            think: start with the interleaved-thinking system prompt.
+            max_rounds: maximum number of images, from 1 to 16.
+            size: (height, width) of the images, if the inputs contain none; else they have the size of the last input
+                image.
+            noise: tensors to use instead of the noise drawn from the seed, in the order of encoding and generation.
+
+        Other arguments: see :meth:`generate`.
         """
         settings = resolve_settings("interleave", hyperparameters)
         check("max_rounds", max_rounds, integer(1, MAX_ROUNDS))
         inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
-        system = _system(THINK_INTERLEAVED, think)
+        system = _system_prompt(THINK_INTERLEAVED, think)
         request = self._request(
-            inputs, self.check_size(size), seeds_for(seed, 1)[0], settings, noise, system, rounds=max_rounds
+            inputs, self.check_size(size), resolve_seeds(seed, 1)[0], settings, noise, system, rounds=max_rounds
         )
         return self.engine.run_interleaved(request, progress)
 
     def release_memory(self) -> None:
-        """Give back what is kept for the next request: captured graphs, their buffers, and the KV cache if no request
-        is under way. The next request makes them anew."""
+        """Free cached CUDA graphs and their buffers, and the KV cache if no request is running.
+
+        The next request allocates and captures them again.
+        """
         self.engine.release_memory()
 
     def _request(
@@ -274,50 +279,59 @@ class Bagel:
         negative_prompt=None,
         rounds: int | None = None,
     ) -> Request:
-        """A request that :meth:`check` has nothing against."""
+        """Create and check a request; ``settings`` as of :func:`resolve_settings`."""
         image, text = settings
         request = Request(inputs, size, seed, image, text, noise, system, negative_prompt, rounds)
-        self.check(request)
+        self.check_request(request)
         return request
 
-    def check(self, request: Request) -> None:
-        """Refuse a request that does not fit the model: texts, images, and the tokens that the model writes (of
-        ``rounds`` texts and pictures, if the model decides when it draws) beyond its positions; noise of another shape.
+    def check_request(self, request: Request) -> None:
+        """Raise ValueError if a request does not fit the model: its length, its image sizes or its noise."""
+        self._check_length(request)
+        self._check_image_sizes(request.inputs)
+        if request.noise is not None:
+            shapes = noise_shapes(self.model.config, request.inputs, request.size)
+            _check_noise(request.noise, shapes, exact=request.rounds is None)
 
-        Raises:
-            ValueError: says what does not fit.
-        """
+    def _check_length(self, request: Request) -> None:
+        """Raise ValueError if texts, images and the text to generate need more positions than the model has."""
         config, limit = self.model.config, self.model.config.llm.max_position_embeddings
         parts = [*request.inputs, *(part for part in (request.negative_prompt, request.system) if part is not None)]
         texts = [check_text("a text", part) for part in parts if not isinstance(part, Image.Image)]
-        written = request.text.max_think_token_n if request.writes else 0
+        generated = request.text.max_think_token_n if request.generates_text else 0
         if request.rounds is not None:
-            written = request.rounds * (written + 4)  # a text in its frame, a picture in two blocks
-        positions = count_tokens(config, self.tokenizer, texts, False)[0] + 2 * len(request.inputs) + written
+            # Per round: the text with its start and end token, and an image, which takes one position as VAE and one
+            # as ViT tokens.
+            generated = request.rounds * (generated + 4)
+        positions = count_tokens(config, self.tokenizer, texts, False)[0] + 2 * len(request.inputs) + generated
         if positions > limit:
             raise ValueError(
-                f"the request takes up to {positions} positions, {written} of them for text to be written; the model "
-                f"has {limit}: shorten the prompt or lower max_think_token_n"
+                f"the request must take at most {limit} positions, the limit of the model, got {positions}, of which "
+                f"{generated} are for generated text. Shorten the prompt or lower max_think_token_n."
             )
-        self._check_grids(request.inputs)
-        if request.noise is not None:
-            _check_noise(request.noise, noise_shapes(config, request.inputs, request.size), request.rounds is None)
 
-    def _check_grids(self, inputs) -> None:
-        """Refuse images that the resize rules make larger than the position tables."""
+    def _check_image_sizes(self, inputs) -> None:
+        """Raise ValueError if an image is larger than the position tables even after the resize rules."""
         config = self.model.config
+        if config.interpolate_pos:
+            return
+        vit_side = config.vit.patch_size * config.vit.max_patches_per_side
         for image in (part for part in inputs if isinstance(part, Image.Image)):
-            for_vae = config.vae_transform.output_size(*image.size)
-            for_vit = config.vit_transform.output_size(*for_vae)
-            patches = config.vit.patch_size * config.vit.max_patches_per_side
-            if not config.interpolate_pos and (max(for_vae) > config.largest_side or max(for_vit) > patches):
+            vae_size = config.vae_transform.output_size(*image.size)
+            vit_size = config.vit_transform.output_size(*vae_size)
+            if max(vae_size) > config.largest_side or max(vit_size) > vit_side:
                 raise ValueError(
-                    f"an image of {image.width} x {image.height} pixels becomes {for_vae} and {for_vit}, more than the "
-                    f"position tables hold ({config.largest_side} and {patches} pixels): use one of another shape"
+                    f"a resized image must have sides of at most {config.largest_side} (VAE) and {vit_side} (ViT) "
+                    f"pixels, got {_size_text(vae_size)} and {_size_text(vit_size)} from {_size_text(image.size)}. Use "
+                    "an image of another aspect ratio."
                 )
 
     def check_size(self, size) -> tuple[int, int]:
-        """(height, width) of an image to draw, by default the model's square; ValueError if the model has no such."""
+        """Check the (height, width) of an image to generate; None stands for the default resolution of the model.
+
+        Raises:
+            ValueError: not a pair of integers, or not a size that the model can generate.
+        """
         config = self.model.config
         if size is None:
             return (config.default_resolution, config.default_resolution)
@@ -327,19 +341,41 @@ class Bagel:
         return tuple(size)
 
 
-def _system(prompt: str, think) -> str | None:
-    """The system prompt of a request that is to think."""
+def _resolve_device(device) -> torch.device:
+    try:
+        resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise invalid("device", str(device), "cpu, cuda or cuda:N") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise invalid("device", str(device), "cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        remedy = "Use device='cpu', or install a CUDA build of torch and a driver"
+        raise invalid("device", str(device), f"cpu or one of the {count} GPUs that torch sees", remedy)
+    return resolved
+
+
+def _system_prompt(prompt: str, think) -> str | None:
+    """The system prompt of a request: ``prompt`` if it thinks, else none."""
     check("think", think, BOOLEAN)
     return prompt if think else None
 
 
 def _check_noise(noise, shapes: list[tuple], exact: bool) -> None:
-    """Refuse noise that the first picture cannot be made of; unless ``exact``, there may be more for later ones."""
-    given = [noise] if isinstance(noise, torch.Tensor) else noise
-    if not isinstance(given, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in given):
-        raise ValueError("noise: give a torch tensor, or a list of them in the order of drawing")
-    if not all(tensor.isfinite().all() for tensor in given):
-        raise ValueError("noise: a tensor holds NaN or infinity; give standard normal numbers")
-    found = [tuple(tensor.shape) for tensor in given]
-    if (found if exact else found[: len(shapes)]) != shapes:
-        raise ValueError(f"noise: tensors of shape {found} were given where {shapes} are drawn")
+    """Raise ValueError unless the noise consists of finite tensors of these shapes.
+
+    Without ``exact`` further tensors may follow: an interleaved request does not know its number of images yet.
+    """
+    tensors = [noise] if isinstance(noise, torch.Tensor) else noise
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise invalid("noise", noise, "a torch.Tensor or a list of them")
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError("noise must be finite, got NaN or infinity. Use standard normal numbers.")
+    actual = [tuple(tensor.shape) for tensor in tensors]
+    if (actual if exact else actual[: len(shapes)]) != shapes:
+        raise ValueError(f"noise must have tensors of shape {shapes}, got {actual}.")
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    width, height = size
+    return f"{width}x{height}"

@@ -1,4 +1,4 @@
-"""What a caller gives and gets: requests, results, progress, and the checks that run before any work."""
+"""Requests, results and progress reports, and the checks of a request's arguments."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -10,23 +10,23 @@ from PIL import Image
 
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSettings, TextSettings, check_seed
-from bagel_rt.validation import per_prompt
+from bagel_rt.validation import check, integer, invalid, per_prompt
 
 ImageSource = Image.Image | str | Path | bytes
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a request stands; given to the ``progress`` callback after every step.
+    """Progress of a request, passed to the ``progress`` callback after every step.
 
     Attributes:
         stage: "text" while tokens are decoded, "image" while an image is denoised.
-        step: steps done in this stage, from 1.
-        total: steps of this stage; of text, the most there can be.
-        preview: call it within the callback to see what there is so far: for each prompt that is worked on just now,
-            its place in the batch -> the text, or the picture that the denoising is heading for. A picture takes what
-            decoding one takes, time and memory; without the call nothing is done. At the last step it returns the
-            finished picture. Called after the request, that of a picture raises RuntimeError.
+        step: completed steps of this stage, from 1.
+        total: steps of this stage; for text, the maximum.
+        preview: returns the intermediate result of every prompt in this step: index in the batch -> the text so far,
+            or an estimate of the final image; after the last step, the final image. Call it inside the callback only:
+            a preview of an image raises RuntimeError afterwards. It decodes the images, which costs the time and memory
+            of an autoencoder pass; without a call there is no cost.
     """
 
     stage: str
@@ -43,11 +43,11 @@ class ImageResult:
     """A generated image.
 
     Attributes:
-        image: the picture.
-        seed: what its noise was drawn with; the same seed and parameters give the same picture.
-        parameters: every hyper-parameter in force.
-        latents: float32 [tokens, features] on the model's device, the picture before the autoencoder's decoder.
-        thought: the text the model wrote before drawing, or None.
+        image: RGB.
+        seed: of the noise; the same seed and parameters give the same image on the same machine.
+        parameters: the value of every hyper-parameter.
+        latents: float32 [tokens, features] on the model's device, the input of the autoencoder's decoder.
+        thought: the text generated before the image, or None.
     """
 
     image: Image.Image
@@ -59,18 +59,19 @@ class ImageResult:
 
 @dataclass
 class Request:
-    """What one user sends: texts and images in order, with the noise that its pictures are made of.
+    """A request with resolved settings.
 
     Attributes:
-        inputs: strings and RGB-convertible PIL images.
-        size: (height, width) of the pictures to draw; an input image overrides it.
-        seed: of noise and sampling.
-        image: how pictures are denoised; None where none is drawn.
-        text: how texts are decoded.
-        noise: draws to use in place of the seed's; see :class:`~bagel_rt.models.bagel.contexts.Noise`.
-        system: the system prompt; with one, a thought is written before a picture is drawn.
-        negative_prompt: what text guidance moves away from, in place of nothing.
-        rounds: pictures at most, where the model itself decides when it draws; else None.
+        inputs: texts and images in order: strings, and PIL images that can be converted to RGB.
+        size: (height, width) of the images to generate; an input image overrides it.
+        seed: for noise and sampling.
+        image: settings of denoising; None if the request generates no image.
+        text: settings of text decoding.
+        noise: tensors to use instead of the noise drawn from the seed; see
+            :class:`~bagel_rt.models.bagel.contexts.Noise`.
+        system: the system prompt. A request for an image with a system prompt generates a thought first.
+        negative_prompt: used for the branch without text of classifier-free guidance. Default: no text.
+        rounds: maximum number of images of an interleaved request; None for other requests.
     """
 
     inputs: list[str | Image.Image]
@@ -84,18 +85,18 @@ class Request:
     rounds: int | None = None
 
     @property
-    def writes(self) -> bool:
-        """Whether the model writes text for it."""
+    def generates_text(self) -> bool:
+        """Whether the request generates text: an answer, a thought or interleaved text."""
         return self.image is None or self.system is not None or self.rounds is not None
 
 
 def is_size(size) -> bool:
-    """Whether it is a pair of integers."""
+    """Whether a value is a pair of integers."""
     return isinstance(size, (tuple, list)) and len(size) == 2 and all(type(side) is int for side in size)
 
 
-def seeds_for(seed, count: int) -> list[int]:
-    """A seed for each prompt: those given, or consecutive ones from the one given, or from a random one."""
+def resolve_seeds(seed, count: int) -> list[int]:
+    """One seed per prompt: a list is used as it is, a single seed (or a random one) starts consecutive seeds."""
     if isinstance(seed, (list, tuple)):
         seeds = per_prompt("seed", seed, count)
     else:
@@ -108,28 +109,28 @@ def seeds_for(seed, count: int) -> list[int]:
 
 
 def check_text(name: str, text) -> str:
-    """The text; ValueError if it is none, or too long to be worth counting its tokens."""
+    """Return the text; ValueError if it is not a str, or too long to tokenize just for an exact error message."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} is a {type(text).__name__}: give a str")
+        raise invalid(name, text, "a str")
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{name} has {len(text)} characters: allowed are {MAX_CHARACTERS}; shorten it")
+        raise ValueError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}. Shorten it.")
     return text
 
 
-def check_list(name: str, values, kinds, most: int) -> list:
-    """A list of 1 to ``most`` entries of these types; ValueError if it is not."""
-    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= most:
-        raise ValueError(f"{name}: give a list of 1 to {most} entries")
+def check_list(name: str, values, types: type | tuple[type, ...], maximum: int) -> list:
+    """Return the values as a list; ValueError unless they are 1 to ``maximum`` entries of these types."""
+    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= maximum:
+        raise invalid(name, values, f"a list of 1 to {maximum} entries")
+    types = types if isinstance(types, tuple) else (types,)
     for value in values:
-        if not isinstance(value, kinds):
-            raise ValueError(f"{name}: an entry is a {type(value).__name__}, which is not allowed here")
+        if not isinstance(value, types):
+            raise invalid(f"an entry of {name}", value, "of type " + ", ".join(kind.__name__ for kind in types))
     return list(values)
 
 
-def open_images(images: ImageSource | Sequence[ImageSource], least: int = 0) -> list[Image.Image]:
-    """One image or a list of them, opened; ValueError or FileNotFoundError if one cannot be."""
+def open_images(images: ImageSource | Sequence[ImageSource], minimum: int = 0) -> list[Image.Image]:
+    """Open one image or a list of them; ValueError or FileNotFoundError if that fails."""
     if not isinstance(images, (list, tuple)):
         images = [images]
-    if not least <= len(images) <= MAX_INPUTS:
-        raise ValueError(f"images: {len(images)} given, allowed are at least {least} and at most {MAX_INPUTS}")
+    check("the number of images", len(images), integer(minimum, MAX_INPUTS))
     return [open_image(image) for image in images]

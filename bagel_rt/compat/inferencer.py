@@ -136,7 +136,7 @@ class InterleaveInferencer:
         noise = None if understanding_output else self._draw_noise(input_lists, image_shapes)
         seed = draw_sampling_seed(self.bagel.model) if do_sample else 0
         request = Request(list(input_lists), tuple(image_shapes), seed, image, text, noise, system)
-        self.bagel.check(request)
+        self.bagel.check_request(request)
         if understanding_output:
             return ["".join(self.bagel.engine.run_answer(request))]
         [result] = self.bagel.engine.run_images([request])

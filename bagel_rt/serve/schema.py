@@ -250,7 +250,7 @@ def _check_request(bagel: Bagel, limits: Limits, request: Request) -> None:
         _check_marks(text)
     tokens = count_tokens(bagel.model.config, bagel.tokenizer, texts, False)[0]
     _check_limit("the number of tokens of the prompt", tokens, most)
-    bagel.check(request)
+    bagel.check_request(request)
 
 
 def _check_marks(text: str) -> None:

@@ -245,7 +245,7 @@ def explain_requests(
         images=images,
         batch=len(requests),
         text_tokens=max(1, counted(request)[0]),
-        max_think_token_n=request.text.max_think_token_n if request.writes else 0,
+        max_think_token_n=request.text.max_think_token_n if request.generates_text else 0,
         settings=request.image,
         graphs=graphs,
     )
