@@ -20,15 +20,15 @@ from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, Task
 
 CARDS = (24, 32, 40, 48, 80, 141)  # GB
 REQUESTS = {
-    "an answer about a picture of 980 x 980": {"task": "chat", "images": [(980, 980)]},
-    "a picture of 512 x 512": {"size": (512, 512)},
-    "a picture of 1024 x 1024": {"size": (1024, 1024)},
-    "the same after a thought of 1000 tokens": {"size": (1024, 1024), "max_think_token_n": 1000},
-    "four pictures of 1024 x 1024 at once": {"size": (1024, 1024), "batch": 4},
-    "an edit of a picture of 1024 x 1024": {"task": "edit", "size": (1024, 1024)},
-    "an edit with two input pictures": {"task": "edit", "size": (1024, 1024), "images": [(1024, 1024)] * 2},
-    "sixteen pictures of 1024 x 1024 at once": {"size": (1024, 1024), "batch": 16},
-    "a picture of 1024 x 1024 in float32": {"size": (1024, 1024), "dtype": torch.float32},
+    "an answer about a 980x980 image": {"task": "chat", "images": [(980, 980)]},
+    "a 512x512 image": {"size": (512, 512)},
+    "a 1024x1024 image": {"size": (1024, 1024)},
+    "a 1024x1024 image after a thought of 1000 tokens": {"size": (1024, 1024), "max_think_token_n": 1000},
+    "four 1024x1024 images at once": {"size": (1024, 1024), "batch": 4},
+    "an edit of a 1024x1024 image": {"task": "edit", "size": (1024, 1024)},
+    "an edit with two input images": {"task": "edit", "size": (1024, 1024), "images": [(1024, 1024)] * 2},
+    "sixteen 1024x1024 images at once": {"size": (1024, 1024), "batch": 16},
+    "a 1024x1024 image in float32": {"size": (1024, 1024), "dtype": torch.float32},
 }
 PART = re.compile(r"^\{\{ (\w+)((?: [\w-]+)*) \}\}$", re.MULTILINE)
 ROLE = re.compile(r":\w+:`(~?)([^`]+)`")
@@ -66,7 +66,7 @@ def memory_table() -> str:
         estimate = expected_memory(BAGEL_7B_MOT, **workload)
         fits = ("fits" if estimate.fits(card * 10**9) else "no" for card in CARDS)
         rows.append((said, f"{estimate.total / 1e9:.1f} GB", *fits))
-    return table(("", "in all", *(f"{card} GB" for card in CARDS)), rows)
+    return table(("request", "total", *(f"{card} GB" for card in CARDS)), rows)
 
 
 def op_table() -> str:

@@ -1,6 +1,6 @@
-"""Ask about a picture, and read the answer while it is written: ``python examples/ask.py [FOLDER]``.
+"""Ask about an image and print the answer while it is generated.
 
-Writes shapes.png, and the question and its answer to answer.txt.
+``python examples/ask.py [FOLDER]`` writes shapes.png and answer.txt to the folder.
 """
 
 import sys
@@ -12,11 +12,11 @@ folder = Path(*sys.argv[1:2])
 question = "what color are the triangles"
 
 bagel = Bagel.from_pretrained()
-picture = bagel.generate("three orange triangles at the bottom", seed=0).image
-picture.save(folder / "shapes.png")
+image = bagel.generate("three orange triangles at the bottom", seed=0).image
+image.save(folder / "shapes.png")
 
 pieces = []
-for piece in bagel.stream(question, [picture], max_think_token_n=32):
+for piece in bagel.stream(question, [image], max_think_token_n=32):
     print(piece, end="", flush=True)
     pieces.append(piece)
 print()

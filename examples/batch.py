@@ -1,6 +1,6 @@
-"""Several pictures at once, each with settings of its own, with progress and a way out.
+"""Generate a batch with settings per prompt, show progress, and cancel a second batch halfway.
 
-``python examples/batch.py [FOLDER]`` writes batch-1.png to batch-4.png there, and stops a second batch halfway.
+``python examples/batch.py [FOLDER]`` writes batch-1.png to batch-4.png to the folder.
 """
 
 import sys

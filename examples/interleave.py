@@ -1,7 +1,8 @@
-"""Texts and pictures in, texts and pictures out: ``python examples/interleave.py [FOLDER]`` writes story.md there.
+"""Think before generating, then continue with interleaved text and images.
 
-The model draws where its own text asks for a picture, which it has to be trained for (ThinkMorph is; the model that
-comes with the package answers with a text alone). It goes on writing behind its picture, up to ``max_rounds`` pictures.
+``python examples/interleave.py [FOLDER]`` writes story.md and its images to the folder. Only a model trained for it
+requests images in its text (ThinkMorph does); the embedded model answers with text alone. After each image the model
+continues its text, for at most ``max_rounds`` images.
 """
 
 import sys
@@ -12,7 +13,7 @@ from bagel_rt import Bagel
 folder = Path(*sys.argv[1:2])
 
 bagel = Bagel.from_pretrained()
-planned = bagel.generate("a blue star", think=True, max_think_token_n=48, seed=0)  # a plan is written, then drawn
+planned = bagel.generate("a blue star", think=True, max_think_token_n=48, seed=0)  # writes a plan first
 planned.image.save(folder / "star.png")
 
 parts = bagel.interleave([planned.image, "continue the story"], max_rounds=2, max_think_token_n=48, seed=0)

@@ -1,6 +1,6 @@
-"""OpenAI's client against the server: ``python examples/openai_client.py [FOLDER]`` writes server.png there.
+"""Use the server with OpenAI's client. ``python examples/openai_client.py [FOLDER]`` writes server.png to the folder.
 
-The server runs in this process here, on a free port, so that the script is whole; ``bagel-rt serve`` is the usual way.
+To be self-contained, the script starts the server in this process, on a free port; normally, run ``bagel-rt serve``.
 Needs the extra ``[serve]`` and the package ``openai``.
 """
 

@@ -1,4 +1,4 @@
-"""The examples run as they are, with the embedded model, and write what they say."""
+"""The example scripts run on the embedded model and write the files that their docstrings name."""
 
 import runpy
 import sys
@@ -26,7 +26,7 @@ def run(name: str, *arguments: str) -> None:
 
 
 def check(folder: Path, names: list[str]) -> None:
-    """The files are there; pictures have the embedded model's size, and are no plain colour."""
+    """The files are there; images have the size of the embedded model and more than one colour."""
     assert sorted(path.name for path in folder.iterdir() if path.name in names) == sorted(names)
     for path in (folder / name for name in names):
         if path.suffix == ".png":
@@ -42,7 +42,7 @@ def test_every_example_is_tested():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
-def test_an_example_writes_what_it_says(name, tmp_path, monkeypatch):
+def test_example_writes_its_files(name, tmp_path, monkeypatch):
     if name == "openai_client":
         for module, extra in (("fastapi", "serve"), ("openai", "test")):
             pytest.importorskip(module, reason=f"the extra [{extra}] is not installed")
@@ -51,7 +51,7 @@ def test_an_example_writes_what_it_says(name, tmp_path, monkeypatch):
     check(tmp_path, WRITTEN[name])
 
 
-def test_a_folder_can_be_named(tmp_path, monkeypatch):
+def test_writes_to_the_given_folder(tmp_path, monkeypatch):
     there = tmp_path / "there"
     there.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -61,7 +61,7 @@ def test_a_folder_can_be_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cancelled_batch_says_so(tmp_path, monkeypatch, capsys):
+def test_batch_example_reports_cancellation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run("batch")
     assert "image 49/49" in (said := capsys.readouterr().out) and "cancelled" in said

@@ -1,0 +1,152 @@
+"""Sources and documents use the terms of the field.
+
+Each marker is a phrase that this project once used where the field has another. ``TO_DO`` lists the files that still
+contain it; remove a file from the list when it is clean.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SUFFIXES = (".py", ".md", ".cu", ".h", ".cpp")
+# Prompts in the language of the embedded model, which was trained on the word.
+PROMPT = re.compile(r"what is in the picture|describe the picture|\"a picture( of)?\"|\"picture\"")
+
+MARKERS = {  # phrase: what to write instead
+    r"allowed are": "X must be A or B, got Y. <remedy>.",
+    r"whoever|somebody": "name the caller, the client or the thread",
+    r"giv(es?|en|ing) back|given up": "release, free, drop, cancel",
+    r"pictures?\b": "image",
+    r"that hurt": "edge case",
+    r"beside whom": "correctness and speed against each peer",
+    r"as (it|they) stands?\b": "unchanged",
+    r"is expected to take": "needs about",
+    r"(is|are) told (?!apart)|what (is|was|can be) (said|told|given|taken)": "name the thing",
+    r"cannot be listened": "cannot bind",
+    r"under way|at hand": "running; available",
+    r"thrice": "three times",
+}
+TO_DO: dict[str, list[str]] = {
+    r"allowed are": [
+        "bagel_rt/engine.py",
+        "bagel_rt/pipeline.py",
+        "bagel_rt/request.py",
+        "bagel_rt/tiny/evaluate.py",
+        "bagel_rt/train/batch.py",
+        "benchmarks/end_to_end.py",
+        "benchmarks/soak.py",
+        "tests/benchmarks/test_end_to_end.py",
+        "tests/benchmarks/test_soak.py",
+        "tests/tiny/test_evaluate.py",
+    ],
+    r"giv(es?|en|ing) back|given up": [
+        "bagel_rt/pipeline.py",
+        "benchmarks/runners.py",
+        "benchmarks/soak.py",
+    ],
+    r"pictures?\b": [
+        "bagel_rt/check/cases.py",
+        "bagel_rt/models/bagel/autoencoder.py",
+        "bagel_rt/pipeline.py",
+        "bagel_rt/request.py",
+        "bagel_rt/serve/limits.py",
+        "bagel_rt/serve/metrics.py",
+        "bagel_rt/serve/schema.py",
+        "bagel_rt/tiny/__init__.py",
+        "bagel_rt/tiny/claims.py",
+        "bagel_rt/tiny/data.py",
+        "bagel_rt/tiny/edits.py",
+        "bagel_rt/tiny/evaluate.py",
+        "bagel_rt/tiny/examples.py",
+        "bagel_rt/tiny/judge.py",
+        "bagel_rt/tiny/language.py",
+        "bagel_rt/tiny/model.py",
+        "bagel_rt/tiny/recipe.py",
+        "bagel_rt/tiny/render.py",
+        "bagel_rt/tiny/scene.py",
+        "bagel_rt/tiny/sight.py",
+        "bagel_rt/tiny/train_autoencoder.py",
+        "bagel_rt/train/autoencoder.py",
+        "bagel_rt/train/objective.py",
+        "bagel_rt/train/packing.py",
+        "bagel_rt/train/trainer.py",
+        "benchmarks/end_to_end.py",
+        "benchmarks/official.py",
+        "benchmarks/runners.py",
+        "benchmarks/soak.py",
+        "benchmarks/workloads.py",
+        "kernels/group_norm.py",
+        "tests/benchmarks/test_end_to_end.py",
+        "tests/conformance/bagel/README.md",
+        "tests/conftest.py",
+        "tests/kernels/test_group_norm.py",
+        "tests/models/bagel/test_autoencoder.py",
+        "tests/models/bagel/test_config.py",
+        "tests/models/bagel/test_images.py",
+        "tests/models/bagel/test_memory.py",
+        "tests/models/bagel/test_memory_advice.py",
+        "tests/models/bagel/test_other_shapes.py",
+        "tests/models/bagel/test_random_checkpoint.py",
+        "tests/runtime/test_graphs.py",
+        "tests/serve/serving.py",
+        "tests/serve/test_serve_fuzz.py",
+        "tests/test_pipeline.py",
+        "tests/test_previews.py",
+        "tests/tiny/pictures.py",
+        "tests/tiny/test_evaluate.py",
+        "tests/tiny/test_judge.py",
+        "tests/tiny/test_recipe.py",
+        "tests/tiny/test_scene.py",
+        "tests/tiny/test_sight.py",
+        "tests/train/test_train_autoencoder.py",
+        "tests/train/test_train_packing.py",
+        "tests/train/test_train_trainer.py",
+        "tests/train/test_training.py",
+    ],
+    r"that hurt": [
+        "bagel_rt/check/cases.py",
+        "bagel_rt/check/cases_decode.py",
+    ],
+    r"beside whom": [
+        "benchmarks/gpu_check.py",
+    ],
+    r"(is|are) told (?!apart)|what (is|was|can be) (said|told|given|taken)": [
+        "bagel_rt/tiny/examples.py",
+        "benchmarks/compiling.py",
+        "benchmarks/official.py",
+        "tests/models/bagel/test_memory_advice.py",
+        "tests/tiny/test_evaluate.py",
+    ],
+    r"under way|at hand": [
+        "bagel_rt/models/bagel/random_checkpoint.py",
+        "bagel_rt/pipeline.py",
+        "benchmarks/random_model.py",
+        "benchmarks/timeline.py",
+    ],
+    r"thrice": [
+        "bagel_rt/tiny/examples.py",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    """Every tracked file, by path."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = [name for name in listed.stdout.split("\0") if name.endswith(SUFFIXES) and (ROOT / name).exists()]
+    names.remove(Path(__file__).relative_to(ROOT).as_posix())
+    return {name: PROMPT.sub("", (ROOT / name).read_text(encoding="utf-8")) for name in names}
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_phrase_is_not_used(marker, texts):
+    pattern = re.compile(rf"(?<![A-Za-z])({marker})".replace(" ", r"[\s#/*]+"), re.IGNORECASE)
+    found = {name: match[0] for name, text in texts.items() if (match := pattern.search(text))}
+    listed = set(TO_DO.get(marker, ()))
+    assert not (new := sorted(found.keys() - listed)), f"{[(name, found[name]) for name in new]}: {MARKERS[marker]}"
+    assert not (clean := sorted(listed - found.keys())), f"remove from TO_DO: {clean}"
