@@ -32,8 +32,6 @@ MARKERS = {  # phrase: what to write instead
 TO_DO: dict[str, list[str]] = {
     r"allowed are": [
         "bagel_rt/engine.py",
-        "bagel_rt/pipeline.py",
-        "bagel_rt/request.py",
         "bagel_rt/tiny/evaluate.py",
         "bagel_rt/train/batch.py",
         "benchmarks/end_to_end.py",
@@ -43,15 +41,12 @@ TO_DO: dict[str, list[str]] = {
         "tests/tiny/test_evaluate.py",
     ],
     r"giv(es?|en|ing) back|given up": [
-        "bagel_rt/pipeline.py",
         "benchmarks/runners.py",
         "benchmarks/soak.py",
     ],
     r"pictures?\b": [
         "bagel_rt/check/cases.py",
         "bagel_rt/models/bagel/autoencoder.py",
-        "bagel_rt/pipeline.py",
-        "bagel_rt/request.py",
         "bagel_rt/serve/limits.py",
         "bagel_rt/serve/metrics.py",
         "bagel_rt/serve/schema.py",
@@ -122,7 +117,6 @@ TO_DO: dict[str, list[str]] = {
     ],
     r"under way|at hand": [
         "bagel_rt/models/bagel/random_checkpoint.py",
-        "bagel_rt/pipeline.py",
         "benchmarks/random_model.py",
         "benchmarks/timeline.py",
     ],
