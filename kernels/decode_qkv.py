@@ -5,10 +5,10 @@
     q   = rotated and normalised query heads       as in kernels/qk_norm_rope.py;
     keys, likewise, and values go to slot slots[b] of the caches
 
-The kernel (csrc/decode_qkv.cu) takes up to 8 rows, a bias, a QK-norm and heads of 16 i <= 128 channels: each block
-makes 16 channels of a head, and the last block of a head to finish does what needs the whole head. Other calls are
-composed of the three ops, which is also the reference. A row's results do not depend on the rows beside it, bit for
-bit.
+The kernel (csrc/decode_qkv.cu) takes up to 8 rows, a bias, RMSNorm as QK-norm and heads of 16 i <= 128 channels: each
+block makes 16 channels of a head, and the last block of a head to finish does what needs the whole head. Other calls
+are composed of the three ops, which is also the reference. A row's results do not depend on the rows beside it, bit
+for bit.
 
 Traffic: w once; memory-bound.
 """
@@ -51,6 +51,7 @@ def _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, ep
     if (
         bias is not None
         and qk_norm is not None
+        and qk_norm.dim() == 2
         and extension.runs_extension(x, norm, w, bias, qk_norm, k_cache, v_cache)
         and D % BLOCK_CHANNELS == 0
         and D <= MAX_CHANNELS
@@ -80,7 +81,8 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
         norm: [H], dtype of ``x``: the weight of the RMSNorm of ``x``.
         w: [(Hq + 2 Hkv) * D, H], dtype of ``x``: query, key, value heads.
         bias: [(Hq + 2 Hkv) * D] like ``w``, or None.
-        qk_norm: [Hq + Hkv, D], dtype of ``x``: one weight row per query head, then per key head; None for no QK-norm.
+        qk_norm: [Hq + Hkv, D], dtype of ``x``: one RMSNorm weight row per query head, then per key head; or
+            [2, Hq + Hkv, D], weights and biases of LayerNorm; None for no QK-norm.
         cos, sin: [B, D / 2] float32 (or float64 with float64 ``x``), at each row's RoPE position.
         slots: [B] int64, distinct: the cache slot each row's key and value go to.
         k_cache, v_cache: [S, Hkv, D], dtype of ``x``; written in place.
@@ -107,7 +109,7 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
         ("norm", norm, (H,)),
         ("w", w, (N, H)),
         ("bias", bias, (N,)),
-        ("qk_norm", qk_norm, (heads, D)),
+        ("qk_norm", qk_norm, (2, heads, D) if qk_norm is not None and qk_norm.dim() == 3 else (heads, D)),
         ("k_cache", k_cache, k_cache.shape),
         ("v_cache", v_cache, k_cache.shape),
     ):

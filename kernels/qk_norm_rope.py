@@ -3,12 +3,16 @@
 Each row of ``qkv`` holds Hq query heads, then Hkv key heads, then Hkv value heads, of D channels. Every query and key
 head ``h`` becomes
 
-    x = h / sqrt(mean(h^2) + eps) * w          w: one [D] row per head, from norm_first for rows [0, G), else norm_rest;
-                                               x = h without QK-norm
+    x = h / sqrt(mean(h^2) + eps) * w                RMSNorm; w: one [D] row per head, from norm_first for rows [0, G),
+                                                     from norm_rest for the others
+    x = (h - mean(h)) / sqrt(var(h) + eps) * w + c   LayerNorm; c: one [D] row per head
+    x = h                                            without QK-norm
     (a, b) = halves of x  ->  (a cos - b sin, b cos + a sin)
 
-(QK-norm: Henry et al. 2020, arXiv:2010.04245, with RMSNorm; RoPE: Su et al. 2021, arXiv:2104.09864, half-split pairing
-as in GPT-NeoX and Qwen2). All of it in float32 (float64 for float64 rows), rounded once to the dtype of ``qkv``.
+(QK-norm: Henry et al. 2020, arXiv:2010.04245, with RMSNorm in BAGEL and LayerNorm in Chameleon, arXiv:2405.09818; RoPE:
+Su et al. 2021, arXiv:2104.09864, half-split pairing as in GPT-NeoX and Qwen2). All of it in float32 (float64 for
+float64 rows), rounded once to the dtype of ``qkv``.
+
 Values pass untouched. Keys and values of row r go to slot ``slots[r]`` of the caches; other slots stay as they are.
 
 One program of the kernel takes one row; every number is read once and written once. Traffic: reads qkv, writes q, k
@@ -34,7 +38,11 @@ def qk_norm_rope_reference(qkv, norm_first, norm_rest, cos, sin, slots, k_cache,
     qk, v = qkv.view(T, heads + Hkv, D).split_with_sizes((heads, Hkv), 1)
     if qk.dtype.itemsize < 4:
         qk = qk.float()
-    if norm_first is not None:
+    if norm_first is not None and norm_first.dim() == 3:
+        qk = scale_rows_(F.layer_norm(qk, (D,), None, None, eps), norm_first[0], norm_rest[0], G)
+        qk[:G] += norm_first[1]
+        qk[G:] += norm_rest[1]
+    elif norm_first is not None:
         qk = scale_rows_(F.rms_norm(qk, (D,), None, eps), norm_first, norm_rest, G)
     x = qk.reshape(T, heads, 2, D // 2)
 
@@ -59,7 +67,7 @@ def _qk_norm_rope_kernel(
     qkv_ptr, norm_first_ptr, norm_rest_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, qkv_stride,
     k_slot_stride, k_head_stride, k_column_stride, v_slot_stride, v_head_stride, v_column_stride, S, G, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr, CHANNELS: tl.constexpr, LAYER_NORM: tl.constexpr,
 ):  # fmt: skip
     """One row a program: query and key heads as two tiles of half heads [HEADS, HALF], value heads as one more tile.
 
@@ -79,6 +87,10 @@ def _qk_norm_rope_kernel(
         norm_ptr = tl.where(row < G, norm_first_ptr, norm_rest_ptr) + head * D + i
         norm_a = tl.load(norm_ptr, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         norm_b = tl.load(norm_ptr + D // 2, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if LAYER_NORM:
+            bias_ptr = norm_ptr + (HQ + HKV) * D
+            bias_a = tl.load(bias_ptr, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            bias_b = tl.load(bias_ptr + D // 2, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
     cos = tl.load(cos_ptr + row * (D // 2) + i, mask=i < D // 2, other=0.0)
     sin = tl.load(sin_ptr + row * (D // 2) + i, mask=i < D // 2, other=0.0)
     kv_head, channel = tl.arange(0, KV_HEADS)[:, None], tl.arange(0, CHANNELS)[None, :]
@@ -86,9 +98,16 @@ def _qk_norm_rope_kernel(
     v = tl.load(qkv_ptr + (HQ + HKV + kv_head) * D + channel, mask=kept)
 
     if norm_first_ptr is not None:
+        if LAYER_NORM:
+            mean = tl.sum(a + b, axis=1, keep_dims=True) / D
+            a = tl.where(inside, a - mean, 0.0)
+            b = tl.where(inside, b - mean, 0.0)
         scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
         a *= scale * norm_a
         b *= scale * norm_b
+        if LAYER_NORM:
+            a += bias_a
+            b += bias_b
     rotated_a = (a * cos - b * sin).to(dtype)
     rotated_b = (b * cos + a * sin).to(dtype)
 
@@ -116,7 +135,7 @@ def _run_kernel(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G
         qkv, *norms, cos.contiguous(), sin.contiguous(), slots.contiguous(),
         q, k_cache, v_cache, qkv.stride(0), *k_cache.stride(), *v_cache.stride(), S, G, eps,
         HQ=Hq, HKV=Hkv, D=D, HEADS=heads, HALF=half, KV_HEADS=triton.next_power_of_2(Hkv),
-        CHANNELS=triton.next_power_of_2(D), **tiles,
+        CHANNELS=triton.next_power_of_2(D), LAYER_NORM=norm_first is not None and norm_first.dim() == 3, **tiles,
     )  # fmt: skip
     return q
 
@@ -166,13 +185,14 @@ def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, 
 
     Args:
         qkv: [T, (Hq + 2 Hkv) * D], floating point: query heads, key heads, value heads.
-        norm_first, norm_rest: [Hq + Hkv, D], dtype of ``qkv``, of rows [0, G) and [G, T): one weight row per query
-            head, then per key head. Without ``norm_rest`` all rows take ``norm_first``; both None is no QK-norm.
+        norm_first, norm_rest: [Hq + Hkv, D], dtype of ``qkv``, of rows [0, G) and [G, T): one RMSNorm weight row per
+            query head, then per key head; or [2, Hq + Hkv, D], weights and biases of LayerNorm. Without ``norm_rest``
+            all rows take ``norm_first``; both None is no QK-norm.
         cos, sin: [T, D / 2] float32 (or float64 with float64 ``qkv``), at each row's RoPE position.
         slots: [T] int64, distinct: the cache slot each row's key and value go to.
         k_cache, v_cache: [S, Hkv, D], dtype of ``qkv``; written in place.
         G: number of rows of the first group, 0 <= G <= T; ignored without ``norm_rest``.
-        eps: added to the mean square.
+        eps: added to the mean square or the variance.
 
     Returns:
         q: [T, Hq, D], contiguous.
@@ -194,9 +214,11 @@ def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, 
     heads = width // D - Hkv
     if heads <= Hkv or width % D:
         raise ValueError(f"qk_norm_rope: qkv must have (Hq + 2*{Hkv}) * {D} columns with Hq >= 1, got {width}")
+    layer_norm = norm_first is not None and norm_first.dim() == 3
+    norm_shape = (2, heads, D) if layer_norm else (heads, D)
     for name, tensor, shape in (
-        ("norm_first", norm_first, (heads, D)),
-        ("norm_rest", norm_rest, (heads, D)),
+        ("norm_first", norm_first, norm_shape),
+        ("norm_rest", norm_rest, norm_shape),
         ("v_cache", v_cache, k_cache.shape),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):

@@ -3,6 +3,8 @@
     (da, db) = (ga cos + gb sin, gb cos - ga sin)        g = (da, db), the gradient of n w, n = h / rms(h)
     dh = s (g w - n (g w . n) / D), s = 1 / rms(h)       dw = sum of g n over the rows of its group, for each head
 
+With LayerNorm, n = (h - mean(h)) / std(h), dh = s (g w - mean(g w) - n (g w . n) / D), and dc = sum of g.
+
 Values pass untouched. Arithmetic is float32 or wider, rounded once. The forward keeps the projection.
 """
 
@@ -20,7 +22,7 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
             :func:`.qk_norm_rope.qk_norm_rope`.
 
     Returns:
-        (dqkv like ``qkv``, dnorm_first, dnorm_rest [Hq + Hkv, D]), in the dtype of ``qkv``; None for no QK-norm.
+        (dqkv like ``qkv``, dnorm_first, dnorm_rest like the norms), in the dtype of ``qkv``; None for no QK-norm.
     """
     T, Hq, D = dq.shape
     Hkv, half = dk.shape[1], D // 2
@@ -40,12 +42,20 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
     if norm_first is None:
         dqkv[:, :heads] = g
         return dqkv.view_as(qkv), None, None
+    layer_norm = norm_first.dim() == 3
     x = qkv.view(T, heads + Hkv, D)[:, :heads].to(wide)
+    if layer_norm:
+        x = x - x.mean(2, keepdim=True)
     normed = F.rms_norm(x, (D,), None, eps)
     scale = torch.linalg.vector_norm(x, dim=2, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
     dnorm = [own.sum(0).to(qkv.dtype) for own in (g * normed).split_with_sizes(groups)]
-    for part, w in zip(torch.split(g, groups), (norm_first, norm_rest), strict=True):
-        part.mul_(w)
+    if layer_norm:
+        dbias = [own.sum(0).to(qkv.dtype) for own in g.split_with_sizes(groups)]
+        dnorm = [torch.stack(pair) for pair in zip(dnorm, dbias, strict=True)]
+    for part, norm in zip(torch.split(g, groups), (norm_first, norm_rest), strict=True):
+        part.mul_(norm[0] if layer_norm else norm)
+    if layer_norm:
+        g = g - g.mean(2, keepdim=True)  # its product with normed is unchanged: that sums to 0
     normed.mul_(torch.linalg.vecdot(g, normed).div_(-D).unsqueeze(2))
     dqkv[:, :heads] = normed.add_(g).mul_(scale)
     return dqkv.view_as(qkv), *dnorm

@@ -1,7 +1,8 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bagel_rt.kernels import decode_qkv, extension
+from bagel_rt.kernels import decode_qkv, extension, qk_norm_rope
 from bagel_rt.kernels.decode_qkv import decode_qkv_reference
 
 EPS = 1e-6
@@ -152,6 +153,19 @@ def test_bias_and_qk_norm_may_be_missing(extension_device, launches, without):
     given = arguments(2, 64, 4, 2, 16, torch.float32, extension_device)
     check([None if place in without else tensor for place, tensor in enumerate(given)])
     assert seen == []
+
+
+def test_layer_norm_as_qk_norm_is_composed_of_other_ops(extension_device, launches):
+    seen = launches("decode_qkv")
+    x, norm, w, bias, qk_norm, *others = arguments(2, 64, 4, 2, 16, torch.float32, extension_device)
+    layer_norm = torch.stack([qk_norm, qk_norm.flip(0)])
+    q = decode_qkv(x, norm, w, bias, layer_norm, *others, EPS)
+    caches = [cache.clone() for cache in others[3:]]
+    qkv = F.linear(F.rms_norm(x, (64,), norm, EPS), w, bias)
+    want = qk_norm_rope(qkv, layer_norm, None, *others[:3], *caches, None, EPS)
+    assert seen == []
+    torch.testing.assert_close(q, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(others[3], caches[0], rtol=1e-5, atol=1e-5)
 
 
 def test_runs_without_an_extension(monkeypatch):

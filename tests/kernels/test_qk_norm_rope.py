@@ -44,7 +44,11 @@ def by_the_book(qkv, norm_first, norm_rest, cos, sin, Hkv, G):
     x = qkv.double().unflatten(1, (heads + Hkv, D))
     qk, v = x[:, :heads], x[:, heads:]
     first = (torch.arange(len(qkv), device=qkv.device) < G)[:, None, None]
-    if norm_first is not None:
+    if norm_first is not None and norm_first.dim() == 3:
+        weight, bias = torch.where(first[None], norm_first.double()[:, None], norm_rest.double()[:, None])
+        centred = qk - qk.mean(-1, keepdim=True)
+        qk = centred / (centred.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
+    elif norm_first is not None:
         qk = qk / (qk.pow(2).sum(-1, keepdim=True) / D + EPS).sqrt()
         qk = qk * torch.where(first, norm_first.double(), norm_rest.double())
     turned = torch.complex(qk[..., : D // 2], qk[..., D // 2 :]) * torch.complex(cos.double(), sin.double())[:, None]
@@ -76,6 +80,32 @@ def test_qk_norm_may_be_missing(dtype, device):
     torch.testing.assert_close(q.double(), want_q, **TOLERANCE[dtype])
     torch.testing.assert_close(k_cache[slots].double(), want_k, **TOLERANCE[dtype])
     assert torch.equal(v_cache[slots].double(), want_v)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, G, Hq, Hkv, D", [(1, 0, 4, 2, 16), (5, 5, 7, 1, 72), (6, 2, 3, 2, 40)])
+def test_layer_norm_with_bias_per_head(T, G, Hq, Hkv, D, dtype, device):
+    qkv, _, _, *others = arguments(T, Hq, Hkv, D, dtype, device)
+    _, _, slots, k_cache, _ = others
+    qkv += 3  # a mean that only LayerNorm takes away
+    norms = [values(seed, 2, Hq + Hkv, D, device=device).to(dtype) for seed in (6, 7)]
+    q = qk_norm_rope(qkv, *norms, *others, G, EPS)
+    want_q, want_k, _ = by_the_book(qkv, *norms, *others[:2], Hkv, G)
+    tolerance = TOLERANCE[dtype] if dtype != torch.float32 else dict(rtol=2e-6, atol=5e-6)
+    torch.testing.assert_close(q.double(), want_q, **tolerance)
+    torch.testing.assert_close(k_cache[slots].double(), want_k, **tolerance)
+
+
+def test_gradient_of_layer_norm_by_finite_differences():
+    qkv, _, _, cos, sin, slots, k_cache, v_cache = arguments(4, 3, 1, 8, torch.float64, S=6)
+    norms = [values(seed, 2, 4, 8) for seed in (6, 7)]
+
+    def run(qkv, first, rest):
+        k, v = k_cache.clone(), v_cache.clone()
+        q = qk_norm_rope(qkv, first, rest, cos, sin, slots, k, v, 2, EPS)
+        return q, k
+
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in (qkv, *norms)])
 
 
 def test_one_norm_serves_all_rows(device):
