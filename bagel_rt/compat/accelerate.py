@@ -81,7 +81,7 @@ def accelerate(model: nn.Module, vae_model: nn.Module | None = None) -> Accelera
 
 
 def _vae_encode(model: BagelModel, official: nn.Module):
-    """The replacement of ``encode``. As officially, the posterior is sampled with the torch generator of the official
+    """The replacement of ``encode``. Like the official one, it samples with the torch generator of the official
     autoencoder's device."""
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:

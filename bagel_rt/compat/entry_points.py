@@ -230,7 +230,7 @@ class EntryPoints:
     def denoise(
         self, tasks: Sequence[DenoisingTask], settings: ImageSettings, device: torch.device
     ) -> list[torch.Tensor]:
-        """Denoise with a progress bar, as officially; the latents [tokens, features] of each image, on ``device``."""
+        """Denoise with a progress bar, like the official code; the latents [tokens, features] of each image on ``device``."""
         guidance = self.model.guidance(tasks, [settings] * len(tasks))
         with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
             for index in tqdm(range(len(denoiser))):
@@ -359,8 +359,8 @@ class EntryPoints:
         """Append one content to each sample's context, at the RoPE positions that the caller passed."""
         batch = self._get_contexts(past_key_values, key_values_lens)
         prefill = Prefill(self.model, self.cache)
-        for context, content, of_content in zip(batch.contexts, contents, positions, strict=True):
-            context.position = first_position(of_content, position_step)
+        for context, content, content_positions in zip(batch.contexts, contents, positions, strict=True):
+            context.position = first_position(content_positions, position_step)
             prefill.append(context, content)
         prefill.run()
         return batch

@@ -25,9 +25,9 @@ class InterleaveInferencer:
     """The official class, with its arguments, defaults, attributes and results.
 
     Requests run through this runtime's engine: equal guidance branches are computed once, and steps replay CUDA graphs.
-    Scripts that build contexts themselves can use ``init_gen_context``, ``update_context_text`` and so on. As
-    officially, noise comes from torch's global generators, so ``torch.manual_seed`` determines the image. Thread-safe:
-    calls run one at a time.
+    Scripts that build contexts themselves can use ``init_gen_context``, ``update_context_text`` and so on.
+    Noise comes from torch's global generators, as in the official code, so ``torch.manual_seed`` determines the image.
+    Thread-safe: calls run one at a time.
     """
 
     def __init__(

@@ -226,7 +226,7 @@ class WeightSync:
             for norm in layer.qk_norm:
                 for rows in (norm[:heads], norm[heads:]):
                     rows[1:] = rows[:1]
-        # Static buffers keep these from one denoising to the next; all other weights are read anew.
+        # Static buffers keep these from one denoising to the next; all other weights are read by every step.
         values = [weights.vae2llm.bias, weights.latent_positions]
         if self.model.markers is not None:
             values.append(self.model.embed_markers())
