@@ -118,6 +118,19 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     assert PRINTED.get(page.stem, "") in capsys.readouterr().out
 
 
+def test_messages_on_the_page_exist():
+    """The fixed parts of each message are in the source."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page[page.index("## Messages") : page.index("## Environment variables")]
+    source = "".join(
+        path.read_text(encoding="utf-8") for name in ("bagel_rt", "kernels") for path in (ROOT / name).rglob("*.py")
+    )
+    messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    assert len(messages) > 5
+    for message in messages:
+        assert message.removesuffix("...").strip() in source, message
+
+
 def test_readme_is_short_and_its_links_exist():
     text = README.read_text(encoding="utf-8")
     assert len(text.encode()) <= 9000
