@@ -10,7 +10,7 @@ from bagel_rt.conformance.compare import Comparison, compare_tensors, compare_va
 from bagel_rt.models.bagel.embed import position_ids, sincos_table, time_embedding, time_sinusoid
 from bagel_rt.models.bagel.guidance import schedule
 from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
-from bagel_rt.models.bagel.vision import connect, embed_patches, encoder_layer, vision_tower, within_images
+from bagel_rt.models.bagel.vision import connect, embed_patches, encoder_layer, image_attention_plan, vision_tower
 
 
 def run_tokenizer_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
@@ -95,7 +95,7 @@ def run_vit_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison
     ids = ids.to(model.device)
     patches = torch.cat([image.patches for image in images]).to(model.device, model.dtype)
     hidden = [embed_patches(weights.vit, patches, ids)]  # the embeddings, then every layer's output
-    limits, blocks = within_images(lengths, patches.device)
+    limits, blocks = image_attention_plan(lengths, patches.device)
     for layer in weights.vit.layers:
         hidden.append(encoder_layer(layer, config.vit, hidden[-1], limits, blocks))
     output = vision_tower(weights.vit, config.vit, patches, ids, lengths)

@@ -1,4 +1,4 @@
-"""Everything that turns positions, times and latents into rows of hidden states and back.
+"""Position ids, sinusoidal embeddings and patches.
 
 Sources: the official BAGEL modeling code (position ids, TimestepEmbedder), Vaswani et al. 2017 (sinusoids).
 """
@@ -11,38 +11,39 @@ import torch.nn.functional as F
 from bagel_rt.models.bagel.weights import TIME_FREQUENCIES, Affine
 
 
-def position_ids(rows: int, columns: int, max_side: int, interpolate: bool = False) -> torch.Tensor:
-    """Flattened 2-D position of every patch of a grid, row-major, int64 [rows * columns].
+def position_ids(grid_h: int, grid_w: int, max_side: int, interpolate: bool = False) -> torch.Tensor:
+    """Row-major position ids of a patch grid, int64 [grid_h * grid_w].
 
     Args:
-        rows, columns: the patch grid.
-        max_side: side of the table that the ids index; id = row * max_side + column.
-        interpolate: spread the grid over the whole table instead (config key ``interpolate_pos``; the published model
-            does not).
+        grid_h, grid_w: patches per column and per row.
+        max_side: side of the square position table; id = row * max_side + column.
+        interpolate: spread the grid over the whole table (config key ``interpolate_pos``, false in the published
+            model).
 
     Raises:
-        ValueError: the grid is larger than the table. The official code wraps columns into the next row there and
-            then indexes out of range.
+        ValueError: the grid is larger than the table. The official code wraps columns into the next row and then
+            indexes out of range.
     """
     if interpolate:
         edges = torch.arange(1 / max_side, 1.0, 1 / max_side)
         row, column = (
-            torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / side), edges, right=True) for side in (rows, columns)
+            torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / side), edges, right=True) for side in (grid_h, grid_w)
         )
-    elif max(rows, columns) > max_side:
+    elif max(grid_h, grid_w) > max_side:
         raise ValueError(
-            f"a grid of {rows} x {columns} patches exceeds the position table of {max_side} x {max_side}: "
-            "use a smaller image"
+            f"the patch grid must be at most {max_side}x{max_side}, the size of the position table, got "
+            f"{grid_w}x{grid_h}. Use a smaller image."
         )
     else:
-        row, column = torch.arange(rows), torch.arange(columns)
+        row, column = torch.arange(grid_h), torch.arange(grid_w)
     return (row[:, None] * max_side + column).flatten()
 
 
 def sincos_table(dim: int, side: int) -> torch.Tensor:
-    """2-D sin-cos positions, float32 [side * side, dim]: first half of the channels the column, second half the row.
+    """2-D sine-cosine position embeddings, float32 [side * side, dim].
 
-    Each half is [sin | cos] over dim / 4 frequencies 10000 ** (-i / (dim / 4)).
+    The first half of the channels encodes the column, the second half the row. Each half is [sin | cos] over dim / 4
+    frequencies 10000 ** (-i / (dim / 4)).
     """
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
@@ -53,7 +54,7 @@ def sincos_table(dim: int, side: int) -> torch.Tensor:
 
 
 def time_sinusoid(t: torch.Tensor) -> torch.Tensor:
-    """[cos | sin] features of timesteps t in [0, 1], float32 [n, 256]; t is *not* scaled by 1000."""
+    """[cos | sin] features of timesteps t in [0, 1], float32 [n, 256]. Unlike in DiT, t is not scaled by 1000."""
     half = TIME_FREQUENCIES // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(10000) * exponents / half)
@@ -67,14 +68,14 @@ def time_embedding(layers: tuple[Affine, Affine], t: torch.Tensor) -> torch.Tens
 
 
 def patchify(image: torch.Tensor, patch: int) -> torch.Tensor:
-    """[C, rows * p, columns * p] -> [rows * columns, p * p * C], features ordered (patch row, column, channel)."""
+    """[C, grid_h * p, grid_w * p] -> [grid_h * grid_w, p * p * C]; features in the order (row, column, channel)."""
     C, height, width = image.shape
     tiles = image.reshape(C, height // patch, patch, width // patch, patch)
     return tiles.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * C)
 
 
-def unpatchify(tokens: torch.Tensor, rows: int, columns: int, patch: int) -> torch.Tensor:
-    """Inverse of :func:`patchify`: [rows * columns, p * p * C] -> [C, rows * p, columns * p]."""
+def unpatchify(tokens: torch.Tensor, grid_h: int, grid_w: int, patch: int) -> torch.Tensor:
+    """Inverse of :func:`patchify`: [grid_h * grid_w, p * p * C] -> [C, grid_h * p, grid_w * p]."""
     C = tokens.shape[1] // (patch * patch)
-    tiles = tokens.reshape(rows, columns, patch, patch, C)
-    return tiles.permute(4, 0, 2, 1, 3).reshape(C, rows * patch, columns * patch)
+    tiles = tokens.reshape(grid_h, grid_w, patch, patch, C)
+    return tiles.permute(4, 0, 2, 1, 3).reshape(C, grid_h * patch, grid_w * patch)

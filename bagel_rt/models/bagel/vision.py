@@ -1,7 +1,7 @@
 """The SigLIP vision tower over packed images of any aspect ratio (NaViT packing), and its connector to the LLM.
 
-Patches of all images lie in one sequence; attention never leaves an image. Learned 2-D positions, pre-LayerNorm blocks,
-tanh-GELU, no class token, no pooling.
+The patches of all images form one packed sequence; attention stays within an image. Learned 2-D positions,
+pre-LayerNorm blocks, tanh-GELU, no class token, no pooling.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ def vision_tower(
     """Encode packed patches.
 
     Args:
-        patches: [n, patch * patch * channels] of all images, in order; pixels in [-1, 1].
-        position_ids: int64 [n], index into the learned table.
-        lengths: patches of each image; they add up to n.
-        attention: the op, or what training takes for it.
+        patches: [n, patch * patch * channels], the patches of all images in order; pixels in [-1, 1].
+        position_ids: int64 [n], indices into the learned position table.
+        lengths: patches per image, with sum n.
+        attention: the attention op; training passes a differentiable one.
 
     Returns:
         [n, V] after the last LayerNorm.
     """
-    limits, blocks = within_images(lengths, patches.device)
+    limits, blocks = image_attention_plan(lengths, patches.device)
     x = embed_patches(weights, patches, position_ids)
     for layer in weights.layers:
         x = encoder_layer(layer, config, x, limits, blocks, attention)
@@ -43,14 +43,14 @@ def vision_tower(
 
 
 def embed_patches(weights: ViTWeights, patches: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Patches [n, features] -> [n, V], learned positions added."""
+    """Patches [n, features] -> [n, V], with learned position embeddings."""
     return F.linear(patches, *weights.patch_embedding) + weights.position_embedding[position_ids]
 
 
 def encoder_layer(
     layer: ViTLayerWeights, config: ViTConfig, x: torch.Tensor, limits, blocks, attention: Callable = attention
 ) -> torch.Tensor:
-    """One pre-LayerNorm block, [n, V] -> [n, V]; limits and blocks from :func:`within_images`."""
+    """One pre-LayerNorm block, [n, V] -> [n, V]; limits and blocks from :func:`image_attention_plan`."""
     V, eps = config.hidden_size, config.layer_norm_eps
     qkv = F.linear(F.layer_norm(x, (V,), *layer.norm1, eps), *layer.qkv)
     q, k, v = qkv.view(-1, 3, config.num_heads, config.head_dim).unbind(1)
@@ -60,12 +60,12 @@ def encoder_layer(
 
 
 def connect(connector: tuple[Affine, Affine], x: torch.Tensor) -> torch.Tensor:
-    """[n, V] -> [n, H]: linear, tanh-GELU, linear."""
+    """Project vision features to the LLM, [n, V] -> [n, H]: linear, tanh-GELU, linear."""
     return F.linear(F.gelu(F.linear(x, *connector[0]), approximate="tanh"), *connector[1])
 
 
-def within_images(lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Limits and blocks with which every patch sees its own image: each image is a context of one full segment."""
+def image_attention_plan(lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Limits and blocks for the attention op with full attention within each image."""
     segments, start = [], 0
     for length in lengths:
         segments.append(Segment("full", np.zeros(length, dtype=bool), start, 0, start))

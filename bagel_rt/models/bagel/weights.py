@@ -1,8 +1,14 @@
-"""BAGEL's parameters as plain tensors: experts paired, projections fused, every official name mapped to its place.
+"""BAGEL's parameters as plain tensors in the layout of the kernels, and the mapping from the official names.
 
-A routed parameter is a :class:`Pair` of tensors (gen, und). The query, key and value projections of a layer are the row
-blocks of one matrix; gate and up projections are its even and odd rows, so that a SwiGLU epilogue finds both factors in
-neighbouring columns; the two QK-norm vectors are repeated to one row per head.
+The layout differs from the checkpoint in four ways:
+
+- A parameter that both experts have is a :class:`Pair` of tensors (gen, und).
+- The query, key and value projections are row blocks of one fused matrix.
+- The gate and up projections are the even and odd rows of one fused matrix. The GEMM then yields both factors of SwiGLU
+  in adjacent columns, and its epilogue multiplies them without a second pass.
+- The two QK-norm vectors are repeated to one row per head.
+
+Loading needs no conversion pass: a :class:`~bagel_rt.checkpoint.read.WeightSlot` is a view into the fused tensor.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,14 +24,14 @@ TIME_FREQUENCIES = 256  # width of the sinusoid that enters the time embedder (o
 
 
 class Pair(NamedTuple):
-    """One routed parameter: the generation expert's tensor, then the understanding expert's."""
+    """A parameter of both experts: generation and understanding."""
 
     gen: torch.Tensor
     und: torch.Tensor
 
 
 class Affine(NamedTuple):
-    """Weight [N, K] (or [N] of a norm) and bias [N]."""
+    """A weight [N, K], or [N] for a LayerNorm, and its bias [N]."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -59,9 +65,9 @@ class ViTLayerWeights:
 
 @dataclass(slots=True)
 class ViTWeights:
-    """The SigLIP tower: patch embedding stored as a linear over (row, column, channel), learned positions."""
+    """The SigLIP vision tower."""
 
-    patch_embedding: Affine  # [V, patch * patch * channels]
+    patch_embedding: Affine  # [V, patch * patch * channels], a linear layer on flattened patches
     position_embedding: torch.Tensor  # [max_side ** 2, V]
     layers: list[ViTLayerWeights]
     post_norm: Affine  # [V]
@@ -69,7 +75,7 @@ class ViTWeights:
 
 @dataclass(slots=True)
 class BagelWeights:
-    """Everything in ``ema.safetensors``."""
+    """All weights in ``ema.safetensors``."""
 
     embed_tokens: torch.Tensor  # [vocab, H]
     layers: list[DecoderLayerWeights]
@@ -85,7 +91,7 @@ class BagelWeights:
 
     @classmethod
     def allocate(cls, config: BagelConfig, device, dtype) -> "BagelWeights":
-        """Uninitialised tensors of the configuration's shapes; ``device="meta"`` allocates nothing."""
+        """Allocate uninitialized weights; ``device="meta"`` allocates no memory."""
 
         def empty(*shape):
             return torch.empty(shape, device=device, dtype=dtype)
@@ -141,8 +147,8 @@ class BagelWeights:
         )
 
     def weight_slots(self, config: BagelConfig) -> dict[str, WeightSlot]:
-        """Official tensor name -> where it is stored here: the whole key list of ``ema.safetensors``."""
-        places = {
+        """Map every tensor name in ``ema.safetensors`` to its slot."""
+        views = {
             "language_model.model.embed_tokens.weight": self.embed_tokens,
             "language_model.model.norm_moe_gen.weight": self.norm.gen,
             "language_model.model.norm.weight": self.norm.und,
@@ -158,28 +164,28 @@ class BagelWeights:
             ("vae2llm", self.vae2llm),
             ("llm2vae", self.llm2vae),
         ):
-            places |= _affine_places(module, affine)
-        places |= dict(_vit_places(self.vit, config.vit))
+            views |= _affine_views(module, affine)
+        views |= dict(_vit_views(self.vit, config.vit))
         for index, layer in enumerate(self.layers):
+            prefix = f"language_model.model.layers.{index}."
             for expert, suffix in enumerate(("_moe_gen", "")):
-                places |= dict(
-                    _layer_places(f"language_model.model.layers.{index}.", layer, expert, suffix, config.llm)
-                )
+                views |= dict(_layer_views(prefix, layer, expert, suffix, config.llm))
         return {
-            name: place if isinstance(place, WeightSlot) else WeightSlot(place, tuple(place.shape))
-            for name, place in places.items()
+            name: view if isinstance(view, WeightSlot) else WeightSlot(view, tuple(view.shape))
+            for name, view in views.items()
         }
 
 
-def _affine_places(module: str, affine: Affine) -> dict[str, torch.Tensor]:
+def _affine_views(module: str, affine: Affine) -> dict[str, torch.Tensor]:
     return {f"{module}.weight": affine.weight, f"{module}.bias": affine.bias}
 
 
-def _layer_places(
+def _layer_views(
     prefix: str, layer: DecoderLayerWeights, expert: int, suffix: str, config: TransformerConfig
-) -> Iterator:
-    """One expert's share of a layer. The suffix belongs to the module's name, not to the parameter's."""
+) -> Iterator[tuple[str, torch.Tensor | WeightSlot]]:
+    """(official name, view) of the tensors of one expert; the official names append the suffix to the module name."""
     heads, D = config.num_heads, config.head_dim
+    # Row 2i of gate_up is gate i, row 2i + 1 is up i: [2 F, H] viewed as [F, 2, H] separates them.
     qk_norm, gate_up = layer.qk_norm[expert], layer.gate_up[expert].view(config.intermediate_size, 2, -1)
     rows = [config.num_heads * D, config.num_kv_heads * D, config.num_kv_heads * D]
     for name, weight, bias in zip(
@@ -187,6 +193,7 @@ def _layer_places(
     ):
         yield f"{prefix}self_attn.{name}_proj{suffix}.weight", weight
         yield f"{prefix}self_attn.{name}_proj{suffix}.bias", bias
+    # The file has one vector [D], which is broadcast to the rows of all heads.
     yield f"{prefix}self_attn.q_norm{suffix}.weight", WeightSlot(qk_norm[:heads], (D,))
     yield f"{prefix}self_attn.k_norm{suffix}.weight", WeightSlot(qk_norm[heads:], (D,))
     yield f"{prefix}self_attn.o_proj{suffix}.weight", layer.o[expert]
@@ -197,11 +204,11 @@ def _layer_places(
     yield f"{prefix}post_attention_layernorm{suffix}.weight", layer.post_norm[expert]
 
 
-def _vit_places(vit: ViTWeights, config: ViTConfig) -> Iterator:
+def _vit_views(vit: ViTWeights, config: ViTConfig) -> Iterator[tuple[str, torch.Tensor]]:
     prefix = "vit_model.vision_model."
-    yield from _affine_places(f"{prefix}embeddings.patch_embedding", vit.patch_embedding).items()
+    yield from _affine_views(f"{prefix}embeddings.patch_embedding", vit.patch_embedding).items()
     yield f"{prefix}embeddings.position_embedding.weight", vit.position_embedding
-    yield from _affine_places(f"{prefix}post_layernorm", vit.post_norm).items()
+    yield from _affine_views(f"{prefix}post_layernorm", vit.post_norm).items()
     for index, layer in enumerate(vit.layers):
         module = f"{prefix}encoder.layers.{index}."
         for name, affine in (
@@ -211,14 +218,14 @@ def _vit_places(vit: ViTWeights, config: ViTConfig) -> Iterator:
             ("mlp.fc1", layer.fc1),
             ("mlp.fc2", layer.fc2),
         ):
-            yield from _affine_places(module + name, affine).items()
+            yield from _affine_views(module + name, affine).items()
         weights, biases = (tensor.split(config.hidden_size) for tensor in layer.qkv)
         for name, weight, bias in zip("qkv", weights, biases, strict=True):
-            yield from _affine_places(f"{module}self_attn.{name}_proj", Affine(weight, bias)).items()
+            yield from _affine_views(f"{module}self_attn.{name}_proj", Affine(weight, bias)).items()
 
 
 def map_weights(node, visit: Callable[[str, torch.Tensor], torch.Tensor | None], name: str = ""):
-    """A copy of ``node``, a :class:`BagelWeights` or a part of one, with ``visit(name, tensor)`` for every tensor."""
+    """Map every tensor of a :class:`BagelWeights`, or of a part of it, to ``visit(name, tensor)``; return the copy."""
     if isinstance(node, torch.Tensor):
         return visit(name, node)
     if is_dataclass(node):
