@@ -230,7 +230,10 @@ class EntryPoints:
     def denoise(
         self, tasks: Sequence[DenoisingTask], settings: ImageSettings, device: torch.device
     ) -> list[torch.Tensor]:
-        """Denoise with a progress bar, like the official code; the latents [tokens, features] of each image on ``device``."""
+        """Denoise with a progress bar, like the official code; return each image's latents [tokens, features].
+
+        The latents are on ``device``.
+        """
         guidance = self.model.guidance(tasks, [settings] * len(tasks))
         with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
             for index in tqdm(range(len(denoiser))):
