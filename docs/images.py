@@ -1,4 +1,4 @@
-"""Make ``docs/default-model.png`` with the built-in model: ``python docs/images.py``.
+"""Make ``docs/default-model.png`` with the embedded model: ``python docs/images.py``.
 
 Every image is the first that its seed gives; only the prompts are chosen by hand.
 """
@@ -37,7 +37,7 @@ def default_model(bagel: Bagel) -> Image.Image:
     edited = [bagel.edit(first, text, seed=0).image for text in EDITED]
     answers = [bagel.chat(text, [first]) for text in ASKED]
     sections = [
-        Section("draws", "", [Tile((image,), ((text, INK),)) for image, text in zip(drawn, DRAWN, strict=True)]),
+        Section("images", "", [Tile((image,), ((text, INK),)) for image, text in zip(drawn, DRAWN, strict=True)]),
         Section(
             "edits", "", [Tile((first, image), ((text, INK),)) for image, text in zip(edited, EDITED, strict=True)]
         ),
@@ -47,7 +47,7 @@ def default_model(bagel: Bagel) -> Image.Image:
             [Tile((first,), ((text, FAINT), (answer, INK))) for text, answer in zip(ASKED, answers, strict=True)],
         ),
     ]
-    return contact_sheet("What the built-in model draws, edits and answers", "128x128 pixels, on a CPU", sections)
+    return contact_sheet("Images, edits and answers of the embedded model", "128x128 pixels, on a CPU", sections)
 
 
 if __name__ == "__main__":

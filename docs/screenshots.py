@@ -1,6 +1,6 @@
 """Take the screenshots of the web page, ``docs/ui/TAB.webp``: ``python docs/screenshots.py``.
 
-A headless Chromium uses every tab with the built-in model, then takes its screenshot.
+A headless Chromium uses every tab with the embedded model, then takes its screenshot.
 """
 
 import io

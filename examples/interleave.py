@@ -13,11 +13,11 @@ from bagel_rt import Bagel
 folder = Path(*sys.argv[1:2])
 
 bagel = Bagel.from_pretrained()
-planned = bagel.generate("a blue star", think=True, max_think_token_n=48, seed=0)  # writes a plan first
-planned.image.save(folder / "star.png")
+first = bagel.generate("a blue star", think=True, max_think_token_n=48, seed=0)  # writes a thought first
+first.image.save(folder / "star.png")
 
-parts = bagel.interleave([planned.image, "continue the story"], max_rounds=2, max_think_token_n=48, seed=0)
-lines = [f"![](star.png)\n\n{planned.thought}"]
+parts = bagel.interleave([first.image, "continue the story"], max_rounds=2, max_think_token_n=48, seed=0)
+lines = [f"![](star.png)\n\n{first.thought}"]
 for number, part in enumerate(parts):
     if isinstance(part, str):
         lines.append(part)

@@ -84,7 +84,7 @@ def _main(
 ) -> None:
     """BAGEL, the unified text and image model: generate and edit images, ask about them, chat.
 
-    Without --model, commands run the small built-in model, which knows only a world of coloured shapes.
+    Without --model, commands run the small embedded model, which knows only a world of coloured shapes.
     """
 
 

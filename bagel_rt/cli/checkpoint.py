@@ -23,7 +23,7 @@ def make_random_checkpoint(
 ) -> None:
     """Write a model folder with random weights (29 GB by default), to measure speed and memory.
 
-    The tokenizer is that of --like, or the built-in model's, with a few hundred tokens. The same seed gives the same
+    The tokenizer is that of --like, or the embedded model's, with a few hundred tokens. The same seed gives the same
     weights.
     """
     from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig

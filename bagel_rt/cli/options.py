@@ -65,7 +65,7 @@ Model = Annotated[
     typer.Option(
         metavar="FOLDER",
         envvar="BAGEL_RT_MODEL",
-        show_default="the built-in one",
+        show_default="the embedded model",
         help="Official checkpoint folder.",
         rich_help_panel="Model",
     ),
