@@ -46,7 +46,6 @@ TO_DO: dict[str, list[str]] = {
     ],
     r"pictures?\b": [
         "bagel_rt/check/cases.py",
-        "bagel_rt/models/bagel/autoencoder.py",
         "bagel_rt/serve/limits.py",
         "bagel_rt/serve/metrics.py",
         "bagel_rt/serve/schema.py",
@@ -78,7 +77,6 @@ TO_DO: dict[str, list[str]] = {
         "tests/conformance/bagel/README.md",
         "tests/conftest.py",
         "tests/kernels/test_group_norm.py",
-        "tests/models/bagel/test_autoencoder.py",
         "tests/models/bagel/test_config.py",
         "tests/models/bagel/test_images.py",
         "tests/models/bagel/test_memory.py",
