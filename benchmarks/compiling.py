@@ -1,8 +1,8 @@
-"""Compiles what the ops launch, for any architecture, on a machine without a GPU.
+"""Compile the kernels that ops launch, for any architecture, without a GPU.
 
-Ops are called on CPU tensors whose memory is never touched, under a Triton driver that compiles every launch and
-launches nothing. Compilers may abort on what they cannot do, so callers do this in processes of their own
-(:func:`in_processes`).
+Ops are called on CPU tensors whose memory is never accessed, under a Triton driver that compiles every launch but
+executes none. A compiler may abort its process or hang on unsupported input, so each job runs in a subprocess
+(:func:`run_in_processes`).
 """
 
 import math
@@ -22,40 +22,41 @@ import torch
 
 from bagel_rt.check.case import Values
 from bagel_rt.kernels import backend, configs
-from benchmarks.workloads import Workload
+from benchmarks.workloads import OpWorkload
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Of one architecture; shared memory in bytes, the rest a count."""
+class DeviceLimits:
+    """Hardware limits of one architecture; shared memory in bytes."""
 
     shared_per_block: int
     shared_per_multiprocessor: int
     warps: int  # per multiprocessor
     blocks: int  # per multiprocessor
-    multiprocessors: int  # of the card named below
+    multiprocessors: int  # of the GPU named in the comment
 
 
 REGISTERS = 65536  # 32-bit, per multiprocessor
 
-LIMITS = {  # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-    "sm_80": Limits(163 << 10, 164 << 10, 64, 32, 108),  # A100
-    "sm_89": Limits(99 << 10, 100 << 10, 48, 24, 142),  # L40S
-    "sm_90": Limits(227 << 10, 228 << 10, 64, 32, 132),  # H100, H200
-    "sm_100": Limits(227 << 10, 228 << 10, 64, 32, 148),  # B200
+DEVICE_LIMITS = {  # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
+    "sm_80": DeviceLimits(163 << 10, 164 << 10, 64, 32, 108),  # A100
+    "sm_89": DeviceLimits(99 << 10, 100 << 10, 48, 24, 142),  # L40S
+    "sm_90": DeviceLimits(227 << 10, 228 << 10, 64, 32, 132),  # H100, H200
+    "sm_100": DeviceLimits(227 << 10, 228 << 10, 64, 32, 148),  # B200
 }
 
 
 @dataclass
 class Kernel:
-    """A compiled kernel and what was asked of it, or the ``error`` instead.
+    """Resource usage and instructions of a compiled kernel, or the ``error`` of its compilation.
 
     Attributes:
-        tiles: its entry of the table.
-        dots: matrix products in the source as (rows, columns, depth, operand dtype).
-        registers: per thread; of a warp-specialised kernel what it starts with.
-        serialised: matrix products that ptxas made wait for one another (its notes C7510 and the like).
-        blocks_per_multiprocessor: the most that fit at once, by registers, shared memory and warps.
+        tiles: launch arguments, an entry of the table.
+        workloads: names of the workloads that launch it.
+        dots: ``tl.dot`` calls as (M, N, K, operand dtype).
+        registers: per thread; for a warp-specialised kernel, the number at launch.
+        serialised: wgmma that ptxas serialised (its notes C7510 and similar).
+        blocks_per_multiprocessor: occupancy, limited by registers, shared memory and warps.
     """
 
     architecture: str
@@ -82,25 +83,26 @@ class Kernel:
 
 
 def blocks_per_multiprocessor(architecture: str, registers: int, shared_bytes: int, warps: int) -> int:
-    """How many blocks of a kernel fit on a multiprocessor at once.
+    """Number of blocks of a kernel that are resident on one multiprocessor at the same time.
 
-    Registers are handed out to warps by 256, shared memory by 128 bytes, of which the system takes 1 KiB a block.
+    Registers are allocated per warp in units of 256, shared memory per block in units of 128 bytes, and the system
+    reserves another 1 KiB of shared memory per block.
     """
-    limits = LIMITS[architecture]
+    limits = DEVICE_LIMITS[architecture]
     per_warp = -(-max(registers, 1) * 32 // 256) * 256
     shared = -(-(shared_bytes + 1024) // 128) * 128
     by_registers = REGISTERS // per_warp // warps
     return min(limits.blocks, limits.warps // warps, by_registers, limits.shared_per_multiprocessor // shared)
 
 
-def read_kernel(compiled, log: str, **asked) -> Kernel:
-    """The facts of a ``triton.CompiledKernel`` and of what ``ptxas -v`` printed about it."""
+def read_kernel(compiled, log: str, **launch) -> Kernel:
+    """Extract a :class:`Kernel` from a ``triton.CompiledKernel`` and the log of ``ptxas -v``."""
     ptx, ttir, metadata = compiled.asm["ptx"], compiled.asm["ttir"], compiled.metadata
     dots = re.findall(r"tt\.dot [^\n]*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>", ttir)
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
     registers, warps = int(re.search(r"Used (\d+) registers", log)[1]), int(threads[1]) // 32
     return Kernel(
-        **asked,
+        **launch,
         name=metadata.name,
         hash=compiled.hash,
         dots=sorted({(int(m), int(n), int(k), dtype) for m, k, dtype, n in dots}),
@@ -115,12 +117,12 @@ def read_kernel(compiled, log: str, **asked) -> Kernel:
         tma_stores=len(re.findall(r"cp\.(?:reduce\.)?async\.bulk\.tensor\.\dd\.global", ptx)),
         cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),
         serialised=len(re.findall(r"C75\d\d", log)),
-        blocks_per_multiprocessor=blocks_per_multiprocessor(asked["architecture"], registers, metadata.shared, warps),
+        blocks_per_multiprocessor=blocks_per_multiprocessor(launch["architecture"], registers, metadata.shared, warps),
     )
 
 
 class CompilingDriver:
-    """As much of a Triton driver as compiling asks for."""
+    """The part of the Triton driver interface that compilation uses."""
 
     def __init__(self, architecture: str):
         self.capability = int(architecture.removeprefix("sm_"))
@@ -131,14 +133,14 @@ class CompilingDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return self.capability  # Triton keeps compiled kernels by device: one for each architecture
+        return self.capability  # Triton's in-memory cache is keyed by device: use one per architecture
 
     def get_current_stream(self, device):
         return 0
 
 
 @contextmanager
-def _replaced(owner, name: str, value):
+def _patched(owner, name: str, value):
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -147,142 +149,153 @@ def _replaced(owner, name: str, value):
         setattr(owner, name, before)
 
 
-class LeftToTorch(Exception):
-    """The table gives this class to torch: there is nothing to launch."""
+class TorchFallback(Exception):
+    """The table's entry is null: the op uses torch for this class, so there is no kernel to compile."""
 
 
 @contextmanager
-def launches(architecture: str, launch: Callable, tiles: dict | None = None) -> Iterator[dict]:
-    """Within, ops given CPU tensors choose what they would on a GPU of ``architecture`` and launch nothing.
+def intercept_launches(architecture: str, launch: Callable, tiles: dict | None = None) -> Iterator[dict]:
+    """Context in which ops on CPU tensors select kernels as on a GPU of ``architecture`` but execute none.
 
-    Instead ``launch(asked, run)`` is called, where ``run(afresh)`` returns the compiled kernel, from Triton's cache if
-    it is there and ``afresh`` false. ``asked`` is the entry that the op looked up last: its op, shape_class and tiles.
-    ``tiles`` are tried in place of the table's for the classes named: {(op, shape class): tiles}.
+    Each launch calls ``launch(entry, compile_kernel)`` instead. ``entry``, also the context's value, is the table entry
+    that the op looked up last: {"op", "shape_class", "tiles"}. ``compile_kernel(force=False)`` returns the compiled
+    kernel, from Triton's cache unless ``force`` is set.
+
+    Args:
+        architecture: key of ``DEVICE_LIMITS``.
+        launch: called for each launch.
+        tiles: {(op, shape class): launch arguments} that override the table.
     """
     from triton import knobs
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    run, look_up, asked = JITFunction.run, configs.tiles, {}
+    run, look_up, last_entry = JITFunction.run, configs.tiles, {}
 
     def tiles_of(op, shape_class, device):
         entry = (tiles or {}).get((op, shape_class)) or look_up(op, shape_class, device)
-        asked.update(op=op, shape_class=shape_class, tiles=entry)
+        last_entry.update(op=op, shape_class=shape_class, tiles=entry)
         if entry is None:
-            raise LeftToTorch
+            raise TorchFallback
         return dict(entry)
 
     def instead(function, *args, grid, warmup, **kwargs):
-        def compiled(afresh=False):
-            if afresh:
+        def compile_kernel(force=False):
+            if force:
                 function.device_caches.clear()
             with knobs.compilation.scope():
-                knobs.compilation.always_compile = afresh
+                knobs.compilation.always_compile = force
                 return run(function, *args, grid=grid, warmup=True, **kwargs)
 
-        return launch(asked, compiled)
+        return launch(last_entry, compile_kernel)
 
-    previous = backend._chosen  # backend() would also tell the environment's, which is not to outlive a change of it
+    previous = backend._chosen  # not backend(), which falls back to the environment's value
     with ExitStack() as stack:
         for replacement in (
             (driver, "_active", CompilingDriver(architecture)),
             (JITFunction, "run", instead),
-            (backend, "INTERPRETED", True),  # what lets a CPU tensor have a kernel
+            (backend, "INTERPRETED", True),  # allows kernels for CPU tensors
             (configs, "architecture", lambda device: architecture),
-            (configs, "multiprocessors", lambda device: LIMITS[architecture].multiprocessors),
+            (configs, "multiprocessors", lambda device: DEVICE_LIMITS[architecture].multiprocessors),
             (configs, "tiles", tiles_of),
         ):
-            stack.enter_context(_replaced(*replacement))
+            stack.enter_context(_patched(*replacement))
         stack.callback(backend.choose_backend, previous)
         backend.choose_backend("triton")
-        yield asked
+        yield last_entry
 
 
-def _call(workload: Workload) -> None:
+def _call(workload: OpWorkload) -> None:
     function, arguments, options = workload.build(Values("cpu", workload.dtype, random=False))
-    with suppress(LeftToTorch):
+    with suppress(TorchFallback):
         function(*arguments, **options)
 
 
-def classes(workload: Workload, architecture: str) -> list[tuple[str, str]]:
-    """The (op, shape class) entries of the table that ``workload`` looks up, in order, each once.
+def shape_classes(workload: OpWorkload, architecture: str) -> list[tuple[str, str]]:
+    """The distinct (op, shape class) entries of the table that ``workload`` looks up, in order.
 
-    One that is given to torch ends the list: what would come behind it needs its result.
+    The list ends with the first class that uses torch: the CPU tensors hold no result to continue with.
     """
     seen = {}
-    with launches(architecture, lambda asked, run: seen.setdefault((asked["op"], asked["shape_class"]))) as asked:
+    with intercept_launches(
+        architecture, lambda entry, _: seen.setdefault((entry["op"], entry["shape_class"]))
+    ) as last:
         _call(workload)
-    return list(dict.fromkeys([*seen, (asked["op"], asked["shape_class"])] if asked else seen))
+    return list(dict.fromkeys([*seen, (last["op"], last["shape_class"])] if last else seen))
 
 
-def classes_of(
-    workloads: Iterable[Workload], architecture: str, workers: int, deadline: float = math.inf
-) -> list[tuple[Workload, list]]:
-    """Each workload with its :func:`classes`, in their order; those that fail are told on stderr and have none."""
-    workloads, found = list(workloads), {}
+def shape_classes_of(
+    workloads: Iterable[OpWorkload], architecture: str, workers: int, deadline: float = math.inf
+) -> list[tuple[OpWorkload, list]]:
+    """Each workload with its :func:`shape_classes`. Failures are printed to stderr and give an empty list."""
+    workloads, by_name = list(workloads), {}
     jobs = [(workload, architecture) for workload in workloads]
-    for (workload, _), names in in_processes(classes, jobs, workers, deadline):
+    for (workload, _), names in run_in_processes(shape_classes, jobs, workers, deadline):
         if isinstance(names, ChildProcessError):
-            print(f"{workload.name}: which classes it belongs to is unknown: {names}", file=sys.stderr, flush=True)
+            print(f"{workload.name}: cannot determine its shape classes: {names}", file=sys.stderr, flush=True)
         else:
-            found[workload.name] = names
-    return [(workload, found.get(workload.name, [])) for workload in workloads]
+            by_name[workload.name] = names
+    return [(workload, by_name.get(workload.name, [])) for workload in workloads]
 
 
-def compile_workload(architecture: str, workload: Workload, tiles: dict | None = None) -> list[Kernel]:
-    """Every kernel that ``workload`` launches. An error of the compiler is its last kernel's ``error``."""
-    kernels, asked = [], {}
-    whose = dict(architecture=architecture, workloads=[workload.name])
+def compile_workload(architecture: str, workload: OpWorkload, tiles: dict | None = None) -> list[Kernel]:
+    """All kernels that ``workload`` launches. A compiler error becomes the ``error`` of the last one."""
+    kernels, entry = [], {}
+    common = dict(architecture=architecture, workloads=[workload.name])
 
-    def launch(asked, run):
-        compiled, log = _with_log(run)
-        kernels.append(read_kernel(compiled, log, **whose, **asked))
+    def launch(entry, compile_kernel):
+        compiled, log = _compile_with_log(compile_kernel)
+        kernels.append(read_kernel(compiled, log, **common, **entry))
         return compiled
 
     try:
-        with launches(architecture, launch, tiles) as asked:
+        with intercept_launches(architecture, launch, tiles) as entry:
             _call(workload)
-    except Exception as error:  # whatever a compiler may raise on a candidate
-        asked = asked or dict(op=workload.op, shape_class="", tiles=None)
-        kernels.append(Kernel(**whose, **asked, error=f"{type(error).__name__}: {error}"[:500]))
+    except Exception as error:  # a candidate can raise any compiler error
+        entry = entry or dict(op=workload.op, shape_class="", tiles=None)
+        kernels.append(Kernel(**common, **entry, error=f"{type(error).__name__}: {error}"[:500]))
     return kernels
 
 
-def _with_log(run) -> tuple:
-    """A compiled kernel and what ptxas said of it; Triton caches kernels without, so it is put beside them."""
+def _compile_with_log(compile_kernel) -> tuple:
+    """A compiled kernel and its ptxas log.
+
+    Triton's cache holds the kernel but not the log, so the log is stored next to it. A kernel that was cached without
+    a log is compiled again.
+    """
     from triton import knobs
     from triton.runtime.cache import get_cache_manager
 
-    for afresh in (False, True):
+    for force in (False, True):
         with knobs.nvidia.scope(), redirect_stdout(StringIO()) as output:
             knobs.nvidia.dump_ptxas_log = True
-            compiled = run(afresh)
+            compiled = compile_kernel(force)
         cache, log = get_cache_manager(compiled.hash), output.getvalue()
         if "registers" in log:
             cache.put(log, "ptxas.log", binary=False)
             return compiled, log
         if cached := cache.get_file("ptxas.log"):
             return compiled, Path(cached).read_text()
-    raise RuntimeError(f"ptxas printed nothing about {compiled.metadata.name}")
+    raise RuntimeError(f"ptxas printed no log for {compiled.metadata.name}")
 
 
-PATIENCE = 300.0
-"""Seconds that one job of :func:`in_processes` may take. A compiler takes a few; on some input it never ends."""
+JOB_TIMEOUT = 300.0
+"""Timeout of one job of :func:`run_in_processes`, in seconds. Compilation takes a few, but can hang on some input."""
 
 
-def in_processes(
+def run_in_processes(
     work: Callable, jobs: Iterable[tuple], workers: int, deadline: float = math.inf
 ) -> Iterator[tuple[tuple, object]]:
-    """(job, ``work(*job)``) as they end, each in a forked process, ``workers`` side by side.
+    """Yield (job, ``work(*job)``) in order of completion. Each job runs in a forked process, ``workers`` at a time.
 
-    Where a job raises, ends its process or takes longer than ``PATIENCE``, there is a :class:`ChildProcessError` in
-    place of the result. At ``deadline``, of ``time.monotonic``, what runs is stopped and no other job is begun.
+    If a job raises, its process exits or it exceeds ``JOB_TIMEOUT``, the result is a :class:`ChildProcessError`. At
+    ``deadline`` (``time.monotonic``) running jobs are terminated and no others are started.
     """
     from triton.runtime.cache import triton_key
 
-    triton_key()  # reads all of Triton: once, before the processes part
+    triton_key()  # hashes Triton's sources; cached here once, before forking
     jobs, running = iter(jobs), {}
-    context = multiprocessing.get_context("fork")  # with torch imported already
+    context = multiprocessing.get_context("fork")  # children inherit the imported torch
     try:
         while True:
             while len(running) < workers and time.monotonic() < deadline and (job := next(jobs, None)) is not None:
@@ -290,35 +303,39 @@ def in_processes(
                 process = context.Process(target=_work_and_send, args=(sender, work, job), daemon=True)
                 process.start()
                 sender.close()
-                running[receiver] = job, process, min(deadline, time.monotonic() + PATIENCE)
+                running[receiver] = job, process, min(deadline, time.monotonic() + JOB_TIMEOUT)
             if not running:
                 return
             soonest = min(until for *_, until in running.values())
             for receiver in wait(list(running), max(soonest - time.monotonic(), 0)):
                 job, process, _ = running.pop(receiver)
-                yield job, _received(receiver, process)
-            for receiver in [late for late, (*_, until) in running.items() if until <= time.monotonic()]:
+                yield job, _receive(receiver, process)
+            for receiver in [key for key, (*_, until) in running.items() if until <= time.monotonic()]:
                 job, process, until = running.pop(receiver)
-                stop([process])
-                reason = "the time was up" if until == deadline else f"the compiler took more than {PATIENCE:.0f} s"
+                terminate([process])
+                reason = "time limit reached" if until == deadline else f"compilation exceeded {JOB_TIMEOUT:.0f} s"
                 yield job, ChildProcessError(reason)
     finally:
-        stop([process for _, process, _ in running.values()])
+        terminate([process for _, process, _ in running.values()])
 
 
-def _received(receiver: Connection, process) -> object:
+def _receive(receiver: Connection, process) -> object:
     try:
         return receiver.recv()
     except EOFError:
         process.join(1)
-        return ChildProcessError(f"the compiler ended its process (exit code {process.exitcode})")
+        return ChildProcessError(f"the compiler process exited with code {process.exitcode}")
     finally:
         process.join(1)
-        stop([process])
+        terminate([process])
 
 
-def stop(processes: list) -> None:
-    """End processes: first so that they may end their own, such as ptxas, then at once; a driver may hold one still."""
+def terminate(processes: list) -> None:
+    """Send SIGTERM, then SIGKILL.
+
+    SIGTERM lets a process terminate its own children, such as ptxas. The waits are bounded because the driver can keep
+    even a killed process alive for a while.
+    """
     for name, seconds in (("terminate", 1.0), ("kill", 5.0)):
         processes = [process for process in processes if process.is_alive()]
         for process in processes:
@@ -329,11 +346,11 @@ def stop(processes: list) -> None:
 
 
 def _work_and_send(sender: Connection, work: Callable, job: tuple) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, at which subprocess.run ends what it runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # SystemExit makes subprocess.run kill its child
     torch.set_num_threads(1)
     try:
         result = work(*job)
-    except Exception as error:  # whatever an op may raise; of what compilers raise compile_workload knows more
+    except Exception as error:  # any error of an op; compile_workload handles those of compilers
         result = ChildProcessError(f"{type(error).__name__}: {error}"[:500])
     sender.send(result)
     sender.close()
@@ -342,8 +359,8 @@ def _work_and_send(sender: Connection, work: Callable, job: tuple) -> None:
 def compile_all(
     jobs: Iterable[tuple], workers: int, deadline: float = math.inf
 ) -> Iterator[tuple[tuple, list[Kernel]]]:
-    """(job, its kernels) as they end, for jobs that are arguments of :func:`compile_workload`."""
-    for job, kernels in in_processes(compile_workload, jobs, workers, deadline):
+    """Yield (job, kernels) in order of completion, where a job is the arguments of :func:`compile_workload`."""
+    for job, kernels in run_in_processes(compile_workload, jobs, workers, deadline):
         if isinstance(kernels, ChildProcessError):
             architecture, workload, tiles = job
             (op, shape_class), entry = next(iter((tiles or {}).items()), ((workload.op, ""), None))

@@ -1,12 +1,13 @@
-"""Whole requests at full size: this runtime with CUDA graphs and without, beside the official composition.
+"""Whole requests at full size: this runtime with and without CUDA graphs, against the official composition.
 
     python -m benchmarks.end_to_end [--tiny] [--cases LIST] [--who LIST] [--batches 1,4] [--seconds S] [--json FILE]
 
-The weights are random and made on the device (28 GB for BAGEL-7B-MoT), the shapes and the work are the published
-model's. For the contenders see ``benchmarks.runners``.
+The weights are random and generated on the device (28 GB for BAGEL-7B-MoT). Shapes and work are those of the published
+model. ``benchmarks.runners`` describes the runners.
 
-A step and a token cost what two runs of different lengths differ by. From these and the rest follow the seconds of the
-whole request; where these are few enough it is run whole, and its seconds are measured. The row says which.
+The cost of a step or a token is the time difference of two runs of different lengths, divided by the difference of
+lengths. The time of the full request is extrapolated from these costs. If it is short enough, the full request is also
+run and its measured time is reported instead. The note of a row says which.
 """
 
 import argparse
@@ -26,47 +27,49 @@ from bagel_rt.models.bagel.workload import Workload
 from benchmarks import roofline
 from benchmarks.measure import ceilings, machine, markdown
 from benchmarks.random_model import THREE_LAYERS, random_model
-from benchmarks.runners import CASES, TINY_CASES, WHO, Case, Contender
-from benchmarks.timeline import Timeline, Window, wake_profiler
+from benchmarks.runners import CASES, RUNNERS, TINY_CASES, RequestCase, Runner
+from benchmarks.timeline import ProfileWindow, Timeline, initialize_profiler
 
-WRONG = 3e-2
-"""Relative L2 between latents of this runtime's two ways from which one of them counts as wrong."""
-PAIRS = 2.0
-"""Seconds of runs of two lengths behind which they are not repeated."""
+MAX_ERROR = 3e-2
+"""Maximum relative L2 difference between the latents of ``graphs`` and ``eager``."""
+MIN_PAIR_SECONDS = 2.0
+"""Pairs of runs of two lengths are repeated (up to three times) until they have taken this many seconds."""
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is run.
+class MeasureOptions:
+    """How much to run.
 
     Attributes:
-        timesteps: of the two runs whose difference gives the cost of a step.
-        tokens: of the two whose difference gives the cost of a token.
-        seconds: a whole request that should take no longer is run whole.
-        whole: whose; the others' seconds follow from the costs.
+        timesteps: lengths of the two runs that give the cost of a step.
+        tokens: lengths of the two runs that give the cost of a token.
+        seconds: maximum expected duration of a full request to run it.
+        whole: names of runners that run full requests; the others' times are extrapolated.
     """
 
     timesteps: tuple[int, int] = (4, 8)
     tokens: tuple[int, int] = (16, 48)
     seconds: float = 25.0
-    whole: Sequence[str] = WHO
+    whole: Sequence[str] = RUNNERS
 
 
 @dataclass(frozen=True)
 class EndToEndRow:
-    """One contender at one case.
+    """Result of one runner for one case.
 
     Attributes:
-        seconds: of the whole batch.
-        step, token: seconds of a guided step and of a token, of the whole batch; None where there is none.
-        denoising: seconds of all steps; 0, as the costs, where runs were too short to tell.
-        launches, kernels, idle: of guided steps, or of tokens where nothing is drawn; see
+        who: name of the runner.
+        seconds: time of the whole batch.
+        limit: roofline time in seconds.
+        step, token: seconds of a guided step and of a token of the whole batch; None if the case has none.
+        denoising: seconds of all steps. Like the costs, 0 if the runs were too short to resolve a difference.
+        steps: number of denoising steps.
+        launches, kernels, idle: per guided step, or per token if the case generates no image; see
             :class:`~benchmarks.timeline.Timeline`.
-        memory: most bytes that the allocator held; None on a CPU.
-        limit: seconds that the roofline allows.
-        captures, capture_seconds: CUDA graphs captured, and what that took; None of the official code.
-        error: ||got - want|| / ||want|| of the first latents after a few steps, want being ``eager``'s.
-        note: what to know of the row; it begins with WRONG where a result is.
+        memory: peak bytes reserved by the allocator; None on a CPU.
+        captures, capture_seconds: number of captured CUDA graphs and the time it took; None for the official code.
+        error: ||got - want|| / ||want|| of latents after a few steps, where want is ``eager``'s result.
+        note: remarks; starts with WRONG if the result is wrong.
     """
 
     case: str
@@ -90,64 +93,64 @@ class EndToEndRow:
 
 @dataclass
 class Costs:
-    """Seconds of the parts of a request: a guided step, one that is not, a token, and all the rest."""
+    """Cost of a request in seconds: of a guided step, an unguided step, a token, and everything else."""
 
     guided: float = 0.0
-    plain: float = 0.0
+    unguided: float = 0.0
     token: float = 0.0
     rest: float = 0.0
 
     def denoising(self, work: Workload) -> float:
-        """All steps of a workload."""
+        """Seconds of all denoising steps."""
         guided, steps = work.guided_steps
-        return guided * self.guided + (steps - guided) * self.plain
+        return guided * self.guided + (steps - guided) * self.unguided
 
     def whole(self, work: Workload) -> float:
-        """All of a workload."""
+        """Seconds of the full request."""
         steps = self.denoising(work) if work.draws else 0.0
         return steps + work.max_think_token_n * self.token + self.rest
 
 
-GUIDED, PLAIN = {"cfg_interval": (0.0, 1.0)}, {"cfg_interval": (0.0, 0.0)}
+ALL_GUIDED, UNGUIDED = {"cfg_interval": (0.0, 1.0)}, {"cfg_interval": (0.0, 0.0)}
 
 
 @dataclass
 class Measurement:
-    """One contender at one case: :meth:`run` yields now and then while it works, and leaves ``row``."""
+    """Measures one runner on one case. :meth:`run` yields as a heartbeat while it works, then sets ``row``."""
 
-    case: Case
+    case: RequestCase
     batch: int
-    contender: Contender
+    runner: Runner
     work: Workload
     limit: float
-    effort: Effort = field(default_factory=Effort)
+    options: MeasureOptions = field(default_factory=MeasureOptions)
     row: EndToEndRow | None = None
 
     def run(self, want: list | str | None = None) -> Iterator[None]:
-        """``want``: what ``eager`` gives for :meth:`short`; None of itself."""
-        who, bagel = self.contender, self.contender.bagel
-        who.release()
-        if who.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(who.device)
+        """``want`` is the result of ``eager`` for :meth:`short`; None when measuring ``eager`` itself."""
+        runner, bagel = self.runner, self.runner.bagel
+        runner.release()
+        if runner.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(runner.device)
         costs = Costs()
-        for costs in self._costs():  # noqa: B007 - the last one counts
+        for costs in self._costs():  # noqa: B007 - the last value is used
             yield
-        note, error = _compared(self.short(), want, bagel is not None)
+        note, error = _compare(self.short(), want, bagel is not None)
         yield
         timeline, failure = self._timeline()
         yield
-        seconds, how = costs.whole(self.work), "from the costs of steps and tokens"
-        if who.who in self.effort.whole and seconds <= self.effort.seconds:
-            who(self.case, self.batch, **self._warming())
+        seconds, method = costs.whole(self.work), "extrapolated from steps and tokens"
+        if runner.name in self.options.whole and seconds <= self.options.seconds:
+            runner(self.case, self.batch, **self._warmup_request())
             yield
-            seconds, how = who.seconds(self.case, self.batch), "measured whole"
+            seconds, method = runner.seconds(self.case, self.batch), "measured in full"
         draws, memory = self.work.draws, None
-        if who.device.type == "cuda":
-            memory = torch.cuda.max_memory_reserved(who.device)
+        if runner.device.type == "cuda":
+            memory = torch.cuda.max_memory_reserved(runner.device)
         self.row = EndToEndRow(
             self.case.name,
             self.batch,
-            who.who,
+            runner.name,
             seconds,
             self.limit,
             step=costs.guided if draws else None,
@@ -159,100 +162,110 @@ class Measurement:
             captures=bagel.engine.graphs.captures if bagel else None,
             capture_seconds=bagel.engine.graphs.capture_seconds if bagel else None,
             error=error,
-            note="; ".join(part for part in (note, how, failure) if part),
+            note="; ".join(part for part in (note, method, failure) if part),
         )
-        who.release()
+        runner.release()
 
     def short(self) -> list | str:
-        """Latents after a few steps, or the beginning of an answer."""
-        found = self.contender(self.case, self.batch, **self._short())
-        return found if isinstance(found, str) else [result.latents.cpu() for result in found]
+        """Latents after a few steps, or the first tokens of an answer."""
+        results = self.runner(self.case, self.batch, **self._short_request())
+        return results if isinstance(results, str) else [result.latents.cpu() for result in results]
 
-    def _short(self, longer: int = 0) -> dict:
-        options = {"tokens": self.effort.tokens[0]} if self.case.tokens else {}
+    def _short_request(self, longer: int = 0) -> dict:
+        options = {"tokens": self.options.tokens[0]} if self.case.tokens else {}
         if self.work.draws:
-            options |= {"num_timesteps": self.effort.timesteps[longer]} | GUIDED
+            options |= {"num_timesteps": self.options.timesteps[longer]} | ALL_GUIDED
         return options
 
     def _costs(self) -> Iterator[Costs]:
-        """Costs, the better the later."""
-        case, batch, timed = self.case, self.batch, self.contender.seconds
-        base, costs = self._short(), Costs()
+        """Yield the costs after each measurement; only the last value has all of them."""
+        case, batch, timed = self.case, self.batch, self.runner.seconds
+        base, costs = self._short_request(), Costs()
 
         def slope(name, lengths, options):
-            for _ in range(2):  # the first compiles; the second captures what ran once in the first
-                self.contender(case, batch, **options | {name: lengths[0]})
+            for _ in range(2):  # warm-up: the first run compiles, the second captures CUDA graphs
+                self.runner(case, batch, **options | {name: lengths[0]})
             pairs = []
-            while len(pairs) < 3 and sum(map(sum, pairs)) < PAIRS:
+            while len(pairs) < 3 and sum(map(sum, pairs)) < MIN_PAIR_SECONDS:
                 pairs.append([timed(case, batch, **options | {name: length}) for length in lengths])
-            short, long = map(min, zip(*pairs, strict=True))  # the least disturbed ones
+            short, long = map(min, zip(*pairs, strict=True))  # the minimum has the least noise
             return max(long - short, 0.0) / (lengths[1] - lengths[0]), short
 
-        if case.tokens:  # the KV cache takes its final size: growing it later would give up what was captured
-            self.contender(case, batch, **base | {"tokens": case.tokens})
+        if case.tokens:  # grow the KV cache to its final size first: growing it invalidates captured graphs
+            self.runner(case, batch, **base | {"tokens": case.tokens})
             yield costs
         if self.work.draws:
             guided, steps = self.work.guided_steps
-            costs.guided, whole = slope("num_timesteps", self.effort.timesteps, base)
-            costs.rest = whole - (self.effort.timesteps[0] - 1) * costs.guided
+            costs.guided, whole = slope("num_timesteps", self.options.timesteps, base)
+            costs.rest = whole - (self.options.timesteps[0] - 1) * costs.guided
             yield costs
             if guided < steps:
-                costs.plain, _ = slope("num_timesteps", self.effort.timesteps, base | PLAIN)
+                costs.unguided, _ = slope("num_timesteps", self.options.timesteps, base | UNGUIDED)
                 yield costs
         if case.tokens:
-            costs.token, whole = slope("tokens", self.effort.tokens, base)
-            costs.rest = (costs.rest if self.work.draws else whole) - self.effort.tokens[0] * costs.token
+            costs.token, whole = slope("tokens", self.options.tokens, base)
+            costs.rest = (costs.rest if self.work.draws else whole) - self.options.tokens[0] * costs.token
         costs.rest = max(costs.rest, 0.0)
         yield costs
 
     def _timeline(self) -> tuple[Timeline, str]:
-        """Of guided steps, or of tokens where nothing is drawn."""
+        """Profile guided steps, or tokens if the case generates no image; returns (timeline, reason if it is empty)."""
         if self.work.draws:
-            window = Window(self.contender.device, "image", 2, self.effort.timesteps[1] - 4)
-            options = self._short(longer=1)
+            window = ProfileWindow(self.runner.device, "image", 2, self.options.timesteps[1] - 4)
+            options = self._short_request(longer=1)
         else:
-            window, options = Window(self.contender.device, "text", 9, 16), {"tokens": 27}
+            window, options = ProfileWindow(self.runner.device, "text", 9, 16), {"tokens": 27}
         try:
-            self.contender(self.case, self.batch, progress=window, **options)
-        except Exception as problem:  # a profiler that fails costs its figures only
-            return window.result(), f"no timeline: {type(problem).__name__}: {problem}"
+            self.runner(self.case, self.batch, progress=window, **options)
+        except Exception as error:  # profiler failures must not lose the other measurements
+            return window.result(), f"no timeline: {type(error).__name__}: {error}"
         return window.result(), window.failure and f"no timeline: {window.failure}"
 
-    def _warming(self) -> dict:
-        """The shortest request that captures all that the whole one replays: two steps of each kind it has."""
-        texts = {"tokens": self.effort.tokens[0]} if self.case.tokens else {}
+    def _warmup_request(self) -> dict:
+        """The shortest request that captures every graph of the full one.
+
+        A graph is captured on the second step of its kind, so this takes two guided and two unguided steps, as far as
+        the full request has them.
+        """
+        texts = {"tokens": self.options.tokens[0]} if self.case.tokens else {}
         if not self.work.draws:
             return texts
 
-        def kinds(timesteps):
+        def step_counts(timesteps):
             settings = replace(self.work.settings, num_timesteps=timesteps)
             guided, steps = replace(self.work, settings=settings).guided_steps
             return guided, steps - guided
 
-        lengths, all_kinds = range(3, self.case.timesteps), kinds(self.case.timesteps)
-        enough = (n for n in lengths if all(k >= min(2, of) for k, of in zip(kinds(n), all_kinds, strict=True)))
-        return texts | {"num_timesteps": next(enough, self.case.timesteps)}
+        full = step_counts(self.case.timesteps)
+        sufficient = (
+            n
+            for n in range(3, self.case.timesteps)
+            if all(count >= min(2, total) for count, total in zip(step_counts(n), full, strict=True))
+        )
+        return texts | {"num_timesteps": next(sufficient, self.case.timesteps)}
 
 
-def _compared(got: list | str, want: list | str | None, ours: bool) -> tuple[str, float | None]:
-    """(note, error) of a short run's results beside ``eager``'s."""
+def _compare(got: list | str, want: list | str | None, ours: bool) -> tuple[str, float | None]:
+    """Compare the results of a short run with ``eager``'s; returns (note, error). Only ``ours`` can be WRONG."""
     if want is None:
         return "", None
     if isinstance(got, str):
-        return ("" if got == want else f"{'WRONG: ' if ours else ''}another text than eager's"), None
+        return ("" if got == want else f"{'WRONG: ' if ours else ''}text differs from eager"), None
     error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
-    return ("WRONG: other latents than eager's" if ours and not error <= WRONG else ""), error
+    return ("WRONG: latents differ from eager" if ours and not error <= MAX_ERROR else ""), error
 
 
-Task = tuple[str, str, int, Case]
+Task = tuple[str, str, int, RequestCase]
 
 
-def tasks(cases: Sequence[Case] = CASES, who: Sequence[str] = WHO, batches: Sequence[int] = (1, 4)) -> list[Task]:
-    """(name, contender, batch, case) in order of worth: single requests, batches, then what is compiled.
+def tasks(
+    cases: Sequence[RequestCase] = CASES, who: Sequence[str] = RUNNERS, batches: Sequence[int] = (1, 4)
+) -> list[Task]:
+    """(name, runner, batch, case), most important first: single requests, batches, then compiled runners.
 
-    An answer is one request, and the official inferencer takes no more.
+    Chat and the official code are measured with batch size 1 only; neither supports batches.
     """
-    found = [
+    return [
         (f"{case.name}, batch {batch}: {name}", name, batch, case)
         for compiled in (False, True)
         for batch in batches
@@ -260,48 +273,52 @@ def tasks(cases: Sequence[Case] = CASES, who: Sequence[str] = WHO, batches: Sequ
         for name in who
         if ("compiled" in name) == compiled and (batch == 1 or (case.task != "chat" and "official" not in name))
     ]
-    return found
 
 
 class EndToEnd:
-    """Measures tasks over one model.
+    """Measures tasks with one shared model.
 
     Attributes:
-        model, tokenizer: what runs.
+        model, tokenizer: shared by all runners.
         limits: flop/s and bytes/s of the device.
     """
 
     def __init__(
-        self, model: BagelModel, tokenizer: Tokenizer, effort: Effort | None = None, compiler: Callable = torch.compile
+        self,
+        model: BagelModel,
+        tokenizer: Tokenizer,
+        options: MeasureOptions | None = None,
+        compiler: Callable = torch.compile,
     ):
-        self.model, self.tokenizer, self.effort, self.compiler = model, tokenizer, effort or Effort(), compiler
+        self.model, self.tokenizer, self.compiler = model, tokenizer, compiler
+        self.options = options or MeasureOptions()
         self.limits = ceilings(model.device)
-        self._wanted: dict[tuple[str, int], list | str] = {}
-        wake_profiler(model.device)
+        self._references: dict[tuple[str, int], list | str] = {}
+        initialize_profiler(model.device)
 
     def measure(self, task: Task) -> Iterator[dict]:
-        """Empty dictionaries while it works, then the row."""
+        """Yield empty dictionaries as a heartbeat, then the row."""
         _, who, batch, case = task
         work = case.workload(self.model, self.tokenizer, batch)
-        limit = roofline.floor_seconds(work, self.limits)
+        limit = roofline.roofline_seconds(work, self.limits)
 
         def measurement(name):
-            contender = Contender(name, self.model, self.tokenizer, self.compiler)
-            return Measurement(case, batch, contender, work, limit, self.effort)
+            runner = Runner(name, self.model, self.tokenizer, self.compiler)
+            return Measurement(case, batch, runner, work, limit, self.options)
 
-        if (case.name, batch) not in self._wanted:
+        if (case.name, batch) not in self._references:
             eager = measurement("eager")
-            self._wanted[case.name, batch] = eager.short()
-            eager.contender.release()
+            self._references[case.name, batch] = eager.short()
+            eager.runner.release()
             yield {}
-        found = measurement(who)
-        for _ in found.run(None if who == "eager" else self._wanted[case.name, batch]):
+        measured = measurement(who)
+        for _ in measured.run(None if who == "eager" else self._references[case.name, batch]):
             yield {}
-        yield asdict(found.row)
+        yield asdict(measured.row)
 
 
 def table(rows: Sequence[EndToEndRow]) -> str:
-    """Markdown: one line per case, batch and contender."""
+    """Markdown table with one line per case, batch size and runner."""
     header = ["case", "batch", "", "s", "steps/s", "tokens/s", "launches", "kernels", "idle", "peak GB", "of roofline",
               "captures", "relative L2", ""]  # fmt: skip
     lines = []
@@ -320,53 +337,52 @@ def table(rows: Sequence[EndToEndRow]) -> str:
 
 
 EXPLANATION = """\
-Seconds are of the whole batch, picture included. Steps and tokens a second are of all requests of the batch, while they
-are denoised or decoded. Launches and kernels are those of a guided step, or of a token where nothing is drawn; idle is
-the share of that time in which the GPU ran nothing. The roofline leaves the autoencoder out. Relative L2 is of latents
-after a few guided steps, beside ``eager``'s. The official inferencer takes one request at a time; its autoencoder here
-is this runtime's."""
+Seconds are for the whole batch, including image decoding. Steps/s and tokens/s are totals over the batch during
+denoising or decoding. Launches, kernels and idle (share of time without GPU work) are per guided step, or per token if
+the case generates no image. The roofline excludes the autoencoder. Relative L2 compares latents after a few guided
+steps with those of ``eager``. The official code takes one request at a time; it uses this runtime's autoencoder."""
 
 
-def _chosen(parser, option: str, given: str, known: Sequence) -> list:
-    """The entries of a list with commas; wrong usage if one is not known."""
-    by_name = {str(value): value for value in known}
-    names = [name.strip() for name in given.split(",")]
+def _parse_list(parser, option: str, text: str, allowed: Sequence) -> list:
+    """Parse a comma-separated option; exits with a usage error for values that are not allowed."""
+    by_name = {str(value): value for value in allowed}
+    names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in by_name]:
-        parser.error(f"{option}: there is no {unknown[0]}; allowed are {', '.join(by_name)}")
+        parser.error(f"{option} must be from {', '.join(by_name)}, got {unknown[0]}.")
     return [by_name[name] for name in names]
 
 
 def main() -> None:
-    """Measure, print the table, and write rows as JSON if asked to."""
+    """Measure, print the table and optionally write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
-    parser.add_argument("--tiny", action="store_true", help="a model of three narrow layers; runs on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="use a model of three narrow layers, also on a CPU")
     parser.add_argument("--cases", metavar="LIST", default=",".join(names), help=f"default: {','.join(names)}")
-    parser.add_argument("--who", metavar="LIST", default=",".join(WHO), help=f"default: {','.join(WHO)}")
+    parser.add_argument("--who", metavar="LIST", default=",".join(RUNNERS), help=f"default: {','.join(RUNNERS)}")
     parser.add_argument("--batches", metavar="LIST", default="1,4", help="default: 1,4")
-    parser.add_argument("--seconds", type=float, default=25.0, metavar="S", help="most of a whole run; default: 25")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there too")
+    parser.add_argument("--seconds", type=float, default=25.0, metavar="S", help="maximum of a full run; default: 25")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
-    cases = _chosen(parser, "--cases", arguments.cases, names)
-    who = _chosen(parser, "--who", arguments.who, WHO)
-    batches = _chosen(parser, "--batches", arguments.batches, range(1, 65))
+    cases = _parse_list(parser, "--cases", arguments.cases, names)
+    who = _parse_list(parser, "--who", arguments.who, RUNNERS)
+    batches = _parse_list(parser, "--batches", arguments.batches, range(1, 65))
     cuda = torch.cuda.is_available()
     if not (cuda or arguments.tiny):
-        parser.exit(2, "end_to_end: error: PyTorch finds no CUDA device here; --tiny runs on a CPU\n")
+        parser.exit(2, "end_to_end: error: PyTorch found no CUDA device. Use --tiny on a CPU.\n")
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
     config = THREE_LAYERS if arguments.tiny else BAGEL_7B_MOT
-    known = TINY_CASES if arguments.tiny else CASES
-    runs = EndToEnd(*random_model(config, device, dtype), Effort(seconds=arguments.seconds))
+    all_cases = TINY_CASES if arguments.tiny else CASES
+    runs = EndToEnd(*random_model(config, device, dtype), MeasureOptions(seconds=arguments.seconds))
     rows, failed = [], []
-    for task in tasks([case for case in known if case.name in cases], who, batches):
+    for task in tasks([case for case in all_cases if case.name in cases], who, batches):
         try:
-            rows += [EndToEndRow(**found) for found in runs.measure(task) if found]
-        except Exception as problem:  # one contender must not hide the others
-            failed.append(f"{task[0]}: {type(problem).__name__}: {problem}")
+            rows += [EndToEndRow(**row) for row in runs.measure(task) if row]
+        except Exception as error:  # the remaining tasks still run
+            failed.append(f"{task[0]}: {type(error).__name__}: {error}")
         print(failed[-1] if failed and failed[-1].startswith(task[0]) else rows[-1], file=sys.stderr, flush=True)
     if arguments.json:
-        found = {"about": machine(device), "rows": finite([asdict(row) for row in rows]), "failed": failed}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results = {"about": machine(device), "rows": finite([asdict(row) for row in rows]), "failed": failed}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{table(rows)}\n\n{EXPLANATION}")
     for line in failed:
         print(f"- {line}")

@@ -1,4 +1,4 @@
-"""One denoising forward at BAGEL's width through a few layers of random weights: kernels beside references."""
+"""One denoising forward through a few full-width layers with random weights: kernels against references."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bagel_rt.models.bagel.weights import DecoderLayerWeights, Pair
 from bagel_rt.runtime.batch import ForwardBatch, Rope
 from bagel_rt.runtime.plan import Plan
 from bagel_rt.runtime.slots import KVCache
-from benchmarks.measure import Clock, markdown
+from benchmarks.measure import Timer, markdown
 from benchmarks.workloads import visible_pairs
 
 LAYERS = 4
@@ -24,13 +24,14 @@ BACKENDS = {"kernels": "auto", "references": "reference"}
 
 @dataclass(frozen=True)
 class ForwardRow:
-    """One backend at one forward.
+    """Result of one backend for one forward.
 
     Attributes:
+        who: key of ``BACKENDS``.
         milliseconds: median time of all layers.
-        layers: how many there are.
-        limit: milliseconds that the roofline allows.
-        error: ||got - want|| / ||want|| of the hidden states, want being the references'; None of those themselves.
+        layers: number of layers.
+        limit: roofline time in milliseconds.
+        error: ||got - want|| / ||want|| of the hidden states, want being those of the references; None for references.
     """
 
     forward: str
@@ -68,8 +69,8 @@ def _transformer(values: Values, config: TransformerConfig, layers: int) -> Tran
     return Transformer(config, [layer() for _ in range(layers)], pair(H))
 
 
-def _floor_ms(plan: Plan, config: TransformerConfig, layers: int, limits: tuple[float, float]) -> float:
-    """The arithmetic of the matrices at the ceiling, or reading the weights, whichever takes longer."""
+def _roofline_ms(plan: Plan, config: TransformerConfig, layers: int, limits: tuple[float, float]) -> float:
+    """Roofline time: GEMM and attention flops, or reading the weights, whichever takes longer."""
     H, D, F = config.hidden_size, config.head_dim, config.intermediate_size
     weights = H * D * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * H * F
     flops = 2 * weights * len(plan.limits) + 4 * config.num_heads * D * visible_pairs(plan)
@@ -80,37 +81,40 @@ def _floor_ms(plan: Plan, config: TransformerConfig, layers: int, limits: tuple[
 def measure(
     name: str,
     plan: Plan,
-    clock: Clock,
+    timer: Timer,
     dtype: torch.dtype,
     limits: tuple[float, float],
     config: TransformerConfig = BAGEL_7B_MOT.llm,
     layers: int = LAYERS,
 ) -> Iterator[ForwardRow]:
-    """Rows of one forward, references last; the kernels' row waits for them to be compared with.
+    """Measure one forward with each backend. Rows are yielded at the end, since the error needs both results.
 
     Args:
-        name: of the forward.
-        plan: its rows.
+        name: key of ``workloads.PLANS``, for the rows.
+        plan: the packed batch.
+        timer: times the forwards.
+        dtype: of weights and activations.
         limits: flop/s and bytes/s of the device.
-        config: shapes of the layers; ``layers`` says how many.
+        config: shapes of a layer.
+        layers: number of layers.
     """
     torch.manual_seed(0)
-    values = Values(clock.device, dtype)
+    values = Values(timer.device, dtype)
     transformer = _transformer(values, config, layers)
-    cache = KVCache(layers, config.num_kv_heads, config.head_dim, dtype, clock.device, int(plan.slots.max()) + 1)
+    cache = KVCache(layers, config.num_kv_heads, config.head_dim, dtype, timer.device, int(plan.slots.max()) + 1)
     for index in range(layers):
         for buffer in cache.layer(index):
             buffer.normal_()
-    rope = Rope(config.head_dim, config.rope_theta, config.max_position_embeddings, clock.device)
+    rope = Rope(config.head_dim, config.rope_theta, config.max_position_embeddings, timer.device)
     positions = plan.slots[np.argsort(plan.order)]  # one position per slot
     batch = ForwardBatch.from_plan(plan, positions, rope)
     hidden = values(len(plan.limits), config.hidden_size)
-    floor, outputs, times = _floor_ms(plan, config, layers, limits), {}, {}
+    floor, outputs, times = _roofline_ms(plan, config, layers, limits), {}, {}
     try:
         for who, backend in BACKENDS.items():
             choose_backend(backend)
             outputs[who] = transformer.forward(hidden, batch, cache).double()
-            times[who] = clock.microseconds(lambda: transformer.forward(hidden, batch, cache)) / 1e3
+            times[who] = timer.microseconds(lambda: transformer.forward(hidden, batch, cache)) / 1e3
     finally:
         choose_backend(None)
     got, want = outputs.values()
@@ -122,7 +126,7 @@ def measure(
 
 
 def table(rows: list[ForwardRow]) -> str:
-    """Markdown: one line per forward and backend."""
+    """Markdown table with one line per forward and backend."""
     lines = []
     for row in rows:
         times = [f"{row.milliseconds:.2f}", f"{row.milliseconds / row.layers:.2f}"]

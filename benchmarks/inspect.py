@@ -1,11 +1,10 @@
-"""What the kernels compile to, on a machine without a GPU.
+"""Inspect the compiled kernels without a GPU: registers, spills, shared memory, wgmma and TMA.
 
     python -m benchmarks.inspect [--arch sm_90 ...] [--op linear ...] [--table FILE] [--candidates] [--json FILE]
 
-Calls the ops at the sizes of :mod:`benchmarks.workloads` and compiles every launch for the given architectures: what is
-reported is what a GPU of that architecture would be given. Exits with 1 if a kernel breaks a rule of :func:`problems`,
-or a class of the table is reached by no workload. ``--candidates`` compiles the tuner's search space instead;
-candidates may break rules, so it only reports.
+Calls the ops at the sizes of :mod:`benchmarks.workloads` and compiles every launch for the given architectures. Exits
+with 1 if a kernel violates a rule of :func:`problems`, or if no workload uses a class of the table. ``--candidates``
+compiles the tuner's search space instead and only reports, because candidates may violate rules.
 """
 
 import argparse
@@ -20,31 +19,31 @@ import torch
 
 from bagel_rt.kernels import configs
 from bagel_rt.kernels.triton_language import INTERPRETED, triton
-from benchmarks.compiling import LIMITS, Kernel, classes_of, compile_all
+from benchmarks.compiling import DEVICE_LIMITS, Kernel, compile_all, shape_classes_of
 from benchmarks.measure import machine
 from benchmarks.search_space import candidates
-from benchmarks.workloads import ALL_WORKLOADS, Workload
+from benchmarks.workloads import ALL_WORKLOADS, OpWorkload
 
 
 def problems(kernel: Kernel) -> list[str]:
-    """What must not be in a shipped configuration, one sentence each."""
+    """Violations of the rules for shipped configurations, one sentence each."""
     if kernel.error:
         return [kernel.error]
     found = []
-    limit = LIMITS[kernel.architecture].shared_per_block
+    limit = DEVICE_LIMITS[kernel.architecture].shared_per_block
     if kernel.shared_bytes > limit:
-        found.append(f"{kernel.shared_bytes} bytes of shared memory, of {limit}: will not launch")
+        found.append(f"shared memory must be at most {limit} bytes, got {kernel.shared_bytes}: the launch would fail")
     if kernel.spill_bytes:
         found.append(f"spills {kernel.spill_bytes} bytes")
     if kernel.serialised:
-        found.append(f"{kernel.serialised} serialised wgmma")
+        found.append(f"{kernel.serialised} wgmma are serialised")
     in_16_bits = any(dtype in _SIXTEEN_BITS for *_, dtype in kernel.dots)
     if in_16_bits and kernel.shape_class != "unaligned" and not (kernel.cp_async or kernel.tma_loads):
-        found.append("a matrix product that waits for its loads: no cp.async and no TMA")
+        found.append("a dot without pipelined loads: neither cp.async nor TMA")
     if kernel.architecture in _WARPGROUP_PRODUCTS:
         found += _warpgroup_problems(kernel)
     elif in_16_bits and not kernel.mma:
-        found.append("a matrix product without mma.sync")
+        found.append("a dot without mma.sync")
     return found
 
 
@@ -53,20 +52,20 @@ _WARPGROUP_PRODUCTS = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
 
 def _warpgroup_problems(kernel: Kernel) -> list[str]:
-    """Matrix products and loads that do not use what sm_90 brought."""
+    """Dots without warpgroup instructions, and TMA that the tiles request but the kernel lacks."""
     found, instruction = [], _WARPGROUP_PRODUCTS[kernel.architecture]
-    if kernel.dots and kernel.registers >= 255:  # before sm_90 that is what a large accumulator takes
+    if kernel.dots and kernel.registers >= 255:  # at 255 ptxas is about to spill
         found.append("uses all 255 registers")
     rows = [rows for rows, *_, dtype in kernel.dots if dtype in _SIXTEEN_BITS]
     if rows and max(rows) >= 64 and not getattr(kernel, instruction):
-        found.append(f"a matrix product without {instruction}")
-    if rows and min(rows) >= 64 and kernel.mma:  # fewer rows are left to mma.sync
-        found.append(f"{kernel.mma} mma.sync, which reach half the rate of {instruction}")
-    asked = [value for value in (kernel.tiles or {}).values() if value in _TMA]
-    if asked and not kernel.tma_loads:
-        found.append(f"no TMA load, though its tiles say {asked[0]!r}")
+        found.append(f"a dot without {instruction}")
+    if rows and min(rows) >= 64 and kernel.mma:  # tiles of fewer rows must use mma.sync
+        found.append(f"{kernel.mma} mma.sync, at half the rate of {instruction}")
+    tma = [value for value in (kernel.tiles or {}).values() if value in _TMA]
+    if tma and not kernel.tma_loads:
+        found.append(f"no TMA load, although the tiles request {tma[0]!r}")
     if (kernel.tiles or {}).get("TMA_STORE") and not kernel.tma_stores:
-        found.append("no TMA store, though its tiles say TMA_STORE")
+        found.append("no TMA store, although the tiles request TMA_STORE")
     return found
 
 
@@ -74,18 +73,18 @@ _TMA = ("host", "device", "host descriptors", "device descriptors")
 
 
 def merge(kernels: Iterable[Kernel]) -> list[Kernel]:
-    """One entry for each kernel of a class, naming all its workloads, in the order of the table."""
+    """Merge equal kernels of a class into one entry that lists all their workloads, sorted."""
     merged = {}
     for kernel in kernels:
         tiles = json.dumps(kernel.tiles, sort_keys=True)
         key = (kernel.architecture, kernel.op, kernel.shape_class, tiles, kernel.name, kernel.hash, kernel.error)
-        known = merged.setdefault(key, kernel)
-        known.workloads = sorted({*known.workloads, *kernel.workloads})
+        entry = merged.setdefault(key, kernel)
+        entry.workloads = sorted({*entry.workloads, *kernel.workloads})
     return [merged[key] for key in sorted(merged)]
 
 
 def unreached(architecture: str, kernels: Iterable[Kernel]) -> list[str]:
-    """Classes of the table that no kernel was compiled for; a class given to torch needs none."""
+    """Classes of the table without a compiled kernel, except those that use torch."""
     reached = {(kernel.op, kernel.shape_class) for kernel in kernels if kernel.architecture == architecture}
     return [
         f"{op} {shape_class}"
@@ -103,7 +102,7 @@ COLUMNS = (
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    """One line a kernel, the problems below it."""
+    """Print one line per kernel, followed by its problems."""
     print(f"{'arch':7}{'op class':42}{'kernel':34}" + "".join(f"{title:>10}" for _, title in COLUMNS) + "  workloads")
     for kernel in kernels:
         values = "".join(f"{getattr(kernel, attribute):>10}" for attribute, _ in COLUMNS)
@@ -115,19 +114,19 @@ def print_table(kernels: list[Kernel]) -> None:
 
 
 def main() -> int:
-    """Compile, print the table, write it as JSON if asked to; the exit code."""
+    """Compile, print the table, optionally write it as JSON; return the exit code."""
     ops = list(dict.fromkeys(workload.op for workload in ALL_WORKLOADS))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=["sm_80", "sm_90"], metavar="sm_90")
-    parser.add_argument("--op", nargs="+", choices=ops, default=ops, help=f"of {', '.join(ops)}", metavar="OP")
+    parser.add_argument("--arch", nargs="+", choices=DEVICE_LIMITS, default=["sm_80", "sm_90"], metavar="sm_90")
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops, help=f"any of {', '.join(ops)}", metavar="OP")
     parser.add_argument("--table", metavar="FILE", help="inspect this table instead of kernels/configs.json")
     parser.add_argument("--candidates", action="store_true", help="compile the tuner's search space")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of parallel processes")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     arguments = parser.parse_args()
     if INTERPRETED or triton is None:
-        reason = "TRITON_INTERPRET is set; unset it" if INTERPRETED else "Triton is not installed; pip has it for Linux"
-        print(f"benchmarks.inspect: nothing can be compiled: {reason}", file=sys.stderr)
+        reason = "TRITON_INTERPRET must be unset" if INTERPRETED else "Triton must be installed (pip install triton)"
+        print(f"benchmarks.inspect: cannot compile: {reason}.", file=sys.stderr)
         return 2
     if arguments.table:
         configs.TABLE = json.loads(Path(arguments.table).read_text())
@@ -140,14 +139,14 @@ def main() -> int:
         ]
     else:
         jobs = [(architecture, workload, None) for architecture in arguments.arch for workload in workloads]
-    kernels = merge(kernel for _, found in compile_all(jobs, arguments.workers) for kernel in found)
+    kernels = merge(kernel for _, compiled in compile_all(jobs, arguments.workers) for kernel in compiled)
     missing = {}
     if workloads == ALL_WORKLOADS and not arguments.candidates:
         missing = {architecture: unreached(architecture, kernels) for architecture in arguments.arch}
     print_table(kernels)
     for architecture, names in missing.items():
         for name in names:
-            print(f"{architecture}: no workload reaches {name}")
+            print(f"{architecture}: no workload uses {name}")
     if arguments.json:
         report = {
             **machine(torch.device("cpu")),  # date, commit, versions
@@ -159,11 +158,11 @@ def main() -> int:
     return int(broken and not arguments.candidates)
 
 
-def _candidate_jobs(architecture: str, workloads: list[Workload], workers: int) -> Iterator[tuple]:
-    """Every candidate of every class, with the first workload that is about the class."""
+def _candidate_jobs(architecture: str, workloads: list[OpWorkload], workers: int) -> Iterator[tuple]:
+    """One job per candidate of each class, with the first workload that uses the class."""
     first = {}
-    for workload, reached in classes_of(workloads, architecture, workers):
-        for name in reached:
+    for workload, names in shape_classes_of(workloads, architecture, workers):
+        for name in names:
             if name[0] in workload.entries:
                 first.setdefault(name, workload)
     for name, workload in first.items():

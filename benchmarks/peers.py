@@ -1,8 +1,8 @@
-"""What else computes the ops of rows: the official composition, torch's own kernels, Liger, vLLM-Omni.
+"""Peers of the row ops: the official composition, PyTorch kernels, Liger and vLLM-Omni.
 
-A peer is made from the arguments of the op and returns a :class:`Contender`. Whatever a peer may do once per request
-(permuting rows to its order, gathering or expanding K and V, building masks) is done when it is made and not timed, to
-its advantage; what it has to do in every layer of every step is timed.
+Each function takes the arguments of the op and returns a :class:`PreparedCall`. Work that a peer needs only once per
+request (permuting rows, gathering or expanding K and V, building masks) is done here and not timed, in the peer's
+favour. Work that it repeats in every layer of every step is timed.
 """
 
 import importlib.util
@@ -21,36 +21,37 @@ from bagel_rt.kernels.norm import rms_norm_reference
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
 
 
-class Contender(NamedTuple):
-    """A prepared call.
+class PreparedCall(NamedTuple):
+    """A call that is ready to be timed.
 
     Attributes:
-        run: what is timed.
-        outputs: what ``run`` returned -> tensors in the order and layout of the op's; None if the work is not the same.
+        run: the timed function.
+        outputs: converts the result of ``run`` to tensors in the order and layout of the op's outputs; None if ``run``
+            computes only part of the op.
     """
 
     run: Callable[[], object]
     outputs: Callable[[object], tuple[torch.Tensor, ...]] | None
 
 
-class Unsuitable(Exception):
-    """The peer cannot do this call; the message says why."""
+class Unsupported(Exception):
+    """The peer does not support these arguments; the message is the reason."""
 
 
-def compiled(function: Callable) -> Callable:
+def torch_compile(function: Callable) -> Callable:
     """``torch.compile`` for fixed shapes."""
     return torch.compile(function, dynamic=False)
 
 
-def one(result) -> tuple[torch.Tensor, ...]:
+def as_tuple(result) -> tuple[torch.Tensor, ...]:
     return (result,)
 
 
-# Rows as the official code has them: in the order of the sequence, with an index tensor per expert.
+# The official code keeps rows in sequence order and selects the rows of each expert with an index tensor.
 
 
 def sequence_positions(T: int, G: int, device) -> torch.Tensor:
-    """Place of every packed row in a sequence: the first understanding row, generation rows, the other ones."""
+    """Sequence position of each packed row; the sequence is one understanding row, the generation rows, the rest."""
     first = min(1, T - G)
     positions = torch.empty(T, dtype=torch.int64, device=device)
     positions[:G] = torch.arange(G, device=device) + first
@@ -59,38 +60,38 @@ def sequence_positions(T: int, G: int, device) -> torch.Tensor:
 
 
 class _Sequence:
-    """Expert-major rows put into sequence order and back."""
+    """Conversion between packed (expert-major) and sequence order, and routing of rows to experts."""
 
     def __init__(self, x: torch.Tensor, G: int):
         positions = sequence_positions(x.shape[0], G, x.device)
         self.gen, self.und, self._positions = positions[:G].contiguous(), positions[G:].contiguous(), positions
 
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
+    def to_sequence(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(rows).index_copy_(0, self._positions, rows)
 
-    def packed(self, rows: torch.Tensor) -> torch.Tensor:
+    def to_packed(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[self._positions]
 
-    def gathered(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of each expert."""
+    def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the generation and of the understanding expert."""
         return rows[self.gen], rows[self.und]
 
-    def scattered(self, gen: torch.Tensor, und: torch.Tensor) -> torch.Tensor:
-        """Each expert's rows at their places."""
+    def scatter(self, gen: torch.Tensor, und: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`gather`."""
         y = und.new_zeros(len(gen) + len(und), und.shape[1])
         y[self.und], y[self.gen] = und, gen
         return y
 
-    def routed(self, rows: torch.Tensor, expert_gen: Callable, expert_und: Callable) -> torch.Tensor:
-        """As the official layers route: gather an expert's rows, run it, scatter its results."""
+    def route(self, rows: torch.Tensor, expert_gen: Callable, expert_und: Callable) -> torch.Tensor:
+        """Gather each expert's rows, run the expert, scatter the results, as the official layers do."""
         if not len(self.gen):
             return expert_und(rows)
-        gen, und = self.gathered(rows)
-        return self.scattered(expert_gen(gen), expert_und(und))
+        gen, und = self.gather(rows)
+        return self.scatter(expert_gen(gen), expert_und(und))
 
 
-def is_down(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor | None) -> bool:
-    """Whether a layer is the second one of a feed-forward network: it adds a residual narrower than its input."""
+def is_down_projection(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor | None) -> bool:
+    """Whether a linear layer is an MLP's down projection: its residual is narrower than its input."""
     return residual is not None and x.shape[1] > w.shape[0]
 
 
@@ -99,12 +100,12 @@ def official_linear(
 ):
     """Gather, ``nn.Linear``, scatter, add.
 
-    Rows are gathered before a feed-forward network and scattered behind it: SwiGLU, two ``nn.Linear`` with SiLU and
-    product between, has no scatter, and the layer behind it no gather.
+    The official code gathers rows before an MLP and scatters them after it. Gate and up (two ``nn.Linear``, SiLU and
+    product) therefore have no scatter, and the down projection has no gather.
     """
-    sequence, down = _Sequence(x, G), is_down(x, w_first, residual)
-    rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
-    parts = sequence.gathered(rows) if down and G else None
+    sequence, down = _Sequence(x, G), is_down_projection(x, w_first, residual)
+    rows, added = sequence.to_sequence(x), None if residual is None else sequence.to_sequence(residual)
+    parts = sequence.gather(rows) if down and G else None
     weights = [(w[0::2].contiguous(), w[1::2].contiguous()) if swiglu else (w,) for w in (w_first, w_rest)]
 
     def expert(weights, bias):
@@ -117,55 +118,57 @@ def official_linear(
 
     def layer(rows, added):
         if swiglu and G:
-            gen, und = sequence.gathered(rows)
+            gen, und = sequence.gather(rows)
             return expert_gen(gen), expert_und(und)
-        y = sequence.routed(rows, expert_gen, expert_und)
+        y = sequence.route(rows, expert_gen, expert_und)
         return y if added is None else added + y
 
-    def second_layer(parts, added):
-        return added + sequence.scattered(expert_gen(parts[0]), expert_und(parts[1]))
+    def down_layer(parts, added):
+        return added + sequence.scatter(expert_gen(parts[0]), expert_und(parts[1]))
 
     if parts:
-        layer, rows = second_layer, parts
+        layer, rows = down_layer, parts
     layer = wrap(layer)
-    outputs = (lambda made: (torch.cat(made),)) if swiglu and G else (lambda y: (sequence.packed(y),))
-    return Contender(lambda: layer(rows, added), outputs)
+    outputs = (lambda parts: (torch.cat(parts),)) if swiglu and G else (lambda y: (sequence.to_packed(y),))
+    return PreparedCall(lambda: layer(rows, added), outputs)
 
 
-def one_product(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
-    """All rows times one expert's weight, and no epilogue but the bias: what cuBLAS alone would take."""
+def cublas_gemm(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
+    """One cuBLAS GEMM of all rows with one expert's weight and bias, without routing or other epilogues."""
     w, bias = (w_first, bias_first) if G else (w_rest, bias_rest)
-    return Contender(lambda: F.linear(x, w, bias), None)
+    return PreparedCall(lambda: F.linear(x, w, bias), None)
 
 
 def reference_linear(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
-    """cuBLAS on the two row ranges: the op's reference."""
-    return Contender(lambda: linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu), one)
+    """The op's reference: cuBLAS on each expert's row range."""
+    return PreparedCall(
+        lambda: linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu), as_tuple
+    )
 
 
 def liger_swiglu(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
-    """cuBLAS on the two row ranges, then Liger's kernel over [gate | up]."""
+    """cuBLAS on each expert's row range, then Liger's SwiGLU kernel over [gate | up]."""
     from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward
 
     if not swiglu:
-        raise Unsuitable("has no kernel for this epilogue")
+        raise Unsupported("has no kernel for this epilogue")
     w_first, w_rest = (torch.cat([w[0::2], w[1::2]]) for w in (w_first, w_rest))
 
     def layer():
         product = linear_reference(x, w_first, w_rest, bias_first, bias_rest, None, G, False)
         return swiglu_fused_gate_up_forward(product)[1]
 
-    return Contender(layer, one)
+    return PreparedCall(layer, as_tuple)
 
 
 def vllm_omni_linear(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, residual=None, swiglu=False):
-    """Its mixture GEMM in its default configuration, into what its layers allocate: zeros for q, k and v."""
-    if swiglu or is_down(x, w_first, residual):
-        raise Unsuitable("its mixture GEMM serves the attention projections only")
+    """vLLM-Omni's mixture GEMM in its default configuration, allocating outputs as its layers do."""
+    if swiglu or is_down_projection(x, w_first, residual):
+        raise Unsupported("the mixture GEMM supports only the attention projections")
     gemm = vllm_omni_ops("mot_gemm").invoke_mot_gemm
     sequence = _Sequence(x, G)
-    rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
-    allocate = torch.zeros if residual is None else torch.empty
+    rows, added = sequence.to_sequence(x), None if residual is None else sequence.to_sequence(residual)
+    allocate = torch.zeros if residual is None else torch.empty  # its qkv layer zeroes the output
 
     def layer():
         y = allocate(rows.shape[0], w_first.shape[0], dtype=x.dtype, device=x.device)
@@ -173,13 +176,13 @@ def vllm_omni_linear(x, w_first, w_rest, bias_first=None, bias_rest=None, *, G, 
              None, None, None, False, False, False, False, False, False)  # fmt: skip
         return y if added is None else added + y
 
-    return Contender(layer, lambda y: (sequence.packed(y),))
+    return PreparedCall(layer, lambda y: (sequence.to_packed(y),))
 
 
 def official_rms_norm(x, residual, w_first, w_rest, G, eps, wrap=lambda f: f):
-    """Add; gather, Qwen2RMSNorm, scatter."""
+    """Add the residual, gather, Qwen2RMSNorm, scatter."""
     sequence = _Sequence(x, G)
-    rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
+    rows, added = sequence.to_sequence(x), None if residual is None else sequence.to_sequence(residual)
 
     def norm(w):
         def run(part):
@@ -191,15 +194,15 @@ def official_rms_norm(x, residual, w_first, w_rest, G, eps, wrap=lambda f: f):
 
     def layer(rows, added):
         summed = rows if added is None else added + rows
-        return sequence.routed(summed, norm(w_first), norm(w_rest)), summed
+        return sequence.route(summed, norm(w_first), norm(w_rest)), summed
 
     layer = wrap(layer)
-    return Contender(lambda: layer(rows, added), lambda made: tuple(map(sequence.packed, made)))
+    return PreparedCall(lambda: layer(rows, added), lambda result: tuple(map(sequence.to_packed, result)))
 
 
 def reference_rms_norm(x, residual, w_first, w_rest, G, eps):
-    """``F.rms_norm`` and two products by the weights: the op's reference."""
-    return Contender(lambda: rms_norm_reference(x, residual, w_first, w_rest, G, eps), tuple)
+    """The op's reference: ``F.rms_norm``, then a multiplication with each expert's weight."""
+    return PreparedCall(lambda: rms_norm_reference(x, residual, w_first, w_rest, G, eps), tuple)
 
 
 def liger_rms_norm(x, residual, w_first, w_rest, G, eps):
@@ -211,36 +214,38 @@ def liger_rms_norm(x, residual, w_first, w_rest, G, eps):
 
     def layer():
         if residual is None:
-            made = [(rms_norm_forward(x[rows], w, eps, 0.0, "llama", None)[0], x[rows]) for rows, w in parts]
+            parts_out = [(rms_norm_forward(x[rows], w, eps, 0.0, "llama", None)[0], x[rows]) for rows, w in parts]
         else:
-            made = [fused_add_rms_norm_forward(x[rows], residual[rows], w, eps, 0.0, "llama")[:2] for rows, w in parts]
-        return made
+            parts_out = [
+                fused_add_rms_norm_forward(x[rows], residual[rows], w, eps, 0.0, "llama")[:2] for rows, w in parts
+            ]
+        return parts_out
 
-    return Contender(layer, lambda made: tuple(torch.cat(tensors) for tensors in zip(*made, strict=True)))
+    return PreparedCall(layer, lambda result: tuple(map(torch.cat, zip(*result, strict=True))))
 
 
 def vllm_omni_rms_norm(x, residual, w_first, w_rest, G, eps):
-    """Its mixture norm, after an addition where there is a residual."""
+    """vLLM-Omni's mixture norm, after adding the residual if there is one."""
     norm = vllm_omni_ops("mot_rms_norm").mot_rms_norm
     sequence = _Sequence(x, G)
-    rows, added = sequence.of(x), None if residual is None else sequence.of(residual)
+    rows, added = sequence.to_sequence(x), None if residual is None else sequence.to_sequence(residual)
 
     def layer():
         summed = rows if added is None else added + rows
         return norm(summed, w_rest, w_first, sequence.und, sequence.gen, eps=eps), summed
 
-    return Contender(layer, lambda made: tuple(map(sequence.packed, made)))
+    return PreparedCall(layer, lambda result: tuple(map(sequence.to_packed, result)))
 
 
 def official_qk_norm_rope(
     qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps, wrap=lambda f: f
 ):  # fmt: skip
-    """Heads raised to float32; gather, norm, scatter; rotation by halves; keys and values written into new buffers."""
+    """Cast to float32; gather, norm, scatter; half-split RoPE; write keys and values into new buffers."""
     sequence = _Sequence(qkv, G)
     S, kv_heads, D = k_cache.shape
     T, heads = qkv.shape[0], norm_first.shape[0]
-    cos, sin = (sequence.of(torch.cat([table, table], 1)).unsqueeze(1) for table in (cos, sin))
-    at, rows = sequence.of(slots), sequence.of(qkv)
+    cos, sin = (sequence.to_sequence(torch.cat([table, table], 1)).unsqueeze(1) for table in (cos, sin))
+    slot_index, rows = sequence.to_sequence(slots), sequence.to_sequence(qkv)
 
     def norm(w):
         return lambda part: part * torch.rsqrt(part.pow(2).mean(-1, keepdim=True) + eps) * w
@@ -251,73 +256,73 @@ def official_qk_norm_rope(
 
     def layer(rows):
         q, k, v = rows.view(T, heads + kv_heads, D).split((heads - kv_heads, kv_heads, kv_heads), 1)
-        made = []
-        for x, own in ((q, slice(0, heads - kv_heads)), (k, slice(heads - kv_heads, heads))):
+        rotated = []
+        for x, heads_of in ((q, slice(0, heads - kv_heads)), (k, slice(heads - kv_heads, heads))):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             normed = torch.zeros_like(x)
-            normed[sequence.und] = norm(norm_rest[own])(x[sequence.und])
-            normed[sequence.gen] = norm(norm_first[own])(x[sequence.gen])
-            made.append(rotate(normed).to(rows.dtype))
+            normed[sequence.und] = norm(norm_rest[heads_of])(x[sequence.und])
+            normed[sequence.gen] = norm(norm_first[heads_of])(x[sequence.gen])
+            rotated.append(rotate(normed).to(rows.dtype))
         keys, values = rows.new_zeros(S, kv_heads, D), rows.new_zeros(S, kv_heads, D)
-        keys[at], values[at] = made[1], v
-        return made[0], keys, values
+        keys[slot_index], values[slot_index] = rotated[1], v
+        return rotated[0], keys, values
 
     layer = wrap(layer)
-    return Contender(lambda: layer(rows), lambda made: (sequence.packed(made[0]), *made[1:]))
+    return PreparedCall(lambda: layer(rows), lambda result: (sequence.to_packed(result[0]), *result[1:]))
 
 
 def reference_qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
     """The op's reference."""
     caches = k_cache.clone(), v_cache.clone()
     inputs = (qkv, norm_first, norm_rest, cos, sin, slots, *caches, G, eps)
-    return Contender(lambda: qk_norm_rope_reference(*inputs), lambda q: (q, *caches))
+    return PreparedCall(lambda: qk_norm_rope_reference(*inputs), lambda q: (q, *caches))
 
 
 def official_group_norm(x, weight, bias, groups, eps, silu, wrap=lambda f: f):
-    """torch's GroupNorm, then SiLU, for a map as it is laid out."""
+    """``F.group_norm``, then SiLU, on the channels-last input as it is."""
 
     def norm(x):
         y = F.group_norm(x, groups, weight, bias, eps)
         return F.silu(y) if silu else y
 
     norm = wrap(norm)
-    return Contender(lambda: norm(x), one)
+    return PreparedCall(lambda: norm(x), as_tuple)
 
 
 def channels_first_group_norm(x, weight, bias, groups, eps, silu):
-    """The same for a map with its channels apart, as the official autoencoder has them."""
+    """:func:`official_group_norm` on a channels-first (NCHW) input, the layout of the official autoencoder."""
     return official_group_norm(x.contiguous(), weight, bias, groups, eps, silu)
 
 
 def official_guided_step(x, v, image_table, cfg_table, max_rows, guided=True, wrap=lambda f: f):
-    """The formula in about ten operators an image; the host knows where images lie and what guides them."""
+    """The formula in about ten operators per image. The tables are read on the host beforehand."""
     calls = []
-    for (first, rows, *branches), values in zip(image_table.tolist(), cfg_table.tolist(), strict=True):
-        dt, text_scale, image_scale, smallest, renorm = values
+    for (first, rows, *branches), scalars in zip(image_table.tolist(), cfg_table.tolist(), strict=True):
+        dt, text_scale, image_scale, renorm_min, renorm = scalars
         scales = (text_scale, image_scale) if guided else (1.0, 1.0)
         velocities = [v[branch : branch + rows] for branch in branches]
-        calls.append((x[first : first + rows], *velocities, *scales, RENORMS[int(renorm)], smallest, dt))
+        calls.append((x[first : first + rows], *velocities, *scales, RENORMS[int(renorm)], renorm_min, dt))
 
-    def step(x, cond, no_text, no_img, text_scale, image_scale, renorm, smallest, dt):
-        return x - guided_velocity_reference(cond, no_text, no_img, text_scale, image_scale, renorm, smallest) * dt
+    def step(x, cond, no_text, no_img, text_scale, image_scale, renorm, renorm_min, dt):
+        return x - guided_velocity_reference(cond, no_text, no_img, text_scale, image_scale, renorm, renorm_min) * dt
 
     step = wrap(step)
-    return Contender(lambda: [step(*call) for call in calls], lambda made: (torch.cat(made),))
+    return PreparedCall(lambda: [step(*call) for call in calls], lambda result: (torch.cat(result),))
 
 
 def vllm_omni_ops(name: str) -> ModuleType:
-    """A module of its ``mot/ops``, loaded from its file: the package itself needs all of vLLM.
+    """Load a module of vLLM-Omni's ``mot/ops`` from its file; importing the package would require all of vLLM.
 
     Raises:
-        Unsuitable: it is not installed.
+        Unsupported: vLLM-Omni is not installed.
     """
-    found = importlib.util.find_spec("vllm_omni")
-    if found is None or not found.submodule_search_locations:
-        raise Unsuitable("vllm-omni is not installed")
-    path = Path(found.submodule_search_locations[0]) / "diffusion/models/bagel/mot/ops" / f"{name}.py"
+    package = importlib.util.find_spec("vllm_omni")
+    if package is None or not package.submodule_search_locations:
+        raise Unsupported("vllm-omni is not installed")
+    path = Path(package.submodule_search_locations[0]) / "diffusion/models/bagel/mot/ops" / f"{name}.py"
     absent = [module for module in ("vllm", "vllm.triton_utils") if importlib.util.find_spec("vllm") is None]
     try:
-        for module in absent:  # of vLLM these files want Triton only
+        for module in absent:  # stub vLLM: these files import only Triton from it
             sys.modules[module] = ModuleType(module)
         if absent:
             import triton

@@ -1,7 +1,7 @@
-"""What else computes attention: the official composition, torch's SDPA with each backend, FlexAttention.
+"""Peers of attention: the official composition, SDPA with each backend, FlexAttention.
 
-As in :mod:`benchmarks.peers`, what can be done once per request is done beforehand and not timed: K and V are gathered
-or expanded, masks are built.
+As in :mod:`benchmarks.peers`, work needed only once per request is not timed: gathering or expanding K and V, building
+masks.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,17 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from bagel_rt.kernels.attention import attention_lse_reference, attention_reference
 from bagel_rt.kernels.decode_attention import decode_attention_reference
-from benchmarks.peers import Contender, Unsuitable, one
+from benchmarks.peers import PreparedCall, Unsupported, as_tuple
 
 
 class _Group(NamedTuple):
-    """Rows for one call of SDPA: their queries, keys and values, [1, heads, n, D] each, and their mask.
+    """Inputs of one SDPA call: rows that attend to the same keys.
 
-    The mask is None where all rows see all keys, or torch's lower-right causal bias.
+    Attributes:
+        rows: indices of the rows.
+        q, k, v: [1, heads, n, D].
+        mask: None if every row sees all keys, otherwise PyTorch's lower-right causal bias.
+        spans: (start, end) slots of the keys.
     """
 
     rows: torch.Tensor
@@ -32,9 +36,9 @@ class _Group(NamedTuple):
 
 
 def visible_groups(limits, blocks) -> list[tuple[tuple[int, int, int, int], list[int]]]:
-    """((key_start, limit, own_start, own_end), the rows that see just these), without the rows that see nothing.
+    """Group rows by visible keys: ((key_start, limit, own_start, own_end), rows). Rows without keys are left out.
 
-    Rows whose limits rise by one are one group, causal text, and the limit is the last one's.
+    Rows whose limits increase by one form one causal group (text) with the limit of the last row.
     """
     seen = {}
     spans = zip(*(column.tolist() for column in row_spans(limits, blocks)), strict=True)
@@ -53,7 +57,7 @@ def visible_groups(limits, blocks) -> list[tuple[tuple[int, int, int, int], list
 
 
 def _groups(q, k_cache, v_cache, limits, blocks) -> list[_Group]:
-    """One call of SDPA each, as few as the rows' visible keys allow."""
+    """Inputs of the fewest SDPA calls that cover all rows."""
     limit_of, groups = limits.tolist(), []
     for (key_start, limit, own_start, own_end), rows in visible_groups(limits, blocks):
         causal = len(rows) > 1 and limit_of[rows[0]] < limit
@@ -67,32 +71,34 @@ def _groups(q, k_cache, v_cache, limits, blocks) -> list[_Group]:
     return groups
 
 
-def _ungrouped(q, groups):
-    def outputs(made):
+def _ungroup(q, groups):
+    """A function that scatters the results of the SDPA calls back to [T, heads, D]."""
+
+    def outputs(results):
         out = torch.zeros_like(q)
-        for group, part in zip(groups, made, strict=True):
+        for group, part in zip(groups, results, strict=True):
             out[group.rows] = part[0].transpose(0, 1)
         return (out,)
 
     return outputs
 
 
-def _expanded(groups: list[_Group], share: int) -> list[_Group]:
-    """Keys and values repeated for every query head, for backends that know no groups of heads."""
-    return [g._replace(k=g.k.repeat_interleave(share, 1), v=g.v.repeat_interleave(share, 1)) for g in groups]
+def _expand_heads(groups: list[_Group], repeats: int) -> list[_Group]:
+    """Repeat keys and values for every query head, for backends without grouped-query attention."""
+    return [g._replace(k=g.k.repeat_interleave(repeats, 1), v=g.v.repeat_interleave(repeats, 1)) for g in groups]
 
 
 def sdpa(backend: SDPBackend, expand: bool = False):
-    """torch's SDPA, one call per group of rows that see the same, K and V gathered beforehand."""
+    """SDPA with one call per group of rows that see the same keys; K and V are gathered beforehand."""
 
     def make(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
         if return_lse:
-            raise Unsuitable("gives no log-sum-exp")
+            raise Unsupported("does not return the log-sum-exp")
         if backend is SDPBackend.MATH and q.shape[0] * k_cache.shape[0] > 2**26:
-            raise Unsuitable("would hold every score at once")
+            raise Unsupported("would materialize all scores")
         groups = _groups(q, k_cache, v_cache, limits, blocks)
         if expand:
-            groups = _expanded(groups, q.shape[1] // k_cache.shape[1])
+            groups = _expand_heads(groups, q.shape[1] // k_cache.shape[1])
 
         def run():
             return [
@@ -100,88 +106,88 @@ def sdpa(backend: SDPBackend, expand: bool = False):
                 for g in groups
             ]
 
-        return Contender(_with_backend(backend, run), _ungrouped(q, groups))
+        return PreparedCall(_with_backend(backend, run), _ungroup(q, groups))
 
     make.__doc__ = sdpa.__doc__
     return make
 
 
 def sdpa_gradients(backend: SDPBackend, expand: bool = False):
-    """torch's SDPA and its gradients, call by call; adding up what several calls give to a key is not timed."""
+    """SDPA forward and backward. Summing the gradients of keys shared by several calls is not timed."""
 
     def make(q, k_cache, v_cache, limits, blocks, gradient):
-        groups, share = _groups(q, k_cache, v_cache, limits, blocks), q.shape[1] // k_cache.shape[1]
+        groups, repeats = _groups(q, k_cache, v_cache, limits, blocks), q.shape[1] // k_cache.shape[1]
         if expand:
-            groups = _expanded(groups, share)
+            groups = _expand_heads(groups, repeats)
         gradients = [gradient[group.rows].transpose(0, 1)[None] for group in groups]
 
         def run():
-            made = []
-            for group, given in zip(groups, gradients, strict=True):
+            results = []
+            for group, out_gradient in zip(groups, gradients, strict=True):
                 inputs = [tensor.detach().requires_grad_() for tensor in (group.q, group.k, group.v)]
                 out = F.scaled_dot_product_attention(*inputs, group.mask, enable_gqa=not expand)
-                made.append((out.detach(), *torch.autograd.grad(out, inputs, given)))
-            return made
+                results.append((out.detach(), *torch.autograd.grad(out, inputs, out_gradient)))
+            return results
 
-        def outputs(made):
+        def outputs(results):
             out, dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, q, k_cache, v_cache))
-            for group, parts in zip(groups, made, strict=True):
+            for group, parts in zip(groups, results, strict=True):
                 for whole, part in zip((out, dq), parts[:2], strict=True):
                     whole[group.rows] = part[0].transpose(0, 1)
                 slots = torch.cat([torch.arange(start, end, device=q.device) for start, end in group.spans])
                 for whole, part in zip((dk, dv), parts[2:], strict=True):
                     part = part[0].transpose(0, 1)
-                    whole.index_add_(0, slots, part.unflatten(1, (-1, share)).sum(2) if expand else part)
+                    whole.index_add_(0, slots, part.unflatten(1, (-1, repeats)).sum(2) if expand else part)
             return out, dq, dk, dv
 
-        return Contender(_with_backend(backend, run), outputs)
+        return PreparedCall(_with_backend(backend, run), outputs)
 
     make.__doc__ = sdpa_gradients.__doc__
     return make
 
 
 def _with_backend(backend, run):
-    def chosen():
+    def run_with_backend():
         with sdpa_kernel(backend):
             return run()
 
-    return chosen
+    return run_with_backend
 
 
 def official_attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
-    """Keys and values of context and step merged into new buffers by index, then SDPA, branch by branch."""
+    """For each branch: copy the keys and values of the context and of the step into new buffers by index, then SDPA."""
     if return_lse:
-        raise Unsuitable("gives no log-sum-exp")
+        raise Unsupported("does not return the log-sum-exp")
     groups = _groups(q, k_cache, v_cache, limits, blocks)
     parts = []
     for group in groups:
         sizes = [end - start for start, end in group.spans]
-        numbers = torch.arange(sum(sizes), device=q.device)
+        indices = torch.arange(sum(sizes), device=q.device)
         caches = [[cache[start:end] for start, end in group.spans] for cache in (k_cache, v_cache)]
-        parts.append((group, numbers.split(sizes), caches))
+        parts.append((group, indices.split(sizes), caches))
 
-    def merge(numbers, pieces):
-        merged = pieces[0].new_zeros(sum(map(len, numbers)), *pieces[0].shape[1:])
-        for at, piece in zip(numbers, pieces, strict=True):
-            merged[at] = piece
+    def merge(indices, pieces):
+        merged = pieces[0].new_zeros(sum(map(len, indices)), *pieces[0].shape[1:])
+        for index, piece in zip(indices, pieces, strict=True):
+            merged[index] = piece
         return merged.transpose(0, 1)[None]
 
     def layer():
-        made = []
-        for group, numbers, (keys, values) in parts:
-            k, v = merge(numbers, keys), merge(numbers, values)
-            made.append(F.scaled_dot_product_attention(group.q, k, v, group.mask, scale=scale, enable_gqa=True))
-        return made
+        results = []
+        for group, indices, (keys, values) in parts:
+            k, v = merge(indices, keys), merge(indices, values)
+            results.append(F.scaled_dot_product_attention(group.q, k, v, group.mask, scale=scale, enable_gqa=True))
+        return results
 
-    return Contender(layer, _ungrouped(q, groups))
+    return PreparedCall(layer, _ungroup(q, groups))
 
 
 def reference_attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
-    """The op's reference, which gathers K and V in every call."""
+    """The op's reference, which gathers K and V on every call."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if return_lse:
-        return Contender(lambda: attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale), tuple)
-    return Contender(lambda: attention_reference(q, k_cache, v_cache, limits, blocks, scale), one)
+        return PreparedCall(lambda: attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale), tuple)
+    return PreparedCall(lambda: attention_reference(q, k_cache, v_cache, limits, blocks, scale), as_tuple)
 
 
 def row_spans(limits, blocks):
@@ -204,21 +210,21 @@ def _flex(q, k_cache, v_cache, limits, blocks, scale, wrap, lse=False):
     def attend(q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         aux = AuxRequest(lse=True) if lse else None
-        made = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_aux=aux)
-        out, sums = (made[0], made[1].lse[0]) if lse else (made, None)
-        return out[0].transpose(0, 1), sums
+        result = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_aux=aux)
+        out, log_sum_exp = (result[0], result[1].lse[0]) if lse else (result, None)
+        return out[0].transpose(0, 1), log_sum_exp
 
     return attend
 
 
 def flex(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False, wrap=lambda f: f):
-    """FlexAttention under the plan's rule, its block mask built beforehand."""
+    """FlexAttention with the plan's visibility rule as a prebuilt block mask."""
     attend = _flex(q, k_cache, v_cache, limits, blocks, scale, wrap, return_lse)
-    return Contender(lambda: attend(q, k_cache, v_cache), tuple if return_lse else lambda made: made[:1])
+    return PreparedCall(lambda: attend(q, k_cache, v_cache), tuple if return_lse else lambda result: result[:1])
 
 
 def flex_gradients(q, k_cache, v_cache, limits, blocks, gradient, wrap=lambda f: f):
-    """FlexAttention and its gradients."""
+    """FlexAttention forward and backward."""
     attend = _flex(q, k_cache, v_cache, limits, blocks, None, wrap)
 
     def run():
@@ -226,16 +232,16 @@ def flex_gradients(q, k_cache, v_cache, limits, blocks, gradient, wrap=lambda f:
         out, _ = attend(*inputs)
         return out.detach(), *torch.autograd.grad(out, inputs, gradient)
 
-    return Contender(run, tuple)
+    return PreparedCall(run, tuple)
 
 
 def sdpa_decode(backend: SDPBackend):
-    """torch's SDPA, one call per sequence."""
+    """SDPA with one call per sequence."""
 
     def make(q, k_cache, v_cache, starts, lengths, scale=None):
         spans = [(start, start + length) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
         if any(start == end for start, end in spans):
-            raise Unsuitable("has no answer for a row without keys")
+            raise Unsupported("does not support rows without keys")
         caches = [[cache[a:b].transpose(0, 1)[None] for cache in (k_cache, v_cache)] for a, b in spans]
 
         def run():
@@ -244,13 +250,13 @@ def sdpa_decode(backend: SDPBackend):
                 for row, (k, v) in zip(q, caches, strict=True)
             ]
 
-        return Contender(_with_backend(backend, run), lambda made: (torch.cat(made)[:, :, 0],))
+        return PreparedCall(_with_backend(backend, run), lambda results: (torch.cat(results)[:, :, 0],))
 
     make.__doc__ = sdpa_decode.__doc__
     return make
 
 
 def reference_decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
-    """The op's reference, which reads the lengths on the host."""
+    """The op's reference, which copies the lengths to the host."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return Contender(lambda: decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale), one)
+    return PreparedCall(lambda: decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale), as_tuple)

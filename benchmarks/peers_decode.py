@@ -1,6 +1,6 @@
-"""What else computes the ops of the one-token path: torch, this package's Triton kernels, the official sampler.
+"""Peers of the decode ops: PyTorch, this package's Triton kernels, the official sampler.
 
-As in :mod:`benchmarks.peers`. There is one expert, so nothing has to be routed: the official layers are those of torch.
+See :mod:`benchmarks.peers`. Decoding uses one expert, so there is no routing and the official layers equal PyTorch's.
 """
 
 import torch
@@ -12,11 +12,11 @@ from bagel_rt.kernels.decode_qkv import decode_qkv_reference
 from bagel_rt.kernels.norm import rms_norm_reference
 from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
 from bagel_rt.kernels.sample import sample_reference
-from benchmarks.peers import Contender, Unsuitable, one
+from benchmarks.peers import PreparedCall, Unsupported, as_tuple
 
 
 def torch_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False, wrap=lambda f: f):
-    """``F.rms_norm``, cuBLAS and the epilogue; of SwiGLU two halves of one product, each contiguous."""
+    """``F.rms_norm``, cuBLAS and the epilogue; SwiGLU takes both contiguous halves of one GEMM."""
     if swiglu:
         w = torch.cat([w[0::2], w[1::2]])
 
@@ -30,22 +30,22 @@ def torch_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False, wrap
         return y if residual is None else residual + y
 
     layer = wrap(layer)
-    return Contender(lambda: layer(x, residual), one)
+    return PreparedCall(lambda: layer(x, residual), as_tuple)
 
 
 def triton_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
-    """What runs where the extension is not built: RMSNorm and the product, one kernel each."""
+    """This package's fallback without the extension: RMSNorm and the GEMM, one Triton kernel each."""
     _check_triton(x)
-    return Contender(lambda: decode_linear_reference(x, w, norm, eps, residual, swiglu), one)
+    return PreparedCall(lambda: decode_linear_reference(x, w, norm, eps, residual, swiglu), as_tuple)
 
 
-def one_product(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
-    """What cuBLAS alone would take."""
-    return Contender(lambda: F.linear(x, w), None)
+def cublas_gemm(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
+    """The cuBLAS GEMM alone, without norm or epilogue."""
+    return PreparedCall(lambda: F.linear(x, w), None)
 
 
 def torch_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps, wrap=lambda f: f):
-    """``F.rms_norm``, cuBLAS, then a dozen operators that normalise, rotate and write heads into the caches."""
+    """``F.rms_norm``, cuBLAS, then a dozen operators for QK-norm, RoPE and the cache writes."""
     caches = k_cache.clone(), v_cache.clone()
 
     def layer(x, k_cache, v_cache):
@@ -54,31 +54,31 @@ def torch_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps,
         return qk_norm_rope_reference(qkv, qk_norm, qk_norm, cos, sin, slots, k_cache, v_cache, 0, eps)
 
     layer = wrap(layer)
-    return Contender(lambda: layer(x, *caches), lambda q: (q, *caches))
+    return PreparedCall(lambda: layer(x, *caches), lambda q: (q, *caches))
 
 
 def triton_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
-    """What runs where the extension is not built: RMSNorm, the product, and what makes heads of it, a kernel each."""
+    """This package's fallback without the extension: one Triton kernel each for RMSNorm, the GEMM and QK-norm/RoPE."""
     _check_triton(x)
     caches = k_cache.clone(), v_cache.clone()
     inputs = (x, norm, w, bias, qk_norm, cos, sin, slots, *caches, eps)
-    return Contender(lambda: decode_qkv_reference(*inputs), lambda q: (q, *caches))
+    return PreparedCall(lambda: decode_qkv_reference(*inputs), lambda q: (q, *caches))
 
 
 def _check_triton(x) -> None:
     if not runs_kernel(x):
-        raise Unsuitable("no Triton kernels run here")
+        raise Unsupported("Triton kernels do not run on this device")
 
 
 def torch_sample(logits, settings=None, seed=None, step=None, wrap=lambda f: f):
-    """The op's reference, which sorts the logits where there are settings."""
+    """The op's reference, which sorts the logits for top-k and top-p."""
     draw = wrap(sample_reference)
-    return Contender(lambda: draw(logits, settings, seed, step), one)
+    return PreparedCall(lambda: draw(logits, settings, seed, step), as_tuple)
 
 
 def official_sample(logits, settings=None, seed=None, step=None):
-    """The official code's softmax and ``torch.multinomial``: noise of its own, no top-k, no top-p."""
+    """The official code's softmax and ``torch.multinomial``, without top-k or top-p. Tokens are not comparable."""
     if settings is None:
-        raise Unsuitable("takes torch.argmax for the most likely token")
+        raise Unsupported("uses torch.argmax for greedy decoding")
     temperature = settings[:, :1].clone()
-    return Contender(lambda: torch.multinomial((logits / temperature).softmax(-1), 1), None)
+    return PreparedCall(lambda: torch.multinomial((logits / temperature).softmax(-1), 1), None)

@@ -1,4 +1,4 @@
-"""Models of random weights made on their device, in seconds: for shapes whose published weights are not at hand."""
+"""Models with random weights, generated on the device in seconds."""
 
 from functools import partial
 
@@ -30,26 +30,27 @@ THREE_LAYERS = BagelConfig(
     vae_transform=ResizeRule(128, 64, 16),
     vit_transform=ResizeRule(140, 56, 14),
 )
-"""A model whose arithmetic costs next to nothing: what its runs take is the host's work."""
+"""A model so small that its time is almost entirely host overhead."""
 
 
 @torch.inference_mode()
 def random_model(config: BagelConfig, device: torch.device, dtype: torch.dtype) -> tuple[BagelModel, Tokenizer]:
-    """Weights drawn on the device, and the embedded model's tokenizer, all of whose plain tokens the model can write.
+    """A model with random weights, and the embedded model's tokenizer.
 
-    ``bagel_rt.models.bagel.random_checkpoint`` draws by the same rule on the CPU and takes minutes. No text ends before
-    its length: special tokens have logits of zero.
+    The weights follow the distributions of ``bagel_rt.models.bagel.random_checkpoint``, which generates them on the CPU
+    in minutes. Rows of ``lm_head`` are zero except for plain tokens, so special tokens are never the most likely and
+    every text reaches its maximum length.
     """
     tokenizer = Tokenizer.from_folder(DEFAULT_MODEL)
     model = BagelModel.allocate(config, (tokenizer.start_of_image, tokenizer.end_of_image), device, dtype)
     generator = torch.Generator(device).manual_seed(0)
-    for places in model.weight_slots().values():
-        for name, place in places.items():
-            drawn = torch.empty(place.shape, dtype=place.view.dtype, device=device)
-            normal = partial(drawn.normal_, generator=generator)
-            place.view.copy_(random_weight(name, place.shape, normal))  # a weight of QK-norm goes to every head
+    for slots in model.weight_slots().values():
+        for name, slot in slots.items():
+            buffer = torch.empty(slot.shape, dtype=slot.view.dtype, device=device)
+            normal = partial(buffer.normal_, generator=generator)
+            slot.view.copy_(random_weight(name, slot.shape, normal))  # broadcasts a QK-norm weight to all heads
     plain = [token for token in range(len(tokenizer)) if (tokenizer.spell(token) or b"<")[:1] != b"<"]
-    kept = torch.zeros(config.llm.vocab_size, 1, dtype=dtype, device=device)
-    kept[plain] = 1
-    model.weights.lm_head.mul_(kept)
+    mask = torch.zeros(config.llm.vocab_size, 1, dtype=dtype, device=device)
+    mask[plain] = 1
+    model.weights.lm_head.mul_(mask)
     return model, tokenizer

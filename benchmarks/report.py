@@ -1,20 +1,20 @@
-"""What ``benchmarks.gpu_check`` found, as text and as Markdown tables."""
+"""Text summaries and Markdown tables of the results of ``benchmarks.gpu_check``."""
 
 from benchmarks import end_to_end, forward, kernels
-from benchmarks.measure import LATENCY, MAX_SETS, markdown
+from benchmarks.measure import LATENCY_US, MAX_COPIES, markdown
 from benchmarks.workloads import WORKLOADS
 
-_HOW_TIMED = f"""\
-Times are medians. Calls run back to back, each on its own copy of the inputs and into its own outputs, all together
-twice as large as L2 (at most {MAX_SETS} copies), and share the time: inputs come from memory, and what is written
-reaches it. Where the roofline allows less than {LATENCY:.0f} us, latency is the limit and no share is given. The error
-is ||got - want|| / ||want|| of the worst row, against the formula in float64."""
+_TIMING_METHOD = f"""\
+Times are medians per call. Calls run back to back on separate copies of inputs and outputs that are together twice the
+size of L2 (at most {MAX_COPIES} copies), so inputs are read from device memory and outputs are written back to it. No
+share of the roofline is given below {LATENCY_US:.0f} us, where launch latency is the limit. The error is
+||got - want|| / ||want|| of the worst row, against a float64 reference."""
 
 
 def problems(stage) -> list[str]:
-    """What is wrong in a stage: the reasons why the whole run is not a success.
+    """Failures of a stage that make the whole run fail.
 
-    A peer's failure is none, nor is a lack of time, nor what befalls ``tune``, which says itself what it keeps.
+    Failures of peers, time limits and failures of ``tune`` (which reports its own results) do not count.
     """
     found = list(stage.notes) if stage.name != "tune" else []
     for row in stage.rows:
@@ -34,30 +34,28 @@ def problems(stage) -> list[str]:
 
 
 def summary(stage) -> str:
-    """One line."""
-    wrong = problems(stage)
-    state = "complete" if stage.complete else "cut or incomplete"
-    return f"{stage.name}: {state}, {len(stage.rows)} rows, {len(wrong)} problems, {stage.seconds:.0f} s"
+    """One line: whether the stage is complete, its number of rows and problems, and its duration."""
+    state = "complete" if stage.complete else "incomplete"
+    return f"{stage.name}: {state}, {len(stage.rows)} rows, {len(problems(stage))} problems, {stage.seconds:.0f} s"
 
 
 def verdict(stages) -> str:
-    """One line about all: what is wrong, and what was not finished."""
-    wrong = [stage.name for stage in stages if problems(stage)]
-    open_ones = [stage.name for stage in stages if not stage.complete]
-    said = f"wrong in {', '.join(wrong)}" if wrong else "nothing that was reached is wrong"
-    return f"{said}; not finished: {', '.join(open_ones)}" if open_ones else f"{said}; every stage is complete"
+    """One line for the whole run: the stages with problems and the incomplete stages."""
+    failed = [stage.name for stage in stages if problems(stage)]
+    incomplete = [stage.name for stage in stages if not stage.complete]
+    result = f"problems in {', '.join(failed)}" if failed else "no problems"
+    return f"{result}; incomplete: {', '.join(incomplete)}" if incomplete else f"{result}; all stages complete"
 
 
 def markdown_report(about: dict, stages) -> str:
-    """Everything, the machine first."""
+    """The full report: the machine, then for each stage its problems, remarks and tables."""
     parts = ["# GPU check", markdown(["", ""], [[name, str(value)] for name, value in about.items()])]
     for stage in stages:
         parts.append(f"## {summary(stage)}")
-        wrong = problems(stage)
-        if wrong:
-            parts.append("\n".join(f"- {line}" for line in wrong))
+        if lines := problems(stage):
+            parts.append("\n".join(f"- {line}" for line in lines))
         if stage.remarks:
-            parts.append("No fault of the kernels:\n\n" + "\n".join(f"- {line}" for line in stage.remarks))
+            parts.append("Not caused by the kernels:\n\n" + "\n".join(f"- {line}" for line in stage.remarks))
         if stage.rows:
             parts += _TABLES.get(stage.name, _plain)(stage.rows)
     return "\n\n".join(parts)
@@ -73,22 +71,22 @@ def _cell(value) -> str:
 
 
 def _kernels(rows) -> list[str]:
-    """A table per workload, in the order they were measured; every contender once."""
-    figures = next((row for row in rows if "limits" in row), None)
-    limits, parts = None, [_HOW_TIMED]
-    if figures:
-        limits, (flops, traffic) = figures["limits"], figures["measured"]
+    """An overview, then one table per workload in the order of measurement."""
+    ceilings = next((row for row in rows if "limits" in row), None)
+    limits, parts = None, [_TIMING_METHOD]
+    if ceilings:
+        limits, (flops, bandwidth) = ceilings["limits"], ceilings["measured"]
         parts.append(
             f"Roofline: {limits[0] / 1e12:.0f} TFLOP/s and {limits[1] / 1e12:.2f} TB/s; measured in this run: "
-            f"{flops / 1e12:.0f} TFLOP/s, {traffic / 1e12:.2f} TB/s."
+            f"{flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s."
         )
-    known, by_workload = {workload.name: workload for workload in WORKLOADS}, {}
+    workloads, by_workload = {workload.name: workload for workload in WORKLOADS}, {}
     for row in rows:
         if "who" in row:
             by_workload.setdefault(row["workload"], []).append(kernels.Row(**row))
-    measured = [(known[name], made) for name, made in by_workload.items() if name in known]
+    measured = [(workloads[name], group) for name, group in by_workload.items() if name in workloads]
     parts.append(kernels.overview(measured, limits))
-    return parts + [kernels.table(workload, made, limits) for workload, made in measured]
+    return parts + [kernels.table(workload, group, limits) for workload, group in measured]
 
 
 def _forward(rows) -> list[str]:
@@ -96,8 +94,7 @@ def _forward(rows) -> list[str]:
 
 
 def _end_to_end(rows) -> list[str]:
-    found = [end_to_end.EndToEndRow(**row) for row in rows]
-    return [end_to_end.EXPLANATION, end_to_end.table(found)]
+    return [end_to_end.EXPLANATION, end_to_end.table([end_to_end.EndToEndRow(**row) for row in rows])]
 
 
 _TABLES = {"kernels": _kernels, "forward": _forward, "end_to_end": _end_to_end}

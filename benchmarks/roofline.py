@@ -1,26 +1,26 @@
-"""The least time a whole request can take: its arithmetic and the weights it must read, at a device's ceilings.
+"""Roofline of a whole request: a lower bound of its time from arithmetic and weight reads at the device's ceilings.
 
-Branches that see the same context count once, a step reads each weight once, a forward takes the longer of arithmetic
-and reading. Left out, so that the figure stays a bound: the autoencoder, norms and other elementwise work, the system
-prompt in guidance contexts.
+Guidance branches with equal contexts count once. A step reads each weight once. A forward takes the longer of
+arithmetic and weight reads. The autoencoder, elementwise ops and the system prompt in guidance contexts are not
+counted, so the result remains a lower bound.
 """
 
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.workload import Workload
 
 
-def floor_seconds(work: Workload, limits: tuple[float, float]) -> float:
-    """Seconds below which the workload cannot be done.
+def roofline_seconds(work: Workload, limits: tuple[float, float]) -> float:
+    """Lower bound of the time of a workload in seconds.
 
     Args:
-        work: the requests of one batch.
+        work: one batch of requests.
         limits: flop/s and bytes/s of the device.
     """
-    return _prefill(work, limits) + _text(work, limits) + _denoising(work, limits)
+    return _prefill(work, limits) + _decoding(work, limits) + _denoising(work, limits)
 
 
 def layer_parameters(config: BagelConfig) -> int:
-    """Weights of one expert of one layer that a row is multiplied with."""
+    """Number of weights in the GEMMs of one expert of one layer."""
     llm = config.llm
     attention = llm.hidden_size * llm.head_dim * (2 * llm.num_heads + 2 * llm.num_kv_heads)
     return attention + 3 * llm.hidden_size * llm.intermediate_size
@@ -29,7 +29,16 @@ def layer_parameters(config: BagelConfig) -> int:
 def forward_seconds(
     config: BagelConfig, rows: int, pairs: int, experts: int, itemsize: int, limits: tuple[float, float]
 ) -> float:
-    """A packed forward of so many rows, whose queries see ``pairs`` keys in all, through one expert or both."""
+    """Lower bound of the time of one packed forward in seconds.
+
+    Args:
+        config: of the model.
+        rows: total number of rows.
+        pairs: total number of (query row, visible key) pairs.
+        experts: number of experts whose weights are read, 1 or 2.
+        itemsize: bytes per weight.
+        limits: flop/s and bytes/s of the device.
+    """
     llm, weights = config.llm, layer_parameters(config)
     flops = llm.num_layers * (2 * weights * rows + 4 * llm.num_heads * llm.head_dim * pairs)
     return max(flops / limits[0], llm.num_layers * experts * weights * itemsize / limits[1])
@@ -37,19 +46,19 @@ def forward_seconds(
 
 def _prefill(work: Workload, limits) -> float:
     config, texts = work.config, work.text_tokens
-    patches, latents = work.patches, work.image_tokens - work.patches  # the latter with all markers
+    patches, latents = work.patches, work.image_tokens - work.patches  # latents include all marker tokens
     if not work.draws:
         patches, latents = work.image_tokens, 0
     pairs = latents**2 + patches * (latents + patches) + texts * (latents + patches) + texts * (texts + 1) // 2
     rows = latents + patches + texts
-    seen = forward_seconds(
+    forward = forward_seconds(
         config, work.batch * rows, work.batch * pairs, 1 + (latents > 0), work.dtype.itemsize, limits
     )
-    return seen + work.batch * _vision_tower(config, work.patches, len(work.images)) / limits[0]
+    return forward + work.batch * _vision_tower(config, work.patches, len(work.images)) / limits[0]
 
 
 def _vision_tower(config: BagelConfig, patches: int, images: int) -> float:
-    """Arithmetic of the tower and the connector, of images of equal size."""
+    """Flops of the vision tower and the connector for images of equal size."""
     vit, H = config.vit, config.llm.hidden_size
     V = vit.hidden_size
     pairs = patches**2 / max(images, 1)
@@ -57,14 +66,14 @@ def _vision_tower(config: BagelConfig, patches: int, images: int) -> float:
     return layers + 2 * patches * (V * H + H * H)
 
 
-def _text(work: Workload, limits) -> float:
+def _decoding(work: Workload, limits) -> float:
     config, llm, size = work.config, work.config.llm, work.dtype.itemsize
     weights = llm.num_layers * layer_parameters(config) + llm.vocab_size * llm.hidden_size
-    of_key = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
-    before = work.image_tokens + work.text_tokens
+    kv_elements = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
+    context = work.image_tokens + work.text_tokens
     tokens = work.max_think_token_n
-    keys = tokens * before + tokens * (tokens + 1) // 2
-    return size * (tokens * weights + work.batch * keys * of_key) / limits[1]
+    keys = tokens * context + tokens * (tokens + 1) // 2
+    return size * (tokens * weights + work.batch * keys * kv_elements) / limits[1]
 
 
 def _denoising(work: Workload, limits) -> float:
@@ -72,8 +81,8 @@ def _denoising(work: Workload, limits) -> float:
         return 0.0
     guided, steps = work.guided_steps
     rows = work.latents + 2
-    shown = work.image_tokens + work.text_tokens + work.written
-    contexts = [shown, work.image_tokens, work.text_tokens][: work.branches]
+    full = work.image_tokens + work.text_tokens + work.written
+    contexts = [full, work.image_tokens, work.text_tokens][: work.branches]
 
     def step(contexts):
         pairs = sum(rows * (context + rows) for context in contexts)

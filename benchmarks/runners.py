@@ -1,8 +1,10 @@
-"""The requests that are measured end to end, and who answers them.
+"""Requests of the end-to-end benchmark and the implementations that run them.
 
-Every contender runs the same weights: ``graphs`` and ``eager`` are this runtime with CUDA graphs and without,
-``official`` is ``benchmarks.official``, which takes one request at a time, ``official-compiled`` the same under
-``torch.compile``.
+All runners share the same weights:
+
+- ``graphs`` and ``eager``: this runtime with and without CUDA graphs;
+- ``official``: ``benchmarks.official``, which takes one request at a time;
+- ``official-compiled``: the same with its layers under ``torch.compile``.
 """
 
 import gc
@@ -25,20 +27,20 @@ from bagel_rt.request import Request
 from benchmarks.official import Official
 
 PROMPT = "a red boat on a river in the morning, seen from a bridge; two birds above it"
-WHO = ("graphs", "eager", "official", "official-compiled")
+RUNNERS = ("graphs", "eager", "official", "official-compiled")
 SEED = 7
 
 
 @dataclass(frozen=True)
-class Case:
-    """A request.
+class RequestCase:
+    """A benchmarked request.
 
     Attributes:
-        name: in tables.
+        name: shown in tables.
         task: "generate", "edit" or "chat".
-        size: (height, width) of the pictures, those that are shown too.
-        timesteps: of the denoising.
-        tokens: most that the model writes, as a thought or an answer; 0 for none.
+        size: (height, width) of input and output images.
+        timesteps: number of denoising timesteps.
+        tokens: maximum number of tokens of the thought or the answer; 0 for no text.
     """
 
     name: str
@@ -49,68 +51,71 @@ class Case:
 
     @property
     def settings(self) -> ImageSettings | None:
-        """Of the denoising; None if nothing is drawn."""
+        """Denoising settings; None for chat."""
         if self.task == "chat":
             return None
         return replace(TASKS[self.task].image, num_timesteps=self.timesteps)
 
     def workload(self, model: BagelModel, tokenizer: Tokenizer, batch: int) -> Workload:
-        """It in numbers."""
+        """Token and image counts, for the roofline."""
         texts = [PROMPT, *([THINK_BEFORE_IMAGE] if self.task == "generate" and self.tokens else [])]
         count = sum(len(frame_text(tokenizer, text).ids) for text in texts)
         images = [] if self.task == "generate" else [self.size]
         return Workload(model.config, model.dtype, self.task, self.size, images, batch, count, self.tokens,
                         self.settings)  # fmt: skip
 
-    def picture(self) -> Image.Image:
-        """What is shown: noise."""
+    def input_image(self) -> Image.Image:
+        """An image of noise."""
         levels = np.random.default_rng(0).integers(0, 256, (*self.size, 3), dtype=np.uint8)
         return Image.fromarray(levels)
 
 
 CASES = (
-    Case("text-to-image", "generate"),
-    Case("edit", "edit"),
-    Case("chat with an image", "chat", tokens=256),
-    Case("think then draw", "generate", tokens=256),
+    RequestCase("text-to-image", "generate"),
+    RequestCase("edit", "edit"),
+    RequestCase("chat with an image", "chat", tokens=256),
+    RequestCase("think then draw", "generate", tokens=256),
 )
 TINY_CASES = tuple(replace(case, size=(64, 96), timesteps=20, tokens=case.tokens and 32) for case in CASES)
 
 
-class Contender:
-    """Runs cases one way; ``who`` is one of ``WHO``."""
+class Runner:
+    """Runs cases with one implementation; ``name`` is one of ``RUNNERS``."""
 
-    def __init__(self, who: str, model: BagelModel, tokenizer: Tokenizer, compiler: Callable = torch.compile):
-        self.who, self.device = who, model.device
+    def __init__(self, name: str, model: BagelModel, tokenizer: Tokenizer, compiler: Callable = torch.compile):
+        self.name, self.device = name, model.device
         self.official = (
-            Official(model, tokenizer, compiler if "compiled" in who else None) if "official" in who else None
+            Official(model, tokenizer, compiler if "compiled" in name else None) if "official" in name else None
         )
-        self.bagel = None if self.official else Bagel(model, tokenizer, graphs=who == "graphs")
+        self.bagel = None if self.official else Bagel(model, tokenizer, graphs=name == "graphs")
 
-    def __call__(self, case: Case, batch: int, progress=None, tokens: int | None = None, **image):
-        """The results of a batch of one case: a list of :class:`ImageResult`, or the answer.
+    def __call__(self, case: RequestCase, batch: int, progress=None, tokens: int | None = None, **image):
+        """Run a batch of one case and return a list of :class:`ImageResult`, or the answer of a chat.
 
         Args:
-            tokens: at most, instead of the case's.
-            image: hyper-parameters instead of the case's.
+            case: the request.
+            batch: number of copies of it, with different seeds.
+            progress: called after each step and token.
+            tokens: overrides ``case.tokens``.
+            image: image hyper-parameters that override the case's.
         """
-        runs = self.official or self.bagel
+        pipeline = self.official or self.bagel
         texts = {"max_think_token_n": tokens or case.tokens} if case.tokens else {}
         if case.task == "chat":
-            return runs.chat(PROMPT, case.picture(), progress=progress, **texts)
+            return pipeline.chat(PROMPT, case.input_image(), progress=progress, **texts)
         settings = {"num_timesteps": case.timesteps} | image | texts
         if case.task == "generate":
             options = {"size": case.size, "seed": SEED, "think": case.tokens > 0, "progress": progress}
-            return runs.generate([PROMPT] * batch, **options, **settings)
+            return pipeline.generate([PROMPT] * batch, **options, **settings)
         if self.official:
-            return [runs.edit(case.picture(), PROMPT, seed=SEED + i, progress=progress, **settings)
+            return [pipeline.edit(case.input_image(), PROMPT, seed=SEED + i, progress=progress, **settings)
                     for i in range(batch)]  # fmt: skip
-        chosen = resolve_settings("edit", settings)
-        requests = [Request([case.picture(), PROMPT], None, SEED + i, *chosen) for i in range(batch)]
-        return runs.engine.run_images(requests, progress)
+        resolved = resolve_settings("edit", settings)
+        requests = [Request([case.input_image(), PROMPT], None, SEED + i, *resolved) for i in range(batch)]
+        return pipeline.engine.run_images(requests, progress)
 
     def seconds(self, *arguments, **options) -> float:
-        """Wall time of a call, to the end of what it began on the device."""
+        """Wall time of a call, including the device work that it enqueued."""
         start = time.perf_counter()
         self(*arguments, **options)
         if self.device.type == "cuda":
@@ -118,7 +123,7 @@ class Contender:
         return time.perf_counter() - start
 
     def release(self) -> None:
-        """Give back what is kept between requests."""
+        """Free cached memory and CUDA graphs."""
         if self.bagel:
             self.bagel.release_memory()
         if self.device.type == "cuda":

@@ -1,22 +1,23 @@
-"""The launch arguments that the tuner tries, by op, shape class and architecture. What each means: the op's file.
+"""The tuner's search space: launch arguments by op, shape class and architecture.
 
-Shipped entries are the cautious ones; those that could be faster and were never run wait here: descriptors made on the
-device, for linear with warp specialisation (attention's does not compile), deeper pipelines, other tiles.
-``python -m benchmarks.inspect --candidates`` compiles them all.
+The arguments are documented in each op's file. The shipped table holds conservative entries. The search space adds
+options that could be faster but have not been measured: on-device descriptors, warp specialisation (linear only;
+attention does not compile with it), deeper pipelines, other tile sizes. ``python -m benchmarks.inspect --candidates``
+compiles all of it.
 """
 
 from collections.abc import Iterator
 from itertools import product
 
 from bagel_rt.kernels import configs
-from benchmarks.compiling import LIMITS
+from benchmarks.compiling import DEVICE_LIMITS
 
 
 def candidates(op: str, shape_class: str, architecture: str) -> list[dict]:
-    """What may be launched for a class: the table's own entry first, then whatever fits in shared memory.
+    """Launch arguments to try for a class: the shipped entry, then the search space that fits in shared memory.
 
     Raises:
-        KeyError: the table has no such op, architecture or class.
+        KeyError: the op, architecture or class is not in the table.
     """
     shipped = configs.TABLE[op][architecture][shape_class]["tiles"]
     found = [] if shipped is None else [shipped]
@@ -24,19 +25,19 @@ def candidates(op: str, shape_class: str, architecture: str) -> list[dict]:
         return found + [tiles for tiles in _neighbours(shipped) if tiles != shipped]
     space, shared_memory = _SPACES[op]
     for tiles in space(shape_class, architecture in ("sm_90", "sm_100")):
-        if tiles not in found and shared_memory(tiles, shape_class) <= LIMITS[architecture].shared_per_block:
+        if tiles not in found and shared_memory(tiles, shape_class) <= DEVICE_LIMITS[architecture].shared_per_block:
             found.append(tiles)
     return found
 
 
 def _neighbours(tiles: dict) -> Iterator[dict]:
-    """Every size of an entry halved, as it is and doubled, with 1 to 16 warps: the space of ops that name no other."""
+    """The default search space: each size of the shipped entry halved, unchanged and doubled, with 1 to 16 warps."""
     sizes = {name: sorted({max(1, size // 2), size, 2 * size}) for name, size in tiles.items() if type(size) is int}
     return _grid(**tiles | sizes | {"num_warps": [1, 2, 4, 8, 16]})
 
 
 def _grid(**choices) -> Iterator[dict]:
-    """Every combination of the choices; what is no list is the only choice."""
+    """Cartesian product of the choices; a value that is not a list is a single choice."""
     values = [value if isinstance(value, list) else [value] for value in choices.values()]
     for combination in product(*values):
         yield dict(zip(choices, combination, strict=True))
@@ -84,7 +85,7 @@ def _linear_grid(height: int, width: int, depth: int, switches: dict, **choices)
 
 
 def _linear_shared_memory(tiles: dict, shape_class: str) -> int:
-    """Of the stages of both operands, and the tile in which outputs (and the residual) wait for TMA."""
+    """Bytes: the pipeline stages of both operands, plus the staging tiles of TMA stores and of the residual."""
     itemsize = 4 if shape_class == "float32" else 2
     height, width = tiles["BLOCK_M"], tiles["BLOCK_N"]
     stages = tiles["num_stages"] * (height + width) * tiles["BLOCK_K"]
@@ -109,7 +110,7 @@ def _attention(shape_class: str, has_tma: bool) -> Iterator[dict]:
 
 
 def _attention_shared_memory(tiles: dict, shape_class: str) -> int:
-    """Of the queries and the stages of keys and values."""
+    """Bytes: the queries, plus the pipeline stages of keys and values."""
     return _row_bytes(shape_class) * (tiles["BLOCK_M"] + 2 * tiles["num_stages"] * tiles["BLOCK_N"])
 
 
@@ -118,7 +119,7 @@ def _row_bytes(shape_class: str) -> int:
 
 
 def _dq_shared_memory(tiles: dict, shape_class: str) -> int:
-    """Of the queries and their gradients, and the stages of keys and values."""
+    """Bytes: the queries and output gradients, plus the pipeline stages of keys and values."""
     return _attention_shared_memory(tiles, shape_class) + _row_bytes(shape_class) * tiles["BLOCK_M"]
 
 
@@ -129,7 +130,7 @@ def _dk_dv(shape_class: str, has_tma: bool) -> Iterator[dict]:
 
 
 def _dk_dv_shared_memory(tiles: dict, shape_class: str) -> int:
-    """Of the keys and values, and the stages of queries and their gradients."""
+    """Bytes: the keys and values, plus the pipeline stages of queries and output gradients."""
     return 2 * _row_bytes(shape_class) * (tiles["BLOCK_N"] + tiles["num_stages"] * tiles["BLOCK_M"])
 
 

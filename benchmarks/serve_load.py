@@ -46,9 +46,9 @@ from benchmarks.measure import machine
 
 SLACK = 64 << 20
 """Maximum growth of the server's resident memory over the second half, in bytes: allocators keep some."""
-PATIENCE = 600.0
+TIMEOUT = 600.0
 """Timeout of any single operation, in seconds."""
-AT_THE_END = 8
+RUNNING_AT_SHUTDOWN = 8
 """Number of running requests when the server is stopped."""
 DRAW, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
 
@@ -107,7 +107,7 @@ class Report:
             f"{count} responses in {self.total:.1f} s, {count / max(self.total, 1e-9):.1f} per second; "
             f"{self.left} clients disconnected, {self.refused} requests refused, {self.busy} times the queue was full",
             f"{self.memory[0]:,} bytes resident after the first half, {self.memory[1]:,} after the second",
-            f"{self.at_the_end} of {AT_THE_END} requests that ran at the end got their response",
+            f"{self.at_the_end} of {RUNNING_AT_SHUTDOWN} requests that ran at the end got their response",
         ]
         return "\n".join([*lines, *(f"FAILED: {line}" for line in self.wrong), "failed" if self.wrong else "passed"])
 
@@ -248,9 +248,9 @@ class Load:
         """Stop the server while requests are running; they must get their responses."""
         request = self._requests[0]
         body = request.arguments["json"] | {"num_timesteps": 200}
-        async with self._client(AT_THE_END + 1) as client:
-            tasks = [asyncio.create_task(client.post(request.route, json=body)) for _ in range(AT_THE_END)]
-            while sum(await self._metrics(client, "bagel_rt_queue ", "bagel_rt_running ")) < AT_THE_END:
+        async with self._client(RUNNING_AT_SHUTDOWN + 1) as client:
+            tasks = [asyncio.create_task(client.post(request.route, json=body)) for _ in range(RUNNING_AT_SHUTDOWN)]
+            while sum(await self._metrics(client, "bagel_rt_queue ", "bagel_rt_running ")) < RUNNING_AT_SHUTDOWN:
                 if any(task.done() for task in tasks):
                     self.report.wrong.append("a request finished before all were running")
                     break
@@ -267,7 +267,7 @@ class Load:
 
     def _client(self, connections: int) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        return httpx.AsyncClient(base_url=self._address, timeout=PATIENCE, limits=limits, trust_env=False)
+        return httpx.AsyncClient(base_url=self._address, timeout=TIMEOUT, limits=limits, trust_env=False)
 
     def _resident(self) -> int:
         status = Path(f"/proc/{self._process}/status").read_text(encoding="utf-8")
@@ -284,7 +284,7 @@ class Load:
             return await self._refused(client, *rng.choice(INVALID))
         request, begun, leaves = rng.choice(self._requests), time.monotonic(), number % 10 == 5
         median = statistics.median(report.seconds.get(request.kind, [0.1]))
-        patience = rng.uniform(0, median) if leaves else PATIENCE
+        patience = rng.uniform(0, median) if leaves else TIMEOUT
         try:
             response = await asyncio.wait_for(self._until_accepted(client, request, rng), patience)
             if response.status_code != 200:
@@ -297,7 +297,7 @@ class Load:
         except (asyncio.TimeoutError, TimeoutError):
             report.left += leaves
             if not leaves:
-                report.wrong.append(f"{request.kind}: no response in {PATIENCE:g} s")
+                report.wrong.append(f"{request.kind}: no response in {TIMEOUT:g} s")
         except httpx.HTTPError as error:
             report.wrong.append(f"{request.kind}: {type(error).__name__}: {error}")
 
@@ -319,12 +319,12 @@ class Load:
 def server(model: Path, queue: int, log: Path) -> Iterator[tuple[subprocess.Popen, str]]:
     """Start a server on the CPU; yields (process, address) once it listens."""
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--model", str(model), "--device", "cpu", "--port", "0"]
-    command += ["--queue", str(queue), "--grace", str(PATIENCE)]
+    command += ["--queue", str(queue), "--grace", str(TIMEOUT)]
     environment = {name: value for name, value in os.environ.items() if name != "BAGEL_RT_API_KEY"}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file, env=environment)
     try:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while not (match := re.search(r"running on (http://\S+)", log.read_text(encoding="utf-8"))):
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
@@ -347,7 +347,7 @@ def load(model: Path, requests: int, clients: int, seed: int) -> Report:
     known = known_requests(Bagel.from_pretrained(model, "cpu"))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        with server(model, max(AT_THE_END, clients // 3), log) as (process, address):
+        with server(model, max(RUNNING_AT_SHUTDOWN, clients // 3), log) as (process, address):
             run = Load(address, process.pid, known, seed)
 
             async def both():
@@ -355,7 +355,7 @@ def load(model: Path, requests: int, clients: int, seed: int) -> Report:
                 await run.end()
 
             asyncio.run(both())
-            if (code := process.wait(PATIENCE)) != 143:
+            if (code := process.wait(TIMEOUT)) != 143:
                 run.report.wrong.append(f"the server's exit code is {code}")
         for line in log.read_text(encoding="utf-8").splitlines():
             if re.search(r"Traceback|never retrieved|ERROR|error [0-9a-f]{12}", line):

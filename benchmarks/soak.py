@@ -44,7 +44,7 @@ PROMPTS = ("a small red boat", "", "two birds over a grey sea, early morning; oi
 
 
 @dataclass(frozen=True)
-class Asked:
+class SoakRequest:
     """A request: the method of ``Bagel`` and its arguments; ``stop`` is the step behind which it is given up."""
 
     method: str
@@ -75,7 +75,7 @@ class Asked:
         return getattr(bagel, self.method)(*self.arguments, **options)
 
 
-class Requests:
+class RequestSampler:
     """Random requests that a model can take; the same for the same seed."""
 
     def __init__(self, bagel: Bagel, seed: int, largest: int | None = None):
@@ -86,15 +86,15 @@ class Requests:
         self._kinds = (self._picture, self._equal_batch, self._mixed_batch, self._edit, self._answer, self._thought,
                        self._interleaved)  # fmt: skip
 
-    def draw(self) -> Asked:
+    def draw(self) -> SoakRequest:
         """The next one."""
         asked = self._random.choice(self._kinds)()
         if self._random.random() < 0.2:
             streams = asked.method == "chat" and self._random.random() < 0.5
-            return Asked(asked.method, asked.arguments, asked.options, self._random.randint(1, 4), streams)
+            return SoakRequest(asked.method, asked.arguments, asked.options, self._random.randint(1, 4), streams)
         return asked
 
-    def one_of_each(self) -> list[Asked]:
+    def one_of_each(self) -> list[SoakRequest]:
         """A request of every kind, none of them given up."""
         return [kind() for kind in self._kinds]
 
@@ -126,37 +126,39 @@ class Requests:
         pixels = np.random.default_rng(self._random.randrange(1000)).integers(0, 256, (height, width, 3), np.uint8)
         return Image.fromarray(pixels)
 
-    def _picture(self) -> Asked:
-        return Asked("generate", (self._prompt(),), self._image() | {"size": self._size()})
+    def _picture(self) -> SoakRequest:
+        return SoakRequest("generate", (self._prompt(),), self._image() | {"size": self._size()})
 
-    def _equal_batch(self) -> Asked:
+    def _equal_batch(self) -> SoakRequest:
         prompts = [self._prompt() for _ in range(self._random.randint(2, 3))]
-        return Asked("generate", (prompts,), self._image() | {"size": self._size()})
+        return SoakRequest("generate", (prompts,), self._image() | {"size": self._size()})
 
-    def _mixed_batch(self) -> Asked:
+    def _mixed_batch(self) -> SoakRequest:
         prompts = [self._prompt() for _ in range(self._random.randint(2, 3))]
-        return Asked("generate", (prompts,), self._image() | {"size": [self._size() for _ in prompts]})
+        return SoakRequest("generate", (prompts,), self._image() | {"size": [self._size() for _ in prompts]})
 
-    def _edit(self) -> Asked:
+    def _edit(self) -> SoakRequest:
         photos = [self._photo() for _ in range(self._random.randint(1, 2))]
-        return Asked("edit", (photos, self._prompt()), self._image())
+        return SoakRequest("edit", (photos, self._prompt()), self._image())
 
-    def _answer(self) -> Asked:
+    def _answer(self) -> SoakRequest:
         photos = [self._photo() for _ in range(self._random.randint(0, 2))]
-        return Asked("chat", (self._prompt(), photos), self._common() | self._text())
+        return SoakRequest("chat", (self._prompt(), photos), self._common() | self._text())
 
-    def _thought(self) -> Asked:
-        return Asked(
+    def _thought(self) -> SoakRequest:
+        return SoakRequest(
             "generate", (self._prompt(),), self._image() | self._text() | {"size": self._size(), "think": True}
         )
 
-    def _interleaved(self) -> Asked:
+    def _interleaved(self) -> SoakRequest:
         inputs = [self._photo(), self._prompt()] if self._random.random() < 0.5 else [self._prompt()]
-        return Asked("interleave", (inputs,), self._image() | self._text() | {"size": self._size(), "max_rounds": 2})
+        return SoakRequest(
+            "interleave", (inputs,), self._image() | self._text() | {"size": self._size(), "max_rounds": 2}
+        )
 
 
 @dataclass
-class Found:
+class SoakReport:
     """What came of it.
 
     Attributes:
@@ -197,7 +199,7 @@ class Found:
 
 def soak(
     bagel: Bagel, requests: int, seed: int, keep: int = 12, say: Callable[[str], None] = lambda line: None
-) -> Found:
+) -> SoakReport:
     """Run so many random requests and look at what is left of them.
 
     Args:
@@ -206,10 +208,10 @@ def soak(
         keep: how many results are compared with those of a new runtime.
         say: told now and then where it stands.
     """
-    found, begun, drawn = Found(), time.monotonic(), Requests(bagel, seed)
-    known = Asked("generate", (PROMPTS[0],), {"seed": 1, "size": (4 * drawn._stride,) * 2, "num_timesteps": 4})
-    answer = Asked("chat", (PROMPTS[2],), {"max_think_token_n": 8})
-    for asked in Requests(bagel, seed + 1).one_of_each():
+    found, begun, drawn = SoakReport(), time.monotonic(), RequestSampler(bagel, seed)
+    known = SoakRequest("generate", (PROMPTS[0],), {"seed": 1, "size": (4 * drawn._stride,) * 2, "num_timesteps": 4})
+    answer = SoakRequest("chat", (PROMPTS[2],), {"max_think_token_n": 8})
+    for asked in RequestSampler(bagel, seed + 1).one_of_each():
         try:
             asked.of(bagel)
         except Exception as problem:
@@ -220,14 +222,14 @@ def soak(
     def verify(behind: str) -> None:
         for asked, want in wanted:
             try:
-                same, error = _same(asked.of(bagel), want)
+                same, error = _compare(asked.of(bagel), want)
             except Exception as problem:
                 found.wrong.append(f"{asked.method} behind {behind}: {type(problem).__name__}: {problem}")
                 continue
             if not (same or error <= TOLERANCE[bagel.model.dtype]):
                 found.wrong.append(f"{asked.method} behind {behind} gives another result than before, by {error:.1e}")
 
-    def run(number: int, asked: Asked):
+    def run(number: int, asked: SoakRequest):
         """The result; None if there is none."""
         try:
             result = asked.of(bagel)
@@ -246,7 +248,7 @@ def soak(
     sample, every = [], max(1, requests // max(keep, 1))
     for number in range(requests):
         if number in exhausted:
-            _exhaust(bagel, exhausted[number], found)
+            _run_out_of_memory(bagel, exhausted[number], found)
             verify(f"exhausted memory in {exhausted[number].method}")
         asked = drawn.draw()
         sample.append((asked, run(number, asked)))
@@ -258,18 +260,18 @@ def soak(
 
     fresh = Bagel(bagel.model, bagel.tokenizer, graphs=False)
     for asked, result in sample:
-        same, error = _same(asked.of(fresh), result)
+        same, error = _compare(asked.of(fresh), result)
         found.compared, found.equal, found.worst = found.compared + 1, found.equal + same, max(found.worst, error)
         if not (same or error <= TOLERANCE[bagel.model.dtype]):
             found.wrong.append(f"{asked.method} {asked.options} differs from a new runtime's by {error:.1e}")
     fresh.release_memory()
     del fresh, sample
-    _look_at_the_end(bagel, before, found)
+    _check_final_state(bagel, before, found)
     found.seconds = time.monotonic() - begun
     return found
 
 
-def _look_at_the_end(bagel: Bagel, before: int, found: Found) -> None:
+def _check_final_state(bagel: Bagel, before: int, found: SoakReport) -> None:
     found.captures = bagel.engine.graphs.captures
     gc.collect()
     found.taken = bagel.cache.slots - bagel.cache.free_slots
@@ -297,7 +299,7 @@ def allocated(bagel: Bagel) -> int:
     return sum(storages.values())
 
 
-def _exhaust(bagel: Bagel, asked: Asked, found: Found) -> None:
+def _run_out_of_memory(bagel: Bagel, asked: SoakRequest, found: SoakReport) -> None:
     """Run a request while there is no memory; it must say so."""
     bagel.release_memory()  # what is only kept could serve it
     try:
@@ -346,10 +348,10 @@ def no_memory(bagel: Bagel) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def _same(got, want) -> tuple[bool, float]:
+def _compare(got, want) -> tuple[bool, float]:
     """Whether two results are equal, and the relative L2 between their latents; infinite where texts differ."""
     if isinstance(want, list):
-        parts = [_same(a, b) for a, b in zip(got, want, strict=False)]
+        parts = [_compare(a, b) for a, b in zip(got, want, strict=False)]
         complete = len(got) == len(want)
         return complete and all(same for same, _ in parts), max([0.0 if complete else np.inf, *(e for _, e in parts)])
     if not isinstance(want, ImageResult):

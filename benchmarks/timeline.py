@@ -1,4 +1,4 @@
-"""What a step costs apart from its arithmetic: launches by the host, kernels on the GPU, and the gaps between these."""
+"""Profile the overhead of a step: host launches, GPU kernels, and the idle time between kernels."""
 
 import re
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _LAUNCH = re.compile(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
 
 @dataclass(frozen=True)
 class Timeline:
-    """What happened in some steps.
+    """Averages over the profiled steps.
 
     Attributes:
-        launches: per step, what the host gave to the device: kernels, copies, graphs. On a CPU, calls of operators.
-        kernels: per step, what ran on the GPU, copies included. None on a CPU, or where the profiler saw none.
-        idle: share of the time between the first and the last of them in which none ran. None as ``kernels``.
+        launches: host launches per step: kernels, copies, memsets and graphs. On a CPU, operator calls.
+        kernels: GPU activities per step, copies included. None on a CPU, or if the profiler recorded none.
+        idle: share of the time between the first and the last GPU activity without any. None like ``kernels``.
     """
 
     launches: float | None = None
@@ -27,12 +27,12 @@ class Timeline:
     idle: float | None = None
 
 
-class Window:
-    """A progress callback that profiles ``steps`` steps of a stage, beginning behind step ``first``.
+class ProfileWindow:
+    """A progress callback that profiles ``steps`` steps of a stage, starting after step ``first``.
 
-    The device is waited for at both ends. The runtime reports texts in runs of up to eight tokens while as many more
-    are under way, so that a window of texts holds exactly its steps if ``steps`` is a multiple of eight and ``first``
-    is 9 or more.
+    The device is synchronized at both ends. The runtime reports text progress for up to eight tokens at a time while
+    the next eight are in flight. A window over tokens therefore covers exactly ``steps`` tokens only if ``steps`` is a
+    multiple of eight and ``first`` is at least 9.
 
     Attributes:
         failure: why there is no timeline; empty if there is one.
@@ -53,26 +53,26 @@ class Window:
             self._end()
 
     def result(self) -> Timeline:
-        """The timeline; an empty one where ``failure`` says why."""
+        """The timeline, which is empty if ``failure`` is set."""
         if self._timeline is None and self._profile is not None:
             self._profile.stop()  # the request ended inside the window
             self._profile = None
         return self._timeline or Timeline()
 
     def _begin(self) -> None:
-        _wait(self.device)
+        _synchronize(self.device)
         self._profile = profile(activities=_activities(self.device))
         self._profile.start()
 
     def _end(self) -> None:
-        _wait(self.device)
+        _synchronize(self.device)
         self._profile.stop()
-        self._timeline = read(self._profile.events(), self.steps, self.device)
-        self.failure = "" if self._timeline.launches is not None else "the profiler saw nothing of the GPU"
+        self._timeline = read_timeline(self._profile.events(), self.steps, self.device)
+        self.failure = "" if self._timeline.launches is not None else "the profiler recorded no GPU activity"
 
 
-def read(events, steps: int, device: torch.device) -> Timeline:
-    """The timeline of so many steps from the profiler's events."""
+def read_timeline(events, steps: int, device: torch.device) -> Timeline:
+    """Compute the timeline of ``steps`` steps from profiler events."""
     if device.type != "cuda":
         operators = [event for event in events if event.cpu_parent is None and "::" in event.name]
         return Timeline(launches=len(operators) / steps)
@@ -85,27 +85,27 @@ def read(events, steps: int, device: torch.device) -> Timeline:
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float:
-    """Share of the time from the first start to the last end that no (start, end) covers."""
+    """Share of the time from the first start to the last end that no (start, end) span covers."""
     spans = sorted(spans)
-    busy, reached = 0.0, spans[0][0]
+    busy, latest_end = 0.0, spans[0][0]
     for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    whole = reached - spans[0][0]
-    return 1 - busy / whole if whole > 0 else 0.0
+        busy += max(0.0, end - max(start, latest_end))
+        latest_end = max(latest_end, end)
+    total = latest_end - spans[0][0]
+    return 1 - busy / total if total > 0 else 0.0
 
 
-def wake_profiler(device: torch.device) -> None:
-    """Let the profiler look at the GPU once: graphs captured before it first did are invisible to it."""
+def initialize_profiler(device: torch.device) -> None:
+    """Run the profiler once. It cannot see the kernels of CUDA graphs that were captured before its first use."""
     with profile(activities=_activities(device)):
         torch.ones(1, device=device).add_(1)
-        _wait(device)
+        _synchronize(device)
 
 
 def _activities(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,6 +1,7 @@
-"""Measures candidates of the tuner (:mod:`benchmarks.tune`) on the GPU: right or wrong, and how fast.
+"""Check and time the tuner's candidates (:mod:`benchmarks.tune`) on the GPU.
 
-In a process of its own, for a candidate may fault, or hang. What it costs then is itself and ``PATIENCE`` seconds.
+Measuring runs in a subprocess, because a candidate can fault or hang. A faulting candidate then only costs its own
+result, a hanging one also ``HANG_TIMEOUT`` seconds.
 """
 
 import math
@@ -14,37 +15,38 @@ import torch
 
 from bagel_rt.check.case import Values
 from bagel_rt.kernels import backend, configs, extension
-from benchmarks.compiling import stop
-from benchmarks.measure import Clock
-from benchmarks.workloads import ALL_WORKLOADS, Workload
+from benchmarks.compiling import terminate
+from benchmarks.measure import Timer
+from benchmarks.workloads import ALL_WORKLOADS, OpWorkload
 
-PATIENCE = 60.0
-"""Seconds without a result after which a candidate counts as hanging."""
+HANG_TIMEOUT = 60.0
+"""Seconds without a result after which a candidate counts as hung."""
 
-HOPELESS = 1.5
-"""A candidate that takes this many times what the fastest one does is not measured on the sizes that follow."""
+MAX_SLOWDOWN = 1.5
+"""A candidate slower than the fastest one by more than this factor is not measured on the remaining sizes."""
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-"""Largest relative L2 error against torch in the same dtype, each output by itself."""
+"""Maximum relative L2 error of each output against torch in the same dtype."""
 
 TORCH = -1
-"""Stands for torch among the indexes of candidates."""
+"""Index that represents torch among the candidates."""
 
-Name = tuple[str, str]
-"""An op of the table and one of its shape classes."""
+ClassKey = tuple[str, str]
+"""(op, shape class): key of a table entry."""
 
 
-def measurements(
-    name: Name, workload: Workload, tiles: dict[int, dict], architecture: str, device: torch.device
+def measure_candidates(
+    name: ClassKey, workload: OpWorkload, tiles: dict[int, dict], architecture: str, device: torch.device
 ) -> Iterator[tuple[int, float | str | None]]:
-    """(index, None) before and (index, microseconds or why there are none) after each candidate, torch first.
+    """Measure torch, then each candidate in ``tiles`` (by index), through the public op with a patched table entry.
 
-    ``tiles`` are the candidates by index. Each is tried through the public op, by way of the table.
+    Yields (index, None) before and (index, microseconds or error message) after each, so that the parent process knows
+    which candidate was running when this one faults or hangs.
     """
     torch.manual_seed(0)
     function, arguments, options = workload.build(Values(device, workload.dtype))
     latents = arguments[0].clone() if workload.op == "cfg_euler_step" else None
-    clock = Clock(device, seconds=0.05, most=20)
+    timer = Timer(device, seconds=0.05, max_repeats=20)
     entry = configs.TABLE[name[0]][architecture][name[1]]
     before, loaded = entry["tiles"], extension.EXTENSION
 
@@ -53,28 +55,28 @@ def measurements(
 
     try:
         backend.choose_backend("reference")
-        outputs = _written(call, arguments, workload, latents)
+        outputs = _collect_outputs(call, arguments, workload, latents)
         expected = [output.clone() for output in outputs]
         yield TORCH, None
-        yield TORCH, clock.microseconds(call)
+        yield TORCH, timer.microseconds(call)
         backend.choose_backend("triton")
-        extension.EXTENSION = None  # or its kernels would run in place of those whose tiles are tried
+        extension.EXTENSION = None  # otherwise ops would use its kernels instead of the Triton kernels under test
         for index, candidate in tiles.items():
             yield index, None
             entry["tiles"] = candidate
             for output in outputs:
-                output.fill_(math.nan)  # what a candidate leaves unwritten shall not be right from the one before
+                output.fill_(math.nan)  # elements that this candidate does not write must not look correct
             try:
                 with nan_in_new_tensors():
-                    outputs = _written(call, arguments, workload, latents)
+                    outputs = _collect_outputs(call, arguments, workload, latents)
                 worst = max(map(relative_error, outputs, expected))
                 if worst > TOLERANCE[workload.dtype]:
-                    raise ValueError(f"wrong by {worst:.1e} on {workload.name}")
-                yield index, clock.microseconds(call)
-            except Exception as error:  # whatever a compiler, a launch or a comparison may raise
+                    raise ValueError(f"relative error {worst:.1e} on {workload.name}")
+                yield index, timer.microseconds(call)
+            except Exception as error:  # any error of compiler, launch or comparison
                 yield index, f"{type(error).__name__}: {error}"[:300]
                 if device.type == "cuda":
-                    torch.cuda.synchronize()  # raises, and so ends the process, if the candidate broke the context
+                    torch.cuda.synchronize()  # raises, which ends the process, if the CUDA context is corrupt
     finally:
         entry["tiles"], extension.EXTENSION = before, loaded
         backend.choose_backend(None)
@@ -82,11 +84,11 @@ def measurements(
 
 @contextmanager
 def nan_in_new_tensors() -> Iterator[None]:
-    """Within, memory that torch hands out holds NaN, and not the right values of an output that was there before."""
+    """Context in which torch fills new tensors with NaN, so that stale outputs in reused blocks cannot look correct."""
     fills = torch.utils.deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills only where this is set
+    torch.use_deterministic_algorithms(True, warn_only=True)  # required by the fill
     try:
         yield
     finally:
@@ -94,8 +96,8 @@ def nan_in_new_tensors() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
-def _written(call, arguments: tuple, workload: Workload, latents: torch.Tensor | None) -> list[torch.Tensor]:
-    """Everything that a call wrote: its outputs, and caches among its arguments; or where it moved ``latents`` to."""
+def _collect_outputs(call, arguments: tuple, workload: OpWorkload, latents: torch.Tensor | None) -> list[torch.Tensor]:
+    """Run a call and return everything it writes: outputs and caches, or the new latents of the in-place step."""
     if latents is not None:
         arguments[0].copy_(latents)
         call()
@@ -108,7 +110,7 @@ def _written(call, arguments: tuple, workload: Workload, latents: torch.Tensor |
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """L2 norm of the difference over that of ``expected``; infinite if others than expected are not finite."""
+    """||output - expected|| / ||expected|| over finite elements; infinite if the non-finite elements differ."""
     finite = expected.isfinite()
     if output.shape != expected.shape or not torch.equal(output.isfinite(), finite):
         return math.inf
@@ -116,17 +118,21 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return ((output - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
-Job = tuple[Name, str, dict[int, dict], str]
-"""Class, name of the workload, candidates by index, architecture: what a measuring process is sent."""
+MeasureJob = tuple[ClassKey, str, dict[int, dict], str]
+"""Message to a measuring process: class, workload name, candidates by index, architecture."""
 
 
 def measure_class(
-    name: Name, workloads: list[Workload], tiles: list[dict], architecture: str, deadline: float = math.inf
+    name: ClassKey, workloads: list[OpWorkload], tiles: list[dict], architecture: str, deadline: float = math.inf
 ) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
-    """Microseconds of each candidate and of ``TORCH`` by workload, and the reasons against the other candidates.
+    """Measure the candidates of a class on all its workloads.
 
-    One process measures; a new one goes on behind a candidate that ended it or hangs. At ``deadline``, of
-    ``time.monotonic``, the workloads that were finished are all there is.
+    One subprocess measures. If a candidate crashes or hangs, it is replaced and the remaining candidates continue. At
+    ``deadline`` (``time.monotonic``) only the finished workloads are returned.
+
+    Returns:
+        Microseconds by index (a candidate's or ``TORCH``) and workload name, and the reasons why the other candidates
+        were dropped.
 
     Raises:
         RuntimeError: torch cannot be measured, or no workload was finished in time.
@@ -134,39 +140,39 @@ def measure_class(
     times, failures, finished, process, connection = {TORCH: {}}, {}, [], None, None
     try:
         for workload in workloads:
-            while (left := _left(tiles, times, failures, workload.name)) or workload.name not in times[TORCH]:
+            while (remaining := _remaining(tiles, times, failures, workload.name)) or workload.name not in times[TORCH]:
                 if process is None:
-                    process, connection = _start()
-                job = name, workload.name, left, architecture
-                tried, stopped = _collect(connection, job, times, failures, deadline)
-                if not stopped:
+                    process, connection = _start_process()
+                job = name, workload.name, remaining, architecture
+                current, failure = _collect(connection, job, times, failures, deadline)
+                if not failure:
                     break
-                stop([process])
+                terminate([process])
                 process = None
                 if time.monotonic() >= deadline:
                     if not finished:
-                        raise RuntimeError(f"the time was up before {workload.name} was finished")
-                    return _of_workloads(times, failures, finished), failures
-                if tried in (None, TORCH):
-                    raise RuntimeError(f"{workload.name} cannot be measured: {stopped}")
-                failures.setdefault(tried, f"{stopped} on {workload.name}")
+                        raise RuntimeError(f"time limit reached before {workload.name} was finished")
+                    return _complete_times(times, failures, finished), failures
+                if current in (None, TORCH):
+                    raise RuntimeError(f"cannot measure {workload.name}: {failure}")
+                failures.setdefault(current, f"{failure} on {workload.name}")
             finished.append(workload.name)
-            times = _of_workloads(times, failures, finished)
-            failures |= hopeless(times)
+            times = _complete_times(times, failures, finished)
+            failures |= too_slow(times)
     finally:
         if process is not None:
-            stop([process])
-    return _of_workloads(times, failures, finished), failures
+            terminate([process])
+    return _complete_times(times, failures, finished), failures
 
 
-def _left(tiles: list[dict], times: dict, failures: dict, workload: str) -> dict[int, dict]:
-    """The candidates that neither failed nor have a time on the workload, by index."""
+def _remaining(tiles: list[dict], times: dict, failures: dict, workload: str) -> dict[int, dict]:
+    """Candidates by index that have neither failed nor been timed on the workload."""
     return {i: t for i, t in enumerate(tiles) if i not in failures and workload not in times.get(i, {})}
 
 
-def _start() -> tuple[multiprocessing.Process, Connection]:
-    """A process that measures what it is sent (:func:`_serve`)."""
-    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+def _start_process() -> tuple[multiprocessing.Process, Connection]:
+    """Start a measuring process (:func:`_serve`) and return it with its connection."""
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be reinitialized in a forked process
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
@@ -179,37 +185,41 @@ def _serve(connection: Connection) -> None:
         name, workload, tiles, architecture = connection.recv()
         [workload] = [known for known in ALL_WORKLOADS if known.name == workload]
         with torch.set_grad_enabled(workload.op == "attention_backward"):
-            for message in measurements(name, workload, tiles, architecture, torch.device("cuda")):
+            for message in measure_candidates(name, workload, tiles, architecture, torch.device("cuda")):
                 connection.send(message)
-        torch.cuda.empty_cache()  # the next one is of another size
+        torch.cuda.empty_cache()  # the next workload has another size
         connection.send(None)
 
 
 def _collect(
-    connection: Connection, job: Job, times: dict, failures: dict, deadline: float = math.inf
+    connection: Connection, job: MeasureJob, times: dict, failures: dict, deadline: float = math.inf
 ) -> tuple[int | None, str]:
-    """Send a job and sort what comes into ``times`` and ``failures``: the last candidate tried, why it ended early."""
-    tried, (_, workload, _, _) = None, job
+    """Send a job and store its results in ``times`` and ``failures``.
+
+    Returns:
+        The index of the last candidate that was started, and why the job ended early (empty if it did not).
+    """
+    current, (_, workload, _, _) = None, job
     try:
         connection.send(job)
         while True:
-            wait = min(PATIENCE, deadline - time.monotonic())
+            wait = min(HANG_TIMEOUT, deadline - time.monotonic())
             if wait <= 0 or not connection.poll(wait):
-                return tried, f"hangs for {PATIENCE:.0f} s"
+                return current, f"no result for {HANG_TIMEOUT:.0f} s"
             message = connection.recv()
             if message is None:
-                return tried, ""
-            tried, result = message
+                return current, ""
+            current, result = message
             if isinstance(result, str):
-                failures[tried] = result
+                failures[current] = result
             elif result is not None:
-                times.setdefault(tried, {})[workload] = result
+                times.setdefault(current, {})[workload] = result
     except (EOFError, ConnectionError):
-        return tried, "ends the process"
+        return current, "process crashed"
 
 
-def _of_workloads(times: dict, failures: dict, workloads: list[str]) -> dict[int, dict[str, float]]:
-    """Of ``times`` those of candidates without a failure, on these workloads."""
+def _complete_times(times: dict, failures: dict, workloads: list[str]) -> dict[int, dict[str, float]]:
+    """The times on ``workloads`` of the candidates that have not failed and were timed on all of them."""
     return {
         index: {name: by_workload[name] for name in workloads}
         for index, by_workload in times.items()
@@ -217,17 +227,17 @@ def _of_workloads(times: dict, failures: dict, workloads: list[str]) -> dict[int
     }
 
 
-def hopeless(times: dict[int, dict[str, float]]) -> dict[int, str]:
-    """Candidates that are slower than ``HOPELESS`` allows, and by how much."""
+def too_slow(times: dict[int, dict[str, float]]) -> dict[int, str]:
+    """Candidates slower than ``MAX_SLOWDOWN`` times the fastest, with the reason."""
     means = {index: geometric_mean(by_workload) for index, by_workload in times.items() if index != TORCH}
     fastest = min(means.values(), default=0)
     return {
-        index: f"{mean / fastest:.1f} x the time of the fastest, on {', '.join(times[index])}"
+        index: f"{mean / fastest:.1f}x the time of the fastest on {', '.join(times[index])}"
         for index, mean in means.items()
-        if mean > HOPELESS * fastest
+        if mean > MAX_SLOWDOWN * fastest
     }
 
 
 def geometric_mean(times: dict[str, float]) -> float:
-    """Of the times of one candidate."""
+    """Geometric mean of one candidate's times over all workloads."""
     return math.exp(sum(map(math.log, times.values())) / len(times))

@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Workload:
+class OpWorkload:
     """One call of an op.
 
     Attributes:

@@ -23,7 +23,7 @@ from benchmarks.workload import (
     KV_HEADS,
     VIT_HEAD_DIM,
     VIT_HEADS,
-    Workload,
+    OpWorkload,
 )
 from benchmarks.workloads_decode import decode_workloads
 
@@ -96,16 +96,16 @@ LINEARS = {  # K, N, epilogue
 }
 
 
-def _linears(forward: str, T: int, G: int) -> list[Workload]:
+def _linears(forward: str, T: int, G: int) -> list[OpWorkload]:
     return [_linear_workload(f"{name}, {forward}", T, G, *shape) for name, shape in LINEARS.items()]
 
 
-def _linear_workload(name: str, T: int, G: int, K: int, N: int, epilogue: str, dtype=torch.bfloat16) -> Workload:
+def _linear_workload(name: str, T: int, G: int, K: int, N: int, epilogue: str, dtype=torch.bfloat16) -> OpWorkload:
     experts = (G > 0) + (G < T)
     width = N // 2 if epilogue == "swiglu" else N * (2 if epilogue == "residual" else 1)
     traffic = dtype.itemsize * (experts * N * K + T * K + T * width)
     build = partial(_linear, T=T, G=G, K=K, N=N, epilogue=epilogue)
-    return Workload(name, "linear", 2 * T * K * N, traffic, build, dtype)
+    return OpWorkload(name, "linear", 2 * T * K * N, traffic, build, dtype)
 
 
 def _rms_norm(values: Values, T: int, G: int, adds: bool = False, width: int = HIDDEN):
@@ -122,15 +122,15 @@ def _qk_norm_rope(values: Values, T: int, G: int, q_heads: int = HEADS, kv_heads
     return qk_norm_rope, (qkv, *norms, *tables, values.of(np.arange(T)), *caches, G, EPS), {}
 
 
-def _row_ops(forward: str, T: int, G: int) -> list[Workload]:
+def _row_ops(forward: str, T: int, G: int) -> list[OpWorkload]:
     """The linear layers and the memory-bound ops of a forward of T rows."""
     norms = [
-        Workload(f"{name}, {forward}", "rms_norm", 0, moved * T * HIDDEN * 2, partial(_rms_norm, T=T, G=G, adds=adds))
+        OpWorkload(f"{name}, {forward}", "rms_norm", 0, moved * T * HIDDEN * 2, partial(_rms_norm, T=T, G=G, adds=adds))
         for name, moved, adds in (("rms_norm", 2, False), ("rms_norm with residual", 4, True))
     ]
     columns = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     traffic = T * (2 * columns * 2 + 2 * HEAD_DIM // 2 * 4 + 8)
-    rope = Workload(f"qk_norm_rope, {forward}", "qk_norm_rope", 0, traffic, partial(_qk_norm_rope, T=T, G=G))
+    rope = OpWorkload(f"qk_norm_rope, {forward}", "qk_norm_rope", 0, traffic, partial(_qk_norm_rope, T=T, G=G))
     return [*_linears(forward, T, G), *norms, rope]
 
 
@@ -169,29 +169,29 @@ BAGEL_HEADS, VIT = (HEADS, KV_HEADS, HEAD_DIM), (VIT_HEADS, VIT_HEADS, VIT_HEAD_
 
 def _attention_workload(
     name: str, make_plan: Callable[[], Plan], shape: Heads = BAGEL_HEADS, dtype=torch.bfloat16, **options
-) -> Workload:
+) -> OpWorkload:
     plan, (heads, kv_heads, head_dim) = make_plan(), shape
     T, slots = len(plan.limits), int(plan.slots.max()) + 1
     traffic = 2 * dtype.itemsize * head_dim * (T * heads + slots * kv_heads)
     traffic += 4 * T * heads * options.get("return_lse", False)
     build = partial(_attention, make_plan=make_plan, heads=heads, kv_heads=kv_heads, head_dim=head_dim, **options)
-    return Workload(name, "attention", 4 * heads * head_dim * visible_pairs(plan), traffic, build, dtype)
+    return OpWorkload(name, "attention", 4 * heads * head_dim * visible_pairs(plan), traffic, build, dtype)
 
 
 def _gradients_workload(
     name: str, make_plan: Callable[[], Plan], shape: Heads = BAGEL_HEADS, dtype=torch.bfloat16
-) -> Workload:
+) -> OpWorkload:
     """Products for each visible pair: 2 forward, 5 backward, reading q, k, v, out, dout, writing dq, dk, dv."""
     forward, (heads, kv_heads, head_dim) = _attention_workload(name, make_plan, shape, dtype), shape
     build = partial(_attention_gradients, make_plan=make_plan, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-    return Workload(name, "attention_backward", forward.flops * 7 // 2, 3 * forward.bytes, build, dtype)
+    return OpWorkload(name, "attention_backward", forward.flops * 7 // 2, 3 * forward.bytes, build, dtype)
 
 
 def _one_image() -> Plan:
     return build_plan([Segment("full", np.zeros(4900, bool), 0, 0, 0)])
 
 
-def _attention_workloads() -> list[Workload]:
+def _attention_workloads() -> list[OpWorkload]:
     return [
         *(_attention_workload(f"attention, {name}", make_plan) for name, make_plan in PLANS.items()),
         _attention_workload("attention, ViT 4900", _one_image, VIT),
@@ -215,7 +215,7 @@ def _guided_step(values: Values, latents: int, renorm: str, branches: int, featu
 
 def _guided_step_workload(name: str, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
     build = partial(_guided_step, latents=latents, renorm=renorm, branches=branches, features=features, images=images)
-    return Workload(name, "cfg_euler_step", 0, images * latents * features * (8 + 2 * branches), build)
+    return OpWorkload(name, "cfg_euler_step", 0, images * latents * features * (8 + 2 * branches), build)
 
 
 def _group_norm(values: Values, channels: int, side: int):
@@ -223,13 +223,13 @@ def _group_norm(values: Values, channels: int, side: int):
     return group_norm, (x, values(channels), values(channels), 32, EPS, True), {}
 
 
-def _group_norm_workload(channels: int, side: int, dtype=torch.float32) -> Workload:
+def _group_norm_workload(channels: int, side: int, dtype=torch.float32) -> OpWorkload:
     build = partial(_group_norm, channels=channels, side=side)
     name = f"group_norm, {channels} channels of {side} x {side}"
-    return Workload(name, "group_norm", 0, 2 * dtype.itemsize * channels * side**2, build, dtype)
+    return OpWorkload(name, "group_norm", 0, 2 * dtype.itemsize * channels * side**2, build, dtype)
 
 
-def _workloads() -> list[Workload]:
+def _workloads() -> list[OpWorkload]:
     found = []
     for name, make_plan in PLANS.items():
         plan = make_plan()
@@ -251,10 +251,10 @@ def _workloads() -> list[Workload]:
 WORKLOADS = _workloads()
 
 
-def _other_sizes() -> list[Workload]:
+def _other_sizes() -> list[OpWorkload]:
     image, text = PLANS["text-to-image 512"], PLANS["text prefill 256"]
     norms = [
-        Workload(
+        OpWorkload(
             f"rms_norm, width {width}", "rms_norm", 0, 4 * 4096 * width, partial(_rms_norm, T=4096, G=0, width=width)
         )
         for width in (896, 16384)
@@ -264,7 +264,7 @@ def _other_sizes() -> list[Workload]:
     rope = partial(_qk_norm_rope, T=2048, G=1024, q_heads=heads, kv_heads=kv_heads)
     return [
         *norms,
-        Workload("qk_norm_rope, 64 heads", "qk_norm_rope", 0, rope_bytes, rope),
+        OpWorkload("qk_norm_rope, 64 heads", "qk_norm_rope", 0, rope_bytes, rope),
         _guided_step_workload("cfg_euler_step global, 16384 features", 256, "global", 2, features=16384),
         _group_norm_workload(96, 512, torch.bfloat16),
         _linear_workload("linear in float32", 256, 128, 1024, 1024, "bias", torch.float32),

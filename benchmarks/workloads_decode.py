@@ -7,7 +7,7 @@ import torch
 
 from bagel_rt.check.case import Values
 from bagel_rt.kernels import decode_attention, decode_linear, decode_qkv, sample
-from benchmarks.workload import EPS, FEED_FORWARD, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, Workload
+from benchmarks.workload import EPS, FEED_FORWARD, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCABULARY, OpWorkload
 
 CONTEXTS = (1000, 9064)
 TEXTS = (1, 4)
@@ -29,11 +29,11 @@ def _decode_linear(values: Values, B: int, K: int, N: int, norm: bool, epilogue:
     return decode_linear, (values(B, K), values(N, K, deviation=K**-0.5)), options
 
 
-def _decode_linear_workload(name: str, B: int, K: int, N: int, norm: bool, epilogue: str) -> Workload:
+def _decode_linear_workload(name: str, B: int, K: int, N: int, norm: bool, epilogue: str) -> OpWorkload:
     width = N // 2 if epilogue == "swiglu" else N * (2 if epilogue == "residual" else 1)
     traffic = 2 * (N * K + B * K + B * width + K * norm)
     build = partial(_decode_linear, B=B, K=K, N=N, norm=norm, epilogue=epilogue)
-    return Workload(name, "decode_linear", 2 * B * K * N, traffic, build)
+    return OpWorkload(name, "decode_linear", 2 * B * K * N, traffic, build)
 
 
 def _decode_qkv(values: Values, B: int):
@@ -44,10 +44,10 @@ def _decode_qkv(values: Values, B: int):
     return decode_qkv, (values(B, HIDDEN), *layer, *tables, values.of(np.arange(B)), *caches, EPS), {}
 
 
-def _decode_qkv_workload(name: str, B: int) -> Workload:
+def _decode_qkv_workload(name: str, B: int) -> OpWorkload:
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     traffic = 2 * (rows * HIDDEN + HIDDEN + rows + B * (HIDDEN + rows)) + B * HEAD_DIM * 4
-    return Workload(name, "decode_qkv", 2 * B * HIDDEN * rows, traffic, partial(_decode_qkv, B=B))
+    return OpWorkload(name, "decode_qkv", 2 * B * HIDDEN * rows, traffic, partial(_decode_qkv, B=B))
 
 
 def _sample(values: Values, B: int, settings: tuple[float, float, float] | None):
@@ -58,7 +58,7 @@ def _sample(values: Values, B: int, settings: tuple[float, float, float] | None)
     return sample, (logits, values.of(np.array([settings] * B, np.float32)), number, number), {}
 
 
-def _of_texts(B: int) -> list[Workload]:
+def _of_texts(B: int) -> list[OpWorkload]:
     """What a token of B texts takes beside attention."""
     forward = f"decode, {B} text{'s' * (B > 1)}"
     products = {
@@ -71,15 +71,15 @@ def _of_texts(B: int) -> list[Workload]:
     found += [_decode_linear_workload(f"decode_linear {name}, {forward}", B, *to) for name, to in products.items()]
     for name, settings in (("the most likely token", None), ("top-k and top-p", (0.7, 50, 0.9))):
         build = partial(_sample, B=B, settings=settings)
-        found.append(Workload(f"sample {name}, {forward}", "sample", 0, 2 * B * VOCABULARY, build))
+        found.append(OpWorkload(f"sample {name}, {forward}", "sample", 0, 2 * B * VOCABULARY, build))
     return found
 
 
-def decode_workloads() -> list[Workload]:
+def decode_workloads() -> list[OpWorkload]:
     """Attention to contexts of some lengths, then everything else for some numbers of texts."""
     found = []
     for length in CONTEXTS:
         flops, traffic = 4 * HEADS * HEAD_DIM * length, 4 * HEAD_DIM * (length * KV_HEADS + HEADS)
         build = partial(_decode_attention, length=length)
-        found.append(Workload(f"decode_attention, {length} keys", "decode_attention", flops, traffic, build))
+        found.append(OpWorkload(f"decode_attention, {length} keys", "decode_attention", flops, traffic, build))
     return found + [workload for texts in TEXTS for workload in _of_texts(texts)]

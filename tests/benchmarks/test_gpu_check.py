@@ -1,4 +1,4 @@
-"""The GPU check, on the CPU: no failure ends a run or spoils what it found."""
+"""The GPU check on a CPU: workers, stages and result files survive crashes, hangs and time limits."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +16,13 @@ from bagel_rt.check import run as check
 from bagel_rt.kernels import rms_norm
 from benchmarks import forward, gpu_check, kernels, measure, report, worker
 from benchmarks.gpu_check import Stage
-from benchmarks.workloads import WORKLOADS, Workload, _guided_step
+from benchmarks.workloads import WORKLOADS, OpWorkload, _guided_step
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def left_to_the_environment(monkeypatch):
+def default_backend(monkeypatch):
     monkeypatch.delenv("BAGEL_RT_BACKEND", raising=False)
 
 
@@ -43,39 +42,39 @@ def table_cells(text):
 # Workers
 
 
-def said_by(tasks, start=0):
-    said = []
-    return worker.work(tasks, start, said.append), said
+def run_worker(tasks, start=0):
+    messages = []
+    return worker.work(tasks, start, messages.append), messages
 
 
-def test_a_worker_names_each_task_and_goes_on_behind_one_that_raises():
+def test_worker_continues_after_task_that_raises():
     tasks = [("skipped", None), ("bad", broken), ("good", lambda: iter([{"x": 1}]))]
-    assert said_by(tasks, 1) == (
+    assert run_worker(tasks, 1) == (
         0,
         [{"begin": 1, "task": "bad"}, {"failed": "RuntimeError: no kernel image | is available"},
          {"begin": 2, "task": "good"}, {"row": {"x": 1}}, {"done": True}],
     )  # fmt: skip
 
 
-def test_a_worker_that_loses_the_gpu_ends():
+def test_worker_exits_when_device_is_lost():
     def lose():
         raise kernels.DeviceLost("an illegal memory access")
 
-    status, said = said_by([("bad", lose), ("good", lambda: iter([]))])
-    assert status == worker.DEVICE_LOST and "an illegal memory access" in said[-1]["failed"]
+    status, messages = run_worker([("bad", lose), ("good", lambda: iter([]))])
+    assert status == worker.DEVICE_LOST and "an illegal memory access" in messages[-1]["failed"]
 
 
-def test_workers_run_the_cases_of_check():
+def test_check_tasks_run_every_case():
     tasks = dict(worker.check_tasks(DEVICE))
     (row,) = tasks["cfg_euler_step: no guidance, 6 latents"]()
     assert (row["op"], row["result"], row["dtype"]) == ("cfg_euler_step", "pass", "bfloat16")
     assert len(tasks) == len(worker.CASES)
 
 
-def test_workers_begin_with_the_ceilings():
-    (name, figures), *others = worker.kernel_tasks(CPU)
-    (row,) = figures()
-    assert name == "ceilings" and all(figure > 0 for figure in (*row["limits"], *row["measured"]))
+def test_kernel_tasks_start_with_ceilings():
+    (name, measure_ceilings), *others = worker.kernel_tasks(CPU)
+    (row,) = measure_ceilings()
+    assert name == "ceilings" and all(value > 0 for value in (*row["limits"], *row["measured"]))
     assert len(dict(others)) == 2 * len(WORKLOADS)
 
 
@@ -85,7 +84,7 @@ tasks = [
     ("fine", lambda: print(json.dumps({"row": {"x": 0}}), flush=True)),
     ("fatal", lambda: os.abort()),
     ("hanging", lambda: time.sleep(100)),
-    ("last", lambda: print("{noise of a library", "[3]", json.dumps({"row": {"x": 3}}), sep="\\n", flush=True)),
+    ("last", lambda: print("{library output", "[3]", json.dumps({"row": {"x": 3}}), sep="\\n", flush=True)),
 ]
 for number in range(int(sys.argv[2]), len(tasks)):
     print(json.dumps({"begin": number, "task": tasks[number][0]}), flush=True)
@@ -101,54 +100,54 @@ def run_script(tmp_path, seconds, patience):
     return stage
 
 
-def test_a_stage_goes_on_behind_a_task_that_dies_or_hangs(tmp_path):
+def test_stage_continues_after_task_that_crashes_or_hangs(tmp_path):
     stage = run_script(tmp_path, 60, 4.0)
     assert stage.rows == [{"x": 0}, {"x": 3}] and stage.complete
     assert stage.remarks == [] and stage.notes == [
-        "fatal: the process ended with status -6; see log",
-        "hanging: stopped, nothing was heard of it for 4 s",
+        "fatal: the worker exited with status -6; see log",
+        "hanging: stopped: no output for 4 s",
     ]
 
 
-def test_a_stage_ends_in_time_and_keeps_its_rows(tmp_path):
+def test_stage_stops_at_deadline_and_keeps_rows(tmp_path):
     begun = time.monotonic()
     stage = run_script(tmp_path, 4, 60)
     assert time.monotonic() - begun < 30 and stage.rows == [{"x": 0}] and not stage.complete
-    assert stage.remarks == ["hanging: stopped, the time was up"] and len(stage.notes) == 1
+    assert stage.remarks == ["hanging: stopped: time limit reached"] and len(stage.notes) == 1
 
 
 PEERS_SCRIPT = (
     SCRIPT[: SCRIPT.index("tasks")]
     + """
 tasks = [
-    ("ours dies", lambda: os.abort()),
-    ("a peer dies", lambda: (print(json.dumps({"row": {"who": "bagel_rt"}}), flush=True), os.abort())),
-    ("it (compiled peers)", lambda: os.abort()),
+    ("ours crashes", lambda: os.abort()),
+    ("a peer crashes", lambda: (print(json.dumps({"row": {"who": "bagel_rt"}}), flush=True), os.abort())),
+    ("workload (compiled peers)", lambda: os.abort()),
 ]
 """
     + SCRIPT[SCRIPT.index("for number") :]
 )
 
 
-def test_a_peer_that_kills_the_process_is_not_held_against_the_kernels(tmp_path):
+def test_crash_of_a_peer_is_a_remark(tmp_path):
     stage, command = Stage("kernels"), [sys.executable, "-c", PEERS_SCRIPT]
     gpu_check.run_worker(stage, time.monotonic() + 60, lambda: None, tmp_path / "log", command)
-    assert stage.complete and [note.split(":")[0] for note in stage.notes] == ["ours dies"]
-    assert [remark.split(":")[0] for remark in stage.remarks] == ["a peer dies", "it (compiled peers)"]
+    assert stage.complete and [note.split(":")[0] for note in stage.notes] == ["ours crashes"]
+    assert [remark.split(":")[0] for remark in stage.remarks] == ["a peer crashes", "workload (compiled peers)"]
 
 
-def test_a_worker_prints_one_json_object_a_line(monkeypatch, capsys):
+def test_worker_prints_json_lines(monkeypatch, capsys):
     monkeypatch.setitem(
         worker.STAGES, "check", lambda device: [("skipped", None), (device.type, lambda: iter([{"x": 1}]))]
     )
     monkeypatch.setattr(sys, "argv", ["worker", "check", "--from", "1"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         worker.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert (ended.value.code, lines) == (0, [{"begin": 1, "task": "cuda"}, {"row": {"x": 1}}, {"done": True}])
+    assert (exit_info.value.code, lines) == (0, [{"begin": 1, "task": "cuda"}, {"row": {"x": 1}}, {"done": True}])
 
 
-def test_workers_measure_workloads_and_forwards(monkeypatch):
+def test_kernel_and_forward_tasks_yield_rows(monkeypatch):
     rows = list(dict(worker.kernel_tasks(CPU, 0))["cfg_euler_step global of 2 branches, 512"]())
     assert [(row["who"], row["note"]) for row in rows] == [("bagel_rt", ""), ("official", "")]
     measured = forward.ForwardRow("f", "kernels", 2.0, 4, 1.0)
@@ -157,7 +156,7 @@ def test_workers_measure_workloads_and_forwards(monkeypatch):
     assert [name for name, _ in tasks] == list(forward.FORWARDS) and list(tasks[0][1]()) == [vars(measured)]
 
 
-def test_a_lost_gpu_is_noticed(monkeypatch):
+def test_lost_device_is_detected(monkeypatch):
     def fail(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nhints")
 
@@ -171,7 +170,7 @@ def test_a_lost_gpu_is_noticed(monkeypatch):
         kernels._check_alive(torch.device("cuda"))
 
 
-# The whole run
+# Full runs
 
 
 def norms(tensors):
@@ -183,8 +182,8 @@ def steps(tensors):
 
 
 TINY = [
-    Workload("rms_norm", "rms_norm", 0, 300, norms, torch.float32),
-    Workload("cfg_euler_step", "cfg_euler_step", 0, 900, steps, torch.float32),
+    OpWorkload("rms_norm", "rms_norm", 0, 300, norms, torch.float32),
+    OpWorkload("cfg_euler_step", "cfg_euler_step", 0, 900, steps, torch.float32),
 ]
 
 
@@ -201,26 +200,26 @@ def fake_check(stage, deadline, save, folder):
 
 
 def tiny_kernels(stage, deadline, save, folder):
-    assert result_of(folder)["stages"][0]["rows"], "the stage before was not written"
+    assert result_of(folder)["stages"][0]["rows"], "the previous stage was not saved"
     stage.rows.append({"limits": (1e12, 1e12), "measured": (2e12, 3e12)})
     for workload in TINY:
-        stage.rows += [vars(row) for row in kernels.measure(workload, measure.Clock(CPU, 0, 1))]
+        stage.rows += [vars(row) for row in kernels.measure(workload, measure.Timer(CPU, 0, 1))]
         save()
     stage.complete = True
 
 
-def test_results_are_written_after_each_stage_and_a_crash_ends_none_but_its_own(tmp_path, monkeypatch, capsys):
+def test_results_are_saved_after_each_stage_despite_failures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "WORKLOADS", TINY)
     stages = {"check": fake_check, "kernels": tiny_kernels, "forward": broken, "tune": fake_check}
-    monkeypatch.setitem(stages, "tune", lambda stage, *_: stage.rows.append({"what": "it", "result": "status 0"}))
-    found = gpu_check.run(tmp_path / "new", 1, list(stages), CPU, "", stages)
+    monkeypatch.setitem(stages, "tune", lambda stage, *_: stage.rows.append({"what": "tune", "result": "status 0"}))
+    results_of_stages = gpu_check.run(tmp_path / "new", 1, list(stages), CPU, "", stages)
     results = result_of(tmp_path / "new")
     assert [stage["name"] for stage in results["stages"]] == list(stages)
     assert results["stages"][0]["rows"][0]["error"] is None  # JSON has no nan
     assert {"date", "commit", "machine", "versions"} <= set(results["about"])
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", results["about"]["commit"])
     assert results["stages"][2]["notes"] == ["RuntimeError: no kernel image | is available\nfor this device"]
-    assert [bool(report.problems(stage)) for stage in found] == [True, False, True, False]
+    assert [bool(report.problems(stage)) for stage in results_of_stages] == [True, False, True, False]
     assert "kernels: complete, " in capsys.readouterr().out
 
     text = (tmp_path / "new" / "results.md").read_text()
@@ -230,7 +229,7 @@ def test_results_are_written_after_each_stage_and_a_crash_ends_none_but_its_own(
 
 
 @pytest.mark.parametrize("limits", [None, (1e12, 1e12)], ids=["without ceilings", "with ceilings"])
-def test_kernels_have_tables_whether_or_not_the_ceilings_are_known(limits, monkeypatch):
+def test_kernel_tables_render_without_ceilings(limits, monkeypatch):
     monkeypatch.setattr(report, "WORKLOADS", TINY)
     rows = [vars(kernels.Row("rms_norm", kernels.OURS, 2.0, 0.0))]
     rows += [{"limits": limits, "measured": limits}] if limits else []
@@ -238,18 +237,18 @@ def test_kernels_have_tables_whether_or_not_the_ceilings_are_known(limits, monke
     assert "**rms_norm**" in text and ("Roofline: 1 TFLOP/s" in text) == (limits is not None)
 
 
-def test_tables_that_cannot_be_made_cost_only_themselves(tmp_path, monkeypatch):
+def test_failure_to_render_tables_keeps_results(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "markdown_report", broken)
     (stage,) = gpu_check.run(tmp_path, 1, ["check"], CPU, "", {"check": fake_check})
     assert stage.complete and result_of(tmp_path)["stages"][0]["rows"]
-    assert "no tables: RuntimeError: no kernel image" in (tmp_path / "results.md").read_text()
+    assert "Rendering tables failed: RuntimeError: no kernel image" in (tmp_path / "results.md").read_text()
 
 
-def test_a_stage_leaves_no_process_behind(tmp_path):
+def test_interrupted_stage_leaves_no_process(tmp_path):
     begun = []
 
     def interrupted(*_):
-        begun.append(gpu_check._begin([sys.executable, "-c", "import time; time.sleep(100)"]))
+        begun.append(gpu_check._spawn([sys.executable, "-c", "import time; time.sleep(100)"]))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -258,16 +257,16 @@ def test_a_stage_leaves_no_process_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_terminated_ends_what_it_started(tmp_path):
+def test_sigterm_kills_child_processes(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
 from benchmarks import gpu_check
 def stage(*_):
-    process = gpu_check._begin([sys.executable, "-c", "import time; time.sleep(100)"])
+    process = gpu_check._spawn([sys.executable, "-c", "import time; time.sleep(100)"])
     print(process.pid, flush=True)
     process.wait()
-gpu_check.end_when_terminated()
+gpu_check.exit_on_signals()
 gpu_check.run(Path(sys.argv[1]), 1, ["check"], torch.device("cpu"), "", {"check": stage})
 """
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=measure.ROOT, stdout=subprocess.PIPE)
@@ -279,46 +278,37 @@ gpu_check.run(Path(sys.argv[1]), 1, ["check"], torch.device("cpu"), "", {"check"
     run.stdout.close()
 
 
-def test_nvidia_smi_is_asked_about_the_gpu_by_its_own_name(monkeypatch):
-    asked = []
-    monkeypatch.setattr(measure, "_printed", lambda *command: asked.append(command[-1]) or "535; 1980 MHz")
-    for properties in (SimpleNamespace(uuid="1b2c"), SimpleNamespace(pci_domain_id=0, pci_bus_id=26, pci_device_id=0)):
-        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, properties=properties: properties)
-        assert measure.gpu_state(torch.device("cuda")) == "535; 1980 MHz"
-    assert asked == ["--id=GPU-1b2c", "--id=00000000:1a:00.0"]
-
-
-def test_what_is_not_reached_says_so(tmp_path):
+def test_stage_without_time_is_not_started(tmp_path):
     (stage,) = gpu_check.run(tmp_path, 0.01, ["kernels"], CPU, "", {"kernels": broken})
-    assert stage.remarks == ["not reached, the time was up"] and not stage.complete and not report.problems(stage)
-    assert report.verdict([stage]) == "nothing that was reached is wrong; not finished: kernels"
+    assert stage.remarks == ["not started: time limit reached"] and not stage.complete and not report.problems(stage)
+    assert report.verdict([stage]) == "no problems; incomplete: kernels"
 
 
-def test_our_own_wrong_result_is_a_problem_and_a_peers_is_not():
+def test_only_own_wrong_results_are_problems():
     rows = [{"workload": "w", "who": who, "note": "WRONG"} for who in ("official", kernels.OURS)]
     assert report.problems(Stage("kernels", rows)) == ["w: WRONG"]
 
 
 @pytest.mark.slow
-def test_the_tests_stage_counts_and_keeps_the_log_of_what_fails(tmp_path, monkeypatch):
+def test_tests_stage_counts_outcomes_and_keeps_failure_logs(tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_good.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
     (tmp_path / "tests" / "test_bad.py").write_text("def test_one(): pass\ndef test_two(): assert not 'so'\n")
     (tmp_path / "tests" / "test_slow.py").write_text("import time\ndef test_one(): time.sleep(100)\n")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     stage, cut = Stage("tests"), Stage("tests")
-    gpu_check.tests(stage, time.monotonic() + 100, lambda: None, tmp_path, ("good", "bad"))
+    gpu_check.run_tests(stage, time.monotonic() + 100, lambda: None, tmp_path, ("good", "bad"))
     good, bad = stage.rows
     assert (good["file"], good["passed"], good["failed"], good["status"]) == ("test_good.py", 2, 0, 0)
     assert (bad["file"], bad["passed"], bad["failed"], bad["status"]) == ("test_bad.py", 1, 1, 1)
     assert "assert not 'so'" in (tmp_path / "tests.log").read_text()
     assert report.problems(stage) == ["test_bad.py: status 1"]
-    gpu_check.tests(cut, time.monotonic() + 1, lambda: None, tmp_path, ("slow",))
-    assert cut.remarks == ["test_slow.py: stopped, the time was up"] and cut.rows[0]["status"] is None
+    gpu_check.run_tests(cut, time.monotonic() + 1, lambda: None, tmp_path, ("slow",))
+    assert cut.remarks == ["test_slow.py: stopped: time limit reached"] and cut.rows[0]["status"] is None
     assert not cut.complete and not report.problems(cut)
 
 
-def test_the_tests_of_every_kernel_are_found():
+def test_patterns_match_the_tests_of_every_kernel():
     files = [path.name for pattern in gpu_check.TESTS for path in (measure.ROOT / "tests").rglob(f"test_{pattern}.py")]
     others = ("attention", "attention_backward", "linear", "norm", "qk_norm_rope", "ops_registration", "backend")
     assert files[0] == "test_conformance_kernels.py" and {f"test_{name}.py" for name in others} <= set(files)
@@ -326,67 +316,67 @@ def test_the_tests_of_every_kernel_are_found():
 
 
 @pytest.mark.parametrize("module", [gpu_check, kernels])
-def test_without_a_gpu_it_says_so(module, monkeypatch, capsys):
+def test_requires_a_gpu(module, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["it"])
-    with pytest.raises(SystemExit) as ended:
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as exit_info:
         module.main()
-    told = capsys.readouterr()
-    assert (ended.value.code, told.out) == (2, "") and "PyTorch finds no CUDA device here" in told.err
+    output = capsys.readouterr()
+    assert (exit_info.value.code, output.out) == (2, "") and "PyTorch found no CUDA device" in output.err
 
 
-def test_the_exit_code_tells_whether_all_is_right(tmp_path, monkeypatch, capsys):
-    codes, asked = [], []
-    cut = Stage("check", remarks=["not reached"])
-    for stage in (Stage("check", complete=True), cut, Stage("check", notes=["it hangs"], complete=True)):
+def test_exit_code_and_verdict(tmp_path, monkeypatch, capsys):
+    codes, calls = [], []
+    cut = Stage("check", remarks=["not started"])
+    for stage in (Stage("check", complete=True), cut, Stage("check", notes=["hung"], complete=True)):
 
         def run(folder, *others, stage=stage):
-            asked.append(others)
+            calls.append(others)
             (folder / "results.md").write_text("# GPU check\n")
             return [stage]
 
         monkeypatch.setattr(gpu_check, "run", run)
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-        monkeypatch.setattr(gpu_check, "end_when_terminated", lambda: None)
+        monkeypatch.setattr(gpu_check, "exit_on_signals", lambda: None)
         options = ["--output", str(tmp_path), "--minutes", "2", "--stages", "check,forward", "--commit", "abc"]
         monkeypatch.setattr(sys, "argv", ["gpu_check", *options])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             gpu_check.main()
-        codes.append(ended.value.code)
-    assert codes == [0, 0, 1] and asked[0] == (2.0, ["check", "forward"], torch.device("cuda:0"), "abc")
-    fine, unfinished = "nothing that was reached is wrong", "not finished: check"
-    said = [f"{fine}; every stage is complete", f"{fine}; {unfinished}", "wrong in check; every stage is complete"]
-    assert capsys.readouterr().out == "".join(f"# GPU check\n\n{line}\n" for line in said)
+        codes.append(exit_info.value.code)
+    assert codes == [0, 0, 1] and calls[0] == (2.0, ["check", "forward"], torch.device("cuda:0"), "abc")
+    verdicts = ["no problems; all stages complete", "no problems; incomplete: check",
+                "problems in check; all stages complete"]  # fmt: skip
+    assert capsys.readouterr().out == "".join(f"# GPU check\n\n{verdict}\n" for verdict in verdicts)
 
 
-def test_an_unknown_stage_is_wrong_usage(monkeypatch, capsys):
+def test_rejects_unknown_stage(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--stages", "check,polish"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         gpu_check.main()
-    assert ended.value.code == 2 and "there is no polish" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "--stages must be from build, check" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "codes, result",
     [
-        ([0], "was there"),
+        ([0], "already built"),
         ([1, 0, 0], "built"),
         ([1, 1], "not built, see build.log"),
         ([1, None], "not built, see build.log"),
     ],
-    ids=["there", "built", "no compiler", "too slow"],
+    ids=["already built", "built", "no compiler", "time limit"],
 )
-def test_the_planner_is_built_where_it_is_missing(codes, result, tmp_path, monkeypatch):
+def test_build_stage_builds_missing_extension(codes, result, tmp_path, monkeypatch):
     codes = iter(codes)
-    monkeypatch.setattr(gpu_check, "_status", lambda *_: next(codes))
+    monkeypatch.setattr(gpu_check, "_exit_status", lambda *_: next(codes))
     stage = Stage("build")
     gpu_check.build(stage, time.monotonic() + 9, lambda: None, tmp_path)
     assert stage.rows == [{"what": "bagel_rt._C", "result": result}] and stage.complete and not list(codes)
 
 
-def test_tuning_writes_beside_the_results_for_as_long_as_it_may(tmp_path, monkeypatch):
+def test_tune_stage_writes_next_to_results_until_deadline(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "__init__.py").touch()  # or another package of this name goes before it
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # so that it shadows the installed package
     script = tmp_path / "benchmarks" / "tune.py"
     script.write_text("import pathlib, sys\npathlib.Path(sys.argv[2]).write_text(' '.join(sys.argv))\n")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
@@ -396,6 +386,6 @@ def test_tuning_writes_beside_the_results_for_as_long_as_it_may(tmp_path, monkey
     *_, output, minutes = (tmp_path / "tuned.json").read_text().rsplit(" --", 2)
     assert output == f"output {tmp_path / 'tuned.json'}" and 0.9 < float(minutes.removeprefix("minutes ")) <= 1
     script.write_text("import time\ntime.sleep(100)\n")
-    monkeypatch.setattr(gpu_check, "GRACE", 0)
+    monkeypatch.setattr(gpu_check, "TUNE_EXIT_GRACE", 0)
     gpu_check.tune(cut, time.monotonic() + 1, lambda: None, tmp_path)
-    assert not cut.complete and "the time was up" in cut.rows[0]["result"] and not report.problems(cut)
+    assert not cut.complete and "time limit reached" in cut.rows[0]["result"] and not report.problems(cut)

@@ -1,4 +1,4 @@
-"""The GPU check's stages of whole requests and of the sanitizer, on the CPU."""
+"""The GPU check's end_to_end, sanitize and build stages on a CPU."""
 
 import functools
 import json
@@ -31,27 +31,26 @@ def end_to_end_tasks(**options):
     return worker.end_to_end_tasks(CPU, THREE_LAYERS, CASES, torch.float32, **options)
 
 
-def test_whole_requests_are_tasks_over_one_model(monkeypatch):
-    effort = functools.partial(end_to_end.Effort, timesteps=(3, 6), tokens=(2, 4))
-    monkeypatch.setattr(end_to_end, "Effort", effort)
-    made, make = [], worker.random_model
-    monkeypatch.setattr(worker, "random_model", lambda *arguments: made.append(arguments) or make(*arguments))
-    found = end_to_end_tasks()
-    assert made == [], "the model is made by the first task that runs"
-    named, said = dict(found), []
-    tasks = [(name, named[name]) for name in ("text-to-image, batch 1: graphs", "chat with an image, batch 1: eager")]
-    assert worker.work(tasks, 0, said.append) == 0 and len(made) == 1
-    rows = [message["row"] for message in said if "row" in message]
+def test_end_to_end_tasks_share_one_model(monkeypatch):
+    options = functools.partial(end_to_end.MeasureOptions, timesteps=(3, 6), tokens=(2, 4))
+    monkeypatch.setattr(end_to_end, "MeasureOptions", options)
+    models, random_model = [], worker.random_model
+    monkeypatch.setattr(worker, "random_model", lambda *arguments: models.append(arguments) or random_model(*arguments))
+    by_name, messages = dict(end_to_end_tasks()), []
+    assert models == [], "the first task to run creates the model"
+    tasks = [(name, by_name[name]) for name in ("text-to-image, batch 1: graphs", "chat with an image, batch 1: eager")]
+    assert worker.work(tasks, 0, messages.append) == 0 and len(models) == 1
+    rows = [message["row"] for message in messages if "row" in message]
     assert [row["who"] for row in rows] == ["graphs", "eager"]
-    assert ["measured whole" in row["note"] for row in rows] == [True, False], "only graphs are run whole"
-    assert {"working": 0} in said and {"working": 1} in said and said[-1] == {"done": True}
-    json.dumps(said)
+    assert ["measured in full" in row["note"] for row in rows] == [True, False], "only graphs runs the full request"
+    assert {"working": 0} in messages and {"working": 1} in messages and messages[-1] == {"done": True}
+    json.dumps(messages)
 
 
-def test_what_the_official_code_does_is_not_held_against_this_package():
+def test_official_tasks_have_a_peer_suffix():
     names = [name for name, _ in end_to_end_tasks()]
     assert len(names) == len(set(names))
-    assert [name.endswith(worker.OTHERS) for name in names] == ["official" in name for name in names]
+    assert [name.endswith(worker.PEER_SUFFIXES) for name in names] == ["official" in name for name in names]
 
 
 PEER_SCRIPT = """
@@ -65,21 +64,21 @@ print(json.dumps({"done": True}), flush=True)
 """
 
 
-def test_a_peer_that_fails_is_a_remark(tmp_path):
+def test_failure_of_a_peer_is_a_remark(tmp_path):
     stage, command = Stage("end_to_end"), [sys.executable, "-c", PEER_SCRIPT]
     gpu_check.run_worker(stage, deadline(), lambda: None, tmp_path / "log", command)
     assert stage.complete and stage.rows == []
     assert stage.notes == ["ours: out of memory"] and stage.remarks == ["theirs (peer): out of memory"]
 
 
-def test_whole_requests_have_a_table_and_wrong_ones_are_problems():
-    right = EndToEndRow("edit", 1, "eager", 2.0, 1.0, note="measured whole")
-    wrong = replace(right, who="graphs", error=0.5, note="WRONG: other latents than eager's; measured whole")
+def test_end_to_end_table_and_problems():
+    right = EndToEndRow("edit", 1, "eager", 2.0, 1.0, note="measured in full")
+    wrong = replace(right, who="graphs", error=0.5, note="WRONG: latents differ from eager; measured in full")
     stage = Stage("end_to_end", [asdict(right), asdict(wrong)], complete=True)
-    assert report.problems(stage) == ["edit, batch 1, graphs: WRONG: other latents than eager's; measured whole"]
+    assert report.problems(stage) == ["edit, batch 1, graphs: WRONG: latents differ from eager; measured in full"]
     text = report.markdown_report({}, [stage])
     assert "| edit | 1 | graphs | 2.00 |" in text and "of roofline" in text
-    assert "wrong in end_to_end" in report.verdict([stage])
+    assert "problems in end_to_end" in report.verdict([stage])
 
 
 # The sanitizer
@@ -97,7 +96,7 @@ sys.exit(int(code) if broken else status)
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
-    """A stand-in for compute-sanitizer: it runs what it is given and finds errors in files named broken."""
+    """A fake compute-sanitizer that runs its command and reports errors in files named broken."""
     path = tmp_path / "bin" / "compute-sanitizer"
     path.parent.mkdir()
     path.write_text(TOOL.format(python=sys.executable))
@@ -115,51 +114,51 @@ def tool(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_sanitizer_tells_errors_of_memory_from_failing_tests(tool, tmp_path):
+def test_sanitizer_distinguishes_memory_errors_from_failing_tests(tool, tmp_path):
     assert gpu_check.sanitizer() == str(tool)
     stage = Stage("sanitize")
     gpu_check.sanitize(stage, deadline(), lambda: None, tmp_path, ("fine", "broken", "failing"))
     assert [(row["errors"], row["status"], row["result"]) for row in stage.rows] == [
         (0, 0, "clean"),
-        (3, 99, "errors of memory, see sanitize.log"),
+        (3, 99, "memory errors, see sanitize.log"),
         (0, 1, "a test failed"),
     ]
     assert stage.complete and report.problems(stage) == [
-        "test_broken.py: errors of memory, see sanitize.log",
+        "test_broken.py: memory errors, see sanitize.log",
         "test_failing.py: a test failed",
     ]
     assert "assert 0" in (tmp_path / "sanitize.log").read_text()
-    assert "errors of memory" in report.markdown_report({}, [stage])
+    assert "memory errors" in report.markdown_report({}, [stage])
 
 
-def test_the_sanitizer_ends_in_time(tool, tmp_path):
+def test_sanitize_stops_at_deadline(tool, tmp_path):
     stage = Stage("sanitize")
     gpu_check.sanitize(stage, deadline(2), lambda: None, tmp_path, ("slow", "fine"))
-    assert stage.remarks == ["test_slow.py: stopped, the time was up"] and len(stage.rows) == 1
+    assert stage.remarks == ["test_slow.py: stopped: time limit reached"] and len(stage.rows) == 1
     assert not stage.complete and not report.problems(stage)
 
 
-def test_without_the_sanitizer_there_is_a_remark(tool, tmp_path):
+def test_missing_sanitizer_is_a_remark(tool, tmp_path):
     tool.unlink()
     if gpu_check.sanitizer() is not None:
-        pytest.skip("a toolkit in its usual place has one")
+        pytest.skip("the installed CUDA toolkit has compute-sanitizer")
     stage = Stage("sanitize")
     gpu_check.sanitize(stage, deadline(), lambda: None, tmp_path)
     assert "compute-sanitizer was not found" in stage.remarks[0] and not stage.complete
-    assert not report.problems(stage) and report.verdict([stage]).endswith("not finished: sanitize")
+    assert not report.problems(stage) and report.verdict([stage]).endswith("incomplete: sanitize")
 
 
-def test_the_sanitized_tests_exist():
+def test_sanitized_test_files_exist():
     assert all(len(list((measure.ROOT / "tests").rglob(f"test_{name}.py"))) == 1 for name in gpu_check.SANITIZED)
 
 
-# The plan of a run
+# Time shares and build
 
 
-def test_every_stage_has_a_share_of_the_time():
-    assert list(gpu_check.STAGES) == list(gpu_check.SHARES)
+def test_every_stage_has_a_time_share():
+    assert list(gpu_check.STAGES) == list(gpu_check.TIME_SHARES)
     assert set(worker.STAGES) < set(gpu_check.STAGES)
-    assert all(0 < share < 1 for share in gpu_check.SHARES.values())
+    assert all(0 < share < 1 for share in gpu_check.TIME_SHARES.values())
 
 
 @pytest.mark.parametrize(
@@ -167,9 +166,9 @@ def test_every_stage_has_a_share_of_the_time():
     [([1, 0, 1], "built without CUDA kernels, see build.log"), ([1, 2], "not built, see build.log")],
     ids=["no nvcc", "no compiler at all"],
 )
-def test_an_extension_without_kernels_is_built_anew(codes, result, tmp_path, monkeypatch):
+def test_extension_without_cuda_kernels_is_rebuilt(codes, result, tmp_path, monkeypatch):
     codes = iter(codes)
-    monkeypatch.setattr(gpu_check, "_status", lambda *_: next(codes))
+    monkeypatch.setattr(gpu_check, "_exit_status", lambda *_: next(codes))
     stage = Stage("build")
     gpu_check.build(stage, deadline(), lambda: None, tmp_path)
     assert stage.rows == [{"what": "bagel_rt._C", "result": result}] and not list(codes)

@@ -1,4 +1,4 @@
-"""Every kernel of the table compiles to what its tiles promise, for GPUs that are not here; bad ones are told."""
+"""Kernels of the shipped table compile without rule violations for each architecture, and violations are reported."""
 
 import json
 import multiprocessing
@@ -12,7 +12,7 @@ import pytest
 
 from bagel_rt.kernels import configs
 from benchmarks import compiling
-from benchmarks.compiling import LIMITS, Kernel, blocks_per_multiprocessor, in_processes
+from benchmarks.compiling import DEVICE_LIMITS, Kernel, blocks_per_multiprocessor, run_in_processes
 from benchmarks.inspect import merge, problems, unreached
 
 pytest.importorskip("triton")
@@ -20,11 +20,11 @@ pytest.importorskip("triton")
 ARCHITECTURES = ("sm_80", "sm_90")
 MATRIX_OPS = {"linear", "attention", "attention_dq", "attention_dk_dv"}
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448}
-WIDE = ("float32", "wide dtype")  # classes whose products no tensor core takes
+WIDE = ("float32", "wide dtype")  # classes whose dots do not use tensor cores
 
 
 def run_inspect(*arguments, **environment):
-    """``python -m benchmarks.inspect`` in an environment without Triton's interpreter."""
+    """Run ``python -m benchmarks.inspect`` without TRITON_INTERPRET."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-m", "benchmarks.inspect", *arguments]
     return subprocess.run(command, cwd=configs.PATH.parents[1], env=kept, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def run_inspect(*arguments, **environment):
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES])
 def report(request, tmp_path_factory):
-    """What the inspection of the shipped table says of one architecture."""
+    """JSON report of the shipped table for one architecture."""
     path = tmp_path_factory.mktemp("inspect") / "report.json"
     done = run_inspect("--arch", request.param, "--json", str(path))
     assert path.exists(), done.stdout + done.stderr
@@ -40,20 +40,20 @@ def report(request, tmp_path_factory):
 
 
 def kernels_where(report, condition):
-    """(op, class, kernel, tiles) of the kernels that meet a condition: what an assertion should show."""
+    """(op, class, kernel, tiles) of matching kernels, for readable assertion failures."""
     return [(k["op"], k["shape_class"], k["name"], k["tiles"]) for k in report["kernels"] if condition(k)]
 
 
-def test_the_report_says_of_which_code_it_is(report):
+def test_report_has_commit_and_versions(report):
     assert report["commit"] and "triton" in report["versions"]
 
 
-def test_the_shipped_table_breaks_no_rule(report):
+def test_shipped_table_has_no_problems(report):
     assert [(k["op"], k["shape_class"], k["problems"]) for k in report["kernels"] if k["problems"]] == []
     assert report["exit code"] == 0
 
 
-def test_every_class_of_the_table_was_compiled(report):
+def test_every_class_of_the_table_is_compiled(report):
     assert report["unreached"] == {report["architecture"]: []}
     compiled = {(k["op"], k["shape_class"]) for k in report["kernels"] if not k["error"]}
     table = {op: architectures[report["architecture"]] for op, architectures in configs.TABLE.items()}
@@ -62,18 +62,18 @@ def test_every_class_of_the_table_was_compiled(report):
     }
 
 
-def test_nothing_spills_and_shared_memory_suffices(report):
+def test_no_spills_and_shared_memory_fits(report):
     limit = SHARED_MEMORY[report["architecture"]]
     assert kernels_where(report, lambda k: k["spill_bytes"] or k["shared_bytes"] > limit) == []
     assert kernels_where(report, lambda k: not 0 < k["registers"] <= 255) == []
     assert kernels_where(report, lambda k: k["blocks_per_multiprocessor"] < 1) == []
 
 
-def test_matrix_kernels_are_told_from_others(report):
+def test_dots_are_detected_in_matrix_ops_only(report):
     assert {k["op"] for k in report["kernels"] if k["dots"]} == MATRIX_OPS
 
 
-def test_matrix_products_run_on_tensor_cores(report):
+def test_dots_use_tensor_cores(report):
     in_16_bits = [k for k in report["kernels"] if k["dots"] and k["shape_class"] not in WIDE]
     large = [k for k in in_16_bits if min(rows for rows, *_ in k["dots"]) >= 64]
     assert {k["op"] for k in large} == MATRIX_OPS
@@ -86,7 +86,7 @@ def test_matrix_products_run_on_tensor_cores(report):
         assert kernels_where(report, lambda k: k["dots"] and k["registers"] == 255) == []
 
 
-def test_tma_loads_where_the_tiles_say_so(report):
+def test_tma_loads_where_requested(report):
     def asks_for_tma(kernel):
         return any("host" in str(value) or "device" in str(value) for value in kernel["tiles"].values())
 
@@ -95,7 +95,7 @@ def test_tma_loads_where_the_tiles_say_so(report):
     assert [k for k in asking if not k["tma_loads"]] == []
 
 
-def test_the_classes_of_one_op_can_be_inspected_alone(tmp_path):
+def test_op_option_limits_the_report(tmp_path):
     path = tmp_path / "report.json"
     done = run_inspect("--arch", "sm_90", "--op", "rms_norm", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,37 +104,37 @@ def test_the_classes_of_one_op_can_be_inspected_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_tiles_are_told(tmp_path):
+def test_bad_tiles_are_reported(tmp_path):
     table = deepcopy(configs.TABLE)
     linear = table["linear"]["sm_90"]
-    linear["many bias"]["tiles"] |= {"num_warps": 4}  # the accumulator needs the registers of eight
+    linear["many bias"]["tiles"] |= {"num_warps": 4}  # the accumulator needs the registers of 8 warps
     linear["many residual"]["tiles"] |= {"num_stages": 5}
     linear["some bias"]["tiles"] |= {"BLOCK_N": 48}
     (tmp_path / "table.json").write_text(json.dumps(table))
     path = tmp_path / "report.json"
-    given = ["--arch", "sm_90", "--op", "linear", "--table", str(tmp_path / "table.json"), "--json", str(path)]
-    done = run_inspect(*given)
+    options = ["--arch", "sm_90", "--op", "linear", "--table", str(tmp_path / "table.json"), "--json", str(path)]
+    done = run_inspect(*options)
     found = {}
     for kernel in json.loads(path.read_text())["kernels"]:
         found.setdefault(kernel["shape_class"], []).extend(kernel["problems"])
     assert done.returncode == 1
     assert any("spills" in problem for problem in found["many bias"])
     assert any("255 registers" in problem for problem in found["many bias"])
-    assert any("will not launch" in problem for problem in found["many residual"])
+    assert any("launch would fail" in problem for problem in found["many residual"])
     assert any("power of 2" in problem for problem in found["some bias"])
     assert found["some residual"] == []
 
 
-def test_a_decoded_tokens_slot_compiles_no_second_variant():
-    """A slot is a view of one number, 16-byte aligned at every second token."""
+def test_alignment_of_the_slot_does_not_specialise_the_kernel():
+    """A token's slot is a one-element view whose address is 16-byte aligned for every second token only."""
     code = """
 import torch
 from bagel_rt.kernels import qk_norm_rope
-from benchmarks.compiling import launches
+from benchmarks.compiling import intercept_launches
 
 row, table, cache = torch.empty(1, 36 * 128).bfloat16(), torch.empty(1, 64), torch.empty(8, 4, 128).bfloat16()
 norm, slots, variants = torch.empty(32, 128).bfloat16(), torch.arange(8), set()
-with launches("sm_90", lambda asked, run: variants.add(run().hash)):
+with intercept_launches("sm_90", lambda entry, compile_kernel: variants.add(compile_kernel().hash)):
     for token in range(3):
         qk_norm_rope(row, norm, norm, table, table, slots[token : token + 1], cache, cache, 0, 1e-6)
 print(len(variants))
@@ -145,16 +145,16 @@ print(len(variants))
     assert done.stdout.split() == ["1"], done.stderr
 
 
-def test_the_interpreter_is_refused():
+def test_rejects_the_interpreter():
     done = run_inspect(TRITON_INTERPRET="1")
     assert done.returncode == 2
-    assert "TRITON_INTERPRET is set" in done.stderr
+    assert "TRITON_INTERPRET must be unset" in done.stderr
 
 
 def kernel(architecture="sm_90", **facts):
-    asked = {"op": "linear", "shape_class": "many bias", "tiles": {"DESCRIPTORS": "host"}, "workloads": ["a"]}
+    entry = {"op": "linear", "shape_class": "many bias", "tiles": {"DESCRIPTORS": "host"}, "workloads": ["a"]}
     good = {"dots": [(128, 256, 64, "bf16")], "registers": 168, "wgmma": 4, "tma_loads": 6, "cp_async": 2}
-    return Kernel(architecture, **(asked | good | facts))
+    return Kernel(architecture, **(entry | good | facts))
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def kernel(architecture="sm_90", **facts):
         ({"error": "CompilationError: no"}, "CompilationError: no"),
         ({"spill_bytes": 8}, "spills 8 bytes"),
         ({"shared_bytes": 232_448}, None),
-        ({"shared_bytes": 232_449}, "will not launch"),
-        ({"serialised": 1}, "serialised"),
+        ({"shared_bytes": 232_449}, "launch would fail"),
+        ({"serialised": 1}, "1 wgmma are serialised"),
         ({"registers": 254}, None),
         ({"registers": 255}, "all 255 registers"),
         ({"registers": 255, "dots": []}, None),
@@ -176,16 +176,16 @@ def kernel(architecture="sm_90", **facts):
         ({"tma_loads": 0}, "no TMA load"),
         ({"tma_loads": 0, "tiles": {"LOADS": "device descriptors"}}, "no TMA load"),
         ({"tma_loads": 0, "tiles": {"DESCRIPTORS": "none"}}, None),
-        ({"tma_loads": 0, "cp_async": 0, "tiles": {"DESCRIPTORS": "none"}}, "waits for its loads"),
+        ({"tma_loads": 0, "cp_async": 0, "tiles": {"DESCRIPTORS": "none"}}, "without pipelined loads"),
         ({"tma_loads": 0, "cp_async": 0, "tiles": {"DESCRIPTORS": "none"}, "shape_class": "unaligned"}, None),
         ({"tiles": {"TMA_STORE": True}}, "no TMA store"),
         ({"architecture": "sm_80", "mma": 0, "wgmma": 0}, "without mma.sync"),
         ({"architecture": "sm_80", "mma": 64, "registers": 255}, None),
-        ({"architecture": "sm_80", "mma": 64, "shared_bytes": 200_000}, "will not launch"),
+        ({"architecture": "sm_80", "mma": 64, "shared_bytes": 200_000}, "launch would fail"),
         ({"architecture": "sm_100", "tcgen05": 0}, "without tcgen05"),
     ],
 )
-def test_rules(facts, problem):
+def test_problems(facts, problem):
     found = problems(kernel(**facts))
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
 
@@ -193,11 +193,11 @@ def test_rules(facts, problem):
 @pytest.mark.parametrize(
     "architecture, registers, shared_bytes, warps, blocks",
     [
-        pytest.param("sm_90", 168, 213_464, 12, 1, id="shared memory lets one block in"),
-        pytest.param("sm_90", 168, 0, 8, 1, id="registers let one block of 8 warps in"),
-        pytest.param("sm_90", 128, 0, 8, 2, id="registers let two blocks of 8 warps in"),
-        pytest.param("sm_80", 33, 0, 4, 12, id="33 registers take as many as 40"),
-        pytest.param("sm_80", 32, 81 << 10, 4, 2, id="each block costs 1 KiB more than it asks for"),
+        pytest.param("sm_90", 168, 213_464, 12, 1, id="one block by shared memory"),
+        pytest.param("sm_90", 168, 0, 8, 1, id="one block by registers"),
+        pytest.param("sm_90", 128, 0, 8, 2, id="two blocks by registers"),
+        pytest.param("sm_80", 33, 0, 4, 12, id="33 registers are rounded up to 40"),
+        pytest.param("sm_80", 32, 81 << 10, 4, 2, id="1 KiB reserved per block"),
         pytest.param("sm_89", 16, 0, 4, 12, id="warps of sm_89"),
         pytest.param("sm_89", 16, 0, 1, 24, id="blocks of sm_89"),
         pytest.param("sm_90", 32, 0, 4, 16, id="warps of sm_90"),
@@ -207,29 +207,29 @@ def test_blocks_per_multiprocessor(architecture, registers, shared_bytes, warps,
     assert blocks_per_multiprocessor(architecture, registers, shared_bytes, warps) == blocks
 
 
-def test_a_process_that_dies_is_reported_and_the_others_go_on():
-    results = dict(in_processes(die_or_double, [(1,), (0,), (2,)], workers=2))
+def test_crash_of_a_job_is_reported():
+    results = dict(run_in_processes(die_or_double, [(1,), (0,), (2,)], workers=2))
     assert results[(1,)] == 2 and results[(2,)] == 4
-    assert isinstance(results[(0,)], ChildProcessError) and "exit code 7" in str(results[(0,)])
+    assert isinstance(results[(0,)], ChildProcessError) and "exited with code 7" in str(results[(0,)])
 
 
 def die_or_double(number):
     return 2 * number or os._exit(7)
 
 
-def test_a_job_that_raises_or_never_ends_is_reported_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(compiling, "PATIENCE", 0.5)
-    results = dict(in_processes(sleep_or_raise, [(0,), (60,), (-1,), (0.1,)], workers=2))
+def test_exception_and_timeout_of_a_job_are_reported(monkeypatch):
+    monkeypatch.setattr(compiling, "JOB_TIMEOUT", 0.5)
+    results = dict(run_in_processes(sleep_or_raise, [(0,), (60,), (-1,), (0.1,)], workers=2))
     assert results[(0,)] == 0 and results[(0.1,)] == 0.1
-    assert isinstance(results[(60,)], ChildProcessError) and "took more than" in str(results[(60,)])
+    assert isinstance(results[(60,)], ChildProcessError) and "compilation exceeded" in str(results[(60,)])
     assert isinstance(results[(-1,)], ChildProcessError) and "ValueError: sleep length" in str(results[(-1,)])
     assert multiprocessing.active_children() == []
 
 
-def test_at_the_deadline_what_runs_is_stopped_and_nothing_else_begun():
-    found = list(in_processes(sleep_or_raise, [(0,), (60,), (61,), (0.1,)], 2, time.monotonic() + 1))
+def test_deadline_terminates_running_jobs_and_starts_no_others():
+    found = list(run_in_processes(sleep_or_raise, [(0,), (60,), (61,), (0.1,)], 2, time.monotonic() + 1))
     assert found[0] == ((0,), 0) and [job for job, _ in found[1:]] == [(60,), (61,)]
-    assert {str(result) for _, result in found[1:]} == {"the time was up"}
+    assert {str(result) for _, result in found[1:]} == {"time limit reached"}
     assert multiprocessing.active_children() == []
 
 
@@ -238,9 +238,9 @@ def sleep_or_raise(seconds):
     return seconds
 
 
-def test_what_a_job_runs_is_ended_with_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiling, "PATIENCE", 1.0)
-    [(_, result)] = in_processes(run_for_a_minute, [(tmp_path / "process",)], workers=1)
+def test_timeout_kills_children_of_a_job(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "JOB_TIMEOUT", 1.0)
+    [(_, result)] = run_in_processes(run_for_a_minute, [(tmp_path / "process",)], workers=1)
     assert isinstance(result, ChildProcessError)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "process").read_text()), 0)
@@ -250,18 +250,18 @@ def run_for_a_minute(path):
     subprocess.run(["sh", "-c", 'echo $$ > "$0"; exec sleep 60', str(path)])
 
 
-def test_kernels_of_one_class_are_merged_unless_they_differ():
+def test_merge_combines_equal_kernels_of_a_class():
     first, second, other = kernel(workloads=["b"]), kernel(workloads=["a"]), kernel(hash="other", workloads=["c"])
     assert sorted(k.workloads for k in merge([first, second, other])) == [["a", "b"], ["c"]]
 
 
-def test_a_class_without_a_workload_is_named(monkeypatch):
+def test_unreached_lists_classes_without_workload(monkeypatch):
     entry, torch_is_faster = {"tiles": {"ROWS": 1}, "source": ""}, {"tiles": None, "source": ""}
     table = {"linear": {"sm_90": {"many bias": entry, "few bias": entry, "some bias": torch_is_faster}}}
     monkeypatch.setattr(configs, "TABLE", table)
     assert unreached("sm_90", [kernel(), kernel("sm_80", shape_class="few bias")]) == ["linear few bias"]
 
 
-def test_limits_are_those_of_the_architectures_of_the_table():
-    assert list(LIMITS) == list(configs.ARCHITECTURES)
-    assert {name: LIMITS[name].shared_per_block for name in SHARED_MEMORY} == SHARED_MEMORY
+def test_limits_cover_the_architectures_of_the_table():
+    assert list(DEVICE_LIMITS) == list(configs.ARCHITECTURES)
+    assert {name: DEVICE_LIMITS[name].shared_per_block for name in SHARED_MEMORY} == SHARED_MEMORY

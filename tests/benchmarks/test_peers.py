@@ -1,4 +1,4 @@
-"""The benchmarks of the kernels, on the CPU: peers compute what the ops do, figures are what they are called."""
+"""Kernel benchmarks on a CPU: peers compute the same results as the ops, and the tables show the measured values."""
 
 import importlib.util
 import sys
@@ -24,14 +24,14 @@ from bagel_rt.kernels.backend import backend
 from bagel_rt.models.bagel.config import TransformerConfig
 from bagel_rt.runtime.plan import Segment, build_plan
 from benchmarks import forward, kernels, measure, peers, peers_attention
-from benchmarks.workloads import WORKLOADS, Workload, _guided_step, attention_gradients
+from benchmarks.workloads import WORKLOADS, OpWorkload, _guided_step, attention_gradients
 
 CPU = torch.device("cpu")
 HAS_LIGER, HAS_VLLM_OMNI = (importlib.util.find_spec(name) is not None for name in ("liger_kernel", "vllm_omni"))
 
 
 @pytest.fixture(autouse=True)
-def left_to_the_environment(monkeypatch):
+def default_backend(monkeypatch):
     monkeypatch.delenv("BAGEL_RT_BACKEND", raising=False)
 
 
@@ -107,15 +107,15 @@ def group_norms(tensors):
     return group_norm, (x, tensors(8), tensors(8), 4, 1e-6, True), {}
 
 
-SDPA = {"torch, K and V gathered", "official, SDPA", "SDPA FLASH", "SDPA MATH", "FlexAttention"}
+SDPA = {"torch, gathered K and V", "official, SDPA", "SDPA FLASH", "SDPA MATH", "FlexAttention"}
 LINEAR = {"torch on row ranges", "official", "official, torch.compile"}
 DECODED = {"torch", "torch.compile"}
-TINY = {  # name -> what builds it, the peers that a CPU runs
+TINY = {  # name -> (builder of the workload, peers that run on a CPU)
     "linear": (lambda t: linears(t, 7, "none"), LINEAR),
     "linear with a bias": (lambda t: linears(t, 7, "bias"), LINEAR),
     "linear with a residual": (lambda t: linears(t, 9, "residual", 12), LINEAR),
-    "linear behind SwiGLU": (lambda t: linears(t, 9, "residual"), LINEAR),
-    "linear behind SwiGLU, of understanding rows": (lambda t: linears(t, 0, "residual"), LINEAR),
+    "down projection": (lambda t: linears(t, 9, "residual"), LINEAR),
+    "down projection of understanding rows": (lambda t: linears(t, 0, "residual"), LINEAR),
     "linear with SwiGLU": (lambda t: linears(t, 7, "swiglu"), LINEAR),
     "linear of understanding rows": (lambda t: linears(t, 0, "none"), LINEAR),
     "linear of generation rows": (lambda t: linears(t, 10, "none"), LINEAR),
@@ -127,60 +127,60 @@ TINY = {  # name -> what builds it, the peers that a CPU runs
     "attention, training": (lambda t: attentions(t, "training"), SDPA),
     "attention with lse": (
         lambda t: attentions(t, "training", return_lse=True),
-        {"torch, K and V gathered", "FlexAttention"},
+        {"torch, gathered K and V", "FlexAttention"},
     ),
     "gradients": (lambda t: attentions(t, "training", attention_gradients), {"SDPA FLASH"}),
-    "decode_attention": (decodes, {"torch, lengths on the host", "SDPA FLASH", "SDPA MATH"}),
+    "decode_attention": (decodes, {"torch, lengths on host", "SDPA FLASH", "SDPA MATH"}),
     "decode_linear": (lambda t: decoded_linears(t, False, "none"), DECODED),
     "decode_linear with a norm and SwiGLU": (lambda t: decoded_linears(t, True, "swiglu"), DECODED),
     "decode_linear with a residual": (lambda t: decoded_linears(t, False, "residual"), DECODED),
     "decode_qkv": (decoded_qkv, DECODED),
-    "sample the most likely": (lambda t: samples(t, None), DECODED),
+    "greedy sample": (lambda t: samples(t, None), DECODED),
     "sample": (lambda t: samples(t, (0.7, 9, 0.9)), DECODED),
     "cfg_euler_step": (steps, {"official", "official, torch.compile"}),
     "group_norm": (group_norms, {"official", "official, channels first", "official, torch.compile"}),
 }
-WORKLOAD = {name: Workload(name, "", 2000, 3000, build, torch.float32) for name, (build, _) in TINY.items()}
+WORKLOAD = {name: OpWorkload(name, "", 2000, 3000, build, torch.float32) for name, (build, _) in TINY.items()}
 
 
 def rows_of(workload):
-    clock = measure.Clock(CPU, 0, 1)
-    rows = list(kernels.measure(workload, clock))
-    return rows + list(kernels.measure(workload, clock, compiled=True, wrap=lambda function: function))
+    timer = measure.Timer(CPU, 0, 1)
+    rows = list(kernels.measure(workload, timer))
+    return rows + list(kernels.measure(workload, timer, compiled=True, wrap=lambda function: function))
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_peers_compute_what_the_op_does(name):
+def test_peers_match_the_op(name):
     rows = {row.who: row for row in rows_of(WORKLOAD[name])}
     function = WORKLOAD[name].build(kernels.Values(CPU, torch.float32))[0].__name__
-    assert set(rows) == {kernels.OURS, *kernels.PEERS[function], *kernels.COMPILED.get(function, {})}
+    assert set(rows) == {kernels.OURS, *kernels.PEERS[function], *kernels.COMPILED_PEERS.get(function, {})}
     for who in {kernels.OURS} | TINY[name][1]:
         assert rows[who].note == "" and rows[who].error < 1e-6 and rows[who].microseconds > 0, rows[who]
-    for row in rows.values():  # the others say why not
+    for row in rows.values():  # unsupported peers have a note
         assert row.note or row.error < 1e-6, row
 
 
 @pytest.mark.parametrize(
     "name", ["linear with SwiGLU", "rms_norm with a residual", "qk_norm_rope", "attention, training"]
 )
-def test_kernels_are_judged_as_the_references_are(name, kernels_run):
-    (ours, *_) = kernels.measure(WORKLOAD[name], measure.Clock(kernels_run, 0, 1))
+def test_kernels_match_the_expected_outputs(name, kernels_run):
+    (ours, *_) = kernels.measure(WORKLOAD[name], measure.Timer(kernels_run, 0, 1))
     assert (ours.who, ours.note) == (kernels.OURS, "") and ours.error < 1e-6
 
 
 @pytest.mark.parametrize("name", ["decode_linear with a norm and SwiGLU", "decode_qkv"])
-def test_what_runs_without_the_extension_is_a_peer_of_its_kernels(name, emulated_extension):
-    rows = {row.who: row for row in kernels.measure(WORKLOAD[name], measure.Clock(CPU, 0, 1))}
+def test_fallback_without_extension_is_a_peer(name, emulated_extension):
+    rows = {row.who: row for row in kernels.measure(WORKLOAD[name], measure.Timer(CPU, 0, 1))}
     for who in (kernels.OURS, kernels.WITHOUT_EXTENSION):
         assert rows[who].note == "" and rows[who].error < 1e-6, rows[who]
 
 
-def test_a_token_that_is_not_the_one_drawn_is_wrong(monkeypatch):
+def test_wrong_token_is_detected(monkeypatch):
     def second(logits, *_):
-        return peers.Contender(lambda: logits.topk(2).indices[:, 1], peers.one)
+        return peers.PreparedCall(lambda: logits.topk(2).indices[:, 1], peers.as_tuple)
 
     monkeypatch.setitem(kernels.PEERS, "sample", {"second": second})
-    ours, other = kernels.measure(WORKLOAD["sample the most likely"], measure.Clock(CPU, 0, 1))
+    ours, other = kernels.measure(WORKLOAD["greedy sample"], measure.Timer(CPU, 0, 1))
     assert (ours.note, other.note) == ("", "WRONG")
 
 
@@ -191,14 +191,14 @@ def kernels_run(request):
 
 @pytest.mark.skipif(not HAS_VLLM_OMNI, reason="vllm-omni is not installed")
 @pytest.mark.parametrize("name", ["linear", "linear with a bias", "linear with a residual", "rms_norm"])
-def test_vllm_omni_computes_what_the_op_does(name, monkeypatch):
+def test_vllm_omni_matches_the_op(name, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H200")
     (row,) = [row for row in rows_of(WORKLOAD[name]) if row.who == "vLLM-Omni"]
     assert row.note == "" and row.error < 1e-6
 
 
 @pytest.mark.skipif(HAS_VLLM_OMNI and HAS_LIGER, reason="both are installed")
-def test_a_peer_that_is_not_installed_is_a_line():
+def test_missing_peer_has_a_note():
     notes = {row.who: row.note for row in rows_of(WORKLOAD["linear with SwiGLU"]) + rows_of(WORKLOAD["rms_norm"])}
     assert HAS_LIGER or "No module named 'liger_kernel'" in notes["Liger"]
     assert HAS_VLLM_OMNI or "vllm-omni is not installed" in notes["vLLM-Omni"]
@@ -220,48 +220,48 @@ class Routing(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "name, gathers, scatters",
-    [("linear", 2, 2), ("linear with a residual", 2, 2), ("linear with SwiGLU", 2, 0), ("linear behind SwiGLU", 0, 2)],
+    [("linear", 2, 2), ("linear with a residual", 2, 2), ("linear with SwiGLU", 2, 0), ("down projection", 0, 2)],
 )
-def test_the_official_layers_route_around_a_whole_feed_forward_network(name, gathers, scatters):
+def test_official_layers_route_once_around_the_mlp(name, gathers, scatters):
     _, arguments, options = WORKLOAD[name].build(kernels.Values(CPU, torch.float32))
-    contender = peers.official_linear(*arguments, **options)
+    call = peers.official_linear(*arguments, **options)
     with Routing() as counted:
-        contender.run()
+        call.run()
     assert (counted.gathers, counted.scatters) == (gathers, scatters)
 
 
-@pytest.mark.parametrize("name", ["linear with SwiGLU", "linear behind SwiGLU"])
-def test_vllm_omni_has_no_feed_forward_network(name):
+@pytest.mark.parametrize("name", ["linear with SwiGLU", "down projection"])
+def test_vllm_omni_gemm_does_not_support_the_mlp(name):
     (row,) = [row for row in rows_of(WORKLOAD[name]) if row.who == "vLLM-Omni"]
-    assert row.note == "its mixture GEMM serves the attention projections only"
+    assert row.note == "the mixture GEMM supports only the attention projections"
 
 
-def test_sequence_order_puts_the_first_understanding_row_first():
+def test_sequence_starts_with_an_understanding_row():
     assert peers.sequence_positions(6, 4, CPU).tolist() == [1, 2, 3, 4, 0, 5]
     assert peers.sequence_positions(3, 0, CPU).tolist() == [0, 1, 2]
     assert peers.sequence_positions(2, 2, CPU).tolist() == [0, 1]
 
 
 def wrong(x, w_first, w_rest, *biases, G, **_):
-    return peers.Contender(lambda: x @ w_rest.t(), peers.one)
+    return peers.PreparedCall(lambda: x @ w_rest.t(), peers.as_tuple)
 
 
-def nothing(x, w_first, w_rest, *biases, G, **_):
-    return peers.Contender(lambda: x @ w_rest.t() * torch.nan, peers.one)
+def all_nan(x, w_first, w_rest, *biases, G, **_):
+    return peers.PreparedCall(lambda: x @ w_rest.t() * torch.nan, peers.as_tuple)
 
 
-def test_a_failing_or_wrong_contender_is_a_line_and_never_the_best_peer(monkeypatch):
-    monkeypatch.setitem(kernels.PEERS, "linear", {"broken": broken, "wrong": wrong, "nothing": nothing,
+def test_failing_or_wrong_peer_is_listed_but_never_the_best(monkeypatch):
+    monkeypatch.setitem(kernels.PEERS, "linear", {"broken": broken, "wrong": wrong, "nan": all_nan,
                                                   "right": peers.reference_linear})  # fmt: skip
-    rows = list(kernels.measure(WORKLOAD["linear"], measure.Clock(CPU, 0, 1)))
+    rows = list(kernels.measure(WORKLOAD["linear"], measure.Timer(CPU, 0, 1)))
     assert [(row.who, row.note) for row in rows] == [
         ("bagel_rt", ""), ("broken", "RuntimeError: no kernel image | is available"), ("wrong", "WRONG"),
-        ("nothing", "WRONG"), ("right", ""),
+        ("nan", "WRONG"), ("right", ""),
     ]  # fmt: skip
-    times = {"bagel_rt": 20.0, "wrong": 1.0, "nothing": 2.0, "right": 50.0}
+    times = {"bagel_rt": 20.0, "wrong": 1.0, "nan": 2.0, "right": 50.0}
     rows = [kernels.Row("linear", row.who, times.get(row.who), row.error, row.note) for row in rows]
     heading, _, *lines = kernels.table(WORKLOAD["linear"], rows, (1e9, 1e9)).split("\n")
-    assert heading == "**linear**, limit 3.0 us"
+    assert heading == "**linear**, roofline 3.0 us"
     assert kernels.table(WORKLOAD["linear"], rows, None).startswith("**linear**\n\n|")
     cells = {row[0]: row[1:] for row in table_cells("\n".join(lines))}
     assert cells["bagel_rt"][:5] == ["20.0", "0", "0", "15%", "2.50"]
@@ -271,50 +271,50 @@ def test_a_failing_or_wrong_contender_is_a_line_and_never_the_best_peer(monkeypa
     assert cells["right"][4] == "1.00" and cells["broken"][-1] == "RuntimeError: no kernel image \\| is available"
 
 
-def test_a_call_bound_by_latency_has_no_share_of_the_roofline():
+def test_latency_bound_call_has_no_roofline_share():
     rows = [kernels.Row("linear", kernels.OURS, 20.0, 0.0)]
     heading, _, *lines = kernels.table(WORKLOAD["linear"], rows, (1e10, 1e10)).split("\n")
-    assert heading == "**linear**, limit 0.3 us, bound by latency"
+    assert heading == "**linear**, roofline 0.3 us, latency-bound"
     assert table_cells("\n".join(lines))[1][1:5] == ["20.0", "0", "0", ""]
     assert table_cells(kernels.overview([(WORKLOAD["linear"], rows)], (1e10, 1e10)))[1][1:3] == ["20.0", ""]
 
 
-def test_a_small_row_is_judged_like_a_large_one():
+def test_error_is_relative_to_each_row():
     want = torch.ones(3, 4, dtype=torch.float64)
     want[0] *= 100
     got = want.clone()
     got[2] *= 1.5
-    assert kernels._error((got,), (want,)) == pytest.approx(0.5)
+    assert kernels.worst_row_error((got,), (want,)) == pytest.approx(0.5)
     lse = torch.tensor([[1.0], [-torch.inf]])
-    assert kernels._error((lse,), (lse.double(),)) == 0
-    assert not kernels._error((lse.nan_to_num(neginf=0),), (lse.double(),)) <= 1
-    assert not kernels._error((lse * torch.nan,), (lse.double(),)) <= 1
+    assert kernels.worst_row_error((lse,), (lse.double(),)) == 0
+    assert not kernels.worst_row_error((lse.nan_to_num(neginf=0),), (lse.double(),)) <= 1
+    assert not kernels.worst_row_error((lse * torch.nan,), (lse.double(),)) <= 1
 
 
-def test_a_wrong_log_sum_exp_is_wrong(monkeypatch):
+def test_wrong_log_sum_exp_is_detected(monkeypatch):
     def off(*arguments, return_lse):
         out, lse = attention(*arguments, return_lse=return_lse)
-        return peers.Contender(lambda: (out, lse * 1.01), tuple)
+        return peers.PreparedCall(lambda: (out, lse * 1.01), tuple)
 
     monkeypatch.setitem(kernels.PEERS, "attention", {"off": off})
-    ours, other = kernels.measure(WORKLOAD["attention with lse"], measure.Clock(CPU, 0, 1))
+    ours, other = kernels.measure(WORKLOAD["attention with lse"], measure.Timer(CPU, 0, 1))
     assert (ours.note, other.note) == ("", "WRONG")
 
 
 def groups_of(plan):
     plan = build_plan(PLANS[plan])
-    made = peers_attention.visible_groups(torch.from_numpy(plan.limits), torch.from_numpy(plan.blocks))
-    return [(seen, len(rows)) for seen, rows in made]
+    groups = peers_attention.visible_groups(torch.from_numpy(plan.limits), torch.from_numpy(plan.blocks))
+    return [(seen, len(rows)) for seen, rows in groups]
 
 
-def test_rows_that_see_the_same_are_one_call_of_sdpa():
+def test_rows_with_the_same_keys_share_one_sdpa_call():
     assert groups_of("two branches") == [((0, 13, 0, 0), 8), ((0, 3, 20, 28), 8)]
     assert groups_of("text after a context") == [((0, 13, 0, 0), 9)]
     assert groups_of("training") == [((0, 6, 0, 0), 6), ((0, 10, 0, 0), 4), ((0, 10, 12, 19), 7)]
     assert groups_of("long text") == [((0, 304, 0, 0), 300)]
 
 
-def test_every_workload_has_a_task_and_what_matters_most_comes_first():
+def test_tasks_cover_all_workloads_in_priority_order():
     tasks = kernels.tasks()
     assert sorted(workload.name for workload, compiled in tasks if not compiled) == sorted(w.name for w in WORKLOADS)
     assert all("text-to-image 1024" in workload.name and not compiled for workload, compiled in tasks[:8])
@@ -325,42 +325,42 @@ SMALL = TransformerConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_head
                           vocab_size=8, rope_theta=1e4, rms_norm_eps=1e-6, max_position_embeddings=64)  # fmt: skip
 
 
-def test_a_forward_compares_kernels_with_references(kernels_run, monkeypatch):
+def test_forward_compares_kernels_with_references(kernels_run, monkeypatch):
     monkeypatch.setitem(forward.BACKENDS, "kernels", "triton")
-    clock = measure.Clock(kernels_run, 0, 1)
-    rows = list(forward.measure("tiny", build_plan(PLANS["two branches"]), clock, torch.float32, (1e9, 1e9), SMALL, 1))
+    timer = measure.Timer(kernels_run, 0, 1)
+    rows = list(forward.measure("tiny", build_plan(PLANS["two branches"]), timer, torch.float32, (1e9, 1e9), SMALL, 1))
     assert [(row.who, row.layers, row.note) for row in rows] == [("kernels", 1, ""), ("references", 1, "")]
     assert 0 < rows[0].error < 1e-4 and rows[1].error is None
     lines = table_cells(forward.table(rows))
     assert [line[1] for line in lines[1:]] == ["kernels", "references"] and float(lines[1][2]) > 0
 
 
-def test_a_forward_that_differs_is_wrong(monkeypatch):
+def test_wrong_forward_is_detected(monkeypatch):
     def output(*_):
         return torch.ones(16, 32) if backend() == "auto" else torch.zeros(16, 32)
 
     monkeypatch.setattr(forward.Transformer, "forward", output)
-    rows = list(forward.measure("tiny", build_plan(PLANS["two branches"]), measure.Clock(CPU, 0, 1), torch.float32,
+    rows = list(forward.measure("tiny", build_plan(PLANS["two branches"]), measure.Timer(CPU, 0, 1), torch.float32,
                                 (1e9, 1e9), SMALL, 2))  # fmt: skip
     assert rows[0].note == "WRONG"
 
 
-def test_tables_are_printed_for_the_workloads_asked_for(capsys):
+def test_run_prints_a_table_per_workload(capsys):
     workloads = [WORKLOAD["cfg_euler_step"]]
-    rows = kernels.run(workloads, measure.Clock(CPU, 0, 1), (1e9, 1e9), compiled=False)
+    rows = kernels.run(workloads, measure.Timer(CPU, 0, 1), (1e9, 1e9), compiled=False)
     assert [row.who for row in rows] == ["bagel_rt", "official"]
-    assert capsys.readouterr().out.startswith("**cfg_euler_step**, limit 3.0 us\n\n|  | us |")
+    assert capsys.readouterr().out.startswith("**cfg_euler_step**, roofline 3.0 us\n\n|  | us |")
 
 
-def test_each_call_of_a_rotation_has_inputs_of_its_own(monkeypatch):
-    seen, clock = [], measure.Clock(CPU, 0, 1)
-    clock.cache = 4500
+def test_rotating_calls_have_separate_inputs(monkeypatch):
+    seen, timer = [], measure.Timer(CPU, 0, 1)
+    timer.l2_bytes = 4500
 
     def spy(x, w_first, w_rest, *biases, residual, **options):
         seen.append((x.data_ptr(), w_rest.data_ptr(), residual.data_ptr()))
         return peers.reference_linear(x, w_first, w_rest, *biases, residual=residual, **options)
 
     monkeypatch.setitem(kernels.PEERS, "linear", {"spy": spy})
-    rows = list(kernels.measure(WORKLOAD["linear with a residual"], clock))
+    rows = list(kernels.measure(WORKLOAD["linear with a residual"], timer))
     assert [(row.who, row.note) for row in rows] == [(kernels.OURS, ""), ("spy", "")]
     assert len(seen) == 3 and all(len(set(addresses)) == 3 for addresses in zip(*seen, strict=True))

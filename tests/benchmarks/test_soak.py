@@ -10,7 +10,7 @@ from conftest import CHECKPOINT
 from bagel_rt import Bagel, Cancelled
 from bagel_rt.runtime.slots import SlotRange
 from benchmarks import soak
-from benchmarks.soak import Asked, Requests
+from benchmarks.soak import RequestSampler, SoakRequest
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_many_requests_leave_nothing_and_repeat(runtime):
 
 def test_requests_repeat_with_their_seed_and_are_of_every_kind(runtime):
     def draw(seed):
-        requests = Requests(runtime, seed)
+        requests = RequestSampler(runtime, seed)
         return [requests.draw() for _ in range(60)]
 
     def shown(asked):
@@ -75,9 +75,9 @@ def test_another_result_behind_a_failure_is_found(runtime, monkeypatch):
             options["seed"] = 2
         return generate(self, *arguments, **options)
 
-    exhaust = soak._exhaust
+    exhaust = soak._run_out_of_memory
     monkeypatch.setattr(Bagel, "generate", spoilt)
-    monkeypatch.setattr(soak, "_exhaust", lambda *arguments: fails.append(1) or exhaust(*arguments))
+    monkeypatch.setattr(soak, "_run_out_of_memory", lambda *arguments: fails.append(1) or exhaust(*arguments))
     assert "generate behind exhausted memory in generate gives another result than before" in wrong_lines(runtime, 3)
 
 
@@ -102,9 +102,9 @@ def test_a_request_that_raises_and_memory_that_does_not_run_out_are_found(runtim
     monkeypatch.setattr(Bagel, "edit", fail)
     lines = wrong_lines(runtime, 12)
     assert "edit: RuntimeError: no kernel image" in lines
-    found = soak.Found()
-    soak._exhaust(runtime, Asked("interleave", ("not a list",), {}), found)
-    soak._exhaust(runtime, Asked("release_memory", (), {}), found)
+    found = soak.SoakReport()
+    soak._run_out_of_memory(runtime, SoakRequest("interleave", ("not a list",), {}), found)
+    soak._run_out_of_memory(runtime, SoakRequest("release_memory", (), {}), found)
     assert [line.split(":")[0] for line in found.wrong] == [
         "interleave without memory",
         "release_memory without memory",
@@ -114,7 +114,7 @@ def test_a_request_that_raises_and_memory_that_does_not_run_out_are_found(runtim
 
 def test_a_refused_growth_is_over_when_the_block_is(runtime):
     runtime.release_memory()
-    asked = Asked("generate", ("a",), {"seed": 0, "size": (16, 16), "num_timesteps": 2})
+    asked = SoakRequest("generate", ("a",), {"seed": 0, "size": (16, 16), "num_timesteps": 2})
     with soak.no_memory(runtime), pytest.raises(torch.OutOfMemoryError):
         asked.of(runtime)
     assert asked.of(runtime).latents.isfinite().all()
@@ -122,25 +122,25 @@ def test_a_refused_growth_is_over_when_the_block_is(runtime):
 
 @pytest.mark.parametrize("abandons", [False, True], ids=["cancelled", "abandoned"])
 def test_a_request_is_given_up_where_it_says(runtime, abandons):
-    asked = Asked("chat", ("why?",), {"max_think_token_n": 12}, stop=3, abandons=abandons)
+    asked = SoakRequest("chat", ("why?",), {"max_think_token_n": 12}, stop=3, abandons=abandons)
     with pytest.raises(Cancelled):
         asked.of(runtime)
-    late = Asked("chat", ("why?",), {"max_think_token_n": 3}, stop=50)
+    late = SoakRequest("chat", ("why?",), {"max_think_token_n": 3}, stop=50)
     assert late.of(runtime) == runtime.chat("why?", max_think_token_n=3)
 
 
 def test_results_are_compared_part_by_part(runtime):
     one, two = (runtime.generate("a", size=(16, 16), seed=seed, num_timesteps=2) for seed in (0, 1))
-    assert soak._same([one, "x"], [one, "x"]) == (True, 0.0)
-    same, error = soak._same([one], [two])
+    assert soak._compare([one, "x"], [one, "x"]) == (True, 0.0)
+    same, error = soak._compare([one], [two])
     assert not same and 0 < error < float("inf")
     for got, want in ((["x"], ["y"]), ([one], [one, one]), ([], [one])):
-        assert soak._same(got, want) == (False, float("inf"))
+        assert soak._compare(got, want) == (False, float("inf"))
 
 
 @pytest.mark.parametrize("wrong", [[], ["it leaks"]], ids=["right", "wrong"])
 def test_the_command_tells_and_returns_what_came_of_it(tmp_path, monkeypatch, capsys, wrong):
-    found = soak.Found(wrong=wrong, worst=float("inf"))
+    found = soak.SoakReport(wrong=wrong, worst=float("inf"))
     found.requests["chat"] += 3
     monkeypatch.setattr(soak, "soak", lambda bagel, requests, seed, say: found if (requests, seed) == (7, 2) else None)
     file = tmp_path / "soak.json"

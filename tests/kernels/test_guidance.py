@@ -330,11 +330,11 @@ def test_neither_images_nor_their_number_are_read_by_the_host_or_compile_another
     code = """
 import torch
 from bagel_rt.kernels import cfg_euler_step
-from benchmarks.compiling import launches
+from benchmarks.compiling import intercept_launches
 
 variants = {True: set(), False: set()}
 for images, rows, guided in ((1, 4096, True), (3, 1000, True), (4, 1, True), (1, 4096, False), (2, 77, False)):
-    with launches("sm_90", lambda asked, run: variants[guided].add(run().hash)), torch.device("meta"):
+    with intercept_launches("sm_90", lambda asked, run: variants[guided].add(run().hash)), torch.device("meta"):
         x, v = torch.empty(images * rows, 64), torch.empty(3 * images * rows, 64, dtype=torch.bfloat16)
         cfg_euler_step(x, v, torch.empty(images, 5, dtype=torch.int32), torch.empty(images, 5), rows, guided)
 print(len(variants[True]), len(variants[False]))
