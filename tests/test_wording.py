@@ -28,6 +28,9 @@ MARKERS = {  # phrase: what to write instead
     r"cannot be listened": "cannot bind",
     r"under way|at hand": "running; available",
     r"thrice": "three times",
+    r"anew": "again",
+    r"seldom": "rarely",
+    r"\d+ x \d+ (pixels|images?)": "WIDTHxHEIGHT",
 }
 TO_DO: dict[str, list[str]] = {
     r"allowed are": [
@@ -120,6 +123,22 @@ TO_DO: dict[str, list[str]] = {
     ],
     r"thrice": [
         "bagel_rt/tiny/examples.py",
+    ],
+    r"anew": [
+        "bagel_rt/check/case.py",
+        "bagel_rt/models/bagel/contents.py",
+        "bagel_rt/runtime/context.py",
+        "bagel_rt/runtime/denoise.py",
+        "bagel_rt/tiny/data.py",
+        "bagel_rt/train/state.py",
+        "benchmarks/official.py",
+        "tests/benchmarks/test_gpu_check_stages.py",
+        "tests/train/test_train_gradients.py",
+    ],
+    r"\d+ x \d+ (pixels|images?)": [
+        "bagel_rt/tiny/model.py",
+        "benchmarks/workloads.py",
+        "tests/conftest.py",
     ],
 }
 
