@@ -37,14 +37,11 @@ TO_DO: dict[str, list[str]] = {
         "bagel_rt/engine.py",
         "bagel_rt/tiny/evaluate.py",
         "bagel_rt/train/batch.py",
-        "benchmarks/end_to_end.py",
         "benchmarks/soak.py",
-        "tests/benchmarks/test_end_to_end.py",
         "tests/benchmarks/test_soak.py",
         "tests/tiny/test_evaluate.py",
     ],
     r"giv(es?|en|ing) back|given up": [
-        "benchmarks/runners.py",
         "benchmarks/soak.py",
     ],
     r"pictures?\b": [
@@ -70,13 +67,10 @@ TO_DO: dict[str, list[str]] = {
         "bagel_rt/train/objective.py",
         "bagel_rt/train/packing.py",
         "bagel_rt/train/trainer.py",
-        "benchmarks/end_to_end.py",
         "benchmarks/official.py",
-        "benchmarks/runners.py",
         "benchmarks/soak.py",
         "benchmarks/workloads.py",
         "kernels/group_norm.py",
-        "tests/benchmarks/test_end_to_end.py",
         "tests/conformance/bagel/README.md",
         "tests/conftest.py",
         "tests/kernels/test_group_norm.py",
@@ -106,20 +100,14 @@ TO_DO: dict[str, list[str]] = {
         "bagel_rt/check/cases.py",
         "bagel_rt/check/cases_decode.py",
     ],
-    r"beside whom": [
-        "benchmarks/gpu_check.py",
-    ],
     r"(is|are) told (?!apart)|what (is|was|can be) (said|told|given|taken)": [
         "bagel_rt/tiny/examples.py",
-        "benchmarks/compiling.py",
         "benchmarks/official.py",
         "tests/models/bagel/test_memory_advice.py",
         "tests/tiny/test_evaluate.py",
     ],
     r"under way|at hand": [
         "bagel_rt/models/bagel/random_checkpoint.py",
-        "benchmarks/random_model.py",
-        "benchmarks/timeline.py",
     ],
     r"thrice": [
         "bagel_rt/tiny/examples.py",
@@ -132,7 +120,6 @@ TO_DO: dict[str, list[str]] = {
         "bagel_rt/tiny/data.py",
         "bagel_rt/train/state.py",
         "benchmarks/official.py",
-        "tests/benchmarks/test_gpu_check_stages.py",
         "tests/train/test_train_gradients.py",
     ],
     r"\d+ x \d+ (pixels|images?)": [
