@@ -206,7 +206,7 @@ class Engine:
         )
 
     def _write(self, contexts: Sequence[RequestContexts], requests: Sequence[Request], report: Report) -> list[str]:
-        """The next text of each request, decoded together; the lengths allowed are equal."""
+        """The next text of each request, decoded together. All requests have the same maximum length."""
         if len(requests) == 1:
             return ["".join(self._stream_text(contexts[0], requests[0], requests[0].seed, report))]
         streams = [self.tokenizer.stream() for _ in requests]

@@ -150,5 +150,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture
 def photo():
-    """A picture of noise, 90 x 70 pixels."""
+    """An image of noise, 90x70 pixels."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))

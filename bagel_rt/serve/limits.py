@@ -21,7 +21,7 @@ class Limits:
     side: int = checked(integer(1), 2048, help="Pixels of the longer side of a generated image.")
     steps: int = checked(integer(2), 200, help="Timesteps per image.")
     written_tokens: int = checked(integer(1), 4096, help="Tokens of a generated text.")
-    pictures: int = checked(integer(1, MAX_BATCH), 8, help="Images generated for one request.")
+    outputs: int = checked(integer(1, MAX_BATCH), 8, help="Images generated for one request.")
     queue: int = checked(integer(1), 64, help="Requests in the queue; one more gets 429.")
     batch: int = checked(integer(1, MAX_BATCH), 8, help="Images generated in one batch.")
     seconds: float = checked(number(0, _DAY, above=True), 600.0, help="Seconds for a request, until 504.")

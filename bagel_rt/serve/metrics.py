@@ -21,7 +21,7 @@ class Metrics:
         self.seconds = histogram("bagel_rt_request_seconds", "Latency of requests", ["route"], buckets=_SECONDS)
         self.waited = histogram("bagel_rt_queue_seconds", "Time in the queue", buckets=_SECONDS)
         self.batch = histogram("bagel_rt_batch_size", "Requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64))
-        self.images = counter("bagel_rt_pictures", "Generated images")
+        self.images = counter("bagel_rt_images", "Generated images")
         self.tokens = counter("bagel_rt_tokens", "Generated tokens")
         self.cancelled = counter("bagel_rt_cancelled", "Requests whose client disconnected")
         self._waiting = gauge("bagel_rt_queue", "Requests in the queue")

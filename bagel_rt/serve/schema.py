@@ -192,7 +192,7 @@ def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list
     Raises:
         ValueError: a field is out of range.
     """
-    _check_limit("n", body.n, limits.pictures)
+    _check_limit("n", body.n, limits.outputs)
     _check_limit("num_timesteps", body.num_timesteps, limits.steps)
     _check_limit("max_think_token_n", body.max_think_token_n, limits.written_tokens + 1)
     settings = _resolve("edit" if images else "generate", body, limits)
@@ -213,7 +213,7 @@ def chat_request(bagel: Bagel, limits: Limits, body: Chat, parts: list[str | Ima
     Raises:
         ValueError: a field is out of range.
     """
-    most_rounds = min(limits.pictures, MAX_ROUNDS)
+    most_rounds = min(limits.outputs, MAX_ROUNDS)
     _check_limit("max_tokens", body.most_tokens, limits.written_tokens)
     _check_limit("max_rounds", body.max_rounds, most_rounds)
     _check_limit("num_timesteps", body.num_timesteps, limits.steps)

@@ -89,7 +89,7 @@ def test_what_one_request_captured_serves_the_next(captured, eager, photo, reque
     assert same(first, requests[0](eager, photo))
     assert captures[0] > 0
     grown = captured.engine.graphs.captures - captures[-1]
-    assert grown <= 1, "only a picture's decoding is captured at the second request of its size"
+    assert grown <= 1, "only the decoding of an image is captured at the second request of its size"
 
 
 def test_a_repeated_request_captures_nothing(captured, photo):

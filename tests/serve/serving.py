@@ -19,7 +19,7 @@ from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.run import make_server
 
 DRAW, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
-LIMITS = Limits(body=1 << 20, pixels=1 << 16, images=2, prompt_tokens=200, side=96, steps=2000, pictures=3, queue=4)
+LIMITS = Limits(body=1 << 20, pixels=1 << 16, images=2, prompt_tokens=200, side=96, steps=2000, outputs=3, queue=4)
 IMAGE = {"prompt": "x", "size": "32x32", "num_timesteps": 3, "seed": 1}
 PATIENCE = 120
 

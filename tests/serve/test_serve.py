@@ -172,9 +172,9 @@ def test_models_health_and_metrics(client, http):
     with pytest.raises(openai.NotFoundError, match="must be 'small' or left out, got 'gpt-4'"):
         client.models.retrieve("gpt-4")
     assert http.get("/health").json() == {"status": "ok", "model": "small", "queue": 0}
-    before = metric(http, "bagel_rt_pictures_total")
+    before = metric(http, "bagel_rt_images_total")
     client.images.generate(prompt="a cat", size="32x32", extra_body=QUICK)
-    assert metric(http, "bagel_rt_pictures_total") == before + 1
+    assert metric(http, "bagel_rt_images_total") == before + 1
     assert metric(http, 'bagel_rt_requests_total{route="/v1/images/generations",status="200"}') >= 1
 
 

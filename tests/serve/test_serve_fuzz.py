@@ -28,7 +28,7 @@ from bagel_rt.serve.app import create_app  # noqa: E402
 from bagel_rt.serve.limits import Limits  # noqa: E402
 
 LIMITS = Limits(
-    body=1 << 17, pixels=1 << 12, images=2, prompt_tokens=60, side=32, steps=3, written_tokens=2, pictures=2, seconds=60
+    body=1 << 17, pixels=1 << 12, images=2, prompt_tokens=60, side=32, steps=3, written_tokens=2, outputs=2, seconds=60
 )
 CASES = 1000
 GONE = 499
