@@ -1,7 +1,7 @@
 """The Qwen2 byte-level BPE tokenizer, and the official rule that extracts an answer from generated tokens.
 
-A token of the vocabulary spells bytes, one character per byte (the printable alphabet of GPT-2); an added token, such
-as ``<|im_start|>``, spells itself. Any text can be encoded; decoding returns its NFC form.
+A token of the vocabulary is a sequence of bytes, written with one character per byte (GPT-2's byte alphabet). An added
+token, such as ``<|im_start|>``, is written as it is. Any text can be encoded; decoding returns its NFC form.
 """
 
 import codecs
@@ -21,47 +21,50 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 _REMEDY = "Download the tokenizer files again from the published model folder"
 
-_FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # of an added token
+_ADDED_TOKEN_FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
 
-# Qwen2: English contractions, words with the character before them, single digits, punctuation, line ends, spaces.
+# Qwen2's pre-tokenization: English contractions, words with one preceding character, single digits, punctuation, line
+# breaks, spaces.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Printable bytes stand for themselves; the others, in order, for the characters from 256 on.
+# GPT-2's byte alphabet: a printable byte is written as its own character, the n-th other byte as character 256 + n.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
 class Tokenizer:
-    """Text to token ids and back. ``len()`` is the number of tokens; a model's vocabulary may be padded beyond it.
+    """The tokenizer. ``len()`` is its number of tokens; a model's vocabulary may be padded to more.
 
     Attributes:
-        bos, eos: ids of <|im_start|> and <|im_end|>, the frame of every text.
-        start_of_image, end_of_image: ids of <|vision_start|> and <|vision_end|>, the frame of every image.
+        bos, eos: ids of <|im_start|> and <|im_end|>, which enclose every text.
+        start_of_image, end_of_image: ids of <|vision_start|> and <|vision_end|>, which enclose every image.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, source: Path | str):
-        """Wrap a byte-level BPE; its truncation and padding are switched off.
+        """Wrap a byte-level BPE and disable its truncation and padding.
 
         Args:
-            backend: recognises special tokens in a text.
-            source: its file, for error messages.
+            backend: must recognize special tokens in a text.
+            source: the file of the backend, for error messages.
 
         Raises:
-            CheckpointError: not a byte-level BPE, cannot spell every byte, or lacks one of the four tokens.
+            CheckpointError: not a byte-level BPE, or a token is missing: one of the 256 bytes or the four above.
         """
         if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
-            raise CheckpointError(f"{source} is not a byte-level BPE tokenizer, the kind that Qwen2 uses. {_REMEDY}.")
+            raise CheckpointError(f"{source} must be a byte-level BPE tokenizer, as used by Qwen2. {_REMEDY}.")
         missing = [character for character in _BYTE_OF if backend.token_to_id(character) is None]
         if missing:
-            raise CheckpointError(f"{source} has no token for {len(missing)} of the 256 bytes. {_REMEDY}.")
+            raise CheckpointError(f"{source}: tokens for {len(missing)} of the 256 bytes are missing. {_REMEDY}.")
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         names = (START, END, "<|vision_start|>", "<|vision_end|>")
-        self.bos, self.eos, self.start_of_image, self.end_of_image = (_special(backend, name, source) for name in names)
+        self.bos, self.eos, self.start_of_image, self.end_of_image = (
+            _special_id(backend, name, source) for name in names
+        )
 
     @classmethod
     def from_folder(cls, path: Path | str) -> "Tokenizer":
@@ -106,21 +109,21 @@ class Tokenizer:
         Raises:
             ValueError: an id has no token.
         """
-        spelled = [(token, self.spell(token)) for token in ids]
-        unknown = [token for token, spelling in spelled if spelling is None]
+        tokens = [(token, self.spell(token)) for token in ids]
+        unknown = [token for token, spelling in tokens if spelling is None]
         if unknown:
-            raise ValueError(f"token id must be one of the {len(self)} ids from 0, got {unknown[0]}.")
-        return b"".join(spelling for _, spelling in spelled).decode("utf-8", "replace")
+            raise ValueError(f"token id must be below {len(self)}, the number of tokens, got {unknown[0]}.")
+        return b"".join(spelling for _, spelling in tokens).decode("utf-8", "replace")
 
     def answer(self, ids: Iterable[int]) -> str:
-        """Extract the answer from generated ids, start token included, by the official rule.
+        """Extract the answer from generated ids, which include the start token, by the official rule.
 
-        The answer is the text between the first <|im_start|> and the first <|im_end|> or next <|im_start|>, whether
-        these were generated as special tokens or spelled out. Ids from ``len(self)`` on, which a padded vocabulary can
-        produce, add no text.
+        The answer is the text between the first <|im_start|> and the first <|im_end|> or next <|im_start|>, generated
+        as special tokens or spelled out. Ids of ``len(self)`` and above, which a padded vocabulary can produce, add no
+        text.
 
         Raises:
-            ValueError: there is no <|im_start|>, or an id is not a number from 0.
+            ValueError: no <|im_start|>, or an id is not an integer >= 0.
         """
         text = b"".join(self.spell(token) or b"" for token in ids).decode("utf-8", "replace")
         _, start, answer = text.partition(START)
@@ -129,69 +132,70 @@ class Tokenizer:
         return answer.partition(END)[0].partition(START)[0]
 
     def stream(self) -> "TextStream":
-        """A decoder for the tokens of one text, piece by piece."""
+        """Create a streaming decoder for one answer."""
         return TextStream(self)
 
     def spell(self, token: int) -> bytes | None:
         """The bytes of one token, which may end inside a character; None if the id has no token.
 
         Raises:
-            ValueError: not a number from 0.
+            ValueError: not an integer >= 0.
         """
         try:
             name = self._backend.id_to_token(operator.index(token))
         except (TypeError, OverflowError):
-            raise ValueError(f"token id must be a whole number from 0 to 2**32 - 1, got {token!r}.") from None
+            raise ValueError(f"token id must be an integer from 0 to 2**32 - 1, got {token!r}.") from None
         if name is None:
             return None
         try:
             return bytes([_BYTE_OF[character] for character in name])
-        except KeyError:  # an added token with a character outside the alphabet, such as a space
+        except KeyError:  # an added token with a character outside the byte alphabet, such as a space
             return name.encode()
 
 
 class TextStream:
-    """The text of an answer, piece by piece, while its tokens are generated.
+    """Streaming decoder of one answer, token by token.
 
-    The pieces add up to :meth:`Tokenizer.answer` of the start token and the tokens fed. A piece never ends inside a
-    character or inside what may become a spelled-out marker; that text is held back. (``tokenizers.DecodeStream`` has
-    no flush: an answer that ends inside a character would lose its last U+FFFD.)
+    The concatenated pieces equal :meth:`Tokenizer.answer` of the start token and the tokens fed. A piece never ends
+    inside a character, or inside text that may become a spelled-out <|im_start|> or <|im_end|>; such text waits for the
+    next token. ``tokenizers.DecodeStream`` cannot replace this: it has no flush, so an answer that ends inside a
+    character would lose its last U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._spell = tokenizer.spell
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._pending = ""
         self._ended = False
 
     def feed(self, token: int) -> str:
-        """Take the next token after <|im_start|> and return the text it completes, often none.
+        """Decode the next token after <|im_start|> and return the text that it completes, often none.
 
         Raises:
-            ValueError: not a number from 0.
+            ValueError: not an integer >= 0.
         """
         return self._release(self._utf8.decode(self._spell(token) or b""))
 
     def finish(self) -> str:
-        """Return the text still held back; no token may follow."""
-        return self._release(self._utf8.decode(b"", final=True)) + self._held
+        """Return the remaining text. Feed no token after this."""
+        return self._release(self._utf8.decode(b"", final=True)) + self._pending
 
     def _release(self, text: str) -> str:
         if self._ended:
             return ""
-        text = self._held + text
-        found = [place for place in map(text.find, (START, END)) if place >= 0]
-        self._ended = bool(found)
-        cut = min(found, default=len(text))
-        last = text.rfind("<", 0, cut)  # in both markers only the first character
-        if not found and last >= 0 and any(marker.startswith(text[last:]) for marker in (START, END)):
+        text = self._pending + text
+        ends = [index for index in map(text.find, (START, END)) if index >= 0]
+        self._ended = bool(ends)
+        cut = min(ends, default=len(text))
+        last = text.rfind("<", 0, cut)  # "<" is the first character of both markers and occurs nowhere else in them
+        if not ends and last >= 0 and any(marker.startswith(text[last:]) for marker in (START, END)):
             cut = last
-        self._held = "" if found else text[cut:]
+        self._pending = "" if ends else text[cut:]
         return text[:cut]
 
 
 def qwen2_backend(model: models.BPE) -> tokenizers.Tokenizer:
-    """Add Qwen2's normalisation, word split and byte alphabet to a BPE. Special tokens are not added."""
+    """Add Qwen2's normalization, pre-tokenization and byte alphabet to a BPE. Special tokens are not added."""
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
@@ -201,10 +205,10 @@ def qwen2_backend(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _special(backend: tokenizers.Tokenizer, name: str, source: Path | str) -> int:
+def _special_id(backend: tokenizers.Tokenizer, name: str, source: Path | str) -> int:
     token = backend.token_to_id(name)
     if token is None:
-        raise CheckpointError(f"{source} has no token {name}, which frames texts or images. {_REMEDY}.")
+        raise CheckpointError(f"{source}: the special token {name} is missing. {_REMEDY}.")
     return token
 
 
@@ -214,20 +218,20 @@ def _read_whole(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(raw)
     except Exception as error:  # tokenizers raises no narrower class
-        raise CheckpointError(f"{path} is not a tokenizer: {error}. {_REMEDY}.") from None
+        raise CheckpointError(f"{path} is not a valid tokenizer file: {error}. {_REMEDY}.") from None
 
 
 def _read_parts(vocab: Path, merges: Path, config: Path) -> tokenizers.Tokenizer:
     try:
         backend = qwen2_backend(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # as above
-        raise CheckpointError(f"{vocab} and {merges.name} are not a BPE vocabulary: {error}. {_REMEDY}.") from None
+    except Exception as error:  # as in _read_whole
+        raise CheckpointError(f"{vocab} and {merges.name} are not a valid BPE: {error}. {_REMEDY}.") from None
     for token, added in _added_tokens(config):
         backend.add_tokens([added])
         if backend.token_to_id(added.content) != token:
             raise CheckpointError(
-                f"{config} gives {added.content} the id {token}, but appended to {vocab.name} it gets "
-                f"{backend.token_to_id(added.content)}: the files do not match. {_REMEDY}."
+                f"{config}: the id of {added.content} must be {backend.token_to_id(added.content)} to match "
+                f"{vocab.name}, got {token}. {_REMEDY}."
             )
     return backend
 
@@ -238,11 +242,11 @@ def _added_tokens(path: Path) -> list[tuple[int, AddedToken]]:
     added = []
     try:
         for key, entry in entries.items():
-            flags = {flag: entry[flag] for flag in _FLAGS if flag in entry}
+            flags = {flag: entry[flag] for flag in _ADDED_TOKEN_FLAGS if flag in entry}
             added.append((int(key), AddedToken(entry["content"], **flags)))
     except (AttributeError, KeyError, TypeError, ValueError):
-        shown = reprlib.repr(entries)
         raise CheckpointError(
-            f"{path}: added_tokens_decoder must map ids to a token's content and flags, got {shown}. {_REMEDY}."
+            f"{path}: added_tokens_decoder must map ids to a token's content and flags, got {reprlib.repr(entries)}. "
+            f"{_REMEDY}."
         ) from None
     return sorted(added, key=operator.itemgetter(0))

@@ -1,4 +1,4 @@
-"""The official pixel rules against recorded pictures and sizes; and bad pictures, each refused by name."""
+"""Image conversion and resizing against recorded pixels and sizes, and errors for invalid images."""
 
 import io
 import json
@@ -29,7 +29,7 @@ from bagel_rt.models.bagel.images import (
 CASE = PACK / "cases" / "01_image_transforms"
 META = json.loads((CASE / "meta.json").read_text())
 GOLDEN = load_file(CASE / "tensors.safetensors")
-PICTURE = (PACK / "images" / "a.png").read_bytes()
+PNG = (PACK / "images" / "a.png").read_bytes()
 VAE, VIT = ResizeRule(128, 64, 16), ResizeRule(140, 56, 14)
 
 
@@ -44,7 +44,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A PNG whose header promises that size and whose pixels never come."""
+    """A PNG whose header claims this size, without the pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -54,11 +54,11 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-# Recorded truth
+# Recorded results
 
 
-def test_pictures_become_the_recorded_pixels():
-    found = {}
+def test_converted_images_match_the_recorded_pixels():
+    results = {}
     for row in META["pixel_cases"]:
         source = open_image(PACK / row["image"])
         assert (source.mode, list(source.size)) == (row["mode"], row["in_wh"])
@@ -69,15 +69,15 @@ def test_pictures_become_the_recorded_pixels():
         assert list(for_vit.size) == row["after_vit_resize_of_vae_resized_wh"]
         assert list(image_to_tensor(for_vae).shape) == row["vae_tensor_chw"]
         letter = Path(row["image"]).stem
-        found |= {f"{letter}.rgb_u8": pixels(rgb), f"{letter}.vit_tensor": image_to_tensor(for_vit)}
-        found |= {f"{letter}.vae_resized_u8": pixels(for_vae), f"{letter}.vit_resized_u8": pixels(for_vit)}
+        results |= {f"{letter}.rgb_u8": pixels(rgb), f"{letter}.vit_tensor": image_to_tensor(for_vit)}
+        results |= {f"{letter}.vae_resized_u8": pixels(for_vae), f"{letter}.vit_resized_u8": pixels(for_vit)}
     for name, tensor in GOLDEN.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(results[name], tensor), name
 
 
 @pytest.mark.parametrize("img_num, rows", [(1, "rows"), (3, "rows_img_num_3")], ids=["one-image", "three-images"])
 @pytest.mark.parametrize("name", META["size_rules"])
-def test_sizes_are_the_recorded_ones(name, rows, img_num):
+def test_output_sizes_match_the_record(name, rows, img_num):
     table = META["size_rules"][name]
     rule = ResizeRule(table["max_size"], table["min_size"], table["stride"], table["max_pixels"])
     for row in table[rows]:
@@ -85,27 +85,27 @@ def test_sizes_are_the_recorded_ones(name, rows, img_num):
 
 
 @pytest.mark.parametrize("case", ["10_t2i_nocfg_shift1", "20_edit_text_channel"])
-def test_what_the_decoder_returned_becomes_the_recorded_png(case):
+def test_decoder_output_becomes_the_recorded_png(case):
     folder = PACK / "cases" / case
-    returned = load_file(folder / "tensors.safetensors")["i00.image_float"]
+    decoded = load_file(folder / "tensors.safetensors")["i00.image_float"]
     with Image.open(folder / "output_0.png") as want:
-        assert torch.equal(pixels(tensor_to_image(returned[0])), pixels(want))
+        assert torch.equal(pixels(tensor_to_image(decoded[0])), pixels(want))
 
 
-# The rules themselves
+# Rules
 
 
-def test_the_pixel_budget_defaults_to_the_official_one():
+def test_default_max_pixels_is_the_official_one():
     assert ResizeRule(1024, 512, 16).max_pixels == META["size_rules"]["bagel_vae(1024,512,16)"]["max_pixels"]
 
 
 @pytest.mark.parametrize("side, want", [(24, 32), (40, 32), (56, 64), (23, 16)])
-def test_half_strides_are_rounded_to_even(side, want):
+def test_half_strides_round_to_even(side, want):
     rule = ResizeRule(64, 16, 16)
     assert rule.output_size(side, side) == (want, want)
 
 
-def test_the_budget_is_overshot_because_it_scales_both_sides_by_the_area():
+def test_pixel_budget_scales_both_sides_by_the_ratio_of_areas():
     assert ResizeRule(100, 10, 10, 5000).output_size(100, 100) == (50, 50)
 
 
@@ -116,30 +116,30 @@ rules = st.builds(
 
 
 @given(rules, st.integers(1, 1 << 16), st.integers(1, 1 << 16), st.integers(1, 9))
-def test_any_size_becomes_whole_strides_within_the_maximum_and_turns_with_the_picture(rule, width, height, img_num):
+def test_output_size_is_a_multiple_of_the_stride_and_symmetric(rule, width, height, img_num):
     size = rule.output_size(width, height, img_num)
     assert all(side % rule.stride == 0 and rule.stride <= side <= rule.max_size for side in size)
     assert rule.output_size(height, width, img_num) == size[::-1]
 
 
-def test_transparent_pixels_are_white_and_half_transparent_ones_half_white():
+def test_transparency_is_composited_on_white():
     image = Image.new("RGBA", (3, 1))
     image.putdata([(10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 51)])
     assert pixels(to_rgb(image)).tolist() == [[[10, 20, 30], [255] * 3, [204] * 3]]
 
 
-def test_a_colour_that_the_file_marks_as_transparent_is_white():
+def test_transparent_color_of_a_file_becomes_white():
     grey = Image.new("L", (2, 1), 7)
     grey.putpixel((1, 0), 90)
     marked = open_image(encoded(grey, transparency=7))
     assert marked.mode == "L" and pixels(to_rgb(marked)).tolist() == [[[255] * 3, [90] * 3]]
 
 
-def test_alpha_beside_grey_is_dropped_as_officially():
+def test_alpha_of_a_grey_image_is_dropped_as_in_the_official_code():
     assert to_rgb(Image.new("LA", (1, 1), (9, 0))).getpixel((0, 0)) == (9, 9, 9)
 
 
-def test_pixels_keep_their_place_whatever_exif_says():
+def test_exif_orientation_is_ignored():
     image = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn a quarter
@@ -147,8 +147,8 @@ def test_pixels_keep_their_place_whatever_exif_says():
     assert turned.getexif()[0x0112] == 6 and torch.equal(pixels(to_rgb(turned)), pixels(image))
 
 
-def test_every_level_survives_the_way_to_a_tensor_and_back():
-    # One level may fall by truncation, as officially; the tensor itself is exact.
+def test_round_trip_through_a_tensor_loses_at_most_one_level():
+    # The tensor is exact; truncation on the way back may lower a level by one, as in the official code.
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
     tensor = image_to_tensor(ramp)
     assert tensor.dtype == torch.float32 and tensor.shape == (3, 16, 16) and tensor.is_contiguous()
@@ -163,61 +163,61 @@ def test_levels_are_clamped_and_truncated():
     assert pixels(tensor_to_image(values))[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
 
 
-def test_levels_of_a_bfloat16_picture_are_computed_in_float32():
+def test_levels_of_a_bfloat16_tensor_are_computed_in_float32():
     tensor = torch.linspace(-1, 1, 768).reshape(3, 16, 16).bfloat16()
     assert torch.equal(pixels(tensor_to_image(tensor)), pixels(tensor_to_image(tensor.float())))
 
 
-# What can be opened
+# Opening
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_allowed_format_opens_from_bytes_and_from_a_path(kind, tmp_path):
+def test_opens_every_supported_format_from_bytes_and_path(kind, tmp_path):
     image = Image.new("RGB", (5, 3), "red")
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(encoded(image, kind))
     for source in (path, str(path), path.read_bytes()):
         opened = open_image(source)
         assert opened.size == (5, 3) and opened.convert("RGB").getpixel((1, 1))[0] > 250
 
 
-def test_a_pil_image_is_returned_itself_even_if_it_was_not_read_yet():
-    lazy = Image.open(io.BytesIO(PICTURE))
+def test_returns_a_pil_image_as_it_is():
+    lazy = Image.open(io.BytesIO(PNG))
     assert open_image(lazy) is lazy
-    made = Image.new("RGB", (2, 2))
-    assert open_image(made) is made
+    image = Image.new("RGB", (2, 2))
+    assert open_image(image) is image
 
 
-def test_of_an_animation_the_first_frame_counts():
+def test_opens_the_first_frame_of_an_animation():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert to_rgb(open_image(animation)).getpixel((0, 0)) == (255, 0, 0)
 
 
-BAD = {
-    "no-bytes": (b"", "given 0 bytes: not an image in one of the formats PNG"),
-    "a-text": (b"hello", "given 5 bytes: not an image in one of the formats PNG"),
-    "a-format-that-runs-programs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-    "half-a-file": (PICTURE[: len(PICTURE) // 2], "truncated or damaged"),
+INVALID_SOURCES = {
+    "empty-bytes": (b"", "given 0 bytes: not an image in one of the formats PNG"),
+    "text": (b"hello", "given 5 bytes: not an image in one of the formats PNG"),
+    "format-that-runs-ghostscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    "half-a-file": (PNG[: len(PNG) // 2], "truncated or damaged"),
     "only-a-header": (png_claiming(64, 64), "truncated or damaged"),
-    "no-columns": (png_claiming(0, 5), "got 0x5|not an image"),
-    "a-bomb": (png_claiming(8193, 8192), "1 to 67108864 pixels .* got 8193x8192"),
-    "a-bomb-that-pillow-refuses": (png_claiming(60000, 60000), "cannot be opened: .*decompression bomb"),
-    "a-thread": (png_claiming(MAX_IMAGE_SIDE + 1, 1), "sides up to 65536, got 65537x1"),
-    "an-empty-image": (Image.new("RGB", (0, 3)), "the given RGB image must have .* got 0x3"),
-    "an-array": (np.zeros((2, 2, 3), np.uint8), "must be a PIL image, a path or encoded bytes, got ndarray"),
-    "nothing": (None, "got NoneType"),
+    "zero-width": (png_claiming(0, 5), "got 0x5|not an image"),
+    "too-many-pixels": (png_claiming(8193, 8192), "1 to 67108864 pixels .* got 8193x8192"),
+    "decompression-bomb": (png_claiming(60000, 60000), "cannot be opened: .*decompression bomb"),
+    "too-wide": (png_claiming(MAX_IMAGE_SIDE + 1, 1), "sides up to 65536, got 65537x1"),
+    "empty-image": (Image.new("RGB", (0, 3)), "the given RGB image must have .* got 0x3"),
+    "array": (np.zeros((2, 2, 3), np.uint8), "must be a PIL image, a path or encoded bytes, got ndarray"),
+    "none": (None, "got NoneType"),
 }
 
 
-@pytest.mark.parametrize("source, message", BAD.values(), ids=BAD)
-def test_refuses(source, message):
+@pytest.mark.parametrize("source, message", INVALID_SOURCES.values(), ids=INVALID_SOURCES)
+def test_open_rejects_invalid_sources(source, message):
     with pytest.raises(ValueError, match=message):
         open_image(source)
 
 
-def test_names_the_file_that_is_missing_a_folder_or_damaged(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.png: no such file; give the path"):
+def test_open_errors_name_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.png: no such file. Give the path"):
         open_image(tmp_path / "absent.png")
     with pytest.raises(FileNotFoundError, match="^data:image/png.{186}: no such file"):
         open_image("data:image/png" + ";base64,iVBORw0KGgo" * 9999)
@@ -228,18 +228,18 @@ def test_names_the_file_that_is_missing_a_folder_or_damaged(tmp_path):
         open_image(tmp_path / "half.jpg")
 
 
-def test_the_largest_picture_is_refused_before_it_is_decoded(monkeypatch):
+def test_too_large_an_image_is_rejected_before_decoding(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="must have 1 to"):
         open_image(png_claiming(MAX_IMAGE_PIXELS // 8192 + 1, 8192))
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's remarks on damaged files
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged files
 @given(st.sampled_from(FORMATS), st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), min_size=1, max_size=8))
-def test_a_damaged_file_gives_a_picture_or_a_value_error(kind, damage):
+def test_damaged_file_gives_an_image_or_a_value_error(kind, damage):
     data = bytearray(encoded(Image.new("P", (7, 5)) if kind == "GIF" else Image.new("RGB", (7, 5), "teal"), kind))
-    for place, value in damage:
-        data[place % len(data)] = value
+    for index, value in damage:
+        data[index % len(data)] = value
     try:
         image = open_image(bytes(data))
     except ValueError as error:
@@ -248,25 +248,25 @@ def test_a_damaged_file_gives_a_picture_or_a_value_error(kind, damage):
         assert to_rgb(image).mode == "RGB"
 
 
-REFUSED = {
-    "a-stride-over-the-minimum": (lambda: ResizeRule(64, 8, 16), "1 <= stride <= min_size"),
-    "a-minimum-over-the-maximum": (lambda: ResizeRule(32, 64, 16), "min_size <= max_size"),
-    "no-pixels-allowed": (lambda: ResizeRule(64, 32, 16, 0), "1 <= max_pixels"),
-    "no-width": (lambda: VAE.output_size(0, 5), "got 0, 5 and 1"),
-    "no-images": (lambda: VAE.output_size(5, 5, 0), "got 5, 5 and 0"),
-    "resizing-a-palette": (lambda: VAE.resize(Image.new("P", (9, 9))), "mode must be RGB, got P. Convert it"),
-    "a-tensor-of-grey": (lambda: image_to_tensor(Image.new("L", (9, 9))), "mode must be RGB, got L"),
-    "a-mode-without-rgb": (lambda: to_rgb(Image.new("La", (1, 1))), "mode La cannot be converted"),
-    "a-batch-as-a-picture": (lambda: tensor_to_image(torch.zeros(1, 3, 4, 4)), r"\[3, H, W\], got \[1, 3, 4, 4\]"),
+INVALID_CALLS = {
+    "stride-above-minimum": (lambda: ResizeRule(64, 8, 16), "1 <= stride <= min_size"),
+    "minimum-above-maximum": (lambda: ResizeRule(32, 64, 16), "min_size <= max_size"),
+    "zero-max-pixels": (lambda: ResizeRule(64, 32, 16, 0), "max_pixels >= 1"),
+    "zero-width": (lambda: VAE.output_size(0, 5), "got 0, 5 and 1"),
+    "zero-images": (lambda: VAE.output_size(5, 5, 0), "got 5, 5 and 0"),
+    "resize-of-a-palette-image": (lambda: VAE.resize(Image.new("P", (9, 9))), "mode must be RGB, got P. Convert it"),
+    "grey-image-to-tensor": (lambda: image_to_tensor(Image.new("L", (9, 9))), "mode must be RGB, got L"),
+    "mode-without-rgb": (lambda: to_rgb(Image.new("La", (1, 1))), "must be convertible to RGB, got La"),
+    "batch-as-image": (lambda: tensor_to_image(torch.zeros(1, 3, 4, 4)), r"\[3, H, W\], got \[1, 3, 4, 4\]"),
 }
 
 
-@pytest.mark.parametrize("action, message", REFUSED.values(), ids=REFUSED)
-def test_refuses_what_makes_no_sense(action, message):
+@pytest.mark.parametrize("call, message", INVALID_CALLS.values(), ids=INVALID_CALLS)
+def test_rejects_invalid_arguments(call, message):
     with pytest.raises(ValueError, match=message):
-        action()
+        call()
 
 
-def test_refuses_to_show_nan():
+def test_rejects_nan_pixels():
     with pytest.raises(FloatingPointError, match="contains NaN"):
         tensor_to_image(torch.full((3, 2, 2), float("nan")))

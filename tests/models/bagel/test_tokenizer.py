@@ -1,4 +1,4 @@
-"""The tokenizer against recorded ids; both ways to load it against each other; text streams against whole answers."""
+"""The tokenizer against recorded ids, tokenizer.json against the separate files, and streams against whole answers."""
 
 import json
 import shutil
@@ -52,10 +52,10 @@ def tokenizer(request) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-# Recorded truth
+# Recorded results
 
 
-def test_special_tokens_and_length_are_the_recorded_ones(tokenizer):
+def test_special_tokens_and_length_match_the_record(tokenizer):
     names = {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
@@ -67,48 +67,48 @@ def test_special_tokens_and_length_are_the_recorded_ones(tokenizer):
 
 
 @pytest.mark.parametrize("row", META["encode"], ids=lambda row: ascii(row["text"][:30]))
-def test_encodes_to_the_recorded_ids_and_back(tokenizer, row):
+def test_encode_and_decode_match_the_record(tokenizer, row):
     assert tokenizer.encode(row["text"]) == row["ids"]
     assert tokenizer.decode(row["ids"]) == row["roundtrip"]
 
 
 @pytest.mark.parametrize("row", META["decode"], ids=lambda row: str(row["ids"][:4]))
-def test_decodes_any_ids_to_the_recorded_text(tokenizer, row):
+def test_decode_of_arbitrary_ids_matches_the_record(tokenizer, row):
     assert tokenizer.decode(row["ids"]) == row["text"]
 
 
 def recorded_answers() -> list:
     """What was generated and what the official code said it was, of every case that recorded both."""
-    found = []
+    answers = []
     for path in sorted(PACK.glob("cases/*/meta.json")):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        said = [output["text"] for output in meta.get("outputs", []) if "text" in output]
-        for generated, text in zip(meta.get("text_generations", []), said):  # noqa: B905 (scripted texts have no ids)
-            found.append(pytest.param(generated["returned_ids_including_start"], text, id=path.parent.name))
-    return found
+        texts = [output["text"] for output in meta.get("outputs", []) if "text" in output]
+        for generated, text in zip(meta.get("text_generations", []), texts):  # noqa: B905 (scripted texts have no ids)
+            answers.append(pytest.param(generated["returned_ids_including_start"], text, id=path.parent.name))
+    return answers
 
 
 @pytest.mark.parametrize("ids, text", recorded_answers())
-def test_answers_are_the_recorded_ones(tokenizer, ids, text):
+def test_answers_match_the_record(tokenizer, ids, text):
     assert tokenizer.answer(ids) == text
 
 
-# Both ways to load
+# tokenizer.json ("whole") and separate files ("parts")
 
 
 @given(text=texts)
-def test_the_parts_encode_as_the_whole(whole, parts, text):
+def test_parts_encode_like_whole(whole, parts, text):
     assert parts.encode(text) == whole.encode(text)
 
 
-def test_the_parts_split_and_spell_as_the_whole(whole, parts):
-    # The small vocabulary has few merges that a wrong split would show in, so the rules themselves are compared.
+def test_parts_have_the_configuration_of_whole(whole, parts):
+    # The small vocabulary has few merges, which may not reveal a wrong pre-tokenization, so compare the configuration.
     first, second = (json.loads(tokenizer._backend.to_str()) for tokenizer in (whole, parts))
-    assert first == second | {"post_processor": first["post_processor"]}  # which corrects offsets, not ids
+    assert first == second | {"post_processor": first["post_processor"]}  # affects offsets, not ids
 
 
 @pytest.mark.parametrize("flag", ["special", "normalized", "single_word", "lstrip", "rstrip"])
-def test_the_parts_give_added_tokens_the_flags_of_the_whole(tmp_path, flag):
+def test_parts_and_whole_read_the_same_flags_of_added_tokens(tmp_path, flag):
     copy_files(tmp_path, [*PARTS, "tokenizer.json"])
     flip = {"special": False}.get(flag, True)
     edit(tmp_path, "tokenizer_config.json", lambda values: values["added_tokens_decoder"]["358"].update({flag: flip}))
@@ -120,7 +120,7 @@ def test_the_parts_give_added_tokens_the_flags_of_the_whole(tmp_path, flag):
     assert {token: repr(added) for token, added in first.items()} == {t: repr(added) for t, added in second.items()}
 
 
-def test_the_whole_is_preferred(tmp_path):
+def test_tokenizer_json_has_priority(tmp_path):
     copy_files(tmp_path, [*PARTS, "tokenizer.json"])
     (tmp_path / "vocab.json").write_text("{}")
     assert len(Tokenizer.from_folder(str(tmp_path))) == META["tokenizer_length"]
@@ -131,31 +131,31 @@ def test_the_whole_is_preferred(tmp_path):
 
 @given(text=texts)
 @example(text="e\u0301")
-@example(text=END + "\u0338")  # the last character and the mark compose: then it is no special token
-def test_text_comes_back_in_nfc(whole, text):
+@example(text=END + "\u0338")  # the mark composes with the last character, so this is not a special token
+def test_round_trip_returns_the_nfc_form(whole, text):
     assert whole.decode(whole.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @given(ids=st.lists(st.integers(0, META["tokenizer_length"] - 1), max_size=40))
-def test_decoding_agrees_with_the_tokenizers_package(whole, ids):
+def test_decode_agrees_with_the_tokenizers_package(whole, ids):
     assert whole.decode(ids) == whole._backend.decode(ids, skip_special_tokens=False)
 
 
-def test_an_added_token_outside_the_byte_alphabet_spells_itself():
+def test_added_token_outside_the_byte_alphabet_round_trips():
     backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend.add_tokens(["<new word>"])
     tokenizer = Tokenizer(backend, "test")
     assert tokenizer.decode(tokenizer.encode("a <new word>!")) == "a <new word>!"
 
 
-def test_nothing_is_cut_or_filled_up_whatever_the_file_says():
+def test_truncation_and_padding_of_the_file_are_ignored():
     backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     assert Tokenizer(backend, "test").decode(Tokenizer(backend, "test").encode("a long text")) == "a long text"
 
 
-def test_nothing_is_added_whatever_the_file_says():
+def test_post_processor_of_the_file_is_ignored():
     backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend.post_processor = processors.TemplateProcessing(f"{START} $A", special_tokens=[(START, 353)])
     assert Tokenizer(backend, "test").encode("ind") == [285]
@@ -163,74 +163,74 @@ def test_nothing_is_added_whatever_the_file_says():
 
 # Streams
 
-pieces_of = st.one_of(
-    st.integers(0, META["tokenizer_length"] + 20),  # with ids that only the padded vocabulary has
+stream_parts = st.one_of(
+    st.integers(0, META["tokenizer_length"] + 20),  # includes ids of a padded vocabulary
     st.sampled_from([START, END, "<|im_", "end|>", "start|>", "<|im_end|", "<<|", "é世🚲", "ind", "<think>"]),
 )
 
 
-@given(parts_=st.lists(pieces_of, max_size=30))
+@given(parts_=st.lists(stream_parts, max_size=30))
 @example(parts_=["<|im_e", "<|im_end|>"])
 @example(parts_=["a<|im_end", END, "b"])
 @example(parts_=["a<|im_end"])
 @example(parts_=["<|im_end", "|>b"])
-def test_a_stream_adds_up_to_the_answer(whole, parts_):
+def test_stream_concatenates_to_the_answer(whole, parts_):
     ids = []
     for part in parts_:
-        ids += [part] if isinstance(part, int) else spelled_out(whole, part)
+        ids += [part] if isinstance(part, int) else one_byte_tokens(whole, part)
     stream = TextStream(whole)
     pieces = [stream.feed(token) for token in ids]
     assert "".join([*pieces, stream.finish()]) == whole.answer([whole.bos, *ids])
 
 
-def spelled_out(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text one byte per token: special tokens in letters, characters in pieces."""
+def one_byte_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode with one token per byte, which splits special tokens and characters."""
     ids = {tokenizer.spell(token): token for token in range(len(tokenizer))}
     return [ids[bytes([byte])] for byte in text.encode()]
 
 
-def test_characters_come_whole_and_as_soon_as_they_are(whole):
+def test_stream_emits_a_character_when_it_is_complete(whole):
     stream = TextStream(whole)
-    assert [stream.feed(token) for token in spelled_out(whole, "a世é")] == ["a", "", "", "世", "", "é"]
+    assert [stream.feed(token) for token in one_byte_tokens(whole, "a世é")] == ["a", "", "", "世", "", "é"]
     assert stream.finish() == ""
 
 
-def test_half_a_character_at_the_end_is_replaced(whole):
+def test_stream_replaces_an_incomplete_last_character(whole):
     stream = TextStream(whole)
-    assert [stream.feed(token) for token in spelled_out(whole, "世")[:2]] == ["", ""]
+    assert [stream.feed(token) for token in one_byte_tokens(whole, "世")[:2]] == ["", ""]
     assert stream.finish() == "\ufffd"
 
 
-def test_only_what_may_begin_a_marker_is_held_back(whole):
+def test_stream_delays_only_text_that_may_become_a_marker(whole):
     stream = TextStream(whole)
-    assert [stream.feed(token) for token in spelled_out(whole, "<b<|i<")] == ["", "<b", "", "", "", "<|i"]
+    assert [stream.feed(token) for token in one_byte_tokens(whole, "<b<|i<")] == ["", "<b", "", "", "", "<|i"]
     assert stream.finish() == "<"
 
 
 @pytest.mark.parametrize("marker", [START, END])
-def test_nothing_follows_a_marker(whole, marker):
+def test_stream_ends_at_a_marker(whole, marker):
     stream = TextStream(whole)
     fed = [*whole.encode("ab"), *whole.encode(marker), *whole.encode("cd")]
     assert "".join(map(stream.feed, fed)) == "ab" and stream.finish() == ""
 
 
-# Refused
+# Errors
 
-BAD_CALLS = {
-    "text-that-is-bytes": (lambda t: t.encode(b"a"), "text must be a str, got bytes"),
-    "no-text": (lambda t: t.encode(None), "got NoneType"),
-    "half-a-surrogate-pair": (lambda t: t.encode("a\ud83d"), "surrogates"),
-    "an-id-past-the-end": (lambda t: t.decode([64, len(t)]), "token id must be one of the 366 ids from 0, got 366"),
-    "a-negative-id": (lambda t: t.decode([-1]), "token id must be a whole number from 0 .*, got -1"),
-    "an-id-that-is-text": (lambda t: t.decode("abc"), "token id must be a whole number from 0 .*, got 'a'"),
-    "a-fraction-in-an-answer": (lambda t: t.answer([t.bos, 1.5]), "got 1.5"),
-    "a-negative-id-in-a-stream": (lambda t: TextStream(t).feed(-3), "got -3"),
-    "an-answer-without-its-start": (lambda t: t.answer([64, 65]), "must contain <|im_start|>, got 'ab'"),
+INVALID_CALLS = {
+    "bytes-as-text": (lambda t: t.encode(b"a"), "text must be a str, got bytes"),
+    "none-as-text": (lambda t: t.encode(None), "got NoneType"),
+    "lone-surrogate": (lambda t: t.encode("a\ud83d"), "surrogates"),
+    "id-past-the-end": (lambda t: t.decode([64, len(t)]), "token id must be below 366, .* got 366"),
+    "negative-id": (lambda t: t.decode([-1]), "token id must be an integer from 0 .*, got -1"),
+    "string-as-ids": (lambda t: t.decode("abc"), "token id must be an integer from 0 .*, got 'a'"),
+    "fractional-id-in-an-answer": (lambda t: t.answer([t.bos, 1.5]), "got 1.5"),
+    "negative-id-in-a-stream": (lambda t: TextStream(t).feed(-3), "got -3"),
+    "answer-without-start-token": (lambda t: t.answer([64, 65]), "must contain <|im_start|>, got 'ab'"),
 }
 
 
-@pytest.mark.parametrize("call, message", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_refuses(whole, call, message):
+@pytest.mark.parametrize("call, message", INVALID_CALLS.values(), ids=INVALID_CALLS)
+def test_rejects_invalid_calls(whole, call, message):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         call(whole)
 
@@ -248,30 +248,30 @@ def no_token(table: dict) -> None:
 
 DAMAGED = {
     "tokenizer-json-cut-short": (
-        "tokenizer.json", lambda p: p.write_bytes(p.read_bytes()[:5000]), "tokenizer.json is not a tokenizer: ",
+        "tokenizer.json", lambda p: p.write_bytes(p.read_bytes()[:5000]), "tokenizer.json is not a valid tokenizer",
     ),
-    "tokenizer-json-that-is-a-list": ("tokenizer.json", lambda p: p.write_text("[]"), "is not a tokenizer: "),
+    "tokenizer-json-that-is-a-list": ("tokenizer.json", lambda p: p.write_text("[]"), "is not a valid tokenizer"),
     "tokenizer-json-that-is-a-folder": (
         "tokenizer.json", lambda p: (p.unlink(), p.mkdir()), "tokenizer.json is not a file",
     ),
     "no-start-of-image-in-tokenizer-json": (
         "tokenizer.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens"].pop(9)),
-        r"tokenizer.json has no token <\|vision_start\|>, which frames",
+        r"tokenizer.json: the special token <\|vision_start\|> is missing",
     ),
     "a-byte-that-no-token-spells": (
         "tokenizer.json",
         lambda p: edit(p.parent, p.name, lambda v: v["model"]["vocab"].update({"new": v["model"]["vocab"].pop("~")})),
-        "tokenizer.json has no token for 1 of the 256 bytes",
+        "tokenizer.json: tokens for 1 of the 256 bytes are missing",
     ),
     "vocab-cut-short": (
-        "vocab.json", lambda p: p.write_bytes(p.read_bytes()[:900]), "vocab.json and merges.txt are not a BPE",
+        "vocab.json", lambda p: p.write_bytes(p.read_bytes()[:900]), "merges.txt are not a valid BPE",
     ),
-    "an-empty-vocab": ("vocab.json", lambda p: p.write_text("{}"), "vocab.json and merges.txt are not a BPE"),
+    "an-empty-vocab": ("vocab.json", lambda p: p.write_text("{}"), "vocab.json and merges.txt are not a valid BPE"),
     "merges-of-unknown-tokens": (
-        "merges.txt", lambda p: p.write_text("#version: 0.2\nthe fox\n"), "vocab.json and merges.txt are not a BPE",
+        "merges.txt", lambda p: p.write_text("#version: 0.2\nthe fox\n"), "merges.txt are not a valid BPE",
     ),
-    "merges-of-one-word": ("merges.txt", lambda p: p.write_text("#version: 0.2\nt h\nthe\n"), "not a BPE vocabulary"),
+    "merges-of-one-word": ("merges.txt", lambda p: p.write_text("#version: 0.2\nt h\nthe\n"), "not a valid BPE"),
     "a-config-that-is-not-json": ("tokenizer_config.json", lambda p: p.write_text("{"), "_config.json is not JSON"),
     "a-config-without-added-tokens": (
         "tokenizer_config.json", lambda p: p.write_text("{}"), "_config.json: added_tokens_decoder must .*, got None",
@@ -289,13 +289,13 @@ DAMAGED = {
     "an-added-token-that-is-missing": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, no_token),
-        r"gives <\|vision_end\|> the id 362, but appended to vocab.json it gets 361: the files do not match",
+        r"the id of <\|vision_end\|> must be 361 to match vocab.json, got 362",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name, damage, message", DAMAGED.values(), ids=DAMAGED)
-def test_names_the_damaged_file_and_the_remedy(tmp_path, name, damage, message):
+def test_error_names_the_damaged_file_and_the_remedy(tmp_path, name, damage, message):
     copy_files(tmp_path, ["tokenizer.json"] if name == "tokenizer.json" else PARTS)
     damage(tmp_path / name)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -304,7 +304,7 @@ def test_names_the_damaged_file_and_the_remedy(tmp_path, name, damage, message):
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_names_the_part_that_is_missing(tmp_path, name):
+def test_error_names_the_missing_file(tmp_path, name):
     copy_files(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"must have tokenizer.json or all of .*; missing: {name}. Download"):
@@ -315,10 +315,10 @@ def test_names_the_part_that_is_missing(tmp_path, name):
     pytest.param(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), id="a-word-list"),
     pytest.param(tokenizers.Tokenizer(models.BPE()), id="bpe-of-characters"),
 ])  # fmt: skip
-def test_refuses_another_kind_of_tokenizer(backend):
-    with pytest.raises(CheckpointError, match="other.json is not a byte-level BPE tokenizer"):
+def test_rejects_other_kinds_of_tokenizers(backend):
+    with pytest.raises(CheckpointError, match="other.json must be a byte-level BPE tokenizer"):
         Tokenizer(backend, "other.json")
     if isinstance(backend.model, models.BPE):
         backend.decoder = decoders.ByteLevel()
-        with pytest.raises(CheckpointError, match="other.json has no token for 256 of the 256 bytes"):
+        with pytest.raises(CheckpointError, match="other.json: tokens for 256 of the 256 bytes are missing"):
             Tokenizer(backend, "other.json")
