@@ -1,4 +1,4 @@
-"""What pip builds from a clean tree, with a C++ compiler and without; and which Python the sources are written in."""
+"""Wheels and installs from a clean tree, with and without a C++ compiler, and the Python version of the sources."""
 
 import ast
 import json
@@ -19,15 +19,15 @@ import pytest
 from bagel_rt.runtime import plan
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILT_FROM = ("bagel_rt", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+BUILD_INPUTS = ("bagel_rt", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 HAS_NVCC = shutil.which("nvcc") is not None and os.environ.get("BAGEL_RT_CUDA") != "0"
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++")))
 
 
 def copy_sources(folder: Path) -> Path:
-    """A tree that holds what a build needs and nothing that an earlier build left."""
+    """Copy the build inputs, without outputs of earlier builds."""
     folder.mkdir()
-    for name in BUILT_FROM:
+    for name in BUILD_INPUTS:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_C.log"))
         else:
@@ -36,7 +36,7 @@ def copy_sources(folder: Path) -> Path:
 
 
 def pip(command: str, tree: Path, *options: str, **environment: str) -> str:
-    """Run pip on the tree with what is installed here, offline, and return what it printed."""
+    """Run pip on the tree, offline and with the installed packages only, and return its output."""
     options = ("--no-index", "--no-deps", "--no-build-isolation", "--check-build-dependencies", "-v", *options)
     done = subprocess.run(
         [sys.executable, "-m", "pip", command, *options, str(tree)],
@@ -49,15 +49,15 @@ def pip(command: str, tree: Path, *options: str, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
-    one = {"BAGEL_RT_CUDA_ARCHITECTURES": "90a-real"}  # of the four that it would be, for the time it takes
-    pip("wheel", copy_sources(folder / "tree"), "--wheel-dir", str(folder), **one)
+    architecture = {"BAGEL_RT_CUDA_ARCHITECTURES": "90a-real"}  # one of four, to save compile time
+    pip("wheel", copy_sources(folder / "tree"), "--wheel-dir", str(folder), **architecture)
     (path,) = folder.glob("bagel_rt-*.whl")
     with ZipFile(path) as archive:
         yield archive
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
+def test_wheel_contains_every_module_and_asset_and_nothing_else(wheel):
     want = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt").rglob("*.py")}
     want |= {f"bagel_rt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assets = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bagel_rt/assets").rglob("*") if path.is_file()}
@@ -69,7 +69,7 @@ def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-def test_the_wheel_says_what_it_needs_and_offers(wheel):
+def test_wheel_metadata(wheel):
     read = {Path(name).name: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" in name}
     metadata = message_from_string(read["METADATA"])
     assert (metadata["Name"], metadata["Version"]) == ("bagel_rt", "0.1.0")
@@ -84,8 +84,8 @@ def test_the_wheel_says_what_it_needs_and_offers(wheel):
 
 
 def installed(site: Path, folder: Path, expression: str) -> str:
-    """What an expression over ``e``, the module bagel_rt.kernels.extension of an installation, comes to."""
-    # -S: without site, so that an editable install of this tree cannot supply the module that is missing.
+    """Evaluate an expression in an installation, where ``e`` is bagel_rt.kernels.extension."""
+    # -S: without site-packages, so that an editable install of this tree cannot supply a missing module.
     paths = os.pathsep.join([str(site), str(Path(np.__file__).parents[1])])
     script = "from bagel_rt.runtime import plan; import json, bagel_rt.kernels.extension as e\n"
     script += f"print(json.dumps({expression}))"
@@ -99,7 +99,7 @@ def installed(site: Path, folder: Path, expression: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
-def test_the_extension_has_cuda_kernels_where_there_is_a_compiler_for_them(wheel, tmp_path):
+def test_extension_has_cuda_kernels_if_nvcc_is_available(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     has_cuda, emulated, error = installed(
         tmp_path / "site", tmp_path, "[e.EXTENSION.has_cuda, e.EXTENSION.emulated, e.cuda_error()]"
@@ -123,7 +123,7 @@ OLD, NEW = "sm_80\nsm_86\nsm_89\nsm_90\n", "sm_80\nsm_86\nsm_89\nsm_90\nsm_100\n
         pytest.param("9.0\n", "", "90a-real", id="a-compiler-that-does-not-say"),
     ],
 )
-def test_the_build_compiles_for_the_gpus_here(monkeypatch, gpus, known, architectures):
+def test_build_targets_the_installed_gpus(monkeypatch, gpus, known, architectures):
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     monkeypatch.delenv("BAGEL_RT_CUDA_ARCHITECTURES", raising=False)
     spec = spec_from_file_location("bagel_rt_setup", ROOT / "setup.py")
@@ -137,13 +137,13 @@ def test_the_build_compiles_for_the_gpus_here(monkeypatch, gpus, known, architec
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
-def test_an_install_whose_cuda_compiler_fails_keeps_the_planner_and_the_reason(tmp_path):
+def test_install_with_a_broken_cuda_compiler_keeps_the_planner_and_the_error(tmp_path):
     tree, site, broken = copy_sources(tmp_path / "tree"), tmp_path / "site", tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\necho this compiler is broken\nexit 1\n")
     broken.chmod(0o755)
-    one = {"CUDACXX": str(broken), "BAGEL_RT_CUDA_ARCHITECTURES": "90a-real", "BAGEL_RT_CUDA": ""}
-    printed = pip("install", tree, "--target", str(site), **one)
-    assert "Installing without them" in printed
+    environment = {"CUDACXX": str(broken), "BAGEL_RT_CUDA_ARCHITECTURES": "90a-real", "BAGEL_RT_CUDA": ""}
+    output = pip("install", tree, "--target", str(site), **environment)
+    assert "Installing without them" in output
     has_cuda, error, planned = installed(
         site, tmp_path, "[e.EXTENSION.has_cuda, e.cuda_error(), len(plan.build_plan([]).order)]"
     )
@@ -152,11 +152,11 @@ def test_an_install_whose_cuda_compiler_fails_keeps_the_planner_and_the_reason(t
 
 
 @pytest.mark.slow
-def test_an_install_without_a_compiler_works_and_says_why_there_is_no_extension(tmp_path):
+def test_install_without_a_compiler_works_and_reports_the_reason(tmp_path):
     tree, site = copy_sources(tmp_path / "tree"), tmp_path / "site"
-    hidden = {"CXX": "/nonexistent/c++", "PATH": sysconfig.get_path("scripts"), "BAGEL_RT_CUDA": "0"}
-    printed = pip("install", tree, "--target", str(site), **hidden)
-    assert "Installing without it: numpy makes the plans" in printed
+    environment = {"CXX": "/nonexistent/c++", "PATH": sysconfig.get_path("scripts"), "BAGEL_RT_CUDA": "0"}
+    output = pip("install", tree, "--target", str(site), **environment)
+    assert "Installing without it: numpy makes the plans" in output
     assert not list(site.rglob("_C*.so"))
 
     path, missing, error = installed(site, tmp_path, "[plan.__file__, plan.EXTENSION, plan.EXTENSION_ERROR]")
@@ -168,11 +168,11 @@ def test_an_install_without_a_compiler_works_and_says_why_there_is_no_extension(
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
 @pytest.mark.skipif(os.environ.get("BAGEL_RT_EXTENSION") == "0", reason="disabled by BAGEL_RT_EXTENSION=0")
 @pytest.mark.skipif(not list(distributions(name="bagel_rt")), reason="a checkout that was not installed")
-def test_this_installation_has_the_extension():
+def test_extension_is_installed():
     assert plan.EXTENSION is not None, plan.EXTENSION_ERROR
 
 
-def test_the_sources_are_python_3_10_and_name_the_kernels_in_full_or_relatively():
+def test_sources_are_python_3_10_and_import_kernels_by_package():
     folders = ("bagel_rt", "kernels", "benchmarks", "tests")
     for path in [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))

@@ -1,4 +1,4 @@
-"""Where memory runs out: what was only kept goes first, then the error says what helps, and nothing stays behind."""
+"""Out of memory: caches are dropped and the request is retried once; the final error gives advice and frees all."""
 
 import gc
 
@@ -19,11 +19,11 @@ FAST = {"num_timesteps": 5}
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_where_memory_runs_out_the_error_says_what_helps_and_nothing_is_kept(bagel, photo, monkeypatch, task, call):
+def test_out_of_memory_error_gives_advice_and_frees_everything(bagel, photo, monkeypatch, task, call):
     gc.collect()
     used = bagel.cache.slots - bagel.cache.free_slots
     bagel.generate("a", size=(32, 32), seed=1, **FAST)
-    full = bagel.cache.allocate(bagel.cache.free_slots)  # so that the next request must grow the cache
+    full = bagel.cache.allocate(bagel.cache.free_slots)  # the next request must grow the cache
     with monkeypatch.context() as patch:
         patch.setattr(type(bagel.cache), "_grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
         with pytest.raises(torch.OutOfMemoryError, match="(?s)no memory.*the request needs about .* GB in total"):
@@ -33,8 +33,8 @@ def test_where_memory_runs_out_the_error_says_what_helps_and_nothing_is_kept(bag
     call(bagel, photo)
 
 
-class Scarce:
-    """A forward that runs out of memory at some of its calls."""
+class FailingForward:
+    """Patches the forward pass to raise OutOfMemoryError at the given calls, counted from 1."""
 
     def __init__(self, monkeypatch, *fails):
         self.calls, self._fails, self._forward = 0, fails, Transformer.forward
@@ -59,27 +59,27 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("call", REQUESTS.values(), ids=REQUESTS)
-def test_a_request_that_runs_out_of_memory_runs_once_more_without_what_is_only_kept(bagel, photo, monkeypatch, call):
+def test_out_of_memory_drops_caches_and_retries_once(bagel, photo, monkeypatch, call):
     expected = call(bagel, photo)
     assert bagel.engine.graphs.kept and bagel.cache.slots
     gc.collect()
-    scarce = Scarce(monkeypatch, 2)  # the first token, or the first step
+    forward = FailingForward(monkeypatch, 2)  # the first token or the first step
     assert call(bagel, photo) == expected
-    assert scarce.calls > 2
+    assert forward.calls > 2
     bagel.release_memory()
-    assert bagel.cache.slots == 0, "nothing of the first attempt is left"
-    scarce.calls = 0
+    assert bagel.cache.slots == 0, "the first attempt holds no slots"
+    forward.calls = 0
     with pytest.raises(torch.OutOfMemoryError, match="the request needs about"):
         call(bagel, photo)
-    assert scarce.calls == 2 and bagel.cache.free_slots == bagel.cache.slots, "nothing was kept: one attempt"
+    assert forward.calls == 2 and bagel.cache.free_slots == bagel.cache.slots, "no retry without caches to drop"
 
 
-def test_where_memory_runs_out_in_the_middle_of_a_stream_it_ends_and_frees_everything(bagel, photo, monkeypatch):
+def test_out_of_memory_ends_a_started_stream_and_frees_everything(bagel, photo, monkeypatch):
     gc.collect()
     pieces = bagel.stream("what?", photo, max_think_token_n=30)
     next(pieces)
-    scarce = Scarce(monkeypatch, 3)
+    forward = FailingForward(monkeypatch, 3)
     with pytest.raises(torch.OutOfMemoryError, match="the request needs about") as caught:
         list(pieces)
-    assert scarce.calls == 3 and caught.tb is not None
+    assert forward.calls == 3 and caught.tb is not None
     assert bagel.cache.free_slots == bagel.cache.slots and bagel.engine.graphs.kept == 0

@@ -1,4 +1,4 @@
-"""Checked values: what each spec accepts, and the one form of the error."""
+"""Checked values: the values that each spec accepts, and the form of the error."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import pytest
 
 from bagel_rt.validation import BOOLEAN, Spec, check, check_fields, checked, integer, number, one_of, parse_size
 
-CASES = {  # spec -> (allowed in words, values it accepts, values it refuses)
+CASES = {  # (spec, allowed values in words, accepted values, rejected values)
     "integers of a range": (integer(1, 3), "an integer from 1 to 3", [1, 3], [0, 4, 2.0, True, "2", None]),
     "integers without an upper bound": (integer(0), "an integer >= 0", [0, 10**300], [-1, math.inf, math.nan]),
     "one integer": (integer(3, 3), "3", [3], [2, 4]),
@@ -20,24 +20,24 @@ CASES = {  # spec -> (allowed in words, values it accepts, values it refuses)
 }
 
 
-@pytest.mark.parametrize("spec, allowed, accepted, refused", CASES.values(), ids=CASES)
-def test_spec_accepts_what_it_says(spec, allowed, accepted, refused):
+@pytest.mark.parametrize("spec, allowed, accepted, rejected", CASES.values(), ids=CASES)
+def test_spec_accepts_the_allowed_values(spec, allowed, accepted, rejected):
     assert spec.allowed == allowed
-    assert all(map(spec.accepts, accepted)) and not any(map(spec.accepts, refused))
+    assert all(map(spec.accepts, accepted)) and not any(map(spec.accepts, rejected))
 
 
-def test_error_states_name_allowed_value_and_remedy():
+def test_error_contains_name_allowed_values_value_and_remedy():
     with pytest.raises(ValueError, match=r"^size must be an integer from 1 to 3, got 4\. Choose another\.$"):
         check("size", 4, integer(1, 3, "Choose another"))
 
 
-def test_error_shortens_a_long_value():
+def test_error_truncates_a_long_value():
     with pytest.raises(ValueError) as error:
         check("name", "x" * 10**6, Spec(lambda value: False, "short"))
     assert len(str(error.value)) < 100
 
 
-def test_checked_field_is_named_by_its_key():
+def test_error_names_a_field_by_its_key():
     @dataclass
     class Settings:
         steps: int = checked(integer(1), 5, key="num_steps")
@@ -53,6 +53,6 @@ def test_size_is_width_times_height():
 
 
 @pytest.mark.parametrize("text", ["", "1024", "1024x", "x768", "1024X768", "1x2x3", "-1x5", "1.5x5", "٣x٣", "1e3x5"])
-def test_malformed_size_is_refused(text):
+def test_rejects_a_malformed_size(text):
     with pytest.raises(ValueError, match="^size must be WIDTHxHEIGHT"):
         parse_size("size", text)

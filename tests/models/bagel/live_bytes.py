@@ -1,4 +1,4 @@
-"""Bytes of the tensors that a block of code keeps alive, counted operator by operator."""
+"""Measure the tensor memory that a block of code allocates, operator by operator."""
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -7,36 +7,36 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the device's storages that operators make inside the block, as long as they live.
+    """Counts the storages on one device that operators allocate inside the block, until they are freed.
 
-    An op of bagel_rt counts as one operator, of which the outputs are seen: what its kernel allocates.
+    An op of bagel_rt is one operator: only its outputs are counted, as for its kernel on a GPU.
 
     Attributes:
-        peak: the largest count after any operator; may be set to 0 in between.
+        peak: the maximum of ``live`` after any operator; may be reset to 0.
     """
 
     def __init__(self, device: torch.device, *inputs: torch.Tensor):
-        """``inputs`` are counted from the beginning."""
+        """Count the storages of ``inputs`` too."""
         super().__init__()
         self.device, self.peak = device, 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._allocations: dict[int, tuple[StorageWeakRef, int]] = {}
         self._count(inputs)
 
     @property
     def live(self) -> int:
-        """The bytes alive now."""
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
-        return sum(size for _, size in self._made.values())
+        """Bytes allocated now."""
+        self._allocations = {key: item for key, item in self._allocations.items() if not item[0].expired()}
+        return sum(size for _, size in self._allocations.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self._count(result, {storage._cdata for storage in self._storages((args, kwargs))})
         return result
 
-    def _count(self, values, given=frozenset()) -> None:
+    def _count(self, values, inputs=frozenset()) -> None:
         for storage in self._storages(values):
-            if storage._cdata not in given:  # neither a view nor written in place
-                self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+            if storage._cdata not in inputs:  # an output that shares an input's storage is a view or an in-place result
+                self._allocations.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
         self.peak = max(self.peak, self.live)
 
     def _storages(self, values):

@@ -11,7 +11,7 @@ from bagel_rt.models.bagel.images import ResizeRule
 
 CONFORMANCE = Path(__file__).parents[2] / "conformance" / "bagel" / "checkpoint"
 
-# The published files, without the keys that say nothing new.
+# The published files, without the keys that are not used.
 LLM = {
     "hidden_act": "silu",
     "hidden_size": 3584,
@@ -38,7 +38,7 @@ VIT = {
 
 
 def folder(path, llm=LLM, vit=VIT, config=None):
-    """A model folder of these JSON values, or of these bytes."""
+    """Write a model folder with these JSON values or bytes."""
     for name, value in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
         if value is not None:
             (path / name).write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
@@ -49,12 +49,12 @@ def test_published_folder_without_config_json_is_the_published_model(tmp_path):
     assert BagelConfig.from_folder(folder(tmp_path)) == BAGEL_7B_MOT
 
 
-def test_config_json_that_states_nothing_or_null_or_unknown_keys_changes_nothing(tmp_path):
+def test_null_and_unknown_keys_in_config_json_are_ignored(tmp_path):
     config = {"vae_config": {"downsample": 8, "resolution": 256}, "image_transforms": None, "llm_config": [], "new": 1}
     assert BagelConfig.from_folder(str(folder(tmp_path, config=config))) == BAGEL_7B_MOT
 
 
-def test_published_model_has_the_published_shapes():
+def test_published_model_has_the_official_values():
     config = BAGEL_7B_MOT
     assert (config.llm.num_layers, config.llm.head_dim, config.vit.num_layers, config.vit.head_dim) == (28, 128, 26, 72)
     assert (config.latent_stride, config.latent_features, config.patch_features) == (16, 64, 588)
@@ -63,7 +63,7 @@ def test_published_model_has_the_published_shapes():
     assert (config.max_latent_size, config.vit.max_patches_per_side, config.interpolate_pos) == (64, 70, False)
 
 
-def test_conformance_folder_reads_every_stated_size():
+def test_reads_every_value_of_the_conformance_folder():
     assert BagelConfig.from_folder(CONFORMANCE) == BagelConfig(
         llm=TransformerConfig(64, 3, 4, 2, 16, 96, 384, 1e6, 1e-6, 32768),
         vit=ViTConfig(48, 2, 4, 88, 14, 3, 1e-6, 10),
@@ -74,7 +74,7 @@ def test_conformance_folder_reads_every_stated_size():
     )
 
 
-def test_every_field_follows_its_key(tmp_path):
+def test_every_field_is_read_from_its_key(tmp_path):
     llm = LLM | {"hidden_size": 96, "intermediate_size": 100, "max_position_embeddings": 77, "num_attention_heads": 6}
     llm |= {"num_hidden_layers": 5, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 500, "vocab_size": 9}
     vit = VIT | {"hidden_size": 60, "intermediate_size": 61, "layer_norm_eps": 1e-5, "num_attention_heads": 5}
@@ -91,12 +91,12 @@ def test_every_field_follows_its_key(tmp_path):
     assert (read.vae_transform, read.vit_transform) == (ResizeRule(160, 80, 16), ResizeRule(203, 70, 7))
 
 
-def test_one_stated_transform_leaves_the_other_official(tmp_path):
+def test_a_missing_transform_has_the_official_default(tmp_path):
     read = BagelConfig.from_folder(folder(tmp_path, config={"image_transforms": {"vae": [512, 256, 16]}}))
     assert (read.vae_transform, read.vit_transform) == (ResizeRule(512, 256, 16), ResizeRule(980, 224, 14))
 
 
-def test_interpolated_positions_allow_pictures_larger_than_the_table(tmp_path):
+def test_interpolated_positions_allow_images_larger_than_the_table(tmp_path):
     config = {"max_latent_size": 32, "interpolate_pos": True}
     assert BagelConfig.from_folder(folder(tmp_path, config=config)).max_latent_size == 32
 
@@ -164,7 +164,7 @@ BAD_CONFIG = [
     pytest.param({"image_transforms": {"vae": [512, 1024, 16]}}, "max >= min", id="max-below-min"),
     pytest.param({"image_transforms": {"vae": [1024, 512, 0]}}, "stride >= 1", id="stride-zero"),
     pytest.param({"image_transforms": {"vae": [1024, 8, 16]}}, "min >= stride", id="min-below-stride"),
-    pytest.param({"image_transforms": {"vae": [10**9, 512, 16]}}, "16384 >= max", id="giant-pictures"),
+    pytest.param({"image_transforms": {"vae": [10**9, 512, 16]}}, "16384 >= max", id="giant-images"),
     pytest.param({"image_transforms": {"vae": [1024, 512, 24]}}, "must be a multiple of 16", id="stride-off-the-grid"),
     pytest.param(
         {"oracle_image_transforms": 3}, "oracle_image_transforms must be an object, got 3", id="not-an-object"
@@ -172,8 +172,8 @@ BAD_CONFIG = [
 ]
 
 
-def refused(path, file, *parts):
-    """The folder is refused with a short message that names the file, all ``parts`` and a remedy."""
+def assert_rejected(path, file, *parts):
+    """Reading the folder raises a short message that contains the file and all ``parts``."""
     with pytest.raises(CheckpointError) as error:
         BagelConfig.from_folder(path)
     message = str(error.value)
@@ -183,51 +183,51 @@ def refused(path, file, *parts):
 
 
 @pytest.mark.parametrize("key, value, message", BAD_LLM)
-def test_bad_language_model_value_is_refused(tmp_path, key, value, message):
-    refused(folder(tmp_path, llm=LLM | {key: value}), "llm_config.json", key, message, "published model folder")
+def test_rejects_invalid_llm_values(tmp_path, key, value, message):
+    assert_rejected(folder(tmp_path, llm=LLM | {key: value}), "llm_config.json", key, message, "published model folder")
 
 
 @pytest.mark.parametrize("key, value, message", BAD_VIT)
-def test_bad_vision_value_is_refused(tmp_path, key, value, message):
-    refused(folder(tmp_path, vit=VIT | {key: value}), "vit_config.json", key, message, "published model folder")
+def test_rejects_invalid_vision_values(tmp_path, key, value, message):
+    assert_rejected(folder(tmp_path, vit=VIT | {key: value}), "vit_config.json", key, message, "published model folder")
 
 
-def test_odd_language_model_heads_are_refused(tmp_path):
+def test_rejects_an_odd_head_dim(tmp_path):
     llm = LLM | {"hidden_size": 28 * 127}
-    refused(
+    assert_rejected(
         folder(tmp_path, llm=llm),
         "llm_config.json",
         "head_dim must be an even number, because RoPE",
     )
 
 
-def test_transform_that_does_not_fit_the_patches_is_refused(tmp_path):
+def test_rejects_a_transform_stride_that_does_not_match_the_patch_size(tmp_path):
     path = folder(tmp_path, vit=VIT | {"patch_size": 16})
-    refused(path, "config.json", "image_transforms.vit: stride must be a multiple of 16, got 14")
+    assert_rejected(path, "config.json", "image_transforms.vit: stride must be a multiple of 16, got 14")
 
 
 @pytest.mark.parametrize("config, message", BAD_CONFIG)
-def test_bad_value_in_config_json_is_refused(tmp_path, config, message):
-    refused(folder(tmp_path, config=config), "config.json", message, "must be ", "published model folder")
+def test_rejects_invalid_values_in_config_json(tmp_path, config, message):
+    assert_rejected(folder(tmp_path, config=config), "config.json", message, "must be ", "published model folder")
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "rope_theta", "vocab_size"])
-def test_missing_language_model_key_is_named(tmp_path, key):
+def test_error_names_a_missing_llm_key(tmp_path, key):
     llm = {name: value for name, value in LLM.items() if name != key}
-    refused(folder(tmp_path, llm=llm), "llm_config.json", f"{key} is missing; it must be a")
+    assert_rejected(folder(tmp_path, llm=llm), "llm_config.json", f"{key} is missing; it must be a")
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "patch_size"])
-def test_missing_vision_key_is_named(tmp_path, key):
+def test_error_names_a_missing_vision_key(tmp_path, key):
     vit = {name: value for name, value in VIT.items() if name != key}
-    refused(folder(tmp_path, vit=vit), "vit_config.json", f"{key} is missing; it must be a")
+    assert_rejected(folder(tmp_path, vit=vit), "vit_config.json", f"{key} is missing; it must be a")
 
 
 @pytest.mark.parametrize("file", ["llm_config.json", "vit_config.json"])
-def test_file_that_is_only_embedded_in_config_json_is_missed(tmp_path, file):
+def test_configs_embedded_in_config_json_do_not_replace_their_files(tmp_path, file):
     folder(tmp_path, config={"llm_config": LLM, "vit_config": VIT})
     (tmp_path / file).unlink()
-    refused(tmp_path, file, "is missing", "a copy inside config.json is not enough", "published model folder")
+    assert_rejected(tmp_path, file, "is missing", "a copy inside config.json is not enough", "published model folder")
 
 
 BAD_JSON = [
@@ -244,27 +244,27 @@ BAD_JSON = [
 
 @pytest.mark.parametrize("file", ["llm", "config"])
 @pytest.mark.parametrize("content, message", BAD_JSON)
-def test_bad_json_is_refused(tmp_path, file, content, message):
+def test_rejects_bad_json(tmp_path, file, content, message):
     path = folder(tmp_path, **{file: content})
-    refused(path, {"llm": "llm_config.json", "config": "config.json"}[file], message, "published model folder")
+    assert_rejected(path, {"llm": "llm_config.json", "config": "config.json"}[file], message, "published model folder")
 
 
 @pytest.mark.parametrize("file", ["config.json", "vit_config.json"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["a-folder", "a-fifo"])
-def test_something_else_under_a_file_name_is_refused(tmp_path, file, make):
+def test_rejects_a_path_that_is_not_a_regular_file(tmp_path, file, make):
     folder(tmp_path)
     (tmp_path / file).unlink(missing_ok=True)
     make(tmp_path / file)
-    refused(tmp_path, file, "is not a file")
+    assert_rejected(tmp_path, file, "is not a file")
 
 
-def test_dangling_link_is_not_taken_for_an_absent_config_json(tmp_path):
+def test_rejects_config_json_that_is_a_dangling_link(tmp_path):
     (folder(tmp_path) / "config.json").symlink_to("nowhere")
-    refused(tmp_path, "config.json", "cannot be read: No such file")
+    assert_rejected(tmp_path, "config.json", "cannot be read: No such file")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "x" * 5000], ids=["nowhere", "a-file", "an-endless-name"])
-def test_path_that_is_no_folder_is_refused(tmp_path, name):
+def test_rejects_a_path_that_is_not_a_folder(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is not a folder. Give the folder that holds llm_config.json"):
         BagelConfig.from_folder(tmp_path / name)
@@ -279,6 +279,6 @@ def test_path_that_is_no_folder_is_refused(tmp_path, name):
         pytest.param(BAGEL_7B_MOT.vae, "ch_mult", [1, 2], "1 to 6 integers", id="levels-in-a-list"),
     ],
 )
-def test_configuration_made_by_hand_is_checked_too(config, field, value, message):
+def test_constructor_checks_its_values(config, field, value, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **{field: value})

@@ -1,4 +1,4 @@
-"""What is said about a request's memory: the parts, the advice, refusals, and ``bagel-rt memory``."""
+"""The memory report of a request: parts, advice, errors, and the command ``bagel-rt memory``."""
 
 import json
 import re
@@ -15,36 +15,36 @@ from bagel_rt.models.bagel.memory import RUNTIME, expected_memory, explain
 from bagel_rt.models.bagel.settings import TASKS
 
 
-def test_the_published_model_draws_a_picture_within_the_mark():
+def test_published_model_generates_an_image_within_36_gb():
     estimate = expected_memory(BAGEL_7B_MOT)
     assert estimate.workload.drawn == (1024, 1024) and estimate.workload.branches == 2
     assert 29e9 < estimate.weights < estimate.total <= 36e9
     assert estimate.fits(estimate.total) and not estimate.fits(estimate.total - 1)
 
 
-MORE = {
+LARGER = {
     "float32": {"dtype": torch.float32},
-    "a batch": {"batch": 2},
-    "a thought": {"max_think_token_n": 1024},
-    "an edit": {"task": "edit"},
-    "an edit of two pictures": {"task": "edit", "images": [(1024, 1024)] * 2},
+    "batch": {"batch": 2},
+    "thinking": {"max_think_token_n": 1024},
+    "edit": {"task": "edit"},
+    "edit of two images": {"task": "edit", "images": [(1024, 1024)] * 2},
     "graphs": {"graphs": True},
 }
 
 
-@pytest.mark.parametrize("more", MORE.values(), ids=MORE)
-def test_more_work_takes_more(more):
-    less = {"graphs": False, "size": (768, 768)}
-    assert expected_memory(BAGEL_7B_MOT, **less | more).total > expected_memory(BAGEL_7B_MOT, **less).total
+@pytest.mark.parametrize("larger", LARGER.values(), ids=LARGER)
+def test_estimate_grows_with_the_request(larger):
+    request = {"graphs": False, "size": (768, 768)}
+    assert expected_memory(BAGEL_7B_MOT, **request | larger).total > expected_memory(BAGEL_7B_MOT, **request).total
 
 
-def test_advice_is_what_the_changed_request_takes_best_first():
+def test_advice_states_the_savings_in_descending_order():
     request = {"dtype": torch.float32, "task": "edit", "images": [(1024, 1024)] * 2, "max_think_token_n": 2048}
     estimate, available = expected_memory(BAGEL_7B_MOT, batch=3, **request), int(45e9)
     advice = estimate.advice(available)
     saved = [float(re.search(r": (-?[\d.]+) GB less, ([\d.]+) GB in total", line)[1]) for line in advice]
     assert saved[:-1] == sorted(saved[:-1], reverse=True) and saved[-1] == max(saved)
-    for said, change in {
+    for advised, change in {
         "bfloat16 weights": {"dtype": torch.bfloat16},
         "one request at a time": {"batch": 1},
         "only the last input image": {"images": [(1024, 1024)]},
@@ -59,7 +59,7 @@ def test_advice_is_what_the_changed_request_takes_best_first():
             "settings": replace(TASKS["edit"].image, cfg_img_scale=1.0),
         },
     }.items():
-        [line] = [line for line in advice if line.startswith(said)]
+        [line] = [line for line in advice if line.startswith(advised)]
         changed = expected_memory(BAGEL_7B_MOT, **{"batch": 3} | request | change)
         verdict = "fits" if changed.total <= available else "still too much"
         assert (
@@ -69,7 +69,7 @@ def test_advice_is_what_the_changed_request_takes_best_first():
     assert advice[-1].endswith("fits")
 
 
-def test_advice_says_when_nothing_helps():
+def test_advice_says_that_the_weights_alone_do_not_fit():
     advice = expected_memory(BAGEL_7B_MOT).advice(int(24e9))
     assert advice[-1] == "no request fits: the weights alone need 29.6 GB" and not any(
         ", fits" in line for line in advice
@@ -77,16 +77,16 @@ def test_advice_says_when_nothing_helps():
     assert not any("24" in line or ", fits" in line for line in expected_memory(BAGEL_7B_MOT).advice())
 
 
-def test_an_explanation_names_the_parts_and_the_remedies():
-    said = explain(BAGEL_7B_MOT, torch.bfloat16, task="edit", available=int(32e9))
+def test_explanation_lists_parts_and_remedies():
+    text = explain(BAGEL_7B_MOT, torch.bfloat16, task="edit", available=int(32e9))
     estimate = expected_memory(BAGEL_7B_MOT, task="edit")
-    assert f"about {estimate.total / 1e9:.1f} GB in total; the device has 32.0 GB" in said
-    assert re.search(r"\nweights +29\.55 GB\n", said) and "\n- images of 512x512" in said
-    assert "free the memory that other programs" not in said
+    assert f"about {estimate.total / 1e9:.1f} GB in total; the device has 32.0 GB" in text
+    assert re.search(r"\nweights +29\.55 GB\n", text) and "\n- images of 512x512" in text
+    assert "free the memory that other programs" not in text
     assert "free the memory that other programs" in explain(BAGEL_7B_MOT, torch.bfloat16, available=int(80e9))
 
 
-def test_the_parts_add_up():
+def test_parts_sum_to_the_total():
     estimate = expected_memory(BAGEL_7B_MOT, task="edit", batch=2)
     parts = (estimate.weights, estimate.kv_cache, estimate.buffers, estimate.graphs, estimate.phases[estimate.phase])
     assert estimate.total == sum(parts) + RUNTIME
@@ -98,14 +98,14 @@ def test_the_parts_add_up():
     "workload, graphs, phase",
     [
         ({"graphs": False}, None, "decoding images"),
-        ({}, "denoising", "decoding images"),  # while the first picture is decoded, before that is captured
+        ({}, "denoising", "decoding images"),  # while the first image is decoded, before its decoding is captured
         ({"task": "edit"}, "decoding images", "encoding images"),  # from the second request on
         ({"task": "chat"}, "decoding text", "prefill"),
         ({"batch": 64}, None, "growing the KV cache"),  # before anything is captured
     ],
-    ids=["no graphs", "a picture", "an edit", "a question", "many pictures"],
+    ids=["no graphs", "image", "edit", "question", "many images"],
 )
-def test_captured_work_keeps_its_memory_while_other_work_runs(workload, graphs, phase):
+def test_graph_memory_counts_during_other_phases(workload, graphs, phase):
     estimate = expected_memory(BAGEL_7B_MOT, **workload)
     assert estimate.phase == phase and estimate.graphs == (estimate.phases[graphs] if graphs else 0)
 
@@ -125,7 +125,7 @@ def test_captured_work_keeps_its_memory_while_other_work_runs(workload, graphs, 
         ({"max_think_token_n": 40000}, "max_think_token_n must be .* got 40000"),
     ],
 )
-def test_refuses_what_could_not_be_run(workload, message):
+def test_rejects_invalid_requests(workload, message):
     with pytest.raises(ValueError, match=message):
         expected_memory(BAGEL_7B_MOT, **workload)
 
@@ -133,16 +133,16 @@ def test_refuses_what_could_not_be_run(workload, message):
 # The command
 
 
-def test_command_tells_what_fits():
-    said = good("memory", "--available", 80)
+def test_command_reports_whether_the_request_fits():
+    output = good("memory", "--available", 80)
     estimate = expected_memory(BAGEL_7B_MOT)
-    assert f"total {estimate.total / 1e9:38.2f} GB\nfits in 80.0 GB" in said
-    said = good("memory", "--available", 32, "--batch", 4)
-    assert "\ndoes not fit in 32.0 GB; to reduce it:\n" in said and "\none request at a time (batch 1): " in said
-    assert "\ngraphs=False, slower: " in said
+    assert f"total {estimate.total / 1e9:38.2f} GB\nfits in 80.0 GB" in output
+    output = good("memory", "--available", 32, "--batch", 4)
+    assert "\ndoes not fit in 32.0 GB; to reduce it:\n" in output and "\none request at a time (batch 1): " in output
+    assert "\ngraphs=False, slower: " in output
 
 
-def test_command_as_json():
+def test_command_prints_json():
     arguments = ("--task", "edit", "--image", "640x480", "--image", "1024x768", "--cfg-img-scale", 1, "--no-graphs")
     report = json.loads(good("memory", *arguments, "--json", "--available", 20))
     settings = replace(TASKS["edit"].image, cfg_img_scale=1.0)
@@ -153,7 +153,7 @@ def test_command_as_json():
     assert report["total"] == estimate.total and report["fits"] is False and report["graphs"] == 0
 
 
-def test_command_reads_a_model_without_its_weights(tmp_path, bagel):
+def test_command_reads_a_folder_without_weights(tmp_path, bagel):
     for file in CHECKPOINT.glob("*.json"):
         shutil.copy(file, tmp_path)
     report = json.loads(good("memory", "--model", tmp_path, "--dtype", "float32", "--size", "96x64", "--json"))
@@ -163,6 +163,6 @@ def test_command_reads_a_model_without_its_weights(tmp_path, bagel):
 
 
 @pytest.mark.parametrize("arguments, message", [(("--size", "1024"), "1024x768"), (("--batch", 65), "from 1 to 64")])
-def test_command_refuses(arguments, message):
+def test_command_rejects_invalid_options(arguments, message):
     result = run("memory", *arguments)
     assert result.exit_code == 2 and message in result.stderr

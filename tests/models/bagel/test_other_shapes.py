@@ -1,7 +1,7 @@
-"""Models of other shapes against a second, naive implementation: one dense sequence, one token at a time, float64.
+"""Models of other shapes against a naive implementation: one dense sequence, token by token, in float64.
 
-The recorded packs have one shape each. Here the official tensors of random models (other head counts, odd widths, other
-autoencoders) are read back from their files and every row of a request is computed by the plain formulas.
+The recorded cases have one shape. These tests create checkpoints of random models with other head counts, odd widths
+and other autoencoders, and compute every row of a request from the stored tensors by the formulas.
 """
 
 import math
@@ -27,7 +27,7 @@ TINY = BagelConfig.from_folder(CHECKPOINT)
 LLM = replace(TINY.llm, rope_theta=1e4)
 
 
-def shaped(hidden, heads, kv_heads, ffn, layers=2, vit=(24, 3, 30), vae=None, **top):
+def make_config(hidden, heads, kv_heads, ffn, layers=2, vit=(24, 3, 30), vae=None, **top):
     llm = replace(
         LLM, hidden_size=hidden, num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads,
         intermediate_size=ffn, num_layers=layers,
@@ -37,23 +37,23 @@ def shaped(hidden, heads, kv_heads, ffn, layers=2, vit=(24, 3, 30), vae=None, **
 
 
 SHAPES = {
-    "one head, one layer": shaped(8, 1, 1, 5, layers=1),
-    "seven query heads to one KV head, an odd MLP": shaped(84, 7, 1, 101),
-    "as many KV heads as query heads": shaped(48, 3, 3, 64),
-    "head_dim 72 and a wide tower": shaped(144, 2, 1, 32, vit=(144, 2, 19)),
-    "a two-level autoencoder of eight channels": shaped(
+    "one head, one layer": make_config(8, 1, 1, 5, layers=1),
+    "seven query heads to one KV head, an odd MLP": make_config(84, 7, 1, 101),
+    "as many KV heads as query heads": make_config(48, 3, 3, 64),
+    "head_dim 72 and a wide tower": make_config(144, 2, 1, 32, vit=(144, 2, 19)),
+    "a two-level autoencoder of eight channels": make_config(
         32, 2, 2, 33,
         vae=VAEConfig(ch=32, ch_mult=(2, 1), num_res_blocks=2, z_channels=8, scale_factor=0.7, shift_factor=-0.2),
         max_latent_size=32, vae_transform=ResizeRule(64, 32, 8),
     ),
-    "latent patches of one cell": shaped(
+    "latent patches of one cell": make_config(
         32, 4, 2, 40, latent_patch_size=1, max_latent_size=17, vae_transform=ResizeRule(64, 32, 8),
     ),
 }  # fmt: skip
 
 
 class Naive:
-    """The decoder by the formulas of the official code, over one growing sequence; every list entry is one token."""
+    """The decoder by the formulas of the official code, with lists of keys and values that have one entry per token."""
 
     def __init__(self, weights, config):
         self.w, self.c = {name: tensor.double() for name, tensor in weights.items()}, config.llm
@@ -70,7 +70,7 @@ class Naive:
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     def run(self, tokens, causal, keep=True):
-        """tokens: (hidden, position, expert suffix) each. Returns the normed last hidden state of each."""
+        """Run tokens of (hidden, position, expert suffix); return the normalized last hidden state of each."""
         c, w = self.c, self.w
         state = [hidden for hidden, _, _ in tokens]
         for layer in range(c.num_layers):
@@ -88,14 +88,14 @@ class Naive:
                 keys.append(self.rotate(self.norm(k, w[f"{p}self_attn.k_norm{e}.weight"]), position))
                 values.append(v)
             for index, (_, _, e) in enumerate(tokens):
-                seen = len(tokens) if not causal else index + 1
-                all_keys = torch.stack(self.keys[layer] + keys[:seen])
-                all_values = torch.stack(self.values[layer] + values[:seen])
+                visible = index + 1 if causal else len(tokens)
+                all_keys = torch.stack(self.keys[layer] + keys[:visible])
+                all_values = torch.stack(self.values[layer] + values[:visible])
                 heads = []
                 for head in range(c.num_heads):
-                    shared = head // (c.num_heads // c.num_kv_heads)
-                    score = (all_keys[:, shared] @ queries[index][head] / math.sqrt(c.head_dim)).softmax(0)
-                    heads.append(score @ all_values[:, shared])
+                    kv_head = head // (c.num_heads // c.num_kv_heads)
+                    weights = (all_keys[:, kv_head] @ queries[index][head] / math.sqrt(c.head_dim)).softmax(0)
+                    heads.append(weights @ all_values[:, kv_head])
                 state[index] = state[index] + w[f"{p}self_attn.o_proj{e}.weight"] @ torch.cat(heads)
                 y = self.norm(state[index], w[f"{p}post_attention_layernorm{e}.weight"])
                 gate, up = (w[f"{p}mlp{e}.{n}_proj.weight"] @ y for n in ("gate", "up"))
@@ -117,11 +117,11 @@ class Naive:
         return self.w["time_embedder.mlp.2.weight"] @ x + self.w["time_embedder.mlp.2.bias"]
 
     def latents(self, tokens, grid, side, t):
-        rows, columns = grid
+        _, grid_w = grid
         for index, token in enumerate(tokens.double()):
-            place = (index // columns) * side + index % columns
+            position = (index // grid_w) * side + index % grid_w
             projected = self.w["vae2llm.weight"] @ token + self.w["vae2llm.bias"]
-            yield projected + self.time(t) + self.w["latent_pos_embed.pos_embed"][place]
+            yield projected + self.time(t) + self.w["latent_pos_embed.pos_embed"][position]
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
@@ -134,25 +134,25 @@ def bagel_and_weights(request, tmp_path_factory):
     return Bagel.from_pretrained(folder, device="cpu"), weights
 
 
-def test_a_text_an_image_and_a_denoising_step(bagel_and_weights):
+def test_text_image_and_denoising_step_match_the_naive_model(bagel_and_weights):
     bagel, weights = bagel_and_weights
     model, config = bagel.model, bagel.model.config
-    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 56, 3), dtype=np.uint8))
     with torch.inference_mode():
         prefill = Prefill(model, bagel.cache)
-        talk = model.open_contexts(prefill, bagel.tokenizer, [], seed=4)
-        talk.add_text("a red boat")
-        talk.add_image(picture)
-        talk.add_text("make it night")
+        contexts = model.open_contexts(prefill, bagel.tokenizer, [], seed=4)
+        contexts.add_text("a red boat")
+        contexts.add_image(image)
+        contexts.add_text("make it night")
         prefill.run()
         grid = (2, 3)
         noise = torch.randn(6, config.latent_features)
         settings = ImageSettings(num_timesteps=3, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
-        denoiser = denoising.start(model, bagel.cache, talk.branches, noise, settings, grid)
+        denoiser = denoising.start(model, bagel.cache, contexts.branches, noise, settings, grid)
         velocities = denoiser.branch_outputs(0)[0]
 
-    first, vae, vit, last = talk.cond.history
-    vit_tokens = model.embed_patches([vit])[0].double()  # the tower has its own test
+    first, vae, vit, last = contexts.cond.history
+    vit_tokens = model.embed_patches([vit])[0].double()  # the vision tower has its own tests
     start, end = model.markers
     for velocity, contents in zip(velocities, ([first, vae, vit, last], [first, vae, vit], [first, last]), strict=True):
         naive, position = Naive(weights, config), 0
@@ -164,21 +164,21 @@ def test_a_text_an_image_and_a_denoising_step(bagel_and_weights):
             inner, expert = (vit_tokens, "") if content is vit else (
                 naive.latents(vae.latents, (vae.grid_h, vae.grid_w), config.max_latent_size, 0.0), "_moe_gen",
             )  # fmt: skip
-            framed = [(naive.embed(start), position, ""), *((x, position, expert) for x in inner)]
-            naive.run([*framed, (naive.embed(end), position, "")], causal=False)
+            tokens = [(naive.embed(start), position, ""), *((x, position, expert) for x in inner)]
+            naive.run([*tokens, (naive.embed(end), position, "")], causal=False)
             position += 1
         inner = naive.latents(noise, grid, config.max_latent_size, 1.0)
-        framed = [(naive.embed(start), position, ""), *((x, position, "_moe_gen") for x in inner)]
-        hidden = naive.run([*framed, (naive.embed(end), position, "")], causal=False, keep=False)[1:-1]
+        tokens = [(naive.embed(start), position, ""), *((x, position, "_moe_gen") for x in inner)]
+        hidden = naive.run([*tokens, (naive.embed(end), position, "")], causal=False, keep=False)[1:-1]
         want = torch.stack([naive.w["llm2vae.weight"] @ x + naive.w["llm2vae.bias"] for x in hidden])
         assert (velocity - want).abs().max() <= 2e-5 * want.abs().max()
 
 
 def test_every_task_runs(bagel_and_weights):
     bagel, _ = bagel_and_weights
-    picture = Image.new("RGB", (50, 30), "red")
-    drawn = bagel.generate(["a", "b"], seed=1, num_timesteps=3)
-    assert [result.image.size for result in drawn] == [(bagel.model.config.default_resolution,) * 2] * 2
-    edited = bagel.edit(picture, "make it blue", seed=1, num_timesteps=3, think=True, max_think_token_n=4)
+    image = Image.new("RGB", (50, 30), "red")
+    generated = bagel.generate(["a", "b"], seed=1, num_timesteps=3)
+    assert [result.image.size for result in generated] == [(bagel.model.config.default_resolution,) * 2] * 2
+    edited = bagel.edit(image, "make it blue", seed=1, num_timesteps=3, think=True, max_think_token_n=4)
     assert edited.image.size == bagel.model.config.vae_transform.output_size(50, 30)
-    assert isinstance(bagel.chat("what?", picture, max_think_token_n=4), str)
+    assert isinstance(bagel.chat("what?", image, max_think_token_n=4), str)

@@ -1,4 +1,4 @@
-"""Random models: the folder is official and whole, equals what is put into a model directly, and runs."""
+"""Random checkpoints: official layout, the same weights as a model randomized in place, and usable for every task."""
 
 import json
 import os
@@ -41,44 +41,44 @@ def folder(tmp_path_factory):
     return folder
 
 
-def places(model):
-    return {(stem, name): place for stem, named in model.weight_slots().items() for name, place in named.items()}
+def all_slots(model):
+    return {(stem, name): slot for stem, slots in model.weight_slots().items() for name, slot in slots.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_folder_and_a_filled_model_hold_the_same_weights(folder, dtype):
-    read = Bagel.from_pretrained(folder, device="cpu", dtype=dtype).model
-    filled = BagelModel.allocate(TINY, (0, 0), "cpu", dtype)
-    for place in places(filled).values():
-        place.view.fill_(torch.nan)
-    randomize_(filled, seed=3)
-    wanted = places(read)
-    assert wanted.keys() == places(filled).keys()
-    for key, place in places(filled).items():
-        assert torch.equal(place.view, wanted[key].view), key
+def test_folder_and_randomized_model_have_the_same_weights(folder, dtype):
+    loaded = all_slots(Bagel.from_pretrained(folder, device="cpu", dtype=dtype).model)
+    model = BagelModel.allocate(TINY, (0, 0), "cpu", dtype)
+    slots = all_slots(model)
+    for slot in slots.values():
+        slot.view.fill_(torch.nan)
+    randomize_(model, seed=3)
+    assert loaded.keys() == slots.keys()
+    for key, slot in slots.items():
+        assert torch.equal(slot.view, loaded[key].view), key
 
 
-def test_another_seed_gives_other_weights(folder):
+def test_weights_depend_on_the_seed(folder):
     other = random_tensor("language_model.lm_head.weight", (384, 64), torch.bfloat16, seed=4)
     same = random_tensor("language_model.lm_head.weight", (384, 64), torch.bfloat16, seed=3)
     assert torch.equal(same, Bagel.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).model.weights.lm_head)
     assert (other == same).float().mean() < 0.1
 
 
-def test_tensors_of_one_shape_differ_by_their_names():
+def test_weights_depend_on_the_tensor_name():
     a, b = (random_tensor(f"connector.fc{i}.weight", (64, 96), torch.float32, seed=0) for i in "12")
     assert (a == b).float().mean() < 0.01
 
 
 @pytest.mark.slow
-def test_a_seed_means_the_same_in_every_process_and_for_any_number_of_threads():
+def test_weights_do_not_depend_on_process_or_thread_count():
     script = (
         "import hashlib, os, torch; from bagel_rt.models.bagel.random_checkpoint import random_tensor\n"
         "os.cpu_count = lambda: int(os.environ['CPUS'])\n"
         "w = random_tensor('x.weight', (1100, 4000), torch.bfloat16, 5)\n"  # more than one chunk
         "print(hashlib.sha256(w.view(torch.uint8).numpy()).hexdigest())"
     )
-    said = {
+    hashes = {
         subprocess.run(
             [sys.executable, "-c", script],
             env=os.environ | {"PYTHONHASHSEED": salt, "CPUS": cpus},
@@ -86,7 +86,7 @@ def test_a_seed_means_the_same_in_every_process_and_for_any_number_of_threads():
         ).stdout
         for salt, cpus in (("1", "1"), ("2", "3"))
     }  # fmt: skip
-    assert len(said) == 1
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,20 @@ def test_a_seed_means_the_same_in_every_process_and_for_any_number_of_threads():
         ("decoder.mid.block_1.norm1.weight", (40_000,), 1, 0.1),
     ],
 )
-def test_scales_suit_the_kind_of_weight(name, shape, mean, deviation):
+def test_mean_and_deviation_of_each_kind_of_weight(name, shape, mean, deviation):
     tensor = random_tensor(name, shape, torch.float32, 0)
     assert tensor.shape == shape
     assert abs(tensor.mean() - mean) < 4 * deviation / tensor.numel() ** 0.5
     assert abs(tensor.std() / deviation - 1) < 0.05
 
 
-def test_the_position_tables_are_the_true_ones(folder):
+def test_position_tables_are_sincos_tables(folder):
     weights = Bagel.from_pretrained(folder, device="cpu").model.weights
     for table, side in ((weights.latent_positions, TINY.max_latent_size), (weights.vit_positions, 10)):
         assert torch.equal(table, sincos_table(64, side).bfloat16().float())
 
 
-def test_the_folder_is_official(folder):
+def test_folder_has_the_official_layout(folder):
     assert BagelConfig.from_folder(folder) == TINY
     names = set(os.listdir(folder))
     shards = sorted(name for name in names if name.startswith("ema-"))
@@ -137,33 +137,33 @@ def test_the_folder_is_official(folder):
         assert (part.get_dtype(), part.get_shape()) == (stored[name].get_dtype(), stored[name].get_shape()), name
 
 
-def test_a_random_model_draws_edits_and_answers(folder):
+def test_random_model_generates_edits_and_answers(folder):
     bagel = Bagel.from_pretrained(folder, device="cpu")
-    drawn = bagel.generate("a fox", size=(64, 48), num_timesteps=5, seed=1, think=True, max_think_token_n=5)
-    edited = bagel.edit(drawn.image, "in snow", num_timesteps=5, seed=1)
-    for result in (drawn, edited):
+    generated = bagel.generate("a fox", size=(64, 48), num_timesteps=5, seed=1, think=True, max_think_token_n=5)
+    edited = bagel.edit(generated.image, "in snow", num_timesteps=5, seed=1)
+    for result in (generated, edited):
         assert torch.isfinite(result.latents).all() and 0.1 < result.latents.std() < 100
         low, high = zip(*result.image.getextrema(), strict=True)
-        assert min(high) - max(low) > 20  # a picture, neither empty nor burnt out
-    assert isinstance(bagel.chat("what is it?", drawn.image, max_think_token_n=5), str)
+        assert min(high) - max(low) > 20  # neither constant nor saturated
+    assert isinstance(bagel.chat("what is it?", generated.image, max_think_token_n=5), str)
 
 
-@pytest.mark.parametrize("config", [BAGEL_7B_MOT, TINY, ODD], ids=["published", "tiny", "odd in every value"])
-def test_a_configuration_survives_its_json_files(config, tmp_path):
+@pytest.mark.parametrize("config", [BAGEL_7B_MOT, TINY, ODD], ids=["published", "tiny", "non-default values"])
+def test_configuration_round_trips_through_json(config, tmp_path):
     for name, content in official_json(config).items():
         (tmp_path / name).write_text(json.dumps(content))
     assert BagelConfig.from_folder(tmp_path) == config
 
 
-def test_the_published_model_has_fourteen_billion_parameters_and_29_gb():
-    shapes = {stem: [place.shape for place in named.values()] for stem, named in
+def test_published_model_has_14_billion_parameters_and_29_gb():
+    shapes = {stem: [slot.shape for slot in slots.values()] for stem, slots in
               BagelModel.allocate(BAGEL_7B_MOT, (0, 0), "meta", torch.bfloat16).weight_slots().items()}  # fmt: skip
     count = {stem: sum(torch.Size(shape).numel() for shape in shapes[stem]) for stem in shapes}
     assert 14.6e9 < count["ema"] < 14.8e9 and 29.1e9 < 2 * count["ema"] < 29.6e9
     assert 8.3e7 < count["ae"] < 8.5e7
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+def test_insufficient_disk_space_is_detected_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=29_000_000_000))
     with pytest.raises(ValueError, match=r"29\.\d GB would be written, but the disk has 29\.0 GB free"):
         make_random_checkpoint(tmp_path / "a" / "b")
@@ -172,7 +172,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("existed", [True, False], ids=["in an empty folder", "in a new folder"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error, existed):
+def test_interruption_leaves_no_files(tmp_path, monkeypatch, error, existed):
     def fail(*_):
         raise error
 
@@ -198,21 +198,21 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, error, existe
         ),
     ],
 )
-def test_a_configuration_that_no_folder_can_hold_is_refused(config, message, tmp_path):
+def test_rejects_configurations_that_json_cannot_express(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_random_checkpoint(tmp_path / "model", config, tokenizer=CHECKPOINT)
     assert os.listdir(tmp_path) == []
 
 
-def test_the_command_writes_a_model_that_generates(tmp_path):
+def test_command_writes_a_usable_model(tmp_path):
     def run(*args):
         result = CliRunner().invoke(app, [str(arg) for arg in args])
         assert result.exit_code == 0, result.output
         return result
 
-    made = run("make-random-checkpoint", tmp_path / "m", "--like", CHECKPOINT, "--seed", 2, "--json", "--progress")
-    assert "random weights: 100%" in made.stderr
-    report = json.loads(made.stdout)
+    result = run("make-random-checkpoint", tmp_path / "m", "--like", CHECKPOINT, "--seed", 2, "--json", "--progress")
+    assert "random weights: 100%" in result.stderr
+    report = json.loads(result.stdout)
     assert (report["folder"], report["seed"]) == (str(tmp_path / "m"), 2) and report["bytes"] > 2_900_000
     run("generate", "x", "-o", tmp_path / "x.png", "--model", tmp_path / "m", "--num-timesteps", 3)
     assert (tmp_path / "x.png").stat().st_size > 1000

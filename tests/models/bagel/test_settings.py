@@ -1,4 +1,4 @@
-"""The table of hyper-parameters, and that every interface reads it."""
+"""The table of hyper-parameters and the interfaces generated from it."""
 
 from dataclasses import asdict, fields
 
@@ -10,7 +10,7 @@ from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, resolve_setti
 
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
-def test_row_is_complete(name):
+def test_hyperparameter_has_title_help_and_valid_slider(name):
     metadata = HYPERPARAMETERS[name].metadata
     assert metadata["title"] and metadata["help"].endswith(".") and "\n" not in metadata["help"]
     if metadata["slider"] and name != "cfg_interval":
@@ -28,25 +28,25 @@ def test_command_line_shows_the_help_and_defaults_of_the_table(task):
     assert all(options[name].help == HYPERPARAMETERS[name].metadata["help"] for name in defaults)
 
 
-def test_server_takes_the_hyperparameters_of_images_by_name():
+def test_server_accepts_every_image_hyperparameter():
     pytest.importorskip("pydantic", reason="the extra [serve] is not installed")
     from bagel_rt.serve.schema import Chat, Generation
 
-    drawing = {field.name for field in fields(TASKS["generate"].image)}
-    assert drawing <= Generation.model_fields.keys() and drawing <= Chat.model_fields.keys()
+    names = {field.name for field in fields(TASKS["generate"].image)}
+    assert names <= Generation.model_fields.keys() and names <= Chat.model_fields.keys()
 
 
-def test_given_values_replace_the_defaults():
+def test_values_override_the_defaults():
     image, text = resolve_settings("edit", {"num_timesteps": 7, "top_k": 3})
     assert image.num_timesteps == 7 and image.cfg_img_scale == 2.0 and text.top_k == 3
 
 
-def test_task_refuses_hyperparameters_it_does_not_have():
+def test_rejects_hyperparameters_of_another_task():
     with pytest.raises(TypeError, match="unknown hyper-parameter cfg_text_scale; this task has do_sample"):
         resolve_settings("chat", {"cfg_text_scale": 3.0})
 
 
-def test_list_holds_one_value_per_prompt():
+def test_list_gives_one_value_per_prompt():
     settings = settings_per_prompt("generate", {"cfg_text_scale": [1.0, 2.0], "cfg_interval": [0.1, 0.2]}, 2)
     assert [task.image.cfg_text_scale for task in settings] == [1.0, 2.0]
     assert [task.image.cfg_interval for task in settings] == [(0.1, 0.2)] * 2
