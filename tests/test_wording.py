@@ -69,14 +69,6 @@ TO_DO: dict[str, list[str]] = {
         "kernels/group_norm.py",
         "tests/conformance/bagel/README.md",
         "tests/kernels/test_group_norm.py",
-        "tests/models/bagel/test_config.py",
-        "tests/models/bagel/test_images.py",
-        "tests/models/bagel/test_memory.py",
-        "tests/models/bagel/test_memory_advice.py",
-        "tests/models/bagel/test_other_shapes.py",
-        "tests/models/bagel/test_random_checkpoint.py",
-        "tests/test_pipeline.py",
-        "tests/test_previews.py",
         "tests/tiny/pictures.py",
         "tests/tiny/test_evaluate.py",
         "tests/tiny/test_judge.py",
@@ -95,7 +87,6 @@ TO_DO: dict[str, list[str]] = {
     r"(is|are) told (?!apart)|what (is|was|can be) (said|told|given|taken)": [
         "bagel_rt/tiny/examples.py",
         "benchmarks/official.py",
-        "tests/models/bagel/test_memory_advice.py",
         "tests/tiny/test_evaluate.py",
     ],
     r"under way|at hand": [
@@ -117,7 +108,6 @@ TO_DO: dict[str, list[str]] = {
     r"\d+ x \d+ (pixels|images?)": [
         "bagel_rt/tiny/model.py",
         "benchmarks/workloads.py",
-        "tests/conftest.py",
     ],
 }
 
