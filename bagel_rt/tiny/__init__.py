@@ -1,7 +1,7 @@
-"""A world of coloured shapes, small enough for a small model to learn.
+"""A synthetic world of coloured shapes, and the small model trained on it.
 
-:mod:`.scene` says what a scene is and which are kept for tests, :mod:`.render` draws it, :mod:`.examples` makes
-examples of the three tasks (their words are in :mod:`.language`, :mod:`.edits` and :mod:`.questions`), and
-:mod:`.judge` tells whether a picture or an answer is right, by what :mod:`.sight` sees and what the text claims
+:mod:`.scene` defines scenes and the train/test split, and :mod:`.render` draws them. :mod:`.examples` makes examples of
+the three tasks, with the texts of :mod:`.language`, :mod:`.edits` and :mod:`.questions`. :mod:`.judge` decides whether
+an image or an answer is correct: it compares what :mod:`.detector` finds in the image with what the text claims
 (:mod:`.claims`).
 """

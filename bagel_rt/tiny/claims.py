@@ -1,7 +1,4 @@
-"""What a text says about a picture, in a form that a picture can be checked against.
-
-A claim that the text does not make is None, and a judge is silent on it.
-"""
+"""Machine-checkable claims of a text about an image. None means that the text does not specify the attribute."""
 
 from dataclasses import dataclass
 
@@ -12,11 +9,12 @@ _LOW, _HIGH = 0.4, 0.6
 
 @dataclass(frozen=True)
 class GroupClaim:
-    """There are exactly ``count`` things of this shape and color.
+    """The image has exactly ``count`` things of this shape and color.
 
-    size: all of them have it.
-    place: their mean position is there.
-    at: their centres (x, y), in any order: for things that an edit leaves where they are.
+    Attributes:
+        size: the size of all of them.
+        place: the named place of their mean position.
+        at: their centres (x, y), in any order; for things that an edit must not move.
     """
 
     count: int
@@ -29,7 +27,7 @@ class GroupClaim:
 
 @dataclass(frozen=True)
 class Claims:
-    """All groups there are, the relation of the first to the second, and the background."""
+    """All groups in the image, the relation of the first to the second, and the background."""
 
     groups: tuple[GroupClaim, ...] = ()
     relation: str | None = None
@@ -37,14 +35,14 @@ class Claims:
 
 
 def claim_group(group: Group, size: bool = True, place: str | None = None, at: bool = False) -> GroupClaim:
-    """What is true of a group of a scene: with its size or not, with its positions or not."""
+    """The claim that is true of a group of a scene, optionally with its size, place and positions."""
     first = group[0]
     positions = tuple((thing.x, thing.y) for thing in group) if at else None
     return GroupClaim(len(group), first.shape, first.color, first.size if size else None, place, positions)
 
 
 def is_at(place: str, x: float, y: float) -> bool:
-    """Whether a point is where the name says. "left" says nothing of the height; "center" means both axes."""
+    """Whether a point is at a named place. "left" does not constrain y; "center" constrains both axes."""
     column, row = PLACES[place]
     if place == "center":
         return 1 / 3 < x < 2 / 3 and 1 / 3 < y < 2 / 3

@@ -1,6 +1,6 @@
-"""A contact sheet: rows of small images with captions, optionally marked as right or wrong.
+"""Contact sheets: rows of small images with captions, optionally marked as right or wrong.
 
-All lengths are pixels. Images stand in columns; a pair, before and after, takes two columns.
+All lengths are in pixels. Images are laid out in columns; a before/after pair takes two.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ class Tile:
 
     Attributes:
         images: one or two; shown as squares.
-        lines: (text, colour) of the caption, each wrapped to the tile's width.
-        correct: mark of the last image; None for no mark.
+        lines: (text, colour) of the caption, each wrap_lines to the tile's width.
+        correct: whether to mark the last image as right or wrong; None for no mark.
     """
 
     images: tuple[Image.Image, ...]
@@ -35,10 +35,10 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """Tiles under a heading, with an optional bar that shows a share and its interval.
+    """Tiles under a heading, with an optional bar for a share and its confidence interval.
 
     Attributes:
-        title, note: the heading, and small print to its right.
+        title, note: the heading, and small text to its right.
         tiles: at least one.
         share: (low, share, high), each in [0, 1]; None for no bar.
     """
@@ -50,7 +50,7 @@ class Section:
 
 
 def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.Image:
-    """Draw the sheet as an RGB image of width ``WIDTH``."""
+    """Draw a sheet as an RGB image of width ``WIDTH``."""
     blocks = [_heading(title, note)]
     for section in sections:
         blocks.append(_section_heading(section))
@@ -64,8 +64,8 @@ def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.I
     return sheet
 
 
-def wrapped(text: str, font, width: int) -> list[str]:
-    """Wrap the text to lines of at most ``width``; a longer word is broken."""
+def wrap_lines(text: str, font, width: int) -> list[str]:
+    """Wrap a text to lines of at most ``width``; longer words are broken."""
     lines, line = [], ""
     for word in text.split():
         while font.getlength(word) > width:
@@ -86,7 +86,7 @@ def _font(size: int):
 
 
 def _block(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty strip of the page, between its margins."""
+    """An empty strip across the page, without the margins."""
     image = Image.new("RGB", (WIDTH - 2 * MARGIN, height), PAGE)
     return image, ImageDraw.Draw(image)
 
@@ -123,13 +123,13 @@ def _draw_share(draw: ImageDraw.ImageDraw, left: int, share: tuple[float, float,
 
 def _rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
     """Distribute tiles over rows of ``COLUMNS`` columns."""
-    rows, taken = [[]], 0
+    rows, columns = [[]], 0
     for tile in tiles:
-        if taken + len(tile.images) > COLUMNS:
+        if columns + len(tile.images) > COLUMNS:
             rows.append([])
-            taken = 0
+            columns = 0
         rows[-1].append(tile)
-        taken += len(tile.images)
+        columns += len(tile.images)
     return rows
 
 
@@ -155,13 +155,13 @@ def _width(tile: Tile) -> int:
 
 def _lines(tile: Tile) -> list[tuple[str, str]]:
     width = _width(tile) - 2 * PADDING
-    return [(line, colour) for text, colour in tile.lines for line in wrapped(text, _font(13), width)]
+    return [(line, colour) for text, colour in tile.lines for line in wrap_lines(text, _font(13), width)]
 
 
 def _draw_images(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int) -> None:
     for number, tile_image in enumerate(tile.images):
-        shown = tile_image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        image.paste(shown, (left, PADDING))
+        resized = tile_image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        image.paste(resized, (left, PADDING))
         if number < len(tile.images) - 1:
             draw.rectangle((left, PADDING, left + SIDE - 1, PADDING + SIDE - 1), outline=EDGE)
             start, middle = left + SIDE + 7, PADDING + SIDE // 2
@@ -179,7 +179,7 @@ def _draw_images(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left
 
 
 def _badge(correct: bool) -> Image.Image:
-    """A round mark with a tick or a cross; drawn four times as large and scaled down, for smooth edges."""
+    """A round badge with a tick or a cross, drawn at four times the size and scaled down for antialiasing."""
     side = 4 * BADGE
     image = Image.new("RGBA", (side, side))
     draw = ImageDraw.Draw(image)

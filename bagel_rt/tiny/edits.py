@@ -1,8 +1,8 @@
-"""Edits of scenes: an instruction, the scene after it, and what must then be true of the picture.
+"""Edits of scenes: an instruction, the scene after the edit, and the claims that the edited image must satisfy.
 
-An edit changes one group, or the background, or adds a thing; all else stays as and where it is, and the claims
-say so. Each function here takes (rng, before), with as many groups as EDITS says, and returns None where what it drew
-is impossible: too little room, no change, or two groups that look the same.
+An edit changes one group or the background, or adds a thing. The claims require everything else to stay unchanged and
+in place. Each edit function takes (rng, before); EDITS lists the allowed numbers of groups. It returns None if the
+random edit is invalid: too little room, no change, or two groups that look the same.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bagel_rt.tiny.claims import Claims, claim_group, is_at
-from bagel_rt.tiny.language import article, plural, refer, say_relation, say_size, says_size
+from bagel_rt.tiny.language import article, mentions_size, plural, refer, say_relation, say_size
 from bagel_rt.tiny.scene import (
     BACKGROUNDS,
     COLORS,
@@ -31,12 +31,12 @@ from bagel_rt.tiny.scene import (
     relation_between,
 )
 
-_APART = 0.46  # from an added thing to the nearest of the group, where there is room
+_DISTANCE = 0.46  # from an added thing to the nearest thing of the group, if there is room
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, the scene it leads to, and what it claims of the picture."""
+    """An instruction, the scene after it, and the claims about the edited image."""
 
     text: str
     after: Scene
@@ -44,19 +44,19 @@ class Edit:
 
 
 def _valid(things: Group, groups: int) -> bool:
-    """Whether the things fit and are still so many groups, with a relation if they are two."""
-    found = groups_of(things)
-    return fits(things) and len(found) == groups and (groups == 1 or relation_between(*found) is not None)
+    """Whether the things fit and form this number of groups; two groups must have a relation."""
+    actual = groups_of(things)
+    return fits(things) and len(actual) == groups and (groups == 1 or relation_between(*actual) is not None)
 
 
 def _claim_as_is(scene: Scene) -> Claims:
-    """Everything of a scene, positions too."""
+    """Claims about everything in a scene, including positions."""
     groups = tuple(claim_group(group, at=True) for group in groups_of(scene.things))
     return Claims(groups, background=scene.background)
 
 
 def _replace_group(before: Scene, group: Group, changed: Group, text: str) -> Edit | None:
-    """The scene with ``changed`` for ``group``, unless it then takes too much room or looks like the other group."""
+    """Replace ``group`` with ``changed``; None if it does not fit or looks like the other group."""
     others = tuple(thing for thing in before.things if thing not in group)
     things = changed + others if before.things[0] in group else others + changed
     if not _valid(things, 2 if others else 1):
@@ -66,7 +66,7 @@ def _replace_group(before: Scene, group: Group, changed: Group, text: str) -> Ed
 
 
 def recolor(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """A group gets another colour."""
+    """Change the colour of a group."""
     group = pick(rng, groups_of(before.things))
     color = pick(rng, [color for color in COLORS if color != group[0].color])
     who = refer(rng, group, before)
@@ -75,7 +75,7 @@ def recolor(rng: np.random.Generator, before: Scene) -> Edit | None:
 
 
 def reshape(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """A group gets another shape and keeps its colour."""
+    """Change the shape of a group; the colour stays."""
     group = pick(rng, groups_of(before.things))
     shape = pick(rng, [shape for shape in SHAPES if shape != group[0].shape])
     who, what = refer(rng, group, before), article(shape) if len(group) == 1 else plural(shape, len(group))
@@ -84,10 +84,10 @@ def reshape(rng: np.random.Generator, before: Scene) -> Edit | None:
 
 
 def resize(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """One or two things become small or large, on cells around those that they had."""
+    """Change the size of a group of one or two things, around the same centre."""
     group = pick(rng, groups_of(before.things))
     if len(group) == 3:
-        return None  # three large things fit nowhere
+        return None  # three large things do not fit
     size = next(size for size in SIZES if size != group[0].size)
     word = pick(rng, ("bigger", "larger", "large") if size == "large" else ("smaller", "small"))
     scaled = _line_up_again(group, size, center_of(group))
@@ -95,22 +95,22 @@ def resize(rng: np.random.Generator, before: Scene) -> Edit | None:
 
 
 def _line_up_again(group: Group, size: str, center: tuple[float, float]) -> Group:
-    """The things of a group in their order at another place, or of another size."""
+    """Line up a group again, at another centre or in another size, in the same order and direction."""
     first = group[0]
     vertical = len(group) > 1 and first.x == group[1].x
     return line_up((first.shape, first.color, size), len(group), center, vertical)
 
 
 def remove(rng: np.random.Generator, before: Scene) -> Edit:
-    """One of two groups goes."""
-    gone = pick(rng, groups_of(before.things))
-    after = Scene(before.background, tuple(thing for thing in before.things if thing not in gone))
+    """Remove one of two groups."""
+    removed = pick(rng, groups_of(before.things))
+    after = Scene(before.background, tuple(thing for thing in before.things if thing not in removed))
     verb = pick(rng, ("remove", "delete", "take away"))
-    return Edit(f"{verb} {refer(rng, gone, before)}", after, _claim_as_is(after))
+    return Edit(f"{verb} {refer(rng, removed, before)}", after, _claim_as_is(after))
 
 
 def add(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """One more thing, beside the only group."""
+    """Add a thing beside the only group."""
     (group,) = groups_of(before.things)
     relation = pick(rng, list(OPPOSITE))
     kinds = [
@@ -121,27 +121,30 @@ def add(rng: np.random.Generator, before: Scene) -> Edit | None:
     things = group + line_up((shape, color, size), 1, _beside(group, relation, size))
     if not _valid(things, 2) or relation_between(things[-1:], group) != relation:
         return None
-    say = says_size(rng, things[-1:])
-    what = article(f"{say_size(rng, size)} {color} {shape}" if say else f"{color} {shape}")
+    with_size = mentions_size(rng, things[-1:])
+    what = article(f"{say_size(rng, size)} {color} {shape}" if with_size else f"{color} {shape}")
     verb = pick(rng, ("add", "put", "draw"))
-    added = claim_group(things[-1:], size=say)
+    added = claim_group(things[-1:], size=with_size)
     claims = Claims((added, claim_group(group, at=True)), relation, before.background)
     text = f"{verb} {what} {say_relation(rng, relation)} {refer(rng, group, before)}"
     return Edit(text, Scene(before.background, things), claims)
 
 
 def _beside(group: Group, relation: str, size: str) -> tuple[float, float]:
-    """A point ``_APART`` from the group in that direction, or as far as the border lets it."""
+    """A point ``_DISTANCE`` from the group in that direction, clamped to the border."""
     across, along = center_of(group) if relation in ("above", "below") else center_of(group)[::-1]
     ends = [thing.y if relation in ("above", "below") else thing.x for thing in group]
     room = Thing("circle", "red", size, 0, 0).reach + 0.02
-    along = max(min(ends) - _APART, room) if relation in ("above", "left of") else min(max(ends) + _APART, 1 - room)
+    if relation in ("above", "left of"):
+        along = max(min(ends) - _DISTANCE, room)
+    else:
+        along = min(max(ends) + _DISTANCE, 1 - room)
     across = min(max(across, room), 1 - room)
     return (across, along) if relation in ("above", "below") else (along, across)
 
 
 def change_background(rng: np.random.Generator, before: Scene) -> Edit:
-    """Another background behind the same things."""
+    """Change the background."""
     background = pick(rng, [name for name in BACKGROUNDS if name != before.background])
     ways = (
         f"make the background {background}",
@@ -153,7 +156,7 @@ def change_background(rng: np.random.Generator, before: Scene) -> Edit:
 
 
 def move(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """The only group goes to a named place where it is not yet."""
+    """Move the only group to another named place."""
     (group,) = groups_of(before.things)
     place = pick(rng, list(PLACES))
     x, y = center_of(group)
@@ -169,7 +172,7 @@ def move(rng: np.random.Generator, before: Scene) -> Edit | None:
     return Edit(text.format(preposition), Scene(before.background, things), claims)
 
 
-# Each edit with the numbers of groups that a scene may have before it.
+# Edit -> allowed numbers of groups in the scene before it.
 EDITS: dict[Callable[[np.random.Generator, Scene], Edit | None], tuple[int, ...]] = {
     recolor: (1, 2),
     reshape: (1, 2),

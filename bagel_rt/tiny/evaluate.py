@@ -1,9 +1,9 @@
-"""How often a model is right: held-out examples of the world of shapes, drawn, edited and answered, and judged.
+"""Accuracy of a model on held-out examples of the world of shapes, for generation, editing and questions.
 
-Examples come in categories (one object, two with a relation, ...; kinds of edits; kinds of questions), as many of
-each, so that a figure does not depend on how often the world happens to ask something. A seed and a number name them:
-the first N of each category are the same whatever larger number is asked for, so two models, or two settings of one,
-can be compared example by example. Shares come with 95% intervals (Wilson 1927, J. Am. Stat. Assoc. 22, 209-212).
+Every category (one object, two with a relation, ...; kinds of edits; kinds of questions) has the same number of
+examples, so that scores do not depend on how often a category is drawn. Examples are determined by a seed: the first N
+of each category are the same for every larger number, so two models or two settings can be compared example by example.
+Shares have 95% confidence intervals (Wilson 1927, J. Am. Stat. Assoc. 22, 209-212).
 """
 
 import math
@@ -40,9 +40,9 @@ CATEGORIES = {
 }
 """Task -> its categories."""
 
-SIDE = 128  # of the pictures that are shown and judged, in pixels
-ANSWER_TOKENS = 16  # the longest right answer is shorter
-_NORMAL_QUANTILE = 1.959963984540054  # of 0.975
+SIDE = 128  # pixels, of the images that the model gets and of those that are judged
+ANSWER_TOKENS = 16  # longer than the longest correct answer
+_NORMAL_QUANTILE = 1.959963984540054  # at 0.975
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A problem and what a model made of it.
+    """A problem and the result of a model.
 
     Attributes:
-        problem: what was asked.
-        result: the picture, ``SIDE`` x ``SIDE``, or the answer.
-        failures: what is wrong with it; nothing if it is right.
-        seconds: its share of the time that its batch took.
+        problem: the problem.
+        result: an image of ``SIDE`` x ``SIDE`` pixels, or an answer.
+        failures: descriptions of what is wrong; empty if the result is correct.
+        seconds: run time of its batch, divided by the batch size.
     """
 
     problem: Problem
@@ -77,9 +77,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of a task's trials are right, in one category or, if that is None, in all.
+    """The score of one category of a task, or of the whole task if ``category`` is None.
 
-    ``low`` and ``high`` are the 95% interval of the share.
+    ``low`` and ``high`` are the 95% confidence interval of ``share``.
     """
 
     task: str
@@ -93,10 +93,10 @@ class Score:
 
 
 def choose_problems(count: int, seed: int, tasks: Sequence[str] = tuple(CATEGORIES)) -> list[Problem]:
-    """``count`` held-out problems of each category, task by task, the categories of a task taking turns.
+    """Choose ``count`` held-out problems of each category, grouped by task, with the categories interleaved.
 
     Raises:
-        ValueError: a count below 1, or an unknown task.
+        ValueError: ``count`` is below 1, or a task is unknown.
     """
     check("count", count, integer(1))
     for task in tasks:
@@ -104,12 +104,12 @@ def choose_problems(count: int, seed: int, tasks: Sequence[str] = tuple(CATEGORI
     problems = []
     for task in dict.fromkeys(tasks):
         rng = np.random.default_rng([seed, list(CATEGORIES).index(task)])
-        found = {category: [] for category in CATEGORIES[task]}
-        while any(len(chosen) < count for chosen in found.values()):
+        by_category = {category: [] for category in CATEGORIES[task]}
+        while any(len(chosen) < count for chosen in by_category.values()):
             problem = _next_problem(rng, task)
-            if len(found[problem.category]) < count:
-                found[problem.category].append(problem)
-        problems += [chosen[number] for number in range(count) for chosen in found.values()]
+            if len(by_category[problem.category]) < count:
+                by_category[problem.category].append(problem)
+        problems += [chosen[number] for number in range(count) for chosen in by_category.values()]
     return problems
 
 
@@ -119,7 +119,7 @@ def _next_problem(rng: np.random.Generator, task: str) -> Problem:
 
 
 def category_of(example: Example) -> str:
-    """Which of its task's ``CATEGORIES`` an example is of."""
+    """The category of an example, from the ``CATEGORIES`` of its task."""
     return {"generate": _kind_of_scene, "edit": _kind_of_edit, "ask": _kind_of_question}[example.task](example)
 
 
@@ -163,17 +163,17 @@ def _kind_of_question(example: Example) -> str:
 
 
 def evaluate(bagel, problems: Sequence[Problem], batch: int = 16, progress=None, **image_settings) -> Iterator[Trial]:
-    """Let a model solve problems, and judge it; trials come as they are done, in order.
+    """Run a model on problems and judge the results. Yields trials in order, as they complete.
 
     Args:
-        bagel: a :class:`~bagel_rt.pipeline.Bagel`, or whatever has its ``generate``, ``edit`` and ``chat``. Pictures
+        bagel: a :class:`~bagel_rt.pipeline.Bagel`, or an object with its ``generate``, ``edit`` and ``chat``. Images
             of another size than ``SIDE`` are resized before they are judged.
-        batch: texts that are drawn at once; edits and questions run one by one. [1, MAX_BATCH]
-        progress: for the model to call after every step.
-        **image_settings: fields of ``ImageSettings`` in place of each task's defaults.
+        batch: prompts per batch of image generation, from 1 to MAX_BATCH. Edits and questions run one at a time.
+        progress: callback that the model calls after every step.
+        **image_settings: fields of ``ImageSettings`` that override the defaults of each task.
 
     Raises:
-        ValueError, TypeError: a setting is out of range or unknown; nothing was computed.
+        ValueError, TypeError: a setting is out of range or unknown. Raised before any computation.
     """
     check("batch", batch, integer(1, MAX_BATCH))
     for task in ("generate", "edit"):
@@ -185,25 +185,25 @@ def _trials(bagel, problems, batch: int, progress, image_settings: dict) -> Iter
     for task, group in groupby(problems, lambda problem: problem.example.task):
         same_task, size = list(group), batch if task == "generate" else 1
         for first in range(0, len(same_task), size):
-            together = same_task[first : first + size]
+            chunk = same_task[first : first + size]
             start = time.perf_counter()
-            results = _solve(bagel, task, together, progress, image_settings)
-            seconds = (time.perf_counter() - start) / len(together)
-            for problem, result in zip(together, results, strict=True):
+            results = _solve(bagel, task, chunk, progress, image_settings)
+            seconds = (time.perf_counter() - start) / len(chunk)
+            for problem, result in zip(chunk, results, strict=True):
                 yield Trial(problem, result, _failures(problem.example, result), seconds)
 
 
 def _solve(bagel, task: str, problems: list[Problem], progress, image_settings: dict) -> list[Image.Image | str]:
-    """What the model makes of problems of one task; only of "generate" there may be several."""
+    """The model's results for problems of one task; only "generate" takes several problems."""
     if task == "generate":
         prompts, seeds = [problem.example.text for problem in problems], [problem.seed for problem in problems]
-        drawn = bagel.generate(prompts, seed=seeds, progress=progress, **image_settings)
-        return [_resized(result.image) for result in drawn]
+        results = bagel.generate(prompts, seed=seeds, progress=progress, **image_settings)
+        return [_resized(result.image) for result in results]
     (problem,) = problems
-    shown, asked = render(problem.example.before, SIDE), {"seed": problem.seed, "progress": progress}
+    image, options = render(problem.example.before, SIDE), {"seed": problem.seed, "progress": progress}
     if task == "edit":
-        return [_resized(bagel.edit(shown, problem.example.text, **asked, **image_settings).image)]
-    return [bagel.chat(problem.example.text, [shown], max_think_token_n=ANSWER_TOKENS, **asked)]
+        return [_resized(bagel.edit(image, problem.example.text, **options, **image_settings).image)]
+    return [bagel.chat(problem.example.text, [image], max_think_token_n=ANSWER_TOKENS, **options)]
 
 
 def _resized(image: Image.Image) -> Image.Image:
@@ -212,37 +212,37 @@ def _resized(image: Image.Image) -> Image.Image:
 
 def _failures(example: Example, result: Image.Image | str) -> tuple[str, ...]:
     if example.task == "ask":
-        return () if judge_answer(example, result) else (f"{result!r} in place of {example.answer!r}",)
+        return () if judge_answer(example, result) else (f"expected {example.answer!r}, got {result!r}",)
     verdict = judge(example, result)
     return () if verdict.correct else tuple(verdict.failures)
 
 
 def scores(trials: Sequence[Trial]) -> list[Score]:
-    """A score for each category that was tried, and before them, if a task has several, one for all its trials."""
-    found = []
+    """For each task with trials: the score of the task, then the scores of its categories."""
+    result = []
     for task, categories in CATEGORIES.items():
         rows = [(None, [trial for trial in trials if trial.problem.example.task == task])]
         rows += [(name, [trial for trial in rows[0][1] if trial.problem.category == name]) for name in categories]
-        found += [_score(task, name, chosen) for name, chosen in rows if chosen]
-    return found
+        result += [_score(task, name, chosen) for name, chosen in rows if chosen]
+    return result
 
 
 def _score(task: str, category: str | None, trials: list[Trial]) -> Score:
     correct, total = sum(trial.correct for trial in trials), len(trials)
     seconds = sum(trial.seconds for trial in trials)
-    return Score(task, category, correct, total, correct / total, *wilson(correct, total), seconds)
+    return Score(task, category, correct, total, correct / total, *wilson_interval(correct, total), seconds)
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share of which ``correct`` of ``total`` were seen.
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion, from ``correct`` successes in ``total`` trials.
 
     Raises:
-        ValueError: not 0 <= correct <= total, or no trials.
+        ValueError: ``total`` is below 1, or ``correct`` is not from 0 to ``total``.
     """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} of {total}: allowed are 0 <= correct <= total and 1 <= total")
+    check("total", total, integer(1))
+    check("correct", correct, integer(0, total))
     share, z = correct / total, _NORMAL_QUANTILE
     middle = share + z * z / (2 * total)
     reach = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
     low, high = ((middle + sign * reach) / (1 + z * z / total) for sign in (-1, 1))
-    return (low if correct else 0.0), (high if correct < total else 1.0)  # exact at the ends, where rounding is not
+    return (low if correct else 0.0), (high if correct < total else 1.0)  # exact at 0 and 1, without rounding errors

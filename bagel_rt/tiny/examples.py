@@ -1,7 +1,7 @@
-"""Examples of the three tasks, drawn at random from one split of the world.
+"""Random examples of the three tasks, from the train or the test split.
 
-Every scene of an example, that after an edit too, is of a combination of its split (:func:`.scene.combination`):
-nothing of the test split is ever drawn, described, asked about or made by an edit in training.
+All scenes of an example, including the scene after an edit, belong to the same split (:func:`.scene.combination`): no
+training example shows, describes or produces a combination of the test split.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from bagel_rt.tiny.questions import (
     ask_which,
 )
 from bagel_rt.tiny.scene import Scene, draw_scene, groups_of, pick, split_of
+from bagel_rt.validation import check, one_of
 
 TASKS = ("generate", "edit", "ask")
 SPLITS = ("train", "test")
@@ -30,12 +31,12 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Example:
-    """What is given and what is wanted.
+    """The inputs and the expected output of one task.
 
-    generate: the caption ``text``; wanted is a picture like ``after``, of which only ``claims`` are said.
-    edit: the scene ``before`` and the instruction ``text``; wanted is a picture like ``after``, of which ``claims``
-        are said or follow from "and nothing else".
-    ask: the scene ``before`` and the question ``text``; wanted is ``answer``. There are no claims.
+    generate: input is the caption ``text``. Expected is any image that satisfies ``claims``, such as ``after``.
+    edit: inputs are the scene ``before`` and the instruction ``text``. Expected is any image that satisfies ``claims``,
+        such as ``after``; the claims cover what must stay unchanged.
+    ask: inputs are the scene ``before`` and the question ``text``. Expected is ``answer``; there are no claims.
     """
 
     task: str
@@ -47,30 +48,24 @@ class Example:
 
 
 def make_example(rng: np.random.Generator, task: str | None, split: str) -> Example:
-    """Draws an example; one seed gives the same examples everywhere.
+    """Draw an example. The result depends only on the arguments, on every machine.
 
     Args:
-        rng: where all randomness comes from.
-        task: "generate", "edit" or "ask", or None for any of them, equally often.
+        rng: the source of all randomness.
+        task: "generate", "edit" or "ask", or None for a random one.
         split: "train" or "test".
 
     Raises:
-        ValueError: an unknown task or split.
+        ValueError: the task or the split is unknown.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}, expected one of {', '.join(SPLITS)}")
+    check("split", split, one_of(SPLITS))
     task = pick(rng, TASKS) if task is None else task
-    if task == "generate":
-        return _generate(rng, split)
-    if task == "edit":
-        return _edit(rng, split)
-    if task == "ask":
-        return _ask(rng, split)
-    raise ValueError(f"task={task!r}, expected one of {', '.join(TASKS)}, or None for any")
+    check("task", task, one_of(TASKS, "None draws a random task"))
+    return {"generate": _generate, "edit": _edit, "ask": _ask}[task](rng, split)
 
 
 def _scene_of(rng: np.random.Generator, split: str, groups: int) -> Scene:
-    """A scene of the split."""
+    """Draw a scene of the split by rejection sampling."""
     while True:
         scene = draw_scene(rng, groups)
         if split_of(scene) == split:
@@ -84,12 +79,12 @@ def _generate(rng: np.random.Generator, split: str) -> Example:
 
 
 def _edit(rng: np.random.Generator, split: str) -> Example:
-    """The kind of edit and the number of groups are drawn only once, so that both splits have as many of each."""
-    change = pick(rng, list(EDITS))
-    groups = pick(rng, EDITS[change])
+    # The kind of edit and the number of groups are drawn outside the loop: rejection must not change their frequencies.
+    make_edit = pick(rng, list(EDITS))
+    groups = pick(rng, EDITS[make_edit])
     while True:
         before = _scene_of(rng, split, groups)
-        edit = change(rng, before)
+        edit = make_edit(rng, before)
         if edit is not None and split_of(edit.after) == split:
             return Example("edit", edit.text, before, edit.after, None, edit.claims)
 
@@ -103,11 +98,11 @@ def _ask(rng: np.random.Generator, split: str) -> Example:
 
 
 def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Scene, list[Question]]:
-    """A scene of the split and ``count`` different questions about it, at most 16, each of any kind that suits it.
+    """Draw a scene of the split and ``count`` different questions about it, at most 16.
 
-    Those that are answered by yes, no or a number are the hardest, and thrice as likely as others; on which side
-    something is, twice, and which of three kinds of things are there, eight times. The last one asks for everything;
-    before others, its answer would be theirs.
+    Questions with a yes, no or number as the answer are the hardest, so they get three times the usual weight. Training
+    adds two kinds: on which side a group is (weight 2), and which of three kinds of things exist (weight 8). The last
+    question asks for the full description. Asked earlier, its answer would give away the others.
     """
     scene = _scene_of(rng, split, pick(rng, (1, 2)))
     suitable = [ask for ask, groups in QUESTIONS.items() if len(groups_of(scene.things)) in groups]
@@ -115,26 +110,27 @@ def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Sc
     suitable += 8 * [ask_which] + 2 * [ask for ask in suitable if ask in (ask_existence, ask_relation, ask_count)]
     if ask_relation in suitable:
         suitable += [ask_side, ask_side]
-    found: dict[str, str] = {}
-    while len(found) < count - 1:
+    answers: dict[str, str] = {}
+    while len(answers) < count - 1:
         if (question := pick(rng, suitable)(rng, scene)) is not None:
-            found.setdefault(*question)
-    return scene, [*found.items(), ask_description(rng, scene)]
+            answers.setdefault(*question)
+    return scene, [*answers.items(), ask_description(rng, scene)]
 
 
-def make_readings(rng: np.random.Generator, split: str, count: int) -> tuple[str | None, list[Question]]:
-    """Texts to be understood without a picture: what comes first, if anything, then texts with what follows from them.
+def make_text_task(rng: np.random.Generator, split: str, count: int) -> tuple[str | None, list[Question]]:
+    """Draw a text-only task: (context or None, [(text, expected answer), ...]).
 
-    A third each: a caption, and the description of the picture it is of; the description of a picture, an instruction,
-    and the description after that edit; a description, and ``count`` different questions about the picture.
+    There are three kinds, equally likely: a caption and the description of its scene; the description of a scene as
+    context, an instruction and the description after the edit; a description as context and ``count`` different
+    questions.
     """
     kind = pick(rng, ("caption", "edit", "questions"))
     if kind == "caption":
         example = _generate(rng, split)
-        said = describe(example.after)
-        if example.claims.background is None:  # nobody knows it
-            said = said.removesuffix(f" on {example.after.background}")
-        return None, [(example.text, said)]
+        description = describe(example.after)
+        if example.claims.background is None:  # the caption does not mention it
+            description = description.removesuffix(f" on {example.after.background}")
+        return None, [(example.text, description)]
     if kind == "edit":
         example = _edit(rng, split)
         return describe(example.before), [(example.text, describe(example.after))]
@@ -143,10 +139,10 @@ def make_readings(rng: np.random.Generator, split: str, count: int) -> tuple[str
 
 
 def texts(rng: np.random.Generator, n: int) -> Iterator[str]:
-    """``n`` texts of the training split for learning a tokenizer: captions, instructions, questions and answers."""
-    waiting: list[str] = []
+    """Yield ``n`` texts of the training split, to train a tokenizer: captions, instructions, questions and answers."""
+    pending: list[str] = []
     for _ in range(n):
-        if not waiting:
+        if not pending:
             example = make_example(rng, None, "train")
-            waiting = [example.text] if example.answer is None else [example.text, example.answer]
-        yield waiting.pop(0)
+            pending = [example.text] if example.answer is None else [example.text, example.answer]
+        yield pending.pop(0)

@@ -1,4 +1,7 @@
-"""Words for things, groups and places, and captions of scenes: lower case, no punctuation, at most 16 words."""
+"""Phrases for things, groups and places, and captions of scenes: lower case, no punctuation, at most 16 words.
+
+The embedded model is trained on these texts. A changed word, or a changed order of random draws, needs new weights.
+"""
 
 import numpy as np
 
@@ -8,11 +11,11 @@ from bagel_rt.tiny.scene import (
     PLACES,
     Group,
     Scene,
+    default_size,
     groups_of,
     pick,
     place_of,
     relation_between,
-    usual_size,
 )
 
 COUNT_WORDS = ("zero", "one", "two", "three", "four")
@@ -34,17 +37,17 @@ _PREFIXES = ("a picture of", "an image of", "draw", "show")
 
 
 def article(noun_phrase: str) -> str:
-    """The phrase with "a" or "an" before it."""
+    """Prefix a phrase with "a" or "an"."""
     return f"{'an' if noun_phrase[0] in 'aeiou' else 'a'} {noun_phrase}"
 
 
 def plural(noun: str, count: int) -> str:
-    """The noun in the form that goes with a number."""
+    """The noun in singular or plural."""
     return noun if count == 1 else f"{noun}s"
 
 
 def be(count: int) -> str:
-    """The verb in the form that goes with a number."""
+    """ "is" or "are"."""
     return "is" if count == 1 else "are"
 
 
@@ -63,13 +66,13 @@ def name_group(group: Group, size_word: str = "") -> str:
 
 
 def say_group(rng: np.random.Generator, group: Group, size: bool) -> str:
-    """The same, with a size or without, and now and then "one red circle"."""
+    """Like :func:`name_group`, with or without a size; sometimes "one" in place of the article."""
     phrase = name_group(group, say_size(rng, group[0].size) if size else "")
     return f"one {phrase.split(maxsplit=1)[1]}" if len(group) == 1 and rng.random() < 0.2 else phrase
 
 
 def refer(rng: np.random.Generator, group: Group, scene: Scene) -> str:
-    """A definite noun phrase that means this group of the scene and no other: "the circles", "the red circles"."""
+    """A definite noun phrase that identifies this group of the scene: "the circles", "the red circles"."""
     others = [other[0] for other in groups_of(scene.things) if other[0] != group[0]]
     shape, color = plural(group[0].shape, len(group)), group[0].color
     ways = [f"the {color} {shape}"]
@@ -81,24 +84,24 @@ def refer(rng: np.random.Generator, group: Group, scene: Scene) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """All there is to say of a scene, always in the same words, the upper or left group first: at most 14 words."""
+    """The complete description of a scene, in fixed words, upper or left group first; at most 14 words."""
     groups = groups_of(scene.things)
-    if len(groups) == 2 and relation_between(*groups) in ("below", "right of"):  # something was added there
+    if len(groups) == 2 and relation_between(*groups) in ("below", "right of"):  # possible after the edit "add"
         groups = groups[::-1]
-    named = [name_group(group, group[0].size) for group in groups]
+    phrases = [name_group(group, group[0].size) for group in groups]
     if len(groups) == 1:
-        return f"{named[0]} {_PLACE_WORDS[place_of(groups[0])][0]} on {scene.background}"
-    return f"{named[0]} {relation_between(*groups)} {named[1]} on {scene.background}"
+        return f"{phrases[0]} {_PLACE_WORDS[place_of(groups[0])][0]} on {scene.background}"
+    return f"{phrases[0]} {relation_between(*groups)} {phrases[1]} on {scene.background}"
 
 
-def says_size(rng: np.random.Generator, group: Group) -> bool:
-    """Whether to say a group's size: always where it is not the usual one, and now and then."""
-    return group[0].size != usual_size(len(group)) or rng.random() < 0.3
+def mentions_size(rng: np.random.Generator, group: Group) -> bool:
+    """Whether a text mentions the size of a group: always if it is not the default size, otherwise sometimes."""
+    return group[0].size != default_size(len(group)) or rng.random() < 0.3
 
 
 def _caption_of_one(rng: np.random.Generator, group: Group) -> tuple[str, Claims]:
-    """A noun phrase without prefix and background."""
-    size = says_size(rng, group)
+    """A noun phrase without prefix or background."""
+    size = mentions_size(rng, group)
     place = place_of(group)
     if place == "center" and rng.random() < 0.5:
         place = None
@@ -109,10 +112,10 @@ def _caption_of_one(rng: np.random.Generator, group: Group) -> tuple[str, Claims
 
 
 def _caption_of_two(rng: np.random.Generator, groups: list[Group]) -> tuple[str, Claims]:
-    """A noun phrase without prefix and background, at most 14 words."""
+    """A noun phrase without prefix or background, at most 14 words."""
     first, second = groups if rng.random() < 0.5 else groups[::-1]
     relation = relation_between(first, second)
-    sizes = [says_size(rng, first), says_size(rng, second)]
+    sizes = [mentions_size(rng, first), mentions_size(rng, second)]
     claims = Claims((claim_group(first, sizes[0]), claim_group(second, sizes[1])), relation)
     one, other = say_group(rng, first, sizes[0]), say_group(rng, second, sizes[1])
     if rng.random() < 0.3:
@@ -122,11 +125,11 @@ def _caption_of_two(rng: np.random.Generator, groups: list[Group]) -> tuple[str,
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, Claims]:
-    """A description of the scene, and what it claims.
+    """Draw a caption of a scene, and its claims.
 
-    Colour, shape and number of all things and the relation of two groups are always said, the background now and then.
-    So are the usual size (large, but small for three) and the centre; other sizes and places are always said. So of
-    one caption all pictures agree but in the background.
+    It always has colour, shape and count of all things and the relation of two groups. The background, the default size
+    (large; small for three things) and the place "center" are optional; other sizes and places are always mentioned.
+    All images of a caption therefore differ in the background at most.
     """
     groups = groups_of(scene.things)
     phrase, claims = _caption_of_one(rng, groups[0]) if len(groups) == 1 else _caption_of_two(rng, groups)
@@ -140,7 +143,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, Claims]:
 
 def _with_background(rng: np.random.Generator, phrase: str, background: str) -> str:
     form = rng.random()
-    if form < 0.5 or len(phrase.split()) > 12:  # so that no caption is longer than 16 words
+    if form < 0.5 or len(phrase.split()) > 12:  # keeps captions within 16 words
         return f"{phrase} on {background}"
     if form < 0.8 or " with " in phrase:
         return f"{phrase} on a {background} background"

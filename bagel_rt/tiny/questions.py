@@ -1,7 +1,7 @@
 """Questions about scenes, each with one short answer.
 
-Each function here takes (rng, scene), with as many groups as QUESTIONS says, and returns (question, answer), or None
-where the question would have more than one answer.
+Each question function takes (rng, scene); QUESTIONS lists the allowed numbers of groups. It returns (question, answer),
+or None if the question would be ambiguous.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Question = tuple[str, str]
 
 
 def ask_color(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Of the things of one shape, if they agree."""
+    """Ask for the colour of the things of one shape; None if they differ."""
     group = pick(rng, groups_of(scene.things))
     if any(thing.shape == group[0].shape and thing.color != group[0].color for thing in scene.things):
         return None
@@ -24,7 +24,7 @@ def ask_color(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def ask_shape(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Of the things of one colour, if they agree."""
+    """Ask for the shape of the things of one colour; None if they differ."""
     group = pick(rng, groups_of(scene.things))
     if any(thing.color == group[0].color and thing.shape != group[0].shape for thing in scene.things):
         return None
@@ -33,7 +33,7 @@ def ask_shape(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def ask_size(rng: np.random.Generator, scene: Scene) -> Question:
-    """Small or large."""
+    """Ask for the size of a group."""
     group = pick(rng, groups_of(scene.things))
     who = refer(rng, group, scene)
     ways = (f"what size {be(len(group))} {who}", f"{be(len(group))} {who} small or large")
@@ -41,7 +41,7 @@ def ask_size(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def ask_count(rng: np.random.Generator, scene: Scene) -> Question:
-    """Of a kind of things, now and then of one that is not there, or of all things."""
+    """Ask for the number of things of one kind, which may be zero, or of all things."""
     if rng.random() < 0.2:
         return pick(rng, ("how many things are there", "how many shapes are there")), COUNT_WORDS[len(scene.things)]
     shape, color = _kind(rng, scene, present=rng.random() < 0.75)
@@ -49,7 +49,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def ask_existence(rng: np.random.Generator, scene: Scene) -> Question:
-    """Of a kind of things; as often no as yes."""
+    """Ask whether things of one kind exist; yes and no are equally likely."""
     present = rng.random() < 0.5
     shape, color = _kind(rng, scene, present)
     ways = (f"is there {article(_name(shape, color, 1))}", f"are there any {_name(shape, color, 2)}")
@@ -57,17 +57,17 @@ def ask_existence(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def ask_which(rng: np.random.Generator, scene: Scene) -> Question:
-    """Of three kinds of things, whether each is there. The answer says each again, and whether it is there after that.
+    """Ask which of three kinds of things exist; the answer repeats each kind, followed by yes or no.
 
-    Only for training: whether something is there is learnt from this. Where one word is the whole answer the
-    thing asked of is several tokens back, and a model of this size said "yes" and "no" by the form of the question.
+    Training only. The model learns existence from this question. With a single word as the answer, the kind in question
+    is several tokens back, and a model of this size guessed yes or no from the form of the question.
     """
-    asked: dict[str, bool] = {}
-    while len(asked) < 3:
+    kinds: dict[str, bool] = {}
+    while len(kinds) < 3:
         present = rng.random() < 0.5
-        asked.setdefault(_name(*_kind(rng, scene, present), 2), present)
-    first, second, third = asked
-    answer = ", ".join(f"{name} {'yes' if present else 'no'}" for name, present in asked.items())
+        kinds.setdefault(_name(*_kind(rng, scene, present), 2), present)
+    first, second, third = kinds
+    answer = ", ".join(f"{name} {'yes' if present else 'no'}" for name, present in kinds.items())
     return f"are there {first}, {second} or {third}", answer
 
 
@@ -77,14 +77,14 @@ def _name(shape: str | None, color: str | None, count: int) -> str:
 
 
 def _count(scene: Scene, shape: str | None, color: str | None) -> int:
-    """How many things have the shape and the colour, where given."""
+    """The number of things with this shape and colour; None matches all."""
     return sum(shape in (None, thing.shape) and color in (None, thing.color) for thing in scene.things)
 
 
 def _kind(rng: np.random.Generator, scene: Scene, present: bool) -> tuple[str | None, str | None]:
-    """A shape, a colour or both (half the time) that things of the scene have, or that none has.
+    """Draw a (shape, color), either of which may be None, that is present in the scene or absent from it.
 
-    An absent kind often shares the shape or the colour of something there, so that both must be looked at.
+    An absent kind often shares its shape or its colour with a thing in the scene, so that both matter for the answer.
     """
     form = rng.random()
     while True:
@@ -98,37 +98,37 @@ def _kind(rng: np.random.Generator, scene: Scene, present: bool) -> tuple[str | 
 
 
 def ask_background(rng: np.random.Generator, scene: Scene) -> Question:
-    """Its colour."""
+    """Ask for the colour of the background."""
     return f"{pick(rng, ('what', 'which'))} color is the background", scene.background
 
 
 def ask_place(rng: np.random.Generator, scene: Scene) -> Question:
-    """Of a single group."""
+    """Ask for the place of the only group."""
     (group,) = groups_of(scene.things)
     return f"where {be(len(group))} {refer(rng, group, scene)}", place_of(group)
 
 
 def _related(rng: np.random.Generator, scene: Scene) -> tuple[Group, Group, str]:
-    """Two groups in random order, and how the first lies to the second."""
+    """Two groups in random order, and the relation of the first to the second."""
     groups = groups_of(scene.things)
     first, second = groups if rng.random() < 0.5 else groups[::-1]
     return first, second, relation_between(first, second)
 
 
 def ask_relation(rng: np.random.Generator, scene: Scene) -> Question:
-    """Whether a group lies so or the other way round; as often no as yes.
+    """Ask whether a relation or its opposite holds; yes and no are equally likely.
 
-    "above" is not asked of things side by side: one is mostly a little higher, and who knows what counts.
+    The other axis is never asked about: of two things side by side, one may be slightly higher, which is ambiguous.
     """
     first, second, relation = _related(rng, scene)
-    true = rng.random() < 0.5
-    asked = relation if true else OPPOSITE[relation]
+    holds = rng.random() < 0.5
+    asked = relation if holds else OPPOSITE[relation]
     who, whom = refer(rng, first, scene), refer(rng, second, scene)
-    return f"{be(len(first))} {who} {say_relation(rng, asked)} {whom}", "yes" if true else "no"
+    return f"{be(len(first))} {who} {say_relation(rng, asked)} {whom}", "yes" if holds else "no"
 
 
 def ask_side(rng: np.random.Generator, scene: Scene) -> Question:
-    """On which of two sides of a group the other one is. Only for training, where it says more than a yes or no."""
+    """Ask on which of two sides of a group the other is. Training only; more informative than a yes/no question."""
     first, second, relation = _related(rng, scene)
     sides = ["above", "below"] if relation in ("above", "below") else ["left", "right"]
     rng.shuffle(sides)
@@ -138,7 +138,7 @@ def ask_side(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def ask_neighbor(rng: np.random.Generator, scene: Scene) -> Question:
-    """What is on one side of a group: the other one, or nothing."""
+    """Ask what is on one side of a group: the other group, or nothing."""
     first, second, relation = _related(rng, scene)
     asked = relation if rng.random() < 0.75 else OPPOSITE[relation]
     answer = name_group(first) if asked == relation else "nothing"
@@ -146,11 +146,11 @@ def ask_neighbor(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def ask_description(rng: np.random.Generator, scene: Scene) -> Question:
-    """Of everything."""
+    """Ask for the complete description."""
     return pick(rng, ("describe the picture", "what is in the picture")), describe(scene)
 
 
-# Each question with the numbers of groups that a scene may have.
+# Question -> allowed numbers of groups in the scene.
 QUESTIONS: dict[Callable[[np.random.Generator, Scene], Question | None], tuple[int, ...]] = {
     ask_color: (1, 2),
     ask_shape: (1, 2),

@@ -1,15 +1,16 @@
-"""Train the small model of the world of shapes: ``python -m bagel_rt.tiny.recipe OUT``.
+"""Train the embedded model on the world of coloured shapes: ``python -m bagel_rt.tiny.recipe OUT``.
 
-Stages, each skipped where its results are in OUT, and resumed where it was stopped:
+Finished stages are skipped; a stopped stage is resumed. Each stage writes a folder in OUT:
 
-    tokenizer/     a byte-level BPE of the world's texts
-    autoencoder/   trained on the world's pictures, then measured: scale and shift of its latents
-    latents/       posteriors of a pool of pictures
-    sight/         of the model on questions, descriptions and texts: what it sees and reads, the other tasks build on
-    training/      of the model on all tasks, from there on
-    model/         the model folder, in the official layout
+    tokenizer/       a byte-level BPE of the world's texts
+    autoencoder/     trained on the world's images, with the measured scale and shift of its latents
+    latents/         posteriors of a pool of images
+    understanding/   training on questions, descriptions and texts; the next stage builds on what it learns
+    training/        training on all tasks
+    model/           the model folder, in the official layout
 
-``curves.png`` and ``report.json`` (seconds of each stage, figures of the autoencoder, bytes of every file) tell of it.
+``report.json`` has the seconds of each stage, the figures of the autoencoder and the size of every model file;
+``curves.png`` has the losses.
 """
 
 import json
@@ -27,7 +28,7 @@ from bagel_rt.models.bagel.config import BagelConfig, VAEConfig
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.tiny.curves import draw_curves
-from bagel_rt.tiny.data import Shares, World, encode_pool
+from bagel_rt.tiny.data import TaskMixture, TaskSampler, encode_pool
 from bagel_rt.tiny.examples import texts
 from bagel_rt.tiny.model import initialize_, tiny_config
 from bagel_rt.tiny.tokenizer import learn_tokenizer, write_tokenizer
@@ -40,72 +41,79 @@ from bagel_rt.train.trainer import Trainer, TrainingSettings
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the model.
+    """The hyper-parameters of all stages.
 
     Attributes:
-        texts: that the tokenizer is learnt on.
-        vocabulary: its size at most.
-        vae: shape of the autoencoder.
-        autoencoder: its training.
-        measured: pictures that scale and shift of its latents, and its reconstructions, are measured on.
-        pool: examples whose pictures are encoded once.
-        widths: of the model, as :func:`tiny_config` takes them.
-        sight: training on questions, descriptions and texts alone.
-        training: on all tasks.
-        sight_shares, training_shares: of the tasks in either.
-        seed: of texts, pool and weights; the settings have their own.
+        texts: number of texts that the tokenizer is trained on.
+        vocabulary: maximum size of the vocabulary.
+        vae: architecture of the autoencoder.
+        autoencoder: its training settings.
+        eval_images: number of images to measure its latents and reconstructions on.
+        pool: number of examples whose images are encoded once.
+        model_sizes: keyword arguments of :func:`tiny_config`.
+        understanding: settings of the first stage, on questions, descriptions and texts.
+        training: settings of the second stage, on all tasks.
+        understanding_mixture, training_mixture: sampling weights of the tasks in each stage.
+        seed: seed of texts, pool and initial weights; the training settings have their own.
     """
 
     texts: int = 20_000
     vocabulary: int = 600
     vae: VAEConfig = VAEConfig(ch=32, ch_mult=(2, 1, 1, 2), num_res_blocks=1, z_channels=4)
     autoencoder: AutoencoderSettings = AutoencoderSettings(steps=5_500)
-    measured: int = 512
+    eval_images: int = 512
     pool: int = 10_000
-    widths: dict[str, int] = field(default_factory=dict)
-    sight: TrainingSettings = TrainingSettings(
-        steps=3_500, tokens=1024, parts=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
+    model_sizes: dict[str, int] = field(default_factory=dict)
+    understanding: TrainingSettings = TrainingSettings(
+        steps=3_500, tokens=1024, micro_batches=2, warmup_steps=200, ce_reweighting=True, bfloat16=True
     )
-    sight_shares: Shares = Shares(ask=3, describe=1, foresee=1, read=4)
+    understanding_mixture: TaskMixture = TaskMixture(ask=3, describe=1, predict_edit=1, text_only=4)
     training: TrainingSettings = TrainingSettings(
         steps=19_500,
         tokens=1024,
-        parts=2,
+        micro_batches=2,
         learning_rate=1.5e-3,
         warmup_steps=200,
         decay_steps=6_500,
         ce_weight=0.25,
-        ce_reweighting=True,  # a description's twenty tokens would drown a yes or no
-        timestep_shift=4.0,  # what is where is decided near the noise
+        ce_reweighting=True,  # otherwise descriptions of 20 tokens dominate the loss over "yes" and "no"
+        timestep_shift=4.0,  # the layout of an image is decided at high noise
         bfloat16=True,
     )
-    training_shares: Shares = Shares(generate=4, edit=5, ask=3, read=1)
+    training_mixture: TaskMixture = TaskMixture(generate=4, edit=5, ask=3, text_only=1)
     seed: int = 0
 
 
-class Run:
-    """A recipe carried out in a folder."""
+class RecipeRun:
+    """Runs the stages of a recipe in a folder; resumes where a previous run stopped."""
 
     def __init__(self, folder: Path, recipe: Recipe, progress: bool = True, device: torch.device | str = "cpu"):
         self.folder, self.recipe, self.progress, self.device = folder, recipe, progress, torch.device(device)
 
     def run(self, seconds: float | None = None) -> bool:
-        """Carry on until all is done (True) or ``seconds`` are over (False)."""
+        """Run the remaining stages. Returns whether all are done; False if the time limit was reached."""
         start = time.monotonic()
-        for stage in (self._tokenizer, self._autoencoder, self._latents, self._sight, self._training, self._model):
-            began = time.monotonic()
-            left = None if seconds is None else max(0.0, seconds - (began - start))
+        for stage in (
+            self._tokenizer,
+            self._autoencoder,
+            self._latents,
+            self._understanding,
+            self._training,
+            self._model,
+        ):
+            stage_start = time.monotonic()
+            remaining = None if seconds is None else max(0.0, seconds - (stage_start - start))
             try:
-                done = stage(left)
+                done = stage(remaining)
             finally:
-                self._report(stage.__name__.strip("_"), time.monotonic() - began)
+                self._report(stage.__name__.strip("_"), time.monotonic() - stage_start)
             if not done:
                 return False
         return True
 
     def _tokenizer(self, seconds: float | None) -> bool:
         folder, rng = self.folder / "tokenizer", np.random.default_rng(self.recipe.seed)
-        if not (folder / "generation_config.json").exists():  # the last one that is written
+        if not (folder / "generation_config.json").exists():  # the last file written
             folder.mkdir(parents=True, exist_ok=True)
             write_tokenizer(folder, learn_tokenizer(texts(rng, self.recipe.texts), self.recipe.vocabulary))
         return True
@@ -116,7 +124,7 @@ class Run:
             self.folder / "autoencoder",
             recipe.vae,
             recipe.autoencoder,
-            recipe.measured,
+            recipe.eval_images,
             seconds,
             self.progress,
             self.device,
@@ -128,8 +136,8 @@ class Run:
             autoencoder, self.folder / "latents", self.recipe.pool, self.recipe.seed, seconds, self.progress
         )
 
-    def _sight(self, seconds: float | None) -> bool:
-        return self._train("sight", seconds)
+    def _understanding(self, seconds: float | None) -> bool:
+        return self._train("understanding", seconds)
 
     def _training(self, seconds: float | None) -> bool:
         return self._train("training", seconds)
@@ -137,7 +145,7 @@ class Run:
     def _model(self, seconds: float | None) -> bool:
         trained, folder = self.trainer("training").averaged(), self.folder / "model"
         save_checkpoint(trained, folder, self.folder / "tokenizer")
-        save_autoencoder(trained.vae, folder / "ae.safetensors")  # in the place of a float32 one of twice the size
+        save_autoencoder(trained.vae, folder / "ae.safetensors")  # float16 replaces float32: half the size
         return True
 
     def _train(self, stage: str, seconds: float | None) -> bool:
@@ -145,25 +153,25 @@ class Run:
         return trainer.done or trainer.run(seconds, self.progress)
 
     def trainer(self, stage: str) -> Trainer:
-        """Of the stage ``sight``, or of ``training``, which starts from the average of the former's weights."""
+        """The trainer of "understanding", or of "training", which starts from the averaged weights of the former."""
         recipe, tokenizer = self.recipe, Tokenizer.from_folder(self.folder / "tokenizer")
-        if stage == "sight":
+        if stage == "understanding":
             model = untrained_model(recipe, tokenizer, self.folder / "autoencoder", self.device)
-            shares, settings = recipe.sight_shares, recipe.sight
+            mixture, settings = recipe.understanding_mixture, recipe.understanding
         else:
-            model = self.trainer("sight").averaged()
-            shares, settings = recipe.training_shares, recipe.training
-        world = World(model.config, tokenizer, self.folder / "latents", recipe.pool, recipe.seed, shares)
-        return Trainer(model, SpecialTokens.of(tokenizer), world.draw, settings, self.folder / stage)
+            model = self.trainer("understanding").averaged()
+            mixture, settings = recipe.training_mixture, recipe.training
+        sampler = TaskSampler(model.config, tokenizer, self.folder / "latents", recipe.pool, recipe.seed, mixture)
+        return Trainer(model, SpecialTokens.of(tokenizer), sampler.draw, settings, self.folder / stage)
 
     def _report(self, stage: str, seconds: float) -> None:
-        """Add a stage's time to ``report.json``, bring its figures up to date, and draw the curves."""
-        file, measured = self.folder / "report.json", self.folder / "autoencoder" / "ae.json"
+        """Update ``report.json`` (adding the time of a stage) and the loss curves."""
+        file, eval_images = self.folder / "report.json", self.folder / "autoencoder" / "ae.json"
         report = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
         report["recipe"] = repr(self.recipe)
         report["seconds"][stage] = round(report["seconds"].get(stage, 0.0) + seconds, 1)
-        if measured.exists():
-            report["autoencoder"] = json.loads(measured.read_text())
+        if eval_images.exists():
+            report["autoencoder"] = json.loads(eval_images.read_text())
         report["bytes"] = {path.name: path.stat().st_size for path in sorted(self.folder.glob("model/*"))}
         with atomic_write(file) as partial:
             partial.write(json.dumps(report, indent=2).encode())
@@ -173,9 +181,9 @@ class Run:
 def untrained_model(
     recipe: Recipe, tokenizer: Tokenizer, autoencoder: Path, device: torch.device | str = "cpu"
 ) -> BagelModel:
-    """The model before training, float32, with the trained autoencoder of that folder."""
+    """The initial float32 model, with the trained autoencoder from a folder."""
     vae = load_autoencoder(autoencoder, recipe.vae)
-    config: BagelConfig = tiny_config(len(tokenizer), vae.config, **recipe.widths)
+    config: BagelConfig = tiny_config(len(tokenizer), vae.config, **recipe.model_sizes)
     markers = (tokenizer.start_of_image, tokenizer.end_of_image)
     model = BagelModel.allocate(config, markers, torch.device(device), torch.float32)
     model.vae.load_state_dict(vae.state_dict())
@@ -184,9 +192,9 @@ def untrained_model(
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every positive number in the logs of the trainings, by stage and name."""
+    """All positive values in the training logs, by stage and name."""
     curves = {}
-    for stage in ("autoencoder", "sight", "training"):
+    for stage in ("autoencoder", "understanding", "training"):
         log = folder / stage / "log.jsonl"
         for line in log.read_text().splitlines() if log.exists() else ():
             entry = json.loads(line)
@@ -197,13 +205,13 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder of the run; made if it is not there, carried on if it is.")],
-    minutes: Annotated[float | None, typer.Option(help="Stop after so many; the same command carries on.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder of the run; an existing run is resumed.")],
+    minutes: Annotated[float | None, typer.Option(help="Time limit; the same command resumes the run.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Train the small model of the world of shapes."""
-    done = Run(out, Recipe(), device=device).run(None if minutes is None else 60 * minutes)
-    typer.echo(f"the model is in {out / 'model'}" if done else f"stopped; carry on with the same command on {out}")
+    """Train the embedded model on the world of coloured shapes."""
+    done = RecipeRun(out, Recipe(), device=device).run(None if minutes is None else 60 * minutes)
+    typer.echo(f"wrote {out / 'model'}" if done else f"stopped; run the same command again to resume in {out}")
 
 
 if __name__ == "__main__":

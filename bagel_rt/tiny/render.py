@@ -1,10 +1,11 @@
-"""Scenes as pictures."""
+"""Rendering of scenes to images."""
 
 import math
 
 from PIL import Image, ImageDraw
 
 from bagel_rt.tiny.scene import BACKGROUNDS, COLORS, SIZES, Scene
+from bagel_rt.validation import check, integer
 
 _SUPERSAMPLING = 4
 
@@ -22,14 +23,14 @@ def _circle() -> list[tuple[float, float]]:
 
 
 def _centred(points: list[tuple[float, float]], half_width: float) -> tuple[tuple[float, float], ...]:
-    """The outline with its bounding box around the origin and ``half_width`` wide to each side."""
+    """Scale and shift an outline so that its bounding box is centred at the origin, 2 * ``half_width`` wide."""
     columns, rows = zip(*points, strict=True)
     x, y = (min(columns) + max(columns)) / 2, (min(rows) + max(rows)) / 2
     scale = 2 * half_width / (max(columns) - min(columns))
     return tuple(((column - x) * scale, (row - y) * scale) for column, row in points)
 
 
-# Corners in units of the radius. The widths make the shapes look equally large.
+# Corners in units of the radius. The half widths are chosen to make the shapes look equally large.
 OUTLINES = {
     "circle": _centred(_circle(), 1.0),
     "square": _centred([(-1, -1), (1, -1), (1, 1), (-1, 1)], 0.88),
@@ -39,21 +40,21 @@ OUTLINES = {
 
 
 def render(scene: Scene, side: int = 128) -> Image.Image:
-    """The picture of a scene, RGB, side x side pixels, antialiased; the same bytes whenever it is called.
+    """Draw a scene as an antialiased RGB image of side x side pixels. Deterministic.
 
     Raises:
-        ValueError: ``side`` is less than one pixel.
+        ValueError: ``side`` is below 1.
     """
-    if side < 1:
-        raise ValueError(f"render: side={side}, expected at least 1 pixel")
-    fine = side * _SUPERSAMPLING
-    canvas = Image.new("RGB", (fine, fine), BACKGROUNDS[scene.background])
+    check("side", side, integer(1))
+    canvas_side = side * _SUPERSAMPLING
+    canvas = Image.new("RGB", (canvas_side, canvas_side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(canvas)
     for thing in scene.things:
         radius = SIZES[thing.size]
-        # Pillow's pixel centres are at whole numbers, ours at halves.
+        # Pillow puts pixel centres at integers; scenes put them at half-integers.
         corners = [
-            ((thing.x + radius * x) * fine - 0.5, (thing.y + radius * y) * fine - 0.5) for x, y in OUTLINES[thing.shape]
+            ((thing.x + radius * x) * canvas_side - 0.5, (thing.y + radius * y) * canvas_side - 0.5)
+            for x, y in OUTLINES[thing.shape]
         ]
         draw.polygon(corners, fill=COLORS[thing.color])
     return canvas.reduce(_SUPERSAMPLING)

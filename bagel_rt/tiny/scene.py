@@ -1,13 +1,13 @@
-"""The world of coloured shapes: what a scene is, which scenes there are, and which of them are kept for tests.
+"""Scenes of coloured shapes, their random generation, and the train/test split.
 
-A scene is a plain background with one or two groups. A group is one to three equal things, in a row or a column.
-A single group stands at a named place (the centre, a side, a corner); of two groups one is above or left of the
-other. Two groups never agree in both colour and shape, so "the red circle" has one meaning in every scene. What is of
-which number, size and place decides every position.
+A scene is a plain background with one or two groups of things. A group is one to three things of the same shape, colour
+and size, in a row or a column. A single group is at a named place (the center, a side, a corner); of two groups, one is
+above or left of the other. Two groups always differ in colour or shape, so "the red circle" is unambiguous. Counts,
+sizes and the place or relation determine every position.
 
-Lengths are fractions of the picture's side; x grows to the right and y downwards. Things stand on a grid of 8 x 8
-cells, a small one on 2 x 2 of them, a large one on 3 x 3. So a model that sees and draws in patches of a cell has to
-know few of them, and can be small.
+Lengths are fractions of the image side; x points right and y down. Things are aligned to a grid of 8 x 8 cells: a small
+thing covers 2 x 2 cells, a large one 3 x 3. A model whose patches are cells has to learn few different patches, and can
+be small.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from itertools import combinations
 from typing import TypeVar
 
 import numpy as np
+
+from bagel_rt.validation import check, invalid, one_of
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLORS = {
@@ -28,9 +30,9 @@ COLORS = {
     "pink": (255, 130, 190),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (18, 18, 22), "grey": (128, 128, 128), "beige": (232, 212, 172)}
-SIZES = {"small": 0.095, "large": 0.15}  # the radius of a circle; render.OUTLINES says how the others compare
-CELLS = {"small": 2, "large": 3}  # that a thing takes, each way
-GRID = 8  # cells each way
+SIZES = {"small": 0.095, "large": 0.15}  # radius of a circle; other shapes relative to it are in render.OUTLINES
+CELLS = {"small": 2, "large": 3}  # side of a thing in cells
+GRID = 8  # side of an image in cells
 PLACES = {  # name -> (column, row): 0 is left or top, 1 the middle, 2 right or bottom
     "center": (1, 1),
     "left": (0, 1),
@@ -43,9 +45,9 @@ PLACES = {  # name -> (column, row): 0 is left or top, 1 the middle, 2 right or 
     "bottom right": (2, 2),
 }
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-MOST_THINGS = 4
+MAX_THINGS = 4
 
-REACH = 1.15  # no outline reaches further than this, in radii, from its centre along x or y
+REACH = 1.15  # maximum extent of any outline from its centre along x or y, in radii
 _ANCHORS = (0.25, 0.5, 0.75)
 _BORDER = 0.015
 _GAP = 0.025
@@ -76,19 +78,19 @@ Group = tuple[Thing, ...]
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and things on it; those of one group follow each other."""
+    """A background and the things on it; things of one group are adjacent."""
 
     background: str
     things: Group
 
 
 def pick(rng: np.random.Generator, options: tuple[T, ...] | list[T]) -> T:
-    """One of the options, all equally likely (``rng.choice`` takes ten times as long)."""
+    """Draw one of the options uniformly (``rng.choice`` is ten times slower)."""
     return options[int(rng.random() * len(options))]
 
 
 def groups_of(things: Group) -> list[Group]:
-    """Things that agree in shape and colour, in the order of their first one."""
+    """Group things by shape and colour, in order of first appearance."""
     groups: dict[tuple[str, str], list[Thing]] = {}
     for thing in things:
         groups.setdefault((thing.shape, thing.color), []).append(thing)
@@ -96,7 +98,7 @@ def groups_of(things: Group) -> list[Group]:
 
 
 def center_of(group) -> tuple[float, float]:
-    """The mean position (x, y) of things; anything with an ``x`` and a ``y`` will do."""
+    """The mean position (x, y) of objects with ``x`` and ``y``."""
     return sum(thing.x for thing in group) / len(group), sum(thing.y for thing in group) / len(group)
 
 
@@ -107,10 +109,10 @@ def place_of(group) -> str:
 
 
 def relation_between(first, second) -> str | None:
-    """How ``first`` lies to ``second``: a key of OPPOSITE, or None where neither axis separates the groups clearly.
+    """The relation of ``first`` to ``second``, a key of OPPOSITE; None if the groups are not clearly separated.
 
-    All things of one group must be past all of the other along the axis, by 0.08, and the centres further apart along
-    it than across.
+    The axis is the one along which the centres are further apart. All things of one group must be at least 0.08 past
+    all things of the other along it.
     """
     (x, y), (other_x, other_y) = center_of(first), center_of(second)
     names = ("above", "below") if abs(y - other_y) > abs(x - other_x) else ("left of", "right of")
@@ -122,14 +124,15 @@ def relation_between(first, second) -> str | None:
 
 
 def fits(things: Group) -> bool:
-    """Whether all things are inside the border and apart from each other, and not too many."""
+    """Whether the things are inside the border, do not overlap, and are at most MAX_THINGS."""
     inside = all(
-        min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) - thing.reach > _BORDER - 1e-6  # large ones touch it
+        min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) - thing.reach
+        > _BORDER - 1e-6  # tolerance: large things touch the border
         for thing in things
     )
     return (
         inside
-        and len(things) <= MOST_THINGS
+        and len(things) <= MAX_THINGS
         and all(
             max(abs(one.x - other.x), abs(one.y - other.y)) >= one.reach + other.reach + _GAP
             for one, other in combinations(things, 2)
@@ -138,10 +141,10 @@ def fits(things: Group) -> bool:
 
 
 def combination(scene: Scene) -> tuple:
-    """What of a scene decides its split; of two groups, the upper or left one comes first.
+    """The attributes that determine the split of a scene; the upper or left group comes first.
 
     Raises:
-        ValueError: the scene is not of this world (no things, three kinds of things, groups without a relation).
+        ValueError: the scene does not have one group, or two groups with a relation.
     """
     groups = groups_of(scene.things)
     kinds = [(len(group), group[0].color, group[0].shape) for group in groups]
@@ -149,30 +152,30 @@ def combination(scene: Scene) -> tuple:
         return (*kinds[0], groups[0][0].size, scene.background, place_of(groups[0]))
     relation = relation_between(*groups) if len(groups) == 2 else None
     if relation is None:
-        raise ValueError(
-            f"a scene has one group, or two of which one is above or left of the other; these things are {scene.things}"
-        )
+        raise invalid("scene.things", scene.things, "one group, or two groups, one above or left of the other")
     if relation in ("below", "right of"):
         kinds, relation = kinds[::-1], OPPOSITE[relation]
     return (*kinds[0], relation, *kinds[1])
 
 
 def split_of(scene: Scene) -> str:
-    """ "test" for a tenth of all combinations, else "train"; the same on every machine and in every version."""
+    """ "test" for a tenth of all combinations, else "train". Must never change: released models depend on it."""
     digest = hashlib.blake2b(repr(combination(scene)).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "little") % 10 == 0 else "train"
 
 
-def usual_size(count: int) -> str:
-    """The size of so many things where nothing is said: as large as they fit."""
+def default_size(count: int) -> str:
+    """The default size of a group of ``count`` things: the largest that fits."""
     return "large" if count < 3 else "small"
 
 
 def line_up(
     kind: tuple[str, str, str], count: int, center: tuple[float, float], vertical: bool = False
 ) -> tuple[Thing, ...]:
-    """``count`` things of a kind (shape, color, size) side by side or one below the other, on the cells next to a
-    centre that leave them inside."""
+    """Place ``count`` things of a kind (shape, color, size) in a row or a column of cells, around a centre.
+
+    The row or column is shifted to stay inside the grid.
+    """
     cells = CELLS[kind[2]]
     along, across = center[::-1] if vertical else center
     first, row = _cell(along, cells * count), _cell(across, cells)
@@ -181,12 +184,12 @@ def line_up(
 
 
 def _cell(center: float, cells: int) -> int:
-    """The first of so many cells around a centre."""
+    """The first of ``cells`` adjacent cells around a centre, clamped to the grid."""
     return min(max(round(center * GRID - cells / 2), 0), GRID - cells)
 
 
 def anchor(place: str) -> tuple[float, float]:
-    """The middle of a place."""
+    """The position (x, y) of a place."""
     column, row = PLACES[place]
     return _ANCHORS[column], _ANCHORS[row]
 
@@ -204,20 +207,19 @@ def _two_groups(rng: np.random.Generator) -> Group:
     counts = pick(rng, _TWO_GROUPS)
     kinds = [(shape, color) for shape in SHAPES for color in COLORS]
     first = int(rng.random() * len(kinds))
-    second = (first + 1 + int(rng.random() * (len(kinds) - 1))) % len(kinds)  # any but the first
+    second = (first + 1 + int(rng.random() * (len(kinds) - 1))) % len(kinds)  # uniform over the other kinds
     things: Group = ()
     for kind, count, along in zip((kinds[first], kinds[second]), counts, _ANCHORS[::2], strict=True):
-        size = "small" if usual_size(count) == "small" else pick(rng, list(SIZES))
+        size = "small" if default_size(count) == "small" else pick(rng, list(SIZES))
         center = (along, 0.5) if beside else (0.5, along)
         things += line_up((*kind, size), count, center, beside)
     return things
 
 
 def draw_scene(rng: np.random.Generator, groups: int | None = None) -> Scene:
-    """A random scene of one or two groups (by default either, equally often)."""
+    """Draw a random scene with one or two groups; None draws the number too."""
     if groups is None:
         groups = 1 if rng.random() < 0.5 else 2
-    if groups not in (1, 2):
-        raise ValueError(f"groups={groups}, but a scene has 1 or 2")
+    check("groups", groups, one_of((1, 2)))
     things = _one_group(rng) if groups == 1 else _two_groups(rng)
     return Scene(pick(rng, list(BACKGROUNDS)), things)

@@ -1,7 +1,6 @@
-"""A byte-level BPE learnt on given texts, written as the files of Qwen2's tokenizer.
+"""Training of a byte-level BPE tokenizer (Sennrich et al. 2016, arXiv:1508.07909), in the file format of Qwen2.
 
-The vocabulary begins with the 256 bytes, goes on with the merges in the order in which they were learnt (Sennrich et
-al. 2016, arXiv:1508.07909), and ends with Qwen2's special tokens in their order.
+The vocabulary has the 256 bytes, then the learnt merges in order, then Qwen2's special tokens in their order.
 """
 
 import json
@@ -30,24 +29,24 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-"""Qwen2.5's, in the order of their ids."""
+"""The special tokens of Qwen2.5, in the order of their ids."""
 
-_SMALLEST = 256 + len(SPECIAL_TOKENS)
+_MIN_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
 def learn_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """Learn a tokenizer of at most ``size`` tokens, special ones included.
+    """Train a tokenizer with at most ``size`` tokens, including special tokens.
 
-    It has fewer where the texts hold no pair of tokens that occurs twice any more.
+    The vocabulary is smaller if no pair of tokens occurs twice in the texts any more.
 
     Args:
-        texts: what it is to spell in few tokens. Their order plays no part.
-        size: at least 270: the bytes and the special tokens.
+        texts: the training texts; their order does not matter.
+        size: maximum vocabulary size, at least 270 (the bytes and the special tokens).
 
     Raises:
-        ValueError: a smaller size.
+        ValueError: ``size`` is too small.
     """
-    check("size", size, integer(_SMALLEST, remedy="The bytes and the special tokens take that many"))
+    check("size", size, integer(_MIN_SIZE, remedy="The bytes and the special tokens need 270"))
     backend = qwen2_backend(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL_TOKENS),
@@ -64,8 +63,8 @@ def write_tokenizer(folder: Path | str, backend: tokenizers.Tokenizer) -> None:
     """Write ``vocab.json``, ``merges.txt``, ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json``.
 
     Args:
-        folder: exists.
-        backend: as :func:`learn_tokenizer` returns it.
+        folder: an existing folder.
+        backend: a tokenizer from :func:`learn_tokenizer`.
     """
     folder = Path(folder)
     backend.save(str(folder / "tokenizer.json"))

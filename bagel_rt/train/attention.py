@@ -1,10 +1,10 @@
-"""Attention where PyTorch differentiates: the rows of a plan in few batches of products.
+"""Differentiable attention over a plan, as a few batched matrix products.
 
-Groups of rows that see nearly the same keys, padded to common lengths near their own, are a batch of two products: a
-call per group takes ten times as long on a CPU, where the samples of a training batch are short. Scores are rounded to
-the input dtype, as this is also the faster way in bfloat16: PyTorch's own attention has a slow bfloat16 gradient there.
+Rows that see nearly the same keys form a group. Groups of similar size are padded to a common size and computed as one
+batch of two matrix products: one call per group takes ten times as long on a CPU, because training samples are short.
+Scores are rounded to the input dtype. In bfloat16 this is faster than PyTorch's attention, whose backward is slow.
 
-Masks and indexes depend on the plan alone. They are kept for the plan that was seen last: every layer has the same.
+Masks and indexes depend only on the plan. Those of the latest plan are cached, because every layer uses the same plan.
 """
 
 import weakref
@@ -19,25 +19,26 @@ from bagel_rt.kernels.attention_tiles import runs_attention_kernel
 from bagel_rt.kernels.backend import wants_gradient
 
 ROWS_STEP, KEYS_STEP = 16, 32
-"""Groups share a batch whose numbers of rows and keys lie between the same multiples of these."""
+"""Groups share a batch if their row and key counts round up to the same multiples of these."""
 
 
 class Batch(NamedTuple):
-    """Groups of one batch: B of them, with at most R rows and K keys.
+    """A batch of B groups, padded to R rows and K keys.
 
-    A tensor of n heads a row is taken as rows of one KV head each, so that what is gathered lies as products want it.
+    Tensors are indexed as rows of one KV head each ([T, Hkv, ...] flattened), so that the gathered rows have the layout
+    that ``bmm`` needs.
     """
 
-    rows: torch.Tensor  # int64 [B * Hkv * R], row of q times Hkv plus KV head; padded by the group's first row
-    keys: torch.Tensor  # int64 [B * Hkv * K], slot times Hkv plus KV head; padded by the group's first slot
+    rows: torch.Tensor  # int64 [B * Hkv * R], row of q * Hkv + KV head; padded with the group's first row
+    keys: torch.Tensor  # int64 [B * Hkv * K], slot * Hkv + KV head; padded with the group's first slot
     shape: tuple[int, int, int]  # B, R, K
-    hidden: torch.Tensor | None  # bool [B, 1, R, 1, K], True where not visible; None if everything is
+    hidden: torch.Tensor | None  # bool [B, 1, R, 1, K], True = masked out; None without a mask
 
 
 class Batches(NamedTuple):
-    """A plan's batches, and where the output of each row and KV head lies among theirs, int64 [T * Hkv], from 1.
+    """The batches of a plan, and the index of each row and KV head in their concatenated outputs.
 
-    0 of rows without keys.
+    ``position`` is int64 [T * Hkv]. Index 0 is a row of zeros, for rows without keys.
     """
 
     batches: list[Batch]
@@ -45,21 +46,21 @@ class Batches(NamedTuple):
 
 
 def training_attention(q, k_cache, v_cache, limits, blocks):
-    """As :func:`bagel_rt.kernels.attention.attention`; where it has no kernel, PyTorch differentiates batches."""
+    """:func:`bagel_rt.kernels.attention.attention`, but batched and differentiable where no attention kernel runs."""
     if wants_gradient(q, k_cache, v_cache) and not runs_attention_kernel(q.detach()):
         return attention_batched(q, k_cache, v_cache, limits, blocks, q.shape[-1] ** -0.5)
     return attention(q, k_cache, v_cache, limits, blocks)
 
 
 def attention_batched(q, k_cache, v_cache, limits, blocks, scale):
-    """As :func:`bagel_rt.kernels.attention.attention_reference`; autograd differentiates it."""
+    """:func:`bagel_rt.kernels.attention.attention_reference` in operations that autograd differentiates."""
     T, Hq, D = q.shape
     Hkv = k_cache.shape[1]
     group = Hq // Hkv
     q = (q * scale).view(T * Hkv, group * D)
     k, v = (cache.reshape(-1, D) for cache in (k_cache, v_cache))
-    plan = _planned(limits, blocks, Hkv)
-    outputs = [q.new_zeros(1, group * D)]  # of the rows without keys
+    plan = _cached_batches(limits, blocks, Hkv)
+    outputs = [q.new_zeros(1, group * D)]  # output of rows without keys
     for rows, keys, (B, R, K), hidden in plan.batches:
         own_q = q.index_select(0, rows).view(B * Hkv, R * group, D)
         own_k, own_v = (x.index_select(0, keys).view(B * Hkv, K, D) for x in (k, v))
@@ -70,29 +71,30 @@ def attention_batched(q, k_cache, v_cache, limits, blocks, scale):
     return torch.cat(outputs).index_select(0, plan.position).view(T, Hq, D)
 
 
-_last: tuple = (lambda: None, lambda: None, None, None)  # weak references to limits and blocks, versions, batches
+# Weak references to limits and blocks, their versions, and the batches of the latest plan.
+_latest: tuple = (lambda: None, lambda: None, None, None)
 
 
-def _planned(limits, blocks, Hkv) -> Batches:
-    """The batches of a plan, kept while the next one asked for is the same."""
-    global _last
+def _cached_batches(limits, blocks, Hkv) -> Batches:
+    """The batches of a plan, reused while the plan stays the same. Versions detect in-place changes."""
+    global _latest
     versions = (limits._version, blocks._version, Hkv)
-    of_limits, of_blocks, kept, batches = _last
-    if of_limits() is not limits or of_blocks() is not blocks or kept != versions:
+    limits_ref, blocks_ref, cached_versions, batches = _latest
+    if limits_ref() is not limits or blocks_ref() is not blocks or cached_versions != versions:
         batches = plan_batches(limits.cpu().numpy(), blocks.cpu().numpy(), limits.device, Hkv)
-        _last = (weakref.ref(limits), weakref.ref(blocks), versions, batches)
+        _latest = (weakref.ref(limits), weakref.ref(blocks), versions, batches)
     return batches
 
 
 def plan_batches(limits: np.ndarray, blocks: np.ndarray, device, Hkv: int) -> Batches:
-    """The batches of a plan; ``limits`` and ``blocks`` as in :func:`bagel_rt.kernels.attention.attention`."""
-    alike: dict[tuple[int, int], list[_Group]] = {}
+    """Plan the batches; ``limits`` and ``blocks`` as in :func:`bagel_rt.kernels.attention.attention`."""
+    by_size: dict[tuple[int, int], list[_Group]] = {}
     for group in _groups(limits, blocks):
         size = (-(-len(group.rows) // ROWS_STEP), -(-len(group.keys) // KEYS_STEP))
-        alike.setdefault(size, []).append(group)
+        by_size.setdefault(size, []).append(group)
     heads = np.arange(Hkv)[:, None]
     position, batches, offset = np.zeros((len(limits), Hkv), np.int64), [], 1
-    for groups in alike.values():
+    for groups in by_size.values():
         B, R, K = len(groups), max(len(group.rows) for group in groups), max(len(group.keys) for group in groups)
         rows, keys, hidden = np.zeros((B, R), np.int64), np.zeros((B, K), np.int64), np.zeros((B, R, K), bool)
         for b, group in enumerate(groups):
@@ -115,20 +117,24 @@ class _Group(NamedTuple):
 
 
 def _groups(limits: np.ndarray, blocks: np.ndarray) -> Iterator[_Group]:
-    """Rows that see nearly the same keys, at least one: those of an image exactly the same, those of texts together."""
+    """Groups of rows with nearly the same keys: one per image, whose rows share all keys, and one for the text rows.
+
+    Rows without keys are in no group.
+    """
     by_spans: dict[tuple[int, int, int], list[np.ndarray]] = {}
     for start, end, key_start, _, _, own_start, own_end in blocks.tolist():
         by_spans.setdefault((key_start, own_start, own_end), []).append(np.arange(start, end))
     for (key_start, own_start, own_end), parts in by_spans.items():
         rows = np.concatenate(parts)
         rows = rows[(limits[rows] > 0) | (own_end > own_start)]
-        _, which, counts = np.unique(limits[rows], return_inverse=True, return_counts=True)
-        of_images = np.flatnonzero(counts >= ROWS_STEP // 2)
-        for own in [which == value for value in of_images] + [~np.isin(which, of_images)]:
-            if own.any():
-                own_limits = limits[rows[own]]
-                prefix = np.arange(own_limits.max())
+        # Many rows with the same limit are an image; text rows each have their own limit.
+        _, limit_index, counts = np.unique(limits[rows], return_inverse=True, return_counts=True)
+        images = np.flatnonzero(counts >= ROWS_STEP // 2)
+        for selected in [limit_index == value for value in images] + [~np.isin(limit_index, images)]:
+            if selected.any():
+                group_limits = limits[rows[selected]]
+                prefix = np.arange(group_limits.max())
                 keys = np.concatenate([key_start + prefix, np.arange(own_start, own_end)])
-                hidden = np.zeros((len(own_limits), len(keys)), bool)
-                hidden[:, : len(prefix)] = prefix >= own_limits[:, None]
-                yield _Group(rows[own], keys, hidden)
+                hidden = np.zeros((len(group_limits), len(keys)), bool)
+                hidden[:, : len(prefix)] = prefix >= group_limits[:, None]
+                yield _Group(rows[selected], keys, hidden)

@@ -22,14 +22,14 @@ from bagel_rt.validation import check, number
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """What a forward on a :class:`TrainingBatch` gives. Losses are float32 or wider, on the model's device.
+    """Losses and hidden states of a forward on a :class:`TrainingBatch`, on the model's device, float32 or wider.
 
     Attributes:
         ce_per_token: [ce] cross-entropy at each of ``ce_loss_indexes``, in nats.
         mse_per_token: [mse] squared velocity error at each of ``mse_loss_indexes``, mean over the latent's features.
-        ce, mse: scalar means over tokens; 0 where there is no token.
+        ce, mse: scalar means over tokens; 0 without tokens.
         ce_reweighted: mean weighted by ``ce_loss_weights``; None without weights.
-        last_hidden: [L, H] after the final norm, in the batch's row order.
+        last_hidden: [L, H] hidden states after the final norm, in the row order of the batch.
     """
 
     ce_per_token: torch.Tensor
@@ -43,15 +43,15 @@ class Losses:
 def training_losses(
     model: BagelModel, batch: TrainingBatch, latents: torch.Tensor, noise: torch.Tensor, timestep_shift: float = 1.0
 ) -> Losses:
-    """Both losses of one packed batch.
+    """Compute both losses of one packed batch.
 
     Args:
-        latents: [latents, features] clean latent tokens, as :func:`latent_tokens` gives them, noised here.
-        noise: [latents, features] standard normal; clean tokens ignore theirs.
+        latents: [latents, features] clean latent tokens, as from :func:`latent_tokens`; noised here.
+        noise: [latents, features] standard normal; ignored at clean tokens.
         timestep_shift: s in t = s u / (1 + (s - 1) u), u = sigmoid(packed_timesteps); positive.
 
     Raises:
-        ValueError: the batch does not fit the model, or latents and noise the batch; the message names the offender.
+        ValueError: the batch does not match the model, or latents or noise do not match the batch.
     """
     _check_fit(model.config, batch, latents, noise)
     device = model.device
@@ -66,16 +66,16 @@ def training_losses(
     last_hidden = model.transformer.final_norm(hidden, plan.G)[order.argsort()]
 
     logits = F.linear(last_hidden[batch.ce_loss_indexes.to(device)], model.weights.lm_head)
-    ce = F.cross_entropy(_wide(logits), batch.packed_label_ids.to(device), reduction="none")
+    ce = F.cross_entropy(_at_least_float32(logits), batch.packed_label_ids.to(device), reduction="none")
     velocity = F.linear(last_hidden[batch.mse_loss_indexes.to(device)], *model.weights.llm2vae)
-    mse = (_wide(velocity) - target[batch.noised.to(device)]).square().mean(dim=1)
+    mse = (_at_least_float32(velocity) - target[batch.noised.to(device)]).square().mean(dim=1)
     weights = None if batch.ce_loss_weights is None else batch.ce_loss_weights.to(device, torch.float32)
     ce_reweighted = None if weights is None else _mean(ce, weights)
     return Losses(ce, mse, _mean(ce), _mean(mse), ce_reweighted, last_hidden)
 
 
 class _Slots:
-    """In place of a KV cache: keys and values of one forward. Every layer has its own, for autograd keeps them."""
+    """Replaces the KV cache for one forward. Every layer gets new tensors, because autograd keeps them."""
 
     def __init__(self, model: BagelModel, slots: int):
         llm = model.config.llm
@@ -86,48 +86,49 @@ class _Slots:
 
 
 def flow_timesteps(raw: torch.Tensor, shift: float) -> torch.Tensor:
-    """Timesteps t in [0, 1], float32, of raw normal draws: u = sigmoid(raw), t = shift u / (1 + (shift - 1) u).
+    """Convert normal samples to float32 timesteps in [0, 1]: u = sigmoid(raw), t = shift u / (1 + (shift - 1) u).
 
     -inf gives 0, the clean end of the flow.
 
     Raises:
         ValueError: shift is not positive.
     """
-    check("timestep_shift", shift, number(0, above=True, remedy="1 leaves the timesteps as they are"))
+    check("timestep_shift", shift, number(0, above=True, remedy="1 disables the shift"))
     u = raw.float().sigmoid()
     return shift * u / (1 + (shift - 1) * u)
 
 
 def flow_pair(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, target), float32 [n, features]: x = (1 - t) z + t noise at timesteps [n], and the velocity noise - z."""
+    """(x, target), float32 [n, features]: x = (1 - t) z + t noise for timesteps [n], target = noise - z (velocity)."""
     z, noise, t = latents.float(), noise.float(), t[:, None]
     return (1 - t) * z + t * noise, noise - z
 
 
-def encode_padded(model: BagelModel, pictures: Sequence[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
-    """Encode the pictures of a batch together, as the official trainer does.
+def encode_padded(model: BagelModel, images: Sequence[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
+    """Encode the images of a batch together, as the official trainer does.
 
-    All lie in the top left corner of a common canvas of zeros (grey). The padding reaches into the latents of smaller
-    pictures, so this is not the same as encoding one by one.
+    Each image is in the top left corner of a common canvas of zeros (grey). The padding changes the latents of smaller
+    images near its border, so the result differs from encoding the images one by one.
 
     Args:
-        pictures: [3, height, width] each, in [-1, 1]; at least one. Sides are multiples of the autoencoder's stride.
-        noise: [n, z, canvas height / stride, canvas width / stride], for the sample of the posterior.
+        images: at least one, each [3, height, width] in [-1, 1]. Sides are multiples of the autoencoder's stride.
+        noise: [n, z, canvas height / stride, canvas width / stride], for the posterior sample.
 
     Returns:
         Latents [n, z, canvas height / stride, canvas width / stride] after shift and scale, float32.
 
     Raises:
-        ValueError: no pictures, or noise of another shape.
+        ValueError: ``images`` is empty, or ``noise`` has the wrong shape.
     """
-    if not pictures:
-        raise ValueError("pictures is empty: a batch without images has no latents to encode")
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    if not images:
+        raise ValueError("images must not be empty, got 0 images.")
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     vae = model.config.vae
-    shape = (len(pictures), vae.z_channels, height // vae.downsample, width // vae.downsample)
+    shape = (len(images), vae.z_channels, height // vae.downsample, width // vae.downsample)
     if noise.shape != shape:
-        raise ValueError(f"noise is {tuple(noise.shape)}, must be {shape} for a canvas of {height} x {width} pixels")
-    canvas = torch.stack([F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])
+        size = f"{width}x{height} canvas"
+        raise ValueError(f"noise must be of shape {shape} for a {size}, got {tuple(noise.shape)}.")
+    canvas = torch.stack([F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in images])
     return model.vae.encode(canvas.to(model.device), noise.to(model.device))
 
 
@@ -143,33 +144,34 @@ def latent_tokens(latents: torch.Tensor, grids: Sequence[tuple[int, int]], patch
         [sum of rows * columns, patch * patch * z].
 
     Raises:
-        ValueError: another number of grids than images, or a grid larger than the latents.
+        ValueError: there is not one grid per image, or a grid is larger than the latents.
     """
     if len(grids) != len(latents):
-        raise ValueError(f"{len(grids)} grids for the latents of {len(latents)} images")
+        raise ValueError(f"grids must have {len(latents)} entries, one per image, got {len(grids)}.")
     tokens = [latents.new_empty(0, patch * patch * latents.shape[1])]
     for latent, (rows, columns) in zip(latents, grids, strict=True):
         height, width = rows * patch, columns * patch
         if height > latent.shape[1] or width > latent.shape[2]:
-            raise ValueError(f"a grid of {height} x {width} cells exceeds latents of {tuple(latent.shape)}")
+            limit = f"{latent.shape[1]} rows and {latent.shape[2]} columns of latent cells"
+            raise ValueError(f"a grid must be at most {limit}, got {height} and {width}.")
         tokens.append(patchify(latent[:, :height, :width], patch))
     return torch.cat(tokens)
 
 
 def _embed(model: BagelModel, batch: TrainingBatch, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Hidden states of every row of the batch, in its order, [L, H]."""
+    """Input hidden states [L, H], in the row order of the batch."""
     weights, device = model.weights, model.device
     text = model.embed_tokens(batch.packed_text_ids.to(device))
     patches, ids = batch.packed_vit_tokens.to(device, model.dtype), batch.packed_vit_position_ids.to(device)
-    seen = vision_tower(weights.vit, model.config.vit, patches, ids, list(batch.vit_token_seqlens), training_attention)
-    seen = connect(weights.connector, seen) + weights.vit_positions[ids]
+    vit = vision_tower(weights.vit, model.config.vit, patches, ids, list(batch.vit_token_seqlens), training_attention)
+    vit = connect(weights.connector, vit) + weights.vit_positions[ids]
     positions = weights.latent_positions[batch.packed_latent_position_ids.to(device)] + weights.vae2llm.bias
     latents = model.embed_latents(x, positions + model.time_embedding(t))
-    return torch.cat([text, seen, latents])[batch.token_rows.argsort().to(device)]
+    return torch.cat([text, vit, latents])[batch.token_rows.argsort().to(device)]
 
 
 def _check_fit(config: BagelConfig, batch: TrainingBatch, latents: torch.Tensor, noise: torch.Tensor) -> None:
-    """Refuse a batch that points outside the model's tables, and tensors of another shape than the batch asks for."""
+    """Raise ValueError if an id is outside the model's tables or a tensor has the wrong shape."""
     side, latent_side = config.vit.max_patches_per_side, config.max_latent_size
     for name, size, table in (
         ("packed_text_ids", config.llm.vocab_size, "tokens of the vocabulary"),
@@ -186,15 +188,15 @@ def _check_fit(config: BagelConfig, batch: TrainingBatch, latents: torch.Tensor,
         ("noise", noise, (features, config.latent_features)),
     ):
         if tensor.shape != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, must be {shape}")
+            raise ValueError(f"{name} must be of shape {shape}, got {tuple(tensor.shape)}.")
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean, weighted if need be; 0 of no values, so that a batch without them adds nothing to a total."""
+    """Mean, optionally weighted. 0 without values, so that a batch without such tokens adds nothing to the total."""
     if not len(values):
         return values.sum()
     return values.mean() if weights is None else (values * weights).sum() / weights.sum()

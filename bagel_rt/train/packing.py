@@ -1,17 +1,17 @@
-"""Samples of texts and pictures -> a :class:`TrainingBatch`, packed as the official loader packs them.
+"""Packing of samples into a :class:`TrainingBatch`, with the layout of the official loader.
 
-A sample is a list of parts. A text is framed by its two markers, a picture's tokens by the markers of an image:
+A sample is a list of parts. Markers enclose every text (bos, eos) and every image (start and end of image):
 
     part    rows             mode     RoPE positions   next part's position
     Text    bos, ids, eos    causal   p, p + 1, ...    p + rows
     ViT     markers, patches full     all p            p + 1
     Clean   markers, latents full     all p            p + 1
-    Noised  markers, latents noise    all p            p        (its clean copy takes the same position)
+    Noised  markers, latents noise    all p            p        (its clean copy has the same position)
 
-Frames of a video (``frame_delta``) are one split with one timestep; each frame advances the position by its delta.
-Conditions are dropped at random, so that the model learns the distributions that guidance subtracts: of a dropped text
-nothing is left, of a dropped picture its position. Timesteps are logit-normal, one draw a noised split: diffusion
-forcing (Chen et al. 2024, arXiv:2407.01392) where a sample has several.
+The frames of a video (``frame_delta``) form one split with one timestep; each frame advances the position by its delta.
+Conditions are dropped at random to train the unconditional branches of classifier-free guidance: a dropped text leaves
+nothing, a dropped image leaves its position. Timesteps are logit-normal, one per noised split; with several noised
+splits in a sample this is diffusion forcing (Chen et al. 2024, arXiv:2407.01392).
 
 Sources: Deng et al. 2025 (arXiv:2505.14683) and the official BAGEL data packing.
 """
@@ -28,7 +28,7 @@ from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.train.batch import TrainingBatch
-from bagel_rt.validation import check, integer
+from bagel_rt.validation import check, integer, invalid
 
 
 class SpecialTokens(NamedTuple):
@@ -41,13 +41,13 @@ class SpecialTokens(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
-        """The markers of a tokenizer."""
+        """Get the marker ids from a tokenizer."""
         return cls(*(getattr(tokenizer, name) for name in cls._fields))
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text: ids without bos and eos, which packing adds. With ``loss`` every row but the last predicts the next."""
+    """A text: ids without bos and eos, which packing adds. With ``loss``, its rows predict the next token."""
 
     ids: Sequence[int]
     loss: bool = False
@@ -56,7 +56,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class ViT:
-    """A picture for the understanding expert: patches [rows * columns, patch features], pixels in [-1, 1]."""
+    """An image for the understanding expert: patches [rows * columns, patch features], pixels in [-1, 1]."""
 
     patches: torch.Tensor
     rows: int
@@ -66,9 +66,9 @@ class ViT:
 
 @dataclass(frozen=True, eq=False)
 class Clean:
-    """A picture for the generation expert: latents [rows * columns, features], after scale and shift.
+    """An image for the generation expert: latents [rows * columns, features], after scale and shift.
 
-    With ``frame_delta`` the next part is the video's next frame, that many positions later.
+    With ``frame_delta``, the next part is the next frame of a video, ``frame_delta`` positions later.
     """
 
     latents: torch.Tensor
@@ -80,10 +80,10 @@ class Clean:
 
 @dataclass(frozen=True, eq=False)
 class Noised:
-    """A picture to be generated: its clean latents [rows * columns, features]; the noise is drawn later.
+    """An image to generate: clean latents [rows * columns, features]; the training step adds noise.
 
-    With ``frame_delta`` the next part is the video's next frame, that many positions later, at the same timestep.
-    Later parts see a noised video, which the official packing labels "full", but no noised picture.
+    With ``frame_delta``, the next part is the next frame of a video, ``frame_delta`` positions later, at the same
+    timestep. Later parts attend to a noised video, which the official packing labels "full", but not to a noised image.
     """
 
     latents: torch.Tensor
@@ -94,16 +94,16 @@ class Noised:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What is left of a dropped picture: its position."""
+    """A dropped image, which still takes one position."""
 
 
 Part = Text | ViT | Clean | Noised | Dropped
-Draw = Callable[[np.random.Generator], "Sample"]
+DrawSample = Callable[[np.random.Generator], "Sample"]
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Parts in order. ValueError if a part's tensor does not fit its grid, or a video has no next frame."""
+    """A list of parts. ValueError if a tensor does not match its grid, or the next frame of a video is missing."""
 
     parts: Sequence[Part]
 
@@ -112,12 +112,12 @@ class Sample:
             _check_part(number, part, self.parts[number + 1] if number + 1 < len(self.parts) else None)
 
     def __len__(self) -> int:
-        """Rows that the sample takes in a batch."""
+        """The number of rows in a batch."""
         return sum(map(_rows, self.parts))
 
 
 class DropRates(NamedTuple):
-    """Probability of dropping each droppable part of a kind; defaults from Deng et al. 2025."""
+    """Probability of dropping each droppable part, by kind; defaults from Deng et al. 2025."""
 
     text: float = 0.1
     vit: float = 0.5
@@ -125,7 +125,7 @@ class DropRates(NamedTuple):
 
 
 def drop_conditions(sample: Sample, rates: DropRates, rng: np.random.Generator) -> Sample:
-    """The sample without some of its droppable parts, each dropped by itself; a video's frames are not droppable."""
+    """Drop droppable parts independently at random. The frames of a video are never droppable."""
     probability = {Text: rates.text, ViT: rates.vit, Clean: rates.clean}
     kept: list[Part] = []
     for part in sample.parts:
@@ -136,24 +136,24 @@ def drop_conditions(sample: Sample, rates: DropRates, rng: np.random.Generator) 
     return replace(sample, parts=kept)
 
 
-def fill(draw: Draw, rates: DropRates, tokens: int, rng: np.random.Generator) -> list[Sample]:
-    """Samples for one batch: drawn, and conditions dropped, until they have at least ``tokens`` rows.
+def fill_batch(draw: DrawSample, rates: DropRates, tokens: int, rng: np.random.Generator) -> list[Sample]:
+    """Draw samples, with conditions dropped, until they have at least ``tokens`` rows.
 
     Raises:
-        ValueError: ``tokens`` is not positive, or a drawn sample has no rows.
+        ValueError: ``tokens`` is not positive, or a sample has no rows.
     """
     check("tokens", tokens, integer(1))
     samples, rows = [], 0
     while rows < tokens:
         samples.append(drop_conditions(draw(rng), rates, rng))
         if not len(samples[-1]):
-            raise ValueError("a sample has no rows: give every sample a part that is not droppable")
+            raise ValueError("a sample must have at least 1 row, got 0. Add a part that is not droppable.")
         rows += len(samples[-1])
     return samples
 
 
 def noised_splits(samples: Sequence[Sample]) -> int:
-    """How many timesteps :func:`pack` needs: one for each noised picture or video."""
+    """The number of timesteps that :func:`pack` needs: one per noised image or video."""
     return sum(isinstance(part, Noised) and part.frame_delta is None for sample in samples for part in sample.parts)
 
 
@@ -164,25 +164,24 @@ def pack(
 
     Args:
         samples: each with at least one row.
-        config: of the model: position tables and sizes of tokens.
-        tokens: the markers.
+        config: the model configuration, for position tables and token sizes.
+        tokens: ids of the markers.
         timesteps: floating [noised_splits(samples)], before sigmoid and shift; standard normal in training.
 
     Returns:
-        The batch, with weights 1 / sqrt(targets of the text) for the reweighted cross-entropy; and the clean latents
+        The batch, with weights 1 / sqrt(targets of the text) for the reweighted cross-entropy, and the clean latents
         of all its VAE tokens, [latents, features].
 
     Raises:
-        ValueError: another number of timesteps, a grid larger than the model's table, or features of another size.
+        ValueError: the number of timesteps is wrong, a sample has no rows, or a grid is larger than the model's table.
     """
     if timesteps.shape != (noised_splits(samples),):
-        raise ValueError(
-            f"timesteps is {tuple(timesteps.shape)}, the samples have {noised_splits(samples)} noised splits"
-        )
+        shape = f"({noised_splits(samples)},), one per noised split"
+        raise ValueError(f"timesteps must be of shape {shape}, got {tuple(timesteps.shape)}.")
     builder = _Builder(config, tokens, timesteps.tolist())
     for number, sample in enumerate(samples):
         if not len(sample):
-            raise ValueError(f"sample {number} has no rows; leave it out")
+            raise ValueError(f"sample {number} must have at least 1 row, got 0. Remove it.")
         builder.add(sample)
     return builder.batch()
 
@@ -195,25 +194,27 @@ def _rows(part: Part) -> int:
 
 def _check_part(number: int, part: Part, following: Part | None) -> None:
     if not isinstance(part, Part):
-        kinds = "Text, ViT, Clean, Noised or Dropped"
-        raise ValueError(f"part {number} is a {type(part).__name__}, must be a {kinds} of bagel_rt.train.packing")
+        kinds = "a Text, ViT, Clean, Noised or Dropped of bagel_rt.train.packing"
+        raise ValueError(f"part {number} must be {kinds}, got a {type(part).__name__}.")
     if isinstance(part, ViT | Clean | Noised):
         tensor = part.patches if isinstance(part, ViT) else part.latents
         if part.rows < 1 or part.columns < 1 or tensor.dim() != 2 or len(tensor) != part.rows * part.columns:
             raise ValueError(
-                f"part {number}, {type(part).__name__}, has a tensor of {tuple(tensor.shape)} for a grid of "
-                f"{part.rows} x {part.columns}; must be [rows * columns, features]"
+                f"the tensor of part {number}, {type(part).__name__}, must be [rows * columns, features] with rows and "
+                f"columns >= 1, got {tuple(tensor.shape)} for {part.rows} rows and {part.columns} columns."
             )
     if isinstance(part, Clean | Noised) and part.frame_delta is not None:
-        if type(following) is not type(part) or part.frame_delta < 0 or getattr(part, "droppable", False):
-            raise ValueError(
-                f"part {number}, {type(part).__name__}, has frame_delta {part.frame_delta}; it must not be negative, "
-                "the part not droppable, and its next frame must follow: a part of the same kind"
-            )
+        name, kind = f"frame_delta of part {number}", type(part).__name__
+        if part.frame_delta < 0:
+            raise invalid(name, part.frame_delta, "an integer >= 0")
+        if type(following) is not type(part):
+            raise invalid(name, part.frame_delta, "None", f"The next part is not a frame of the same kind, {kind}")
+        if getattr(part, "droppable", False):
+            raise invalid(name, part.frame_delta, "None", f"The part, {kind}, is droppable")
 
 
 class _Builder:
-    """The fields of a batch, growing by samples."""
+    """Accumulates the fields of a batch, sample by sample."""
 
     def __init__(self, config: BagelConfig, tokens: SpecialTokens, timesteps: list[float]):
         self.config, self.tokens, self.timesteps = config, tokens, iter(timesteps)
@@ -260,7 +261,7 @@ class _Builder:
         self._add_split(_rows(part), "full")
 
     def _add_latents(self, part: Clean | Noised, position: int, video: float | None) -> float | None:
-        """Returns the timestep for the next part if that is the next frame of the same video, else None."""
+        """Add latents; ``video`` is the timestep if this is a later frame. Returns it for the next frame, else None."""
         raw = video
         if raw is None:
             raw = next(self.timesteps) if isinstance(part, Noised) else -math.inf
@@ -276,7 +277,7 @@ class _Builder:
         return None if part.frame_delta is None else raw
 
     def _frame(self, part: ViT | Clean | Noised, position: int) -> range:
-        """Rows of a picture's own tokens, between its markers."""
+        """Add the markers of an image; returns the rows of the tokens between them."""
         start, end = len(self.positions), len(self.positions) + _rows(part) - 1
         self.text_rows += [start, end]
         self.text_ids += [self.tokens.start_of_image, self.tokens.end_of_image]
@@ -291,7 +292,7 @@ class _Builder:
         self.modes.append(mode)
 
     def batch(self) -> tuple[TrainingBatch, torch.Tensor]:
-        """The batch and its clean latents."""
+        """Build the batch and its clean latents."""
 
         def integers(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64)

@@ -1,7 +1,8 @@
-"""The trained parameters of a model: float32 leaves, and the model of another dtype that is made of them.
+"""Trainable parameters: float32 leaf tensors, and the model in the compute dtype that is built from them.
 
-A leaf is a tensor of :class:`bagel_rt.models.bagel.weights.BagelWeights`, fused as there, but for QK-norm: where the
-runtime repeats the official vector of [head_dim] for each head, the leaf has it once, or the heads would grow apart.
+A leaf is a tensor of :class:`bagel_rt.models.bagel.weights.BagelWeights` in the same fused layout, except for QK-norm.
+The runtime repeats the official [head_dim] vector for every head. The leaf has it once, so that training cannot make
+the heads differ.
 """
 
 from collections.abc import Mapping
@@ -13,46 +14,46 @@ from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.weights import map_weights
 
 FROZEN = {"latent_positions": "latent_pos_embed.pos_embed", "vit_positions": "vit_pos_embed.pos_embed"}
-"""Leaf -> official name of the sin-cos tables, which the official trainer does not train either."""
+"""Leaf -> official name of the sin-cos tables, which the official trainer freezes too."""
 
 
 class Parameters:
-    """Leaves that a model is made of.
+    """The leaf tensors of a model.
 
     Attributes:
-        leaves: name -> float32 (float64 of a float64 model) tensor on the model's device; it wants a gradient, unless
-            it is :data:`FROZEN`.
+        leaves: name -> tensor on the model's device, float32 (float64 for a float64 model). All require a gradient
+            except those in :data:`FROZEN`.
     """
 
     def __init__(self, model: BagelModel):
-        """Copies of the weights of ``model``."""
+        """Copy the weights of ``model``."""
         self._model = model
         self._wide = torch.promote_types(model.dtype, torch.float32)
         self.leaves: dict[str, torch.Tensor] = {}
 
         def copy(name: str, tensor: torch.Tensor) -> None:
-            once = self._once(name, tensor).detach()
+            once = self._deduplicate(name, tensor).detach()
             self.leaves[name] = once.to(self._wide, copy=True).contiguous().requires_grad_(name not in FROZEN)
 
         map_weights(model.weights, copy)
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """The leaves that want a gradient."""
+        """The leaves that require a gradient."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
 
     def model(self, leaves: Mapping[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> BagelModel:
-        """The model of ``leaves``, by default of these; gradients flow through it to them.
+        """Build a model from leaves. Gradients flow through it to the leaves.
 
         Args:
-            leaves: tensors of the same names and shapes, as of their average.
-            dtype: that it computes in; by default that of the leaves.
+            leaves: tensors with the same names and shapes, such as averaged weights; default: ``self.leaves``.
+            dtype: compute dtype; default: that of the leaves.
         """
         leaves, dtype = leaves or self.leaves, dtype or self._wide
-        weights = map_weights(self._model.weights, lambda name, _: self._repeated(name, leaves[name]).to(dtype))
+        weights = map_weights(self._model.weights, lambda name, _: self._expand(name, leaves[name]).to(dtype))
         return BagelModel(self._model.config, weights, self._model.vae, self._model.markers)
 
     def official_gradients(self) -> dict[str, torch.Tensor]:
-        """Official name -> gradient of that tensor; without the tables that are :data:`FROZEN`."""
+        """Official name -> gradient, without the :data:`FROZEN` tables."""
         places = map_weights(self._model.weights, self._gradient).weight_slots(self.config)
         return {
             name: place.view.sum_to_size(place.shape) for name, place in places.items() if name not in FROZEN.values()
@@ -63,17 +64,17 @@ class Parameters:
         """The model's configuration."""
         return self._model.config
 
-    def _once(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _deduplicate(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[[0, self.config.llm.num_heads]] if ".qk_norm." in name else tensor
 
-    def _repeated(self, name: str, leaf: torch.Tensor) -> torch.Tensor:
+    def _expand(self, name: str, leaf: torch.Tensor) -> torch.Tensor:
         if ".qk_norm." not in name:
             return leaf
         heads = (self.config.llm.num_heads, self.config.llm.num_kv_heads)
         return torch.cat([row.expand(count, -1) for row, count in zip(leaf, heads, strict=True)])
 
     def _gradient(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """In the shape of the model's tensor; of repeated rows the first has all of it."""
+        """The gradient in the shape of the model's tensor; of repeated rows, the first has the whole gradient."""
         gradient = self.leaves[name].grad
         gradient = torch.zeros_like(self.leaves[name]) if gradient is None else gradient
         if ".qk_norm." not in name:

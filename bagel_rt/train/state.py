@@ -1,6 +1,6 @@
-"""The state of a run on disk: one safetensors file, with a JSON of what is no tensor in its header.
+"""Saved training state: one safetensors file, with JSON metadata in its header.
 
-Everything is in one file, so that what is read was written together; it replaces its predecessor when it is complete.
+A single file keeps tensors and metadata consistent. It replaces the previous state atomically.
 """
 
 import json
@@ -14,35 +14,37 @@ from bagel_rt.errors import CheckpointError
 from bagel_rt.files import atomic_write
 
 
-def save_state(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-    """Write tensors and ``facts``, anything that JSON holds; ``path`` is replaced only when all is on the disk."""
+def save_state(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Write tensors and JSON-safe metadata. ``path`` is replaced only after everything is written."""
     with atomic_write(path) as file:
-        file.write(save(tensors, {"facts": json.dumps(facts)}))
+        file.write(save(tensors, {"metadata": json.dumps(metadata)}))
 
 
 def load_state(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
-    """Read a state into ``tensors``, which say names, shapes and dtypes; return the facts.
+    """Copy a saved state into ``tensors``, which define names, shapes and dtypes, and return its metadata.
 
     Raises:
-        CheckpointError: no such file, or of another model; nothing was read into ``tensors`` then.
+        CheckpointError: the file is missing, is not a training state, or belongs to another model. ``tensors`` is
+            unchanged then.
     """
     try:
         with safe_open(path, "pt") as file:
-            facts, stored = json.loads(file.metadata()["facts"]), {name: file.get_tensor(name) for name in file.keys()}
+            metadata = json.loads(file.metadata()["metadata"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no state of a run: {error}. Remove it to begin anew.") from None
+        raise CheckpointError(f"{path} is not a training state: {error}. Remove it to start over.") from None
     for name in sorted(stored.keys() | tensors.keys()):
-        found, wanted = (_described(group.get(name)) for group in (stored, tensors))
-        if found != wanted:
+        actual, expected = (_describe(group.get(name)) for group in (stored, tensors))
+        if actual != expected:
             raise CheckpointError(
-                f"{path}: {name} is {found}, this model's is {wanted}. Continue with the configuration the run was "
-                "begun with, or take another folder."
+                f"{name} in {path} must be {expected}, got {actual}. Use the configuration that the run was started "
+                "with, or another folder."
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
-    return facts
+    return metadata
 
 
-def _described(tensor: torch.Tensor | None) -> str:
+def _describe(tensor: torch.Tensor | None) -> str:
     return "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

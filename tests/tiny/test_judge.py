@@ -1,10 +1,10 @@
-"""The judge accepts what a text says and refuses all else."""
+"""The judge accepts images and answers that match the text, and rejects all others."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from pictures import spoilt
+from degradations import degradations
 
 from bagel_rt.tiny.claims import Claims, GroupClaim
 from bagel_rt.tiny.examples import Example, make_example
@@ -25,16 +25,16 @@ def generate(claims, text=TEXT):
 
 
 @pytest.mark.parametrize("task", ["generate", "edit"])
-@spoilt
-def test_accepts_the_right_picture(task, spoil):
+@degradations
+def test_accepts_correct_images(task, degrade):
     rng = np.random.default_rng(4)
     examples = [make_example(rng, task, "train") for _ in range(300)]
-    verdicts = [judge(example, spoil(render(example.after), rng)) for example in examples]
+    verdicts = [judge(example, degrade(render(example.after), rng)) for example in examples]
     assert sum(verdict.correct for verdict in verdicts) >= 297
     assert all(verdict.correct == (not verdict.failures) for verdict in verdicts)
 
 
-def test_refuses_every_picture_that_was_not_edited():
+def test_rejects_unedited_images():
     rng = np.random.default_rng(5)
     for _ in range(300):
         example = make_example(rng, "edit", "train")
@@ -42,7 +42,7 @@ def test_refuses_every_picture_that_was_not_edited():
 
 
 def true_of(claims, scene):
-    """Whether a scene is as claimed, told from the scene itself."""
+    """Whether claims are true of a scene, computed from the scene itself."""
     groups = {(group[0].shape, group[0].color): group for group in groups_of(scene.things)}
     if {(claim.shape, claim.color) for claim in claims.groups} != set(groups):
         return False
@@ -55,8 +55,8 @@ def true_of(claims, scene):
     )
 
 
-def test_captions_of_near_misses_are_judged_as_the_scenes_say():
-    """Each caption against the picture of its scene after one random edit: right only if the edit is not spoken of."""
+def test_verdict_on_edited_scenes_matches_the_claims():
+    """An edited scene satisfies a caption of the original scene only if the caption does not mention the change."""
     rng = np.random.default_rng(6)
     verdicts = {True: 0, False: 0}
     while min(verdicts.values()) < 40:
@@ -64,9 +64,9 @@ def test_captions_of_near_misses_are_judged_as_the_scenes_say():
         if edit.text.startswith(("move", "put the")):
             continue  # places are tested on their own
         claims = claims_of(rng, edit.before)
-        wanted = true_of(claims, edit.after)
-        assert judge(generate(claims, edit.text), render(edit.after)).correct == wanted, (claims, edit)
-        verdicts[wanted] += 1
+        expected = true_of(claims, edit.after)
+        assert judge(generate(claims, edit.text), render(edit.after)).correct == expected, (claims, edit)
+        verdicts[expected] += 1
 
 
 def claims_of(rng, scene):
@@ -88,12 +88,10 @@ def claims_of(rng, scene):
         pytest.param(
             (RED, OTHER_RED, replace(BLUE, color="green")),
             "white",
-            "nobody asked for the small green square",
+            "unexpected small green square",
             id="colour",
         ),
-        pytest.param(
-            (RED, OTHER_RED, replace(BLUE, shape="star")), "white", "nobody asked for the small blue star", id="shape"
-        ),
+        pytest.param((RED, OTHER_RED, replace(BLUE, shape="star")), "white", "unexpected small blue star", id="shape"),
         pytest.param(
             (RED, replace(OTHER_RED, size="small"), BLUE),
             "white",
@@ -110,7 +108,7 @@ def claims_of(rng, scene):
         pytest.param(
             (*SCENE.things, Thing("star", "pink", "small", 0.75, 0.85)),
             "white",
-            "nobody asked for the small pink star",
+            "unexpected small pink star",
             id="one thing more",
         ),
         pytest.param(
@@ -118,10 +116,10 @@ def claims_of(rng, scene):
         ),
     ],
 )
-def test_refuses_what_differs_in(things, background, failure):
+def test_rejects_image_that_differs_in(things, background, failure):
     verdict = judge(generate(CLAIMS), render(Scene(background, things)))
     assert not verdict.correct
-    assert any(failure in found for found in verdict.failures), verdict.failures
+    assert any(failure in actual for actual in verdict.failures), verdict.failures
 
 
 @pytest.mark.parametrize(
@@ -132,7 +130,7 @@ def test_refuses_what_differs_in(things, background, failure):
         pytest.param(CLAIMS, replace(SCENE, things=(RED, OTHER_RED, replace(BLUE, y=0.3))), id="height"),
     ],
 )
-def test_is_silent_on_what_is_not_said_of(claims, scene):
+def test_ignores_unclaimed(claims, scene):
     assert judge(generate(claims), render(scene)).correct
 
 
@@ -140,7 +138,7 @@ def test_is_silent_on_what_is_not_said_of(claims, scene):
     ("place", "x", "y", "right"),
     [
         ("left", 0.25, 0.5, True),
-        ("left", 0.25, 0.8, True),  # "on the left" says nothing of the height
+        ("left", 0.25, 0.8, True),  # "on the left" does not constrain y
         ("left", 0.5, 0.5, False),
         ("top left", 0.25, 0.25, True),
         ("top left", 0.25, 0.5, False),
@@ -150,7 +148,7 @@ def test_is_silent_on_what_is_not_said_of(claims, scene):
         ("center", 0.25, 0.5, False),
     ],
 )
-def test_judges_places(place, x, y, right):
+def test_judges_place(place, x, y, right):
     claims = Claims((GroupClaim(1, "star", "pink", place=place),))
     assert judge(generate(claims), render(Scene("grey", (Thing("star", "pink", "small", x, y),)))).correct == right
 
@@ -170,7 +168,7 @@ def test_judges_places(place, x, y, right):
         pytest.param(SCENE.things, False, id="nothing changed"),
     ],
 )
-def test_an_edit_changes_what_it_says_and_keeps_the_rest(after, right):
+def test_edit_must_keep_everything_else(after, right):
     claims = Claims(
         (
             GroupClaim(2, "circle", "red", "large", at=((RED.x, RED.y), (OTHER_RED.x, OTHER_RED.y))),
@@ -182,7 +180,7 @@ def test_an_edit_changes_what_it_says_and_keeps_the_rest(after, right):
     assert judge(example, render(Scene("white", after))).correct == right
 
 
-def test_an_edit_keeps_the_background():
+def test_edit_must_keep_the_background():
     rng = np.random.default_rng(8)
     example = make_example(rng, "edit", "train")
     other = next(name for name in BACKGROUNDS if name != example.after.background)
@@ -191,18 +189,18 @@ def test_an_edit_keeps_the_background():
 
 
 @pytest.mark.parametrize("text", ["two blue stars", " Two  blue stars. ", "TWO BLUE STARS\n"])
-def test_answers_may_differ_in_case_and_spaces(text):
+def test_answer_ignores_case_and_whitespace(text):
     assert judge_answer(Example("ask", "what is above the circle", SCENE, None, "two blue stars", Claims()), text)
 
 
 @pytest.mark.parametrize("text", ["", "blue stars", "two blue star", "two blue stars two", "yes"])
-def test_answers_may_not_differ_in_words(text):
+def test_answer_must_match_in_words(text):
     assert not judge_answer(Example("ask", "what is above the circle", SCENE, None, "two blue stars", Claims()), text)
 
 
-def test_refuses_a_picture_for_a_question_and_an_answer_for_a_caption():
+def test_rejects_examples_of_another_task():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="asks a question; use judge_answer"):
+    with pytest.raises(ValueError, match="example.task must be generate or edit, got 'ask'. Use judge_answer"):
         judge(make_example(rng, "ask", "train"), render(SCENE))
-    with pytest.raises(ValueError, match="is a generate example and has no answer; use judge"):
+    with pytest.raises(ValueError, match="example.task must be ask, got 'generate'. Use judge"):
         judge_answer(make_example(rng, "generate", "train"), "yes")

@@ -1,4 +1,4 @@
-"""Captions, questions and instructions: few words, true, and of one meaning. The tests read them back word by word."""
+"""Captions, questions and instructions are short, correct and unambiguous. The tests parse them word by word."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bagel_rt.tiny.claims import is_at
-from bagel_rt.tiny.examples import SPLITS, TASKS, make_example, make_questions, make_readings, texts
+from bagel_rt.tiny.examples import SPLITS, TASKS, make_example, make_questions, make_text_task, texts
 from bagel_rt.tiny.scene import (
     BACKGROUNDS,
     COLORS,
@@ -47,7 +47,7 @@ def examples(split):
 
 
 def parse(phrase):
-    """(number, size, color, shape) of a noun phrase, None for what it does not say."""
+    """(number, size, color, shape) of a noun phrase; None for what it does not mention."""
     words = phrase.split()
     number = next((NUMBERS[word] for word in words if word in NUMBERS), None)
     size = next((SIZES[word] for word in words if word in SIZES), None)
@@ -61,7 +61,7 @@ def matches(thing, color, shape):
 
 
 def the_group(scene, phrase):
-    """The group that a definite noun phrase means; fails if it is not exactly one, or its number is wrong."""
+    """The group that a definite noun phrase refers to; fails if it is ambiguous or its number is wrong."""
     _, _, color, shape = parse(phrase)
     (group,) = [group for group in groups_of(scene.things) if matches(group[0], color, shape)]
     is_plural = phrase.split()[-1].endswith("s")
@@ -77,7 +77,7 @@ def relation_in(text):
     return before, RELATIONS[words], after
 
 
-def test_every_scene_is_of_the_split(examples, split):
+def test_all_scenes_belong_to_the_split(examples, split):
     scenes = [scene for kind in examples.values() for one in kind for scene in (one.before, one.after) if scene]
     assert len(scenes) == 2000
     assert {split_of(scene) for scene in scenes} == {split}
@@ -99,7 +99,7 @@ def test_the_vocabulary_is_small():
     assert 80 < len(words) <= 150
 
 
-def test_captions_mention_what_they_must(examples):
+def test_captions_mention_all_claims(examples):
     for example in examples["generate"]:
         groups = example.claims.groups
         phrases = [example.text]
@@ -132,7 +132,7 @@ def test_captions_are_true(examples):
         assert len(claimed) == 1 or relation_between(*claimed) == example.claims.relation
 
 
-def test_captions_leave_out_now_and_then(examples):
+def test_optional_attributes_are_sometimes_omitted(examples):
     claims = [example.claims for example in examples["generate"]]
     singles = [claim.groups[0] for claim in claims if len(claim.groups) == 1]
     for values in (
@@ -143,7 +143,7 @@ def test_captions_leave_out_now_and_then(examples):
         assert 0.1 < Counter(values)[None] / len(values) < 0.8
 
 
-def test_what_a_caption_leaves_out_is_as_usual(examples):
+def test_omitted_attributes_have_default_values(examples):
     for example in examples["generate"]:
         groups = groups_of(example.after.things)
         for claim in example.claims.groups:
@@ -153,7 +153,7 @@ def test_what_a_caption_leaves_out_is_as_usual(examples):
 
 
 def answer_to(question, scene):
-    """The answer, worked out from the words of the question alone."""
+    """The answer to a question, derived from its words only."""
     words = question.split()
     if "picture" in words:
         return described(scene)
@@ -200,7 +200,7 @@ def named(group, adjectives):
 
 
 def described(scene):
-    """Everything, of two groups the upper or left one first."""
+    """The full description, upper or left group first."""
     groups = sorted(groups_of(scene.things), key=lambda group: min((thing.y, thing.x) for thing in group))
     if len(groups) == 2 and relation_between(*groups) == "right of":
         groups.reverse()
@@ -213,33 +213,33 @@ def described(scene):
     return f"{names[0]} {where.get(place, f'in the {place}')} on {scene.background}"
 
 
-def test_questions_have_the_answer_that_their_words_ask_for(examples):
+def test_answers_are_correct(examples):
     for example in examples["ask"]:
         assert answer_to(example.text, example.before) == example.answer, example
 
 
-def test_yes_and_no_are_equally_common(examples):
+def test_yes_and_no_are_balanced(examples):
     answers = Counter(example.answer for example in examples["ask"])
     assert answers["yes"] + answers["no"] > 60
     assert 0.3 < answers["yes"] / (answers["yes"] + answers["no"]) < 0.7
 
 
-def test_no_form_of_a_question_betrays_whether_something_is_there():
-    """Asked of a colour, of a shape or of both, yes is as common as no."""
-    rng, answers, asked = np.random.default_rng(3), Counter(), Counter()
-    while sum(asked.values()) < 1200:
+def test_yes_and_no_are_balanced_for_each_form_of_question():
+    """Of questions with a colour, a shape or both, half have the answer yes."""
+    rng, answers, counts = np.random.default_rng(3), Counter(), Counter()
+    while sum(counts.values()) < 1200:
         example = make_example(rng, "ask", "train")
         if {"there", "how"} & set(example.text.split()) == {"there"}:
             _, _, color, shape = parse(example.text)
             form = (color is None, shape is None)
-            asked[form] += 1
+            counts[form] += 1
             answers[form] += example.answer == "yes"
-    assert len(asked) == 3
-    assert all(0.42 < answers[form] / asked[form] < 0.58 for form in asked), (answers, asked)
+    assert len(counts) == 3
+    assert all(0.42 < answers[form] / counts[form] < 0.58 for form in counts), (answers, counts)
 
 
 def things_after(text, before):
-    """What (color, shape, size) things there must be after an instruction, worked out from its words alone."""
+    """The (color, shape, size) of all things after an instruction, derived from its words only."""
     words = text.split()
     things = list(before.things)
     if "background" in words:
@@ -277,19 +277,19 @@ def things_after(text, before):
     ], before.background
 
 
-def test_instructions_lead_to_the_scene_that_their_words_ask_for(examples):
+def test_scene_after_edit_matches_the_instruction(examples):
     for example in examples["edit"]:
-        wanted, background = things_after(example.text, example.before)
-        found = Counter((thing.color, thing.shape, thing.size) for thing in example.after.things)
-        wanted = Counter(
-            next(kind for kind in found if kind[:2] == want[:2]) if want[2] is None else want for want in wanted
+        kinds, background = things_after(example.text, example.before)
+        actual = Counter((thing.color, thing.shape, thing.size) for thing in example.after.things)
+        expected = Counter(
+            next(other for other in actual if other[:2] == kind[:2]) if kind[2] is None else kind for kind in kinds
         )
-        assert found == wanted, example
+        assert actual == expected, example
         assert example.after.background == background == example.claims.background
         assert example.after != example.before
 
 
-def test_what_an_edit_does_not_speak_of_stays_where_it_is(examples):
+def test_edits_keep_other_things_in_place(examples):
     for example in examples["edit"]:
         kept = set(example.before.things) & set(example.after.things)
         assert kept or len(groups_of(example.before.things)) == 1
@@ -311,7 +311,7 @@ def test_every_kind_of_edit_occurs(examples):
     assert set(kinds) == set("make paint change turn remove delete take add put draw use move".split())
 
 
-def test_one_seed_gives_the_same_examples_and_texts():
+def test_examples_are_deterministic():
     one, other = np.random.default_rng(5), np.random.default_rng(5)
     assert [make_example(one, None, "train") for _ in range(30)] == [
         make_example(other, None, "train") for _ in range(30)
@@ -319,12 +319,13 @@ def test_one_seed_gives_the_same_examples_and_texts():
     assert list(texts(one, 50)) == list(texts(other, 50))
 
 
-def test_questions_about_one_scene_differ_and_suit_it():
+def test_questions_about_a_scene_are_distinct_and_correct():
     rng, kinds, each = np.random.default_rng(0), Counter(), Counter()
     for _ in range(300):
         scene, questions = make_questions(rng, "train", 6)
         assert split_of(scene) == "train" and len(set(text for text, _ in questions)) == 6
-        assert questions[-1][1] == described(scene) and described(scene) not in [said for _, said in questions[:-1]]
+        answers = [answer for _, answer in questions]
+        assert answers[-1] == described(scene) and described(scene) not in answers[:-1]
         assert all(answer == answer_to(text, scene) for text, answer in questions)
         kinds.update((len(groups_of(scene.things)), text.split()[0]) for text, _ in questions)
         each.update(word for _, answer in questions if "," in answer for word in re.findall("yes|no", answer))
@@ -335,34 +336,34 @@ def test_questions_about_one_scene_differ_and_suit_it():
     assert {words for groups, words in kinds if groups == 2} == {"what", "which", "how", "is", "are", "describe"}
 
 
-def test_what_is_read_follows_from_what_is_said(split):
-    """Against the same example, drawn again and described by the test."""
+def test_text_tasks_are_correct(split):
+    """Compare with the same example, drawn again and described by the test."""
     kinds = Counter()
     for seed in range(300):
-        given, asked = make_readings(np.random.default_rng(seed), split, 6)
+        context, turns = make_text_task(np.random.default_rng(seed), split, 6)
         again = np.random.default_rng(seed)
         kind = pick(again, ("caption", "edit", "questions"))
         kinds[kind] += 1
         if kind == "questions":
             scene, questions = make_questions(again, split, 7)
-            assert given == described(scene) and asked == questions[:-1] and len(asked) == 6
-            assert given not in [answer for _, answer in asked]
+            assert context == described(scene) and turns == questions[:-1] and len(turns) == 6
+            assert context not in [answer for _, answer in turns]
             continue
         example = make_example(again, "generate" if kind == "caption" else "edit", split)
         known = kind == "edit" or example.claims.background is not None
-        said = described(example.after) if known else described(example.after).rsplit(" on ", 1)[0]
-        assert asked == [(example.text, said)]
-        assert given == (described(example.before) if kind == "edit" else None)
+        description = described(example.after) if known else described(example.after).rsplit(" on ", 1)[0]
+        assert turns == [(example.text, description)]
+        assert context == (described(example.before) if kind == "edit" else None)
     assert all(70 < kinds[kind] < 130 for kind in ("caption", "edit", "questions"))
 
 
-def test_texts_yields_as_many_as_asked_for():
+def test_texts_yields_n_texts():
     assert len(list(texts(np.random.default_rng(0), 17))) == 17
     assert list(texts(np.random.default_rng(0), 0)) == []
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_middle_of_a_place_is_there_and_in_no_contrary_place(place):
+def test_center_of_a_place_is_at_no_contradicting_place(place):
     column, row = PLACES[place]
     x, y = 0.25 + 0.25 * column, 0.25 + 0.25 * row
     there = {name for name in PLACES if is_at(name, x, y)}
@@ -375,16 +376,16 @@ def test_the_middle_of_a_place_is_there_and_in_no_contrary_place(place):
 @pytest.mark.parametrize(
     ("task", "split", "message"),
     [
-        ("paint", "train", "task='paint', expected one of generate, edit, ask, or None for any"),
-        ("edit", "validation", "split='validation', expected one of train, test"),
+        ("paint", "train", "task must be generate, edit or ask, got 'paint'. None draws a random task."),
+        ("edit", "validation", "split must be train or test, got 'validation'"),
     ],
 )
-def test_refuses_unknown_tasks_and_splits(task, split, message):
+def test_rejects_unknown_tasks_and_splits(task, split, message):
     with pytest.raises(ValueError, match=message):
         make_example(np.random.default_rng(0), task, split)
 
 
-def test_a_scene_is_a_plain_value():
+def test_scenes_are_compared_and_hashed_by_value():
     thing = Thing("star", "red", "small", 0.5, 0.5)
     assert Scene("white", (thing,)) == Scene("white", (Thing("star", "red", "small", 0.5, 0.5),))
     assert hash(Scene("white", (thing,))) == hash(Scene("white", (thing,)))

@@ -1,4 +1,4 @@
-"""Tokenizers learnt on texts, as the runtime reads them."""
+"""Trained tokenizers, as loaded by the runtime."""
 
 import json
 import unicodedata
@@ -32,18 +32,18 @@ def test_words_of_the_world_are_single_tokens(tokenizer):
 
 @settings(max_examples=30)
 @given(st.text())
-def test_every_text_comes_back(tokenizer, text):
+def test_encode_decode_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-def test_special_tokens_end_the_vocabulary_in_qwen2s_order(tokenizer):
+def test_special_tokens_are_last_in_qwen2_order(tokenizer):
     first = len(tokenizer) - len(SPECIAL_TOKENS)
     ids = [tokenizer.encode(name) for name in SPECIAL_TOKENS]
     assert ids == [[first + index] for index in range(len(SPECIAL_TOKENS))]
     assert (tokenizer.bos, tokenizer.eos, tokenizer.start_of_image) == (first + 1, first + 2, first + 9)
 
 
-def test_both_sets_of_files_say_the_same(folder, tokenizer, tmp_path):
+def test_vocab_and_merges_match_tokenizer_json(folder, tokenizer, tmp_path):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     parts = Tokenizer.from_folder(tmp_path)
@@ -51,19 +51,19 @@ def test_both_sets_of_files_say_the_same(folder, tokenizer, tmp_path):
         assert parts.encode(text) == tokenizer.encode(text)
 
 
-def test_the_order_of_texts_plays_no_part():
-    given = list(texts(np.random.default_rng(1), 500))
-    assert learn_tokenizer(given, 400).to_str() == learn_tokenizer(given[::-1], 400).to_str()
+def test_order_of_texts_does_not_matter():
+    corpus = list(texts(np.random.default_rng(1), 500))
+    assert learn_tokenizer(corpus, 400).to_str() == learn_tokenizer(corpus[::-1], 400).to_str()
 
 
-def test_the_files_that_loaders_of_transformers_read_agree(folder, tokenizer):
+def test_config_files_agree_on_the_eos_token(folder, tokenizer):
     generation = json.loads((folder / "generation_config.json").read_text())
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert generation["eos_token_id"][0] == tokenizer.eos
     assert config["added_tokens_decoder"][str(tokenizer.eos)]["content"] == config["eos_token"] == "<|im_end|>"
 
 
-def test_a_size_below_the_bytes_is_refused():
+def test_rejects_vocabulary_smaller_than_the_bytes():
     with pytest.raises(ValueError, match="size must be an integer >= 270, got 269"):
         learn_tokenizer([], 269)
     assert learn_tokenizer([], 270).get_vocab_size() == 270

@@ -1,4 +1,4 @@
-"""The autoencoder's training: its losses, its runs, and what is measured of the result."""
+"""Training of the autoencoder: losses, stopping and resuming, and evaluation of the result."""
 
 import json
 import re
@@ -17,27 +17,27 @@ from bagel_rt.models.bagel.images import image_to_tensor
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import Scene, split_of
 from bagel_rt.tiny.train_autoencoder import (
-    check_reconstructions,
-    draw_pictures,
+    depicts,
+    draw_images,
+    draw_split_scene,
+    evaluate_reconstructions,
     load_autoencoder,
     measure_latents,
-    resembles,
-    scene_of,
     train_autoencoder,
 )
-from bagel_rt.train.autoencoder import AutoencoderSettings, AutoencoderTrainer, losses, near_edges
+from bagel_rt.train.autoencoder import AutoencoderSettings, AutoencoderTrainer, autoencoder_losses, edge_mask
 
 CONFIG = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=2)
 SETTINGS = AutoencoderSettings(steps=6, warmup_steps=2, bfloat16=False)
 
 
-def plain_pictures(rng: np.random.Generator, done: float) -> list[Image.Image]:
-    """Two pictures, 16 x 16, each of two colours beside each other."""
-    pictures = []
+def plain_images(rng: np.random.Generator, done: float) -> list[Image.Image]:
+    """Two 16x16 images, each with two vertical stripes."""
+    images = []
     for _ in range(2):
         colors = rng.integers(0, 256, (2, 3), dtype=np.uint8)
-        pictures.append(Image.fromarray(np.repeat(colors[None], 16, axis=0).repeat(8, axis=1)))
-    return pictures
+        images.append(Image.fromarray(np.repeat(colors[None], 16, axis=0).repeat(8, axis=1)))
+    return images
 
 
 def tensors(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -47,61 +47,63 @@ def tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 # Losses
 
 
-def test_kl_is_that_of_the_distributions():
+def test_kl_matches_torch_distributions():
     torch.manual_seed(0)
     network = AutoEncoder(CONFIG).double()
     pixels = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
-    _, kl = losses(network, pixels, torch.Generator().manual_seed(0))
+    _, kl = autoencoder_losses(network, pixels, torch.Generator().manual_seed(0))
     mean, logvar = network.moments(pixels)
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
     want = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
     torch.testing.assert_close(kl.double(), want, rtol=1e-6, atol=0)
 
 
-def test_the_loss_has_the_gradient_of_finite_differences():
+def test_loss_gradient_matches_finite_differences():
     torch.manual_seed(0)
     network = AutoEncoder(VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=1)).double()
     pixels = torch.rand(1, 3, 8, 8) * 2 - 1
 
     def loss() -> torch.Tensor:
-        reconstruction, kl = losses(network, pixels, torch.Generator().manual_seed(1))
+        reconstruction, kl = autoencoder_losses(network, pixels, torch.Generator().manual_seed(1))
         return reconstruction + kl
 
     loss().backward()
     slope = sum(weight.grad.square().sum() for weight in network.parameters()).item()
-    step, found = 1e-3 / slope, []
+    step, ends = 1e-3 / slope, []
     with torch.no_grad():
         for distance in (step, -2 * step):
             for weight in network.parameters():
                 weight += distance * weight.grad
-            found.append(loss().item())
-    assert (found[0] - found[1]) / (2 * step) == pytest.approx(slope, rel=1e-2)  # the losses are float32
+            ends.append(loss().item())
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=1e-2)  # the losses are float32
 
 
-def test_edges_weigh_more():
+def test_edge_weight_applies_near_edges():
     pixels = torch.full((1, 3, 16, 16), -1.0)
     pixels[:, 0, :, 8:] = 1.0
-    near = near_edges(pixels)
+    near = edge_mask(pixels)
     assert near.shape == (1, 1, 16, 16) and near[0, 0].all(0).nonzero().flatten().tolist() == [6, 7, 8, 9]
     assert near.sum() == 4 * 16
     torch.manual_seed(0)
     network = AutoEncoder(CONFIG)
-    plain, weighted = (losses(network, pixels, torch.Generator().manual_seed(0), edges)[0] for edges in (0.0, 3.0))
-    cut, _ = losses(network, pixels, torch.Generator().manual_seed(0), 1e6)
+    plain, weighted = (
+        autoencoder_losses(network, pixels, torch.Generator().manual_seed(0), edges)[0] for edges in (0.0, 3.0)
+    )
+    cut, _ = autoencoder_losses(network, pixels, torch.Generator().manual_seed(0), 1e6)
     torch.testing.assert_close(weighted, plain + 3e-6 * (cut - plain), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
-def test_group_norms_gradient_in_bfloat16_is_that_of_float64(silu):
+def test_group_norm_bfloat16_gradient_matches_float64(silu):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 64, 9, 7, generator=generator).contiguous(memory_format=torch.channels_last)
-    given = [x, *torch.randn(2, 64, generator=generator), torch.randn(x.shape, generator=generator)]
-    found = []
+    inputs = [x, *torch.randn(2, 64, generator=generator), torch.randn(x.shape, generator=generator)]
+    gradients = []
     for dtype in (torch.bfloat16, torch.float64):
-        *leaves, dy = (tensor.bfloat16().to(dtype) for tensor in given)
+        *leaves, dy = (tensor.bfloat16().to(dtype) for tensor in inputs)
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        found.append(torch.autograd.grad(group_norm(*leaves, 32, 1e-6, silu), leaves, dy))
-    for got, want in zip(*found, strict=True):
+        gradients.append(torch.autograd.grad(group_norm(*leaves, 32, 1e-6, silu), leaves, dy))
+    for got, want in zip(*gradients, strict=True):
         assert got.dtype == torch.bfloat16 and got.stride() == want.stride()
         assert (got.double() - want).norm() < 0.01 * want.norm()
 
@@ -109,31 +111,31 @@ def test_group_norms_gradient_in_bfloat16_is_that_of_float64(silu):
 # Runs
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path):
-    whole = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path / "whole")
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    whole = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path / "whole")
     assert whole.run(progress=False)
     for _ in range(2):
-        part = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path / "parts")
+        part = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path / "parts")
         for _ in range(3):
             part.train_step()
         part.save()
-    resumed = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path / "parts")
+    resumed = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path / "parts")
     assert resumed.run(progress=False) and resumed.step == 6
     assert all(map(torch.equal, tensors(whole.averaged()), tensors(resumed.averaged())))
     assert all(map(torch.equal, tensors(whole.network), tensors(part.network)))
 
 
-def test_the_log_has_one_line_for_each_step_though_some_were_done_twice(tmp_path):
-    trainer = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
+def test_log_has_one_line_per_step_after_resuming(tmp_path):
+    trainer = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path)
     assert not trainer.run(seconds=0, progress=False) and trainer.step == 0
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "reconstruction": 9.0}\n')  # of a run that was killed
-    assert AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path).run(progress=False)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "reconstruction": 9.0}\n')  # left by a killed run
+    assert AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path).run(progress=False)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6] and entries[0]["reconstruction"] < 9
 
 
-def test_half_a_step_is_not_saved(tmp_path, monkeypatch):
-    trainer = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
+def test_partial_step_is_not_saved(tmp_path, monkeypatch):
+    trainer = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path)
     trainer.train_step()
     trainer.save()
     before = tensors(trainer.averaged())
@@ -144,12 +146,12 @@ def test_half_a_step_is_not_saved(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "_foreach_lerp_", interrupted)
         trainer.run(progress=False)
-    resumed = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
+    resumed = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path)
     assert resumed.step == 1 and all(map(torch.equal, tensors(resumed.averaged()), before))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
-    trainer = AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path)
+def test_non_finite_gradient_stops_the_run(tmp_path):
+    trainer = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path)
     trainer._weights[0].fill_(float("nan"))
     before = trainer._weights[1].clone()
     with pytest.raises(RuntimeError, match="non-finite"):
@@ -158,73 +160,73 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
-def test_it_learns(tmp_path, bfloat16):
-    pictures = plain_pictures(np.random.default_rng(0), 0.0)
+def test_loss_decreases(tmp_path, bfloat16):
+    images = plain_images(np.random.default_rng(0), 0.0)
     settings = AutoencoderSettings(steps=30, warmup_steps=5, bfloat16=bfloat16, ema=0.8)
-    trainer = AutoencoderTrainer(CONFIG, lambda rng, done: pictures, settings, tmp_path)
+    trainer = AutoencoderTrainer(CONFIG, lambda rng, done: images, settings, tmp_path)
     assert trainer.run(progress=False)
-    found = [json.loads(line)["reconstruction"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert found[-1] < 0.5 * found[0]
-    pixels = torch.stack([image_to_tensor(picture) for picture in pictures])
-    averaged, _ = losses(trainer.averaged(), pixels, torch.Generator().manual_seed(0))
-    assert averaged < 0.6 * found[0]
+    logged = [json.loads(line)["reconstruction"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logged[-1] < 0.5 * logged[0]
+    pixels = torch.stack([image_to_tensor(image) for image in images])
+    averaged, _ = autoencoder_losses(trainer.averaged(), pixels, torch.Generator().manual_seed(0))
+    assert averaged < 0.6 * logged[0]
 
 
-def test_a_run_of_other_settings_is_refused(tmp_path):
-    AutoencoderTrainer(CONFIG, plain_pictures, SETTINGS, tmp_path).save()
-    with pytest.raises(CheckpointError, match=r"was trained with run .*steps=6.*this run has .*steps=7"):
-        AutoencoderTrainer(CONFIG, plain_pictures, AutoencoderSettings(steps=7), tmp_path)
+def test_rejects_state_of_other_settings(tmp_path):
+    AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path).save()
+    with pytest.raises(CheckpointError, match=r"run must be .*steps=6.*to resume .*got .*steps=7"):
+        AutoencoderTrainer(CONFIG, plain_images, AutoencoderSettings(steps=7), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "values, message",
     [
         ({"steps": 0}, "steps must be an integer >= 1, got 0"),
-        ({"kl": float("nan")}, "kl must be a number >= 0, got nan"),
+        ({"kl_weight": float("nan")}, "kl_weight must be a number >= 0, got nan"),
         ({"learning_rate": 0.0}, "learning_rate must be a number > 0, got 0.0"),
         ({"ema": 1.0}, "ema must be a number >= 0 and < 1, got 1.0"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_settings_out_of_range_are_refused(given, message):
+def test_rejects_settings_out_of_range(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        AutoencoderSettings(**{"steps": 1, **given})
+        AutoencoderSettings(**{"steps": 1, **values})
 
 
-def test_the_rate_rises_and_falls():
+def test_learning_rate_warms_up_and_decays():
     settings = AutoencoderSettings(steps=100, warmup_steps=10, learning_rate=1.0)
-    rates = [settings.rate(step) for step in range(100)]
+    rates = [settings.learning_rate_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and np.argmax(rates) == 9 and rates[-1] < 0.001
     assert rates[50] == pytest.approx(0.5, abs=0.01)
 
 
-# The world's
+# Images of the world of shapes
 
 
-def test_pictures_of_a_step_are_of_the_training_split_and_show_things():
+def test_training_images_are_from_the_training_split_and_not_blank():
     rng = np.random.default_rng(0)
     flat = 0
-    for done, wanted in ((0.0, {(8, 32), (4, 64), (1, 128)}), (0.5, {(4, 64), (1, 128)})):
+    for done, expected in ((0.0, {(8, 32), (4, 64), (1, 128)}), (0.5, {(4, 64), (1, 128)})):
         sizes = set()
         for _ in range(30):
-            pictures = draw_pictures(rng, done)
-            assert len({picture.size for picture in pictures}) == 1
-            sizes.add((len(pictures), pictures[0].width))
-            flat += sum(len(picture.getcolors(1 << 14)) == 1 for picture in pictures)
-        assert sizes == wanted
+            images = draw_images(rng, done)
+            assert len({image.size for image in images}) == 1
+            sizes.add((len(images), images[0].width))
+            flat += sum(len(image.getcolors(1 << 14)) == 1 for image in images)
+        assert sizes == expected
     assert flat < 10
-    assert all(split_of(scene_of(split, rng)) == split for split in ("train", "test") for _ in range(5))
+    assert all(split_of(draw_split_scene(split, rng)) == split for split in ("train", "test") for _ in range(5))
 
 
-def test_a_picture_resembles_its_scene_and_no_other():
+def test_image_depicts_only_its_own_scene():
     rng = np.random.default_rng(0)
-    one, other = scene_of("test", rng), scene_of("test", rng)
-    assert resembles(render(one), one) and not resembles(render(one), other)
+    one, other = draw_split_scene("test", rng), draw_split_scene("test", rng)
+    assert depicts(render(one), one) and not depicts(render(one), other)
     background = "white" if one.background != "white" else "black"
-    assert not resembles(render(Scene(background, one.things)), one)
+    assert not depicts(render(Scene(background, one.things)), one)
 
 
-def test_the_result_has_latents_of_mean_0_and_deviation_1(tmp_path):
+def test_trained_autoencoder_has_normalized_latents(tmp_path):
     config = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4)
     settings = AutoencoderSettings(steps=1)
     assert not train_autoencoder(tmp_path, config, settings, 8, seconds=0, progress=False)
@@ -232,9 +234,11 @@ def test_the_result_has_latents_of_mean_0_and_deviation_1(tmp_path):
     model = load_autoencoder(tmp_path, config)
     stored = load_file(tmp_path / "ae.safetensors")
     assert all(torch.equal(stored[name].float(), weight) for name, weight in model.state_dict().items())
-    pixels = torch.stack([image_to_tensor(render(scene_of("train", np.random.default_rng(5)))) for _ in range(4)])
+    pixels = torch.stack(
+        [image_to_tensor(render(draw_split_scene("train", np.random.default_rng(5)))) for _ in range(4)]
+    )
     latents = model.encode(pixels, torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert latents.mean() == pytest.approx(0, abs=0.2) and latents.std() == pytest.approx(1, abs=0.1)
     figures = json.loads((tmp_path / "ae.json").read_text())
-    assert figures == measure_latents(model, 8) | check_reconstructions(model, 8)
-    assert figures["agreement"] == 0 and figures["psnr"] < 12  # it has not learnt anything
+    assert figures == measure_latents(model, 8) | evaluate_reconstructions(model, 8)
+    assert figures["agreement"] == 0 and figures["psnr"] < 12  # after a single step

@@ -1,4 +1,4 @@
-"""Gradients: of the ops by finite differences in float64, of a whole training step, and of bfloat16 against float32."""
+"""Gradients of the ops and of a whole training step against finite differences, and bfloat16 against float64."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_gradient_of_rms_norm_with_a_residual(G):
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_gradient_of_linear_with_a_bias(G, swiglu):
     inputs = (draw(5, 3), draw(4, 3), draw(4, 3, seed=1), draw(4), draw(4, seed=1))
-    assert gradcheck(lambda *given: linear(*given, G=G, swiglu=swiglu), inputs)
+    assert gradcheck(lambda *args: linear(*args, G=G, swiglu=swiglu), inputs)
 
 
 @EXPERTS
@@ -57,14 +57,14 @@ def test_gradient_of_linear_with_a_residual(G):
 
 @EXPERTS
 def test_gradient_of_swiglu_without_a_bias(G):
-    assert gradcheck(lambda *given: linear(*given, G=G, swiglu=True), (draw(5, 3), draw(4, 3), draw(4, 3, seed=1)))
+    assert gradcheck(lambda *args: linear(*args, G=G, swiglu=True), (draw(5, 3), draw(4, 3), draw(4, 3, seed=1)))
 
 
 @EXPERTS
 @pytest.mark.parametrize("biased", [False, True])
-def test_gradient_of_the_op_with_swiglu_is_that_of_the_function(G, biased):
+def test_gradient_of_linear_op_with_swiglu(G, biased):
     inputs = (draw(5, 3), draw(4, 3), draw(4, 3, seed=1), *((draw(4), draw(4, seed=1)) if biased else (None, None)))
-    assert gradcheck(lambda *given: torch.ops.bagel_rt.linear(*given, None, G, True), inputs)
+    assert gradcheck(lambda *args: torch.ops.bagel_rt.linear(*args, None, G, True), inputs)
 
 
 @EXPERTS
@@ -77,7 +77,7 @@ def test_gradient_of_qk_norm_rope_through_queries_and_caches(G):
         return q, k, v
 
     inputs = (draw(5, 6 * 4), draw(4, 4), draw(4, 4, seed=1), draw(7, 2, 4), draw(7, 2, 4, seed=1))
-    run_fresh = lambda *given: run(*given, *(x.detach() for x in inputs[3:]))  # noqa: E731
+    run_fresh = lambda *args: run(*args, *(x.detach() for x in inputs[3:]))  # noqa: E731
     assert gradcheck(run, inputs)
     assert gradcheck(run_fresh, inputs[:3])
     assert gradcheck(lambda qkv: run_fresh(qkv, None, None), inputs[:1])
@@ -107,7 +107,7 @@ def attention_inputs(name, D=4):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_batched_attention_is_attention(name):
+def test_batched_attention_matches_attention(name):
     q, k, v, limits, blocks = attention_inputs(name)
     got = training_attention(q, k, v, limits, blocks)
     with torch.no_grad():
@@ -116,13 +116,13 @@ def test_batched_attention_is_attention(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name != "no rows"])
-def test_gradient_of_batched_attention_is_that_of_the_formula(name):
+def test_gradient_of_batched_attention_matches_the_backward_op(name):
     q, k, v, limits, blocks = attention_inputs(name)
     out = training_attention(q, k, v, limits, blocks)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = torch.autograd.grad(out, (q, k, v), grad)
-    by_formula, _ = torch.ops.bagel_rt.attention_lse(q, k, v, limits, blocks, q.shape[-1] ** -0.5)
-    for one, other in zip(got, torch.autograd.grad(by_formula, (q, k, v), grad), strict=True):
+    expected, _ = torch.ops.bagel_rt.attention_lse(q, k, v, limits, blocks, q.shape[-1] ** -0.5)
+    for one, other in zip(got, torch.autograd.grad(expected, (q, k, v), grad), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
@@ -135,7 +135,7 @@ def test_rows_without_keys_attend_to_nothing_and_have_no_gradient():
     assert not dq[[0, 2]].any() and not dv[2:].any() and dv[:2].any() and dk.isfinite().all()
 
 
-def test_a_plan_changed_in_place_is_planned_anew():
+def test_in_place_change_of_a_plan_invalidates_the_cache():
     q, k, v = draw(2, 1, 4), draw(3, 1, 4), draw(3, 1, 4, seed=1)
     limits, blocks = torch.tensor([1, 1], dtype=torch.int32), torch.tensor([[0, 2, 0, 1, 3, 0, 0]], dtype=torch.int32)
     torch.testing.assert_close(attention_batched(q, k, v, limits, blocks, 0.5)[1], v[0].detach(), check_stride=False)
@@ -149,7 +149,7 @@ def test_a_plan_changed_in_place_is_planned_anew():
 
 @pytest.fixture(scope="module")
 def step():
-    """(parameters in float64, batch, latents, noise) of a step with every kind of part."""
+    """(float64 parameters, batch, latents, noise) of a step with every kind of part."""
     config = Bagel.from_pretrained(CHECKPOINT, device="cpu").model.config
     model = BagelModel.allocate(config, TOKENS[2:], "cpu", torch.float64)
     randomize_(model)
@@ -169,7 +169,7 @@ def total(parameters, step, leaves=None, dtype=None):
     return losses.ce + losses.mse
 
 
-def test_every_gradient_of_a_step_is_the_slope_of_the_loss(step):
+def test_gradients_of_a_step_match_finite_differences(step):
     parameters = step[0]
     names, leaves = zip(*parameters.trained().items(), strict=True)
     gradients = dict(zip(names, torch.autograd.grad(total(parameters, step), leaves), strict=True))
@@ -187,11 +187,11 @@ def test_every_gradient_of_a_step_is_the_slope_of_the_loss(step):
         assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5, abs=float(largest) * 1e-8), name
 
 
-def test_the_tables_of_positions_are_not_trained(step):
+def test_position_tables_are_frozen(step):
     assert set(step[0].leaves) - set(step[0].trained()) == set(FROZEN)
 
 
-def test_a_gradient_in_bfloat16_points_the_same_way(step):
+def test_bfloat16_gradient_is_close_to_float64(step):
     parameters = step[0]
     leaves = list(parameters.trained().values())
     wide, narrow = (
@@ -202,14 +202,14 @@ def test_a_gradient_in_bfloat16_points_the_same_way(step):
     assert narrow.norm() == pytest.approx(float(wide.norm()), rel=0.05)
 
 
-def test_parameters_are_copies_and_leave_the_model_as_it_was(step):
+def test_parameters_are_copies_of_the_model(step):
     config = step[0].config
     model = BagelModel.allocate(config, (361, 362), "cpu", torch.float32)
     randomize_(model)
     parameters = Parameters(model)
-    again = parameters.model()
+    rebuilt = parameters.model()
     for name, place in model.weight_slots()["ema"].items():
-        assert torch.equal(place.view, again.weight_slots()["ema"][name].view), name
+        assert torch.equal(place.view, rebuilt.weight_slots()["ema"][name].view), name
         assert not place.view.requires_grad
     with torch.no_grad():
         parameters.leaves["layers.0.qk_norm.gen"].fill_(2)

@@ -1,4 +1,4 @@
-"""Packing of samples: the official batches, dropped conditions, filling a batch, and what is refused."""
+"""Packing of samples: the official batches, dropped conditions, filling a batch, and validation."""
 
 import json
 
@@ -19,7 +19,7 @@ from bagel_rt.train.packing import (
     Text,
     ViT,
     drop_conditions,
-    fill,
+    fill_batch,
     noised_splits,
     pack,
 )
@@ -41,12 +41,12 @@ def patches(rows=2, columns=3):
 
 
 def grids_of(ids, lengths, side):
-    """(rows, columns) of each picture of a batch, from its flattened positions."""
-    return [(int(own[-1]) // side + 1, int(own[-1]) % side + 1) for own in ids.split(lengths)]
+    """(rows, columns) of each image of a batch, from its flattened positions."""
+    return [(int(image[-1]) // side + 1, int(image[-1]) % side + 1) for image in ids.split(lengths)]
 
 
 def recorded_samples(packing, golden):
-    """The samples that the official loader packed, with other contents of pictures."""
+    """The samples of a recorded batch, with random image contents."""
     bos, eos = np.array(TOKENS)[:2]
     ids = golden["batch.packed_text_ids"].numpy()
     frames = zip(np.flatnonzero(ids == bos), np.flatnonzero(ids == eos), strict=True)
@@ -75,7 +75,7 @@ def recorded_samples(packing, golden):
 
 
 @pytest.mark.parametrize("case", ["60_train_packed", "61_train_video_shift3"])
-def test_an_official_batch_is_packed_again(case):
+def test_packs_like_the_official_loader(case):
     folder = PACK / "cases" / case
     packing, golden = (
         json.loads((folder / "meta.json").read_text())["packing"],
@@ -94,14 +94,14 @@ def test_an_official_batch_is_packed_again(case):
         if name.startswith("batch.") and name != "batch.vit_token_seqlens":
             got = getattr(batch, name.removeprefix("batch."))
             assert torch.equal(got.to(want.dtype), want), name
-    pictures = [part for sample in samples for part in sample.parts if isinstance(part, Clean | Noised)]
-    assert torch.equal(clean, torch.cat([part.latents for part in pictures]))
+    images = [part for sample in samples for part in sample.parts if isinstance(part, Clean | Noised)]
+    assert torch.equal(clean, torch.cat([part.latents for part in images]))
 
 
 # Parts and positions
 
 
-def test_a_noised_picture_and_its_clean_copy_share_a_position():
+def test_noised_image_and_its_clean_copy_share_a_position():
     sample = Sample([Text([7]), Noised(*latents(1, 1)), Clean(*latents(1, 1)), Text([8])])
     batch, _ = pack([sample], CONFIG, TOKENS, torch.zeros(1))
     assert batch.packed_position_ids.tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 6]
@@ -109,14 +109,14 @@ def test_a_noised_picture_and_its_clean_copy_share_a_position():
     assert len(sample) == len(batch)
 
 
-def test_a_text_with_loss_predicts_its_ids_and_the_end():
+def test_text_with_loss_predicts_its_ids_and_eos():
     batch, _ = pack([Sample([Text([7]), Text([8, 9], loss=True)])], CONFIG, TOKENS, torch.zeros(0))
     assert batch.ce_loss_indexes.tolist() == [3, 4, 5]
     assert batch.packed_label_ids.tolist() == [8, 9, TOKENS.eos]
     assert batch.ce_loss_weights.tolist() == pytest.approx([3**-0.5] * 3)
 
 
-def test_every_noised_picture_has_its_own_timestep():
+def test_noised_images_have_their_own_timesteps():
     sample = Sample([Noised(*latents(1, 2)), Clean(*latents(1, 1)), Noised(*latents(1, 1))])
     assert noised_splits([sample]) == 2
     batch, _ = pack([sample], CONFIG, TOKENS, torch.tensor([0.5, -1.0]))
@@ -144,19 +144,19 @@ def edit():
     return Sample([*conditions, Noised(*latents())])
 
 
-def test_everything_droppable_is_dropped_at_rate_one():
+def test_droppable_parts_are_dropped_at_rate_one():
     dropped = drop_conditions(edit(), DropRates(1, 1, 1), np.random.default_rng(0))
     assert [type(part) for part in dropped.parts] == [Dropped, Dropped, Noised]
     batch, _ = pack([dropped], CONFIG, TOKENS, torch.zeros(1))
     assert set(batch.packed_position_ids.tolist()) == {2}
 
 
-def test_what_is_not_droppable_stays_at_rate_one():
+def test_other_parts_are_kept_at_rate_one():
     sample = Sample([Clean(*latents()), ViT(*patches()), Text([5, 6]), Noised(*latents())])
     assert drop_conditions(sample, DropRates(1, 1, 1), np.random.default_rng(0)).parts == sample.parts
 
 
-def test_parts_are_dropped_at_their_rates_and_independently():
+def test_parts_are_dropped_independently_at_their_rates():
     rng, rates = np.random.default_rng(0), DropRates(0.1, 0.5, 0.3)
     sample, counts, pairs = edit(), np.zeros(3), 0
     for _ in range(4000):
@@ -168,34 +168,67 @@ def test_parts_are_dropped_at_their_rates_and_independently():
     assert pairs / 4000 == pytest.approx(0.15, abs=0.03)
 
 
-def test_a_batch_is_filled_to_the_first_sample_that_reaches_the_tokens():
-    samples = fill(lambda rng: Sample([Text([1] * int(rng.integers(1, 9)))]), DropRates(), 50, np.random.default_rng(0))
+def test_fill_batch_stops_at_the_first_sample_that_reaches_the_tokens():
+    samples = fill_batch(
+        lambda rng: Sample([Text([1] * int(rng.integers(1, 9)))]), DropRates(), 50, np.random.default_rng(0)
+    )
     rows = [len(sample) for sample in samples]
     assert sum(rows[:-1]) < 50 <= sum(rows)
 
 
-# What is refused
+# Validation
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Sample([Clean(torch.zeros(5, 64), 2, 3)]), r"Clean, has a tensor of \(5, 64\) for a grid of 2 x 3"),
-        (lambda: Sample([Text([1]), ViT(torch.zeros(0, 12), 0, 3)]), "part 1, ViT, .* for a grid of 0 x 3"),
-        (lambda: Sample(["a text"]), "part 0 is a str, must be a Text, ViT, Clean, Noised or Dropped"),
-        (lambda: Sample([Noised(*latents(), frame_delta=1), Text([1])]), "Noised, has frame_delta 1; .*same kind"),
-        (lambda: Sample([Clean(*latents(), frame_delta=-1), Clean(*latents())]), "frame_delta -1"),
-        (lambda: Sample([Clean(*latents(), True, 1), Clean(*latents())]), "not droppable"),
-        (lambda: pack([edit()], CONFIG, TOKENS, torch.zeros(2)), r"is \(2,\), the samples have 1 noised splits"),
-        (lambda: pack([edit(), Sample([Dropped()])], CONFIG, TOKENS, torch.zeros(1)), "sample 1 has no rows"),
-        (lambda: fill(lambda rng: Sample([]), DropRates(), 5, np.random.default_rng(0)), "a sample has no rows"),
-        (lambda: fill(lambda rng: edit(), DropRates(), 0, np.random.default_rng(0)), "tokens must be an integer"),
-        (lambda: pack([Sample([Noised(torch.zeros(17, 64), 17, 1)])], CONFIG, TOKENS, torch.zeros(1)), "17 x 1"),
+        (
+            lambda: Sample([Clean(torch.zeros(5, 64), 2, 3)]),
+            r"part 0, Clean, must be .* got \(5, 64\) for 2 rows and 3 columns",
+        ),
+        (lambda: Sample([Text([1]), ViT(torch.zeros(0, 12), 0, 3)]), "part 1, ViT, .* for 0 rows and 3 columns"),
+        (lambda: Sample(["a text"]), "part 0 must be a Text, ViT, Clean, Noised or Dropped .* got a str"),
+        (
+            lambda: Sample([Noised(*latents(), frame_delta=1), Text([1])]),
+            "frame_delta of part 0 must be None, got 1. .*same kind",
+        ),
+        (
+            lambda: Sample([Clean(*latents(), frame_delta=-1), Clean(*latents())]),
+            "frame_delta of part 0 must be an integer >= 0, got -1",
+        ),
+        (
+            lambda: Sample([Clean(*latents(), True, 1), Clean(*latents())]),
+            "frame_delta of part 0 must be None, got 1. .*droppable",
+        ),
+        (
+            lambda: pack([edit()], CONFIG, TOKENS, torch.zeros(2)),
+            r"must be of shape \(1,\), one per noised split, got \(2,\)",
+        ),
+        (
+            lambda: pack([edit(), Sample([Dropped()])], CONFIG, TOKENS, torch.zeros(1)),
+            "sample 1 must have at least 1 row",
+        ),
+        (
+            lambda: fill_batch(lambda rng: Sample([]), DropRates(), 5, np.random.default_rng(0)),
+            "a sample must have at least 1 row",
+        ),
+        (lambda: fill_batch(lambda rng: edit(), DropRates(), 0, np.random.default_rng(0)), "tokens must be an integer"),
+        (lambda: pack([Sample([Noised(torch.zeros(17, 64), 17, 1)])], CONFIG, TOKENS, torch.zeros(1)), "got 1x17"),
     ],
-    ids=["a tensor of another grid", "an empty grid", "no part", "a video without a next frame", "a negative delta",
-         "a droppable frame", "a timestep too many", "a sample of nothing", "a draw of nothing", "no tokens",
-         "a picture larger than the table"],
-)  # fmt: skip
-def test_refuses(make, message):
+    ids=[
+        "tensor of another grid",
+        "empty grid",
+        "not a part",
+        "video without a next frame",
+        "negative frame_delta",
+        "droppable frame",
+        "too many timesteps",
+        "empty sample",
+        "empty drawn sample",
+        "zero tokens",
+        "image larger than the table",
+    ],
+)
+def test_rejects(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""The training loop: what a step does, runs that are stopped and resumed, what is saved, exported, refused."""
+"""The training loop: steps, stopping and resuming, export and validation."""
 
 import json
 import math
@@ -56,18 +56,18 @@ def assert_equal(one, other):
 # Steps
 
 
-def test_the_official_settings_are_the_defaults(model, tmp_path):
+def test_defaults_are_the_official_settings(model, tmp_path):
     group = trainer(model, tmp_path)._optimizer.param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-15, 0.0)
     assert TrainingSettings(steps=1).drop == DropRates(text=0.1, vit=0.5, clean=0.1)
     assert not TrainingSettings(steps=1).ce_reweighting
 
 
-@pytest.mark.parametrize("parts, reweighting", [(1, False), (3, False), (1, True)])
-def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts, reweighting):
+@pytest.mark.parametrize("micro_batches, reweighting", [(1, False), (3, False), (1, True)])
+def test_step_matches_torch_adamw(model, tmp_path, micro_batches, reweighting):
     settings = replace(
         SETTINGS,
-        parts=parts,
+        micro_batches=micro_batches,
         clip=0.1,
         ce_weight=0.25,
         mse_weight=2.0,
@@ -81,20 +81,20 @@ def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts, rewe
     clear = {name: torch.ones_like(leaf, dtype=torch.bool) for name, leaf in leaves.items()}
     for step in range(3):
         current = run.parameters.model(run.parameters.leaves | leaves)
-        losses = [training_losses(current, *run.data(step, part), 3.0) for part in range(parts)]
+        losses = [training_losses(current, *run.data(step, micro_batch), 3.0) for micro_batch in range(micro_batches)]
         ces = [loss.ce_reweighted if reweighting else loss.ce for loss in losses]
-        total = sum(0.25 * ce + 2 * loss.mse for ce, loss in zip(ces, losses, strict=True)) / parts
+        total = sum(0.25 * ce + 2 * loss.mse for ce, loss in zip(ces, losses, strict=True)) / micro_batches
         gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             leaf.grad = gradient * min(1.0, 0.1 / float(norm + 1e-6))
-            clear[name] &= gradient.abs() > 1e-4 * norm  # AdamW makes as much of a gradient that is rounding alone
+            clear[name] &= gradient.abs() > 1e-4 * norm  # AdamW amplifies gradients that are only rounding errors
         optimizer.param_groups[0]["lr"] = rate = 3e-3 * min(1, (step + 1) / 2)
         optimizer.step()
         record = run.train_step()
         assert record["norm"] == pytest.approx(float(norm), rel=1e-5)
         assert record["rate"] == pytest.approx(rate)
-        assert record["ce"] == pytest.approx(sum(float(ce.detach()) for ce in ces) / parts, rel=1e-5)
+        assert record["ce"] == pytest.approx(sum(float(ce.detach()) for ce in ces) / micro_batches, rel=1e-5)
         decay, compared = (1 + step) / (10 + step), 0
         for name, leaf in leaves.items():
             trained = run.parameters.leaves[name].detach()
@@ -106,18 +106,18 @@ def test_a_step_is_what_torch_makes_of_the_gradient(model, tmp_path, parts, rewe
         assert compared > 1000
 
 
-def test_the_rate_warms_up_stays_and_falls():
+def test_learning_rate_warms_up_stays_and_decays():
     settings = TrainingSettings(steps=10, learning_rate=1.0, warmup_steps=4, decay_steps=2)
     rates = [settings.learning_rate_at(step) for step in range(10)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5]
 
 
-def test_the_average_follows_the_weights_first_and_lags_later():
+def test_ema_decay_is_small_at_first():
     settings = TrainingSettings(steps=10, ema=0.9)
     assert [settings.ema_at(step) for step in (0, 90, 10**6)] == [0.1, 0.9, 0.9]
 
 
-def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(model, tmp_path):
+def test_data_depends_only_on_seed_step_and_micro_batch(model, tmp_path):
     one, other = trainer(model, tmp_path / "one"), trainer(model, tmp_path / "other")
     other.train_step()
     for step in (0, 4):
@@ -127,30 +127,30 @@ def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(model, tmp_pa
         assert torch.equal(batch.packed_timesteps, same.packed_timesteps)
     assert len({tuple(one.data(step)[0].packed_text_ids.tolist()) for step in range(5)}) == 5
     other = trainer(model, tmp_path / "a", replace(SETTINGS, seed=8))
-    assert not any(torch.equal(data[2][:2], one.data(0)[2][:2]) for data in (other.data(0), one.data(0, part=1)))
+    assert not any(torch.equal(data[2][:2], one.data(0)[2][:2]) for data in (other.data(0), one.data(0, micro_batch=1)))
 
 
-def test_parts_in_threads_give_the_same_bits_every_time(model, tmp_path):
-    runs = [trainer(model, tmp_path / name, replace(SETTINGS, parts=4)) for name in "ab"]
+def test_parallel_micro_batches_are_deterministic(model, tmp_path):
+    runs = [trainer(model, tmp_path / name, replace(SETTINGS, micro_batches=4)) for name in "ab"]
     for _ in range(3):
         records = [run.train_step() | {"seconds": 0} for run in runs]
         assert records[0] == records[1]
     assert_equal(*map(everything, runs))
 
 
-def test_a_batch_without_pictures_trains_too(model, tmp_path):
+def test_trains_on_batches_without_images(model, tmp_path):
     run = trainer(model, tmp_path, draw=lambda rng: Sample([Text([1, 2, 3, 4], loss=True)]))
     first = [run.train_step() for _ in range(6)]
     assert first[-1]["ce"] < first[0]["ce"] and first[0]["mse"] == 0
 
 
-def test_a_model_learns_one_picture_by_heart(model, tmp_path):
-    picture = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+def test_overfits_one_image(model, tmp_path):
+    image = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     settings = TrainingSettings(steps=80, tokens=60, learning_rate=5e-3, warmup_steps=5)
-    run = trainer(model, tmp_path, settings, lambda rng: Sample([Text([1, 2], loss=True), Noised(picture, 2, 3)]))
+    run = trainer(model, tmp_path, settings, lambda rng: Sample([Text([1, 2], loss=True), Noised(image, 2, 3)]))
     assert run.run(progress=False)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    first, last = (np.mean([record["mse"] for record in part]) for part in (records[:5], records[-5:]))
+    first, last = (np.mean([record["mse"] for record in micro_batch]) for micro_batch in (records[:5], records[-5:]))
     assert last < first / 2
     assert records[-1]["ce"] < 0.1
 
@@ -159,23 +159,23 @@ def test_a_model_learns_one_picture_by_heart(model, tmp_path):
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(model, tmp_path, bfloat16):
+def test_resumed_run_equals_uninterrupted_run(model, tmp_path, bfloat16):
     settings = replace(SETTINGS, bfloat16=bfloat16)
     whole = trainer(model, tmp_path / "whole", settings)
     assert whole.run(progress=False)
-    first = trainer(model, tmp_path / "parts", replace(settings, steps=2))
+    first = trainer(model, tmp_path / "micro_batches", replace(settings, steps=2))
     assert first.run(progress=False)
-    second = trainer(model, tmp_path / "parts", settings)
+    second = trainer(model, tmp_path / "micro_batches", settings)
     assert second.step == 2
     assert_equal(everything(first), everything(second))
     assert second.run(progress=False)
     assert_equal(everything(second), everything(whole))
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "micro_batches")]
     kept = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
     assert kept[0] == kept[1] and [record["step"] for record in kept[0]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_ctrl_c_saves_and_the_log_forgets_what_is_done_again(model, tmp_path):
+def test_ctrl_c_saves_and_resuming_truncates_the_log(model, tmp_path):
     def interrupted(rng):
         if run.step == 3:
             raise KeyboardInterrupt
@@ -185,7 +185,7 @@ def test_ctrl_c_saves_and_the_log_forgets_what_is_done_again(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.run(progress=False)
     with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"step": 4}\n')  # as of a step after the last save
+        log.write('{"step": 4}\n')  # a step after the last save
     resumed = trainer(model, tmp_path)
     assert resumed.step == 3
     assert_equal(everything(run), everything(resumed))
@@ -194,7 +194,7 @@ def test_ctrl_c_saves_and_the_log_forgets_what_is_done_again(model, tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_half_a_step_is_not_saved(model, tmp_path, monkeypatch):
+def test_partial_step_is_not_saved(model, tmp_path, monkeypatch):
     run = trainer(model, tmp_path, replace(SETTINGS, steps=2))
     run.run(progress=False)
     before = everything(run)
@@ -211,13 +211,13 @@ def test_half_a_step_is_not_saved(model, tmp_path, monkeypatch):
     assert_equal(everything(resumed), before)
 
 
-def test_a_run_ends_when_its_time_is_over(model, tmp_path):
+def test_run_stops_at_the_time_limit(model, tmp_path):
     run = trainer(model, tmp_path)
     assert run.run(seconds=0.0, progress=False) is False
     assert run.step == 0 and (tmp_path / "state.safetensors").exists()
 
 
-def test_a_state_that_fails_to_be_written_leaves_the_last_one(model, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_previous_state(model, tmp_path, monkeypatch):
     run = trainer(model, tmp_path)
     run.train_step()
     run.save()
@@ -234,7 +234,7 @@ def test_a_state_that_fails_to_be_written_leaves_the_last_one(model, tmp_path, m
 # Export
 
 
-def test_an_exported_model_is_the_averaged_one_in_bfloat16(model, tmp_path):
+def test_export_has_averaged_weights_in_bfloat16(model, tmp_path):
     run = trainer(model, tmp_path / "run")
     run.run(progress=False)
     averaged = run.averaged()
@@ -251,21 +251,21 @@ def test_an_exported_model_is_the_averaged_one_in_bfloat16(model, tmp_path):
     save_checkpoint(read, tmp_path / "model", tmp_path / "model")  # over itself
 
 
-def test_an_export_without_its_tokenizer_is_refused(model, tmp_path):
-    with pytest.raises(CheckpointError, match="lacks merges.txt, tokenizer.json"):
+def test_export_rejects_missing_tokenizer_files(model, tmp_path):
+    with pytest.raises(CheckpointError, match="must contain merges.txt, tokenizer.json"):
         save_checkpoint(model, tmp_path / "model", tmp_path)
     assert not (tmp_path / "model").exists()
 
 
-def test_weights_that_are_not_finite_are_not_exported(model, tmp_path):
+def test_export_rejects_non_finite_weights(model, tmp_path):
     run = trainer(model, tmp_path / "run")
     run._average["lm_head"][0, 0] = math.nan
-    with pytest.raises(CheckpointError, match="language_model.lm_head.weight has values that are not finite"):
+    with pytest.raises(CheckpointError, match="language_model.lm_head.weight must be finite"):
         save_checkpoint(run.averaged(), tmp_path / "model", CHECKPOINT)
     assert not (tmp_path / "model").exists()
 
 
-# What is refused
+# Validation
 
 
 @pytest.mark.parametrize(
@@ -277,25 +277,25 @@ def test_weights_that_are_not_finite_are_not_exported(model, tmp_path):
         ({"clip": math.nan}, "clip must be a number > 0, got nan"),
     ],
 )
-def test_settings_refuse(change, message):
+def test_rejects_settings_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **change)
 
 
-def test_a_state_of_other_settings_is_refused(model, tmp_path):
+def test_rejects_state_of_other_settings(model, tmp_path):
     trainer(model, tmp_path).save()
-    with pytest.raises(CheckpointError, match="was trained with learning_rate 0.003, this run has 0.001"):
+    with pytest.raises(CheckpointError, match="learning_rate must be 0.003 to resume .*, got 0.001"):
         trainer(model, tmp_path, replace(SETTINGS, learning_rate=1e-3))
     assert trainer(model, tmp_path, replace(SETTINGS, steps=100, decay_steps=5)).step == 0
 
 
-def test_a_file_that_is_no_state_is_refused(model, tmp_path):
+def test_rejects_file_that_is_not_a_state(model, tmp_path):
     (tmp_path / "state.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="is no state of a run"):
+    with pytest.raises(CheckpointError, match="is not a training state"):
         trainer(model, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
+def test_non_finite_loss_stops_the_run(model, tmp_path):
     def broken(rng):
         return Sample([Noised(torch.full((6, 64), math.nan), 2, 3)])
 

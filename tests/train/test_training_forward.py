@@ -1,4 +1,4 @@
-"""The training forward: its numbers against the inference path and against the recorded cases."""
+"""The training forward against the inference path and against recorded cases."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -39,12 +39,12 @@ def close(got, want):
     assert (got - want).abs().max() <= TOLERANCE * want.abs().max()
 
 
-# The forward, against the inference path
+# Comparison with the inference path
 
 
 @dataclass(frozen=True, eq=False)
 class Noised(VAEImage):
-    """An image to be denoised: clean latents, their noise, and the timestep before the sigmoid."""
+    """An image to denoise: clean latents, noise, and the timestep before the sigmoid."""
 
     noise: torch.Tensor
     raw: float
@@ -74,7 +74,7 @@ class Draw:
 
 
 def pack(model, samples):
-    """(batch, latents, noise) of samples of contents; every text but its last token predicts the next token."""
+    """(batch, latents, noise) of samples; every text token but the last predicts the next."""
     rows, ids, positions, kinds, targets, raws = [], [], [], [], [], []
     splits, sample_lens, latents, noise, patches, sides = [], [], [], [], [], []
     for sample in samples:
@@ -133,7 +133,7 @@ def pack(model, samples):
 
 
 def infer(model, sample, shift):
-    """What the inference path says of one sample: hidden states of its clean rows, CE and MSE per token, in order."""
+    """Run one sample through the inference path: hidden states of clean rows, CE and MSE per token, in order."""
     cache = model.make_cache()
     context, hidden, ce, mse = Context(cache), [], [], []
     for content in sample:
@@ -180,7 +180,7 @@ KINDS = [
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_packed_forward_equals_the_inference_path(bagel, kind, shift):
+def test_packed_forward_matches_inference(bagel, kind, shift):
     samples = samples_of(kind, Draw(KINDS.index(kind), bagel.model.config))
     batch, latents, noise = pack(bagel.model, samples)
     losses = training_losses(bagel.model, batch, latents, noise, shift)
@@ -197,7 +197,7 @@ def test_the_packed_forward_equals_the_inference_path(bagel, kind, shift):
     assert losses.ce_reweighted is None
 
 
-def test_nothing_but_its_own_split_depends_on_a_noised_image(bagel):
+def test_only_its_own_split_depends_on_a_noised_image(bagel):
     samples = samples_of("a chain of edits", Draw(0, bagel.model.config))
     batch, latents, noise = pack(bagel.model, samples)
     before = training_losses(bagel.model, batch, latents, noise)
@@ -217,7 +217,7 @@ def test_clean_tokens_ignore_their_noise(bagel):
     assert torch.equal(losses.last_hidden, other.last_hidden)
 
 
-def test_weights_make_the_reweighted_cross_entropy_a_weighted_mean(bagel):
+def test_reweighted_cross_entropy_is_the_weighted_mean(bagel):
     batch, latents, noise = pack(bagel.model, samples_of("text only", Draw(0, bagel.model.config)))
     weights = torch.arange(1.0, 1 + len(batch.ce_loss_indexes))
     losses = training_losses(bagel.model, replace(batch, ce_loss_weights=weights), latents, noise)
@@ -230,7 +230,7 @@ def test_weights_make_the_reweighted_cross_entropy_a_weighted_mean(bagel):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_recorded_training_forward_is_reproduced(bagel, case):
+def test_reproduces_recorded_training_forward(bagel, case):
     results = run_training_case(bagel, PACK, PACK / "cases" / case)
     assert [result for result in results if not result.passed] == []
     golden = load_file(PACK / "cases" / case / "tensors.safetensors")
@@ -239,7 +239,7 @@ def test_a_recorded_training_forward_is_reproduced(bagel, case):
     assert sum(result.name.startswith("grad_norms.") for result in results) == 137
 
 
-def wrong_somewhere(x):
+def perturb(x):
     return x.flatten().index_add(0, torch.tensor([7]), 2e-4 * x.abs().max()[None]).view(x.shape)
 
 
@@ -247,22 +247,22 @@ def wrong_somewhere(x):
     "name, change",
     [
         ("mask_packed", lambda x: x ^ (torch.arange(x.numel()).view(x.shape) == 70).byte()),
-        ("last_hidden_rows", wrong_somewhere),
-        ("padded_latent", wrong_somewhere),
+        ("last_hidden_rows", perturb),
+        ("padded_latent", perturb),
         ("ce_per_token", lambda x: x[:-1]),
-        ("grad.llm2vae.bias", wrong_somewhere),
-        ("unheard_of", lambda x: torch.zeros(1)),
+        ("grad.llm2vae.bias", perturb),
+        ("unknown", lambda x: torch.zeros(1)),
     ],
     ids=[
         "one bit of the mask",
         "one hidden value",
         "one latent value",
-        "a token less",
+        "a missing token",
         "one gradient",
-        "a tensor nobody computes",
+        "an unknown tensor",
     ],
 )
-def test_a_case_fails_by(bagel, tmp_path, name, change):
+def test_case_fails_on(bagel, tmp_path, name, change):
     case = tmp_path / CASES[1]
     shutil.copytree(PACK / "cases" / CASES[1], case)
     golden = load_file(case / "tensors.safetensors")
