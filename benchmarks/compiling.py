@@ -189,7 +189,7 @@ def intercept_launches(architecture: str, launch: Callable, tiles: dict | None =
 
         return launch(last_entry, compile_kernel)
 
-    previous = backend._chosen  # not backend(), which falls back to the environment's value
+    previous = backend._override  # not backend(), which falls back to the environment's value
     with ExitStack() as stack:
         for replacement in (
             (driver, "_active", CompilingDriver(architecture)),

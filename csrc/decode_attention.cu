@@ -1,8 +1,10 @@
-// Attention of one query row per sequence. The rules, and the same in PyTorch: kernels/decode_attention.py.
+// Attention of one query row per sequence (split-KV). Reference: kernels/decode_attention.py.
 //
-// A sequence's keys are split among blocks, in a way that depends on its length alone. In a block, D / WIDTH<T> lanes
-// share a key: each loads 16 bytes of it, once for all query heads of the KV head. The block that finishes last puts
-// together what all blocks of the sequence found.
+// The keys of a sequence are split over blocks in a way that depends only on the sequence length. A block processes a
+// head tile: up to 8 query heads that share a KV head. Within a block, D / WIDTH<T> lanes form a lane group that
+// processes one key at a time: each lane loads 16 bytes of the key and uses them for all query heads of the tile.
+// Partial softmaxes are combined on three levels: the lane groups of a warp by shuffles, the warps of a block through
+// shared memory, and the splits of a sequence through the workspace, by the block that finishes last.
 #include "decode.h"
 #include "device.h"
 
@@ -11,122 +13,126 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
-constexpr int SPLITS = 32;      // blocks of a sequence and KV head, at most
-constexpr int KEYS = 4;         // that a group of lanes has in flight
-constexpr int LEAST_KEYS = 64;  // of a block: with D = 128 in bfloat16, what it has in flight
-constexpr int MAX_HEADS = 8;   // query heads that a block takes
-constexpr int VECTOR = 4;       // channels that a thread puts together
+constexpr int MAX_SPLITS = 32;      // blocks per sequence and head tile
+constexpr int KEYS_IN_FLIGHT = 4;   // keys per lane group
+constexpr int MIN_SPLIT_KEYS = 64;  // per block: the keys in flight of a block with D = 128 in bfloat16
+constexpr int MAX_HEADS = 8;        // query heads per block
+constexpr int OUT_CHANNELS = 4;     // output channels per thread when partial results are combined
 
-// What to take off scores before exp2, given the largest so far: of none, -inf - -inf would be nan.
-__device__ float base_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
+// Value to subtract from scores before exp2: the running maximum, or 0 while it is -inf, since -inf - -inf is NaN.
+__device__ float softmax_base(float largest) { return largest == -INFINITY ? 0.0f : largest; }
 
-__device__ std::int64_t bound(std::uintptr_t bounds, bool wide, int sequence) {
+__device__ std::int64_t load_bound(std::uintptr_t bounds, bool wide, int sequence) {
   return wide ? reinterpret_cast<const std::int64_t*>(bounds)[sequence]
               : reinterpret_cast<const std::int32_t*>(bounds)[sequence];
 }
 
-// Softmaxes over parts of the keys: the largest score of each, and the sum of exp2(score - largest).
+// Statistics of softmaxes over disjoint parts of the keys: the largest score of each part, and its sum of
+// exp2(score - largest).
 template <int HEADS>
-struct Parts {
-  float largest[SPLITS][HEADS], total[SPLITS][HEADS];
-  float weight[SPLITS][HEADS];  // that a part has in all of them together, whose largest score and sum are:
-  float joint_largest[HEADS], joint_total[HEADS];
+struct PartialSoftmaxes {
+  float largest[MAX_SPLITS][HEADS], total[MAX_SPLITS][HEADS];
+  float weight[MAX_SPLITS][HEADS];  // exp2(largest - combined_largest)
+  float combined_largest[HEADS], combined_total[HEADS];
 
-  // All threads call, when the parts are there.
-  __device__ void join(int parts) {
+  // Compute the weights and the combined statistics. All threads must call it, after a barrier behind the writes of
+  // `largest` and `total`.
+  __device__ void combine(int parts) {
     const int thread = static_cast<int>(threadIdx.x), part = thread / HEADS, head = thread % HEADS;
     if (part < parts) {
-      float larger = -INFINITY;
-      for (int other = 0; other < parts; ++other) larger = fmaxf(larger, largest[other][head]);
-      weight[part][head] = exp2f(largest[part][head] - base_of(larger));
-      if (part == 0) joint_largest[head] = larger;
+      float new_largest = -INFINITY;
+      for (int other = 0; other < parts; ++other) new_largest = fmaxf(new_largest, largest[other][head]);
+      weight[part][head] = exp2f(largest[part][head] - softmax_base(new_largest));
+      if (part == 0) combined_largest[head] = new_largest;
     }
     __syncthreads();
     if (part == 0) {
       float sum = 0.0f;
       for (int other = 0; other < parts; ++other) sum += weight[other][head] * total[other][head];
-      joint_total[head] = sum;
+      combined_total[head] = sum;
     }
     __syncthreads();
   }
 
-  // store(head, channel, sums): VECTOR channels of the sum over parts, in their order, of weight times
-  // load(part, head, channel).
+  // Call store(head, channel, sums) with the sums over parts, in order, of weight * load(part, head, channel), for
+  // OUT_CHANNELS channels at a time.
   template <class Load, class Store>
   __device__ void add(int parts, int heads, int D, const Load& load, const Store& store) const {
-    for (int place = static_cast<int>(threadIdx.x) * VECTOR; place < heads * D; place += THREADS * VECTOR) {
-      const int head = place / D, channel = place % D;
-      float sums[VECTOR] = {};
+    const int step = THREADS * OUT_CHANNELS;
+    for (int element = static_cast<int>(threadIdx.x) * OUT_CHANNELS; element < heads * D; element += step) {
+      const int head = element / D, channel = element % D;
+      float sums[OUT_CHANNELS] = {};
 #pragma unroll 8
       for (int part = 0; part < parts; ++part) {
-        float values[VECTOR];
+        float values[OUT_CHANNELS];
         unpack<float>(load(part, head, channel), values);
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) sums[i] += weight[part][head] * values[i];
+        for (int i = 0; i < OUT_CHANNELS; ++i) sums[i] += weight[part][head] * values[i];
       }
       store(head, channel, sums);
     }
   }
 };
-static_assert(SPLITS * MAX_HEADS <= THREADS && WARPS <= SPLITS);
+static_assert(MAX_SPLITS * MAX_HEADS <= THREADS && WARPS <= MAX_SPLITS);
 
-// Block (s, i, b): split s of sequence b, and the i-th run of at most HEADS query heads that read one KV head.
+// Block (s, i, b) processes split s of sequence b for head tile i: at most HEADS query heads that share a KV head.
 template <class T, int HEADS>
 __global__ void __launch_bounds__(THREADS, 1)
-    decode_attention_kernel(DecodeAttentionArgs given, int runs, float* workspace, int* counters) {
-  let_next_kernel_start();
+    decode_attention_kernel(DecodeAttentionArgs args, int head_tiles, float* workspace, int* counters) {
+  trigger_next_kernel();
   wait_for_previous_kernel();
   const int split = static_cast<int>(blockIdx.x), sequence = static_cast<int>(blockIdx.z);
-  const int kv_head = static_cast<int>(blockIdx.y) / runs, run = static_cast<int>(blockIdx.y) % runs;
-  const int group = given.Hq / given.Hkv, heads = min(HEADS, group - run * HEADS), D = given.D;
-  const std::int64_t first_head = kv_head * group + run * HEADS;
-  T* const out = reinterpret_cast<T*>(given.out) + (static_cast<std::int64_t>(sequence) * given.Hq + first_head) * D;
+  const int kv_head = static_cast<int>(blockIdx.y) / head_tiles, head_tile = static_cast<int>(blockIdx.y) % head_tiles;
+  const int group = args.Hq / args.Hkv, heads = min(HEADS, group - head_tile * HEADS), D = args.D;
+  const std::int64_t first_head = kv_head * group + head_tile * HEADS;
+  T* const out = reinterpret_cast<T*>(args.out) + (static_cast<std::int64_t>(sequence) * args.Hq + first_head) * D;
 
-  const int length = static_cast<int>(bound(given.lengths, given.wide_lengths, sequence));
-  const int keys_of_split = max(LEAST_KEYS, (length + SPLITS - 1) / SPLITS);
+  const int length = static_cast<int>(load_bound(args.lengths, args.wide_lengths, sequence));
+  const int keys_of_split = max(MIN_SPLIT_KEYS, (length + MAX_SPLITS - 1) / MAX_SPLITS);
   const int splits = (length + keys_of_split - 1) / keys_of_split;
   if (length <= 0 && split == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < heads * D; i += THREADS) out[i] = from_float<T>(0.0f);
   }
   if (split >= splits) return;
   const int count = min(keys_of_split, length - split * keys_of_split);
-  const std::int64_t first_slot = bound(given.starts, given.wide_starts, sequence) + split * keys_of_split;
+  const std::int64_t first_slot = load_bound(args.starts, args.wide_starts, sequence) + split * keys_of_split;
 
-  const int lanes = D / WIDTH<T>;  // that share a key
+  const int lanes = D / WIDTH<T>;  // per lane group
   const int channel = static_cast<int>(threadIdx.x) % lanes * WIDTH<T>;
-  const int worker = static_cast<int>(threadIdx.x) / lanes, workers = THREADS / lanes;
-  const std::int64_t k_step = workers * given.k_slot, v_step = workers * given.v_slot;
-  const T* k =  // of the key that this thread asks for next
-      reinterpret_cast<const T*>(given.k) + (first_slot + worker) * given.k_slot + kv_head * given.k_head + channel;
+  const int key_group = static_cast<int>(threadIdx.x) / lanes, key_groups = THREADS / lanes;
+  const std::int64_t k_step = key_groups * args.k_slot, v_step = key_groups * args.v_slot;
+  const T* k =  // next key to prefetch; a lane group takes every key_groups-th key
+      reinterpret_cast<const T*>(args.k) + (first_slot + key_group) * args.k_slot + kv_head * args.k_head + channel;
   const T* v =
-      reinterpret_cast<const T*>(given.v) + (first_slot + worker) * given.v_slot + kv_head * given.v_head + channel;
+      reinterpret_cast<const T*>(args.v) + (first_slot + key_group) * args.v_slot + kv_head * args.v_head + channel;
 
   float q[HEADS][WIDTH<T>], sums[HEADS][WIDTH<T>] = {}, total[HEADS] = {}, largest[HEADS];
 #pragma unroll
   for (int head = 0; head < HEADS; ++head) {
     largest[head] = -INFINITY;
-    const std::int64_t place = sequence * given.q_row + (first_head + head) * given.q_head + channel;
+    const std::int64_t element = sequence * args.q_row + (first_head + head) * args.q_head + channel;
     const uint4 words =
-        head < heads ? load_vector(reinterpret_cast<const T*>(given.q) + place) : make_uint4(0, 0, 0, 0);
+        head < heads ? load_vector(reinterpret_cast<const T*>(args.q) + element) : make_uint4(0, 0, 0, 0);
     unpack<T>(words, q[head]);
 #pragma unroll
-    for (int i = 0; i < WIDTH<T>; ++i) q[head][i] *= given.scale_log2;
+    for (int i = 0; i < WIDTH<T>; ++i) q[head][i] *= args.scale_log2;
   }
 
-  // Values are on their way while their keys are multiplied, and the next keys while these values are.
-  uint4 k_words[KEYS], v_words[KEYS];
-  const auto ask = [&](uint4(&words)[KEYS], const T*& from, std::int64_t step, int begin) {
+  // Software pipeline: values are loaded while their keys are multiplied, and the next keys while these values are
+  // used.
+  uint4 k_words[KEYS_IN_FLIGHT], v_words[KEYS_IN_FLIGHT];
+  const auto prefetch = [&](uint4(&words)[KEYS_IN_FLIGHT], const T*& from, std::int64_t step, int begin) {
 #pragma unroll
-    for (int i = 0; i < KEYS; ++i, from += step) {
-      words[i] = begin + i * workers + worker < count ? load_once(from) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < KEYS_IN_FLIGHT; ++i, from += step) {
+      words[i] = begin + i * key_groups + key_group < count ? load_once(from) : make_uint4(0, 0, 0, 0);
     }
   };
-  ask(k_words, k, k_step, 0);
-  for (int begin = 0; begin < count; begin += workers * KEYS) {  // as often in all threads: they exchange numbers
-    ask(v_words, v, v_step, begin);
-    float scores[KEYS][HEADS];
+  prefetch(k_words, k, k_step, 0);
+  for (int begin = 0; begin < count; begin += key_groups * KEYS_IN_FLIGHT) {  // uniform trip count: shuffles below
+    prefetch(v_words, v, v_step, begin);
+    float scores[KEYS_IN_FLIGHT][HEADS];
 #pragma unroll
-    for (int i = 0; i < KEYS; ++i) {
+    for (int i = 0; i < KEYS_IN_FLIGHT; ++i) {
       float values[WIDTH<T>];
       unpack<T>(k_words[i], values);
 #pragma unroll
@@ -137,38 +143,38 @@ __global__ void __launch_bounds__(THREADS, 1)
         scores[i][head] = product;
       }
     }
-    ask(k_words, k, k_step, begin + workers * KEYS);
+    prefetch(k_words, k, k_step, begin + key_groups * KEYS_IN_FLIGHT);
 #pragma unroll 1
-    for (int apart = lanes / 2; apart > 0; apart /= 2) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
-      for (int i = 0; i < KEYS; ++i) {
+      for (int i = 0; i < KEYS_IN_FLIGHT; ++i) {
 #pragma unroll
         for (int head = 0; head < HEADS; ++head) {
-          scores[i][head] += __shfl_xor_sync(ALL_LANES, scores[i][head], apart);
+          scores[i][head] += __shfl_xor_sync(ALL_LANES, scores[i][head], offset);
         }
       }
     }
 #pragma unroll
     for (int head = 0; head < HEADS; ++head) {
-      float larger = largest[head];
+      float new_largest = largest[head];
 #pragma unroll
-      for (int i = 0; i < KEYS; ++i) {
-        if (begin + i * workers + worker >= count) scores[i][head] = -INFINITY;
-        larger = fmaxf(larger, scores[i][head]);
+      for (int i = 0; i < KEYS_IN_FLIGHT; ++i) {
+        if (begin + i * key_groups + key_group >= count) scores[i][head] = -INFINITY;
+        new_largest = fmaxf(new_largest, scores[i][head]);
       }
-      const float base = base_of(larger), shrink = exp2f(largest[head] - base);
-      largest[head] = larger;
-      total[head] *= shrink;
+      const float base = softmax_base(new_largest), rescale = exp2f(largest[head] - base);
+      largest[head] = new_largest;
+      total[head] *= rescale;
 #pragma unroll
-      for (int j = 0; j < WIDTH<T>; ++j) sums[head][j] *= shrink;
+      for (int j = 0; j < WIDTH<T>; ++j) sums[head][j] *= rescale;
 #pragma unroll
-      for (int i = 0; i < KEYS; ++i) {
+      for (int i = 0; i < KEYS_IN_FLIGHT; ++i) {
         scores[i][head] = exp2f(scores[i][head] - base);
         total[head] += scores[i][head];
       }
     }
 #pragma unroll
-    for (int i = 0; i < KEYS; ++i) {
+    for (int i = 0; i < KEYS_IN_FLIGHT; ++i) {
       float values[WIDTH<T>];
       unpack<T>(v_words[i], values);
 #pragma unroll
@@ -179,25 +185,25 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
   }
 
-  // The groups of lanes of a warp.
+  // Combine the lane groups of a warp.
 #pragma unroll 1
-  for (int apart = lanes; apart < WARP; apart *= 2) {
+  for (int offset = lanes; offset < WARP; offset *= 2) {
 #pragma unroll
     for (int head = 0; head < HEADS; ++head) {
-      const float other = __shfl_xor_sync(ALL_LANES, largest[head], apart);
-      const float larger = fmaxf(largest[head], other), base = base_of(larger);
+      const float other = __shfl_xor_sync(ALL_LANES, largest[head], offset);
+      const float new_largest = fmaxf(largest[head], other), base = softmax_base(new_largest);
       const float mine = exp2f(largest[head] - base), theirs = exp2f(other - base);
-      largest[head] = larger;
-      total[head] = mine * total[head] + theirs * __shfl_xor_sync(ALL_LANES, total[head], apart);
+      largest[head] = new_largest;
+      total[head] = mine * total[head] + theirs * __shfl_xor_sync(ALL_LANES, total[head], offset);
 #pragma unroll
       for (int j = 0; j < WIDTH<T>; ++j) {
-        sums[head][j] = mine * sums[head][j] + theirs * __shfl_xor_sync(ALL_LANES, sums[head][j], apart);
+        sums[head][j] = mine * sums[head][j] + theirs * __shfl_xor_sync(ALL_LANES, sums[head][j], offset);
       }
     }
   }
 
-  // The warps of the block.
-  __shared__ Parts<HEADS> parts;
+  // Combine the warps of the block.
+  __shared__ PartialSoftmaxes<HEADS> parts;
   DYNAMIC_SHARED(float, sums_of_warps);  // [WARPS, HEADS, D]
   const int warp = static_cast<int>(threadIdx.x) / WARP;
   if (static_cast<int>(threadIdx.x) % WARP < lanes) {
@@ -207,50 +213,55 @@ __global__ void __launch_bounds__(THREADS, 1)
         parts.largest[warp][head] = largest[head];
         parts.total[warp][head] = total[head];
       }
-      float* const place = sums_of_warps + (warp * HEADS + head) * D + channel;
+      float* const element = sums_of_warps + (warp * HEADS + head) * D + channel;
 #pragma unroll
-      for (int j = 0; j < WIDTH<T>; j += VECTOR) {
-        store_vector(place + j, pack<float>({sums[head][j], sums[head][j + 1], sums[head][j + 2], sums[head][j + 3]}));
+      for (int j = 0; j < WIDTH<T>; j += OUT_CHANNELS) {
+        const float(&s)[WIDTH<T>] = sums[head];
+        store_vector(element + j, pack<float>({s[j], s[j + 1], s[j + 2], s[j + 3]}));
       }
     }
   }
   __syncthreads();
-  parts.join(WARPS);
+  parts.combine(WARPS);
   const auto of_warp = [&](int part, int head, int first) {
     return load_vector(sums_of_warps + (part * HEADS + head) * D + first);
   };
-  const auto finish = [&](int head, int first, const float(&joint)[VECTOR]) {
+  const auto finish = [&](int head, int first, const float(&combined)[OUT_CHANNELS]) {
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) out[head * D + first + i] = from_float<T>(joint[i] / parts.joint_total[head]);
+    for (int i = 0; i < OUT_CHANNELS; ++i) {
+      out[head * D + first + i] = from_float<T>(combined[i] / parts.combined_total[head]);
+    }
   };
   if (splits == 1) return parts.add(WARPS, heads, D, of_warp, finish);
 
-  // The splits of the sequence: [SPLITS, most, D] sums, [SPLITS, most] largest scores, [SPLITS, most] totals.
-  const int most = min(HEADS, group), number = sequence * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y);
-  float* const sums_of_splits = workspace + static_cast<std::int64_t>(number) * SPLITS * most * (D + 2);
-  float* const largest_of_splits = sums_of_splits + SPLITS * most * D;
-  float* const total_of_splits = largest_of_splits + SPLITS * most;
-  parts.add(WARPS, heads, D, of_warp, [&](int head, int first, const float(&joint)[VECTOR]) {
-    store_vector(sums_of_splits + (split * most + head) * D + first, pack<float>(joint));
+  // Combine the splits of the sequence. Workspace of a head tile: sums [MAX_SPLITS, tile_heads, D], then largest scores
+  // and totals [MAX_SPLITS, tile_heads] each.
+  const int tile_heads = min(HEADS, group);
+  const int number = sequence * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y);
+  float* const sums_of_splits = workspace + static_cast<std::int64_t>(number) * MAX_SPLITS * tile_heads * (D + 2);
+  float* const largest_of_splits = sums_of_splits + MAX_SPLITS * tile_heads * D;
+  float* const total_of_splits = largest_of_splits + MAX_SPLITS * tile_heads;
+  parts.add(WARPS, heads, D, of_warp, [&](int head, int first, const float(&combined)[OUT_CHANNELS]) {
+    store_vector(sums_of_splits + (split * tile_heads + head) * D + first, pack<float>(combined));
   });
   if (static_cast<int>(threadIdx.x) < heads) {
     const int head = static_cast<int>(threadIdx.x);
-    largest_of_splits[split * most + head] = parts.joint_largest[head];
-    total_of_splits[split * most + head] = parts.joint_total[head];
+    largest_of_splits[split * tile_heads + head] = parts.combined_largest[head];
+    total_of_splits[split * tile_heads + head] = parts.combined_total[head];
   }
   if (!is_last_block(counters + number, splits)) return;
   for (int i = static_cast<int>(threadIdx.x); i < splits * heads; i += THREADS) {
     const int part = i / heads, head = i % heads;
-    parts.largest[part][head] = load_shared_by_blocks(largest_of_splits + part * most + head);
-    parts.total[part][head] = load_shared_by_blocks(total_of_splits + part * most + head);
+    parts.largest[part][head] = load_from_l2(largest_of_splits + part * tile_heads + head);
+    parts.total[part][head] = load_from_l2(total_of_splits + part * tile_heads + head);
   }
   __syncthreads();
-  parts.join(splits);
+  parts.combine(splits);
   parts.add(
       splits, heads, D,
       [&](int part, int head, int first) {
-        const float* const place = sums_of_splits + (part * most + head) * D + first;
-        return load_shared_by_blocks(reinterpret_cast<const uint4*>(place));
+        const float* const element = sums_of_splits + (part * tile_heads + head) * D + first;
+        return load_from_l2(reinterpret_cast<const uint4*>(element));
       },
       finish);
 }
@@ -258,23 +269,23 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <class T, int HEADS>
 void launch_kernel(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::uintptr_t counters,
                    std::uintptr_t stream) {
-  const int group = args.Hq / args.Hkv, runs = (group + HEADS - 1) / HEADS;
-  const dim3 grid(SPLITS, static_cast<unsigned>(args.Hkv * runs), static_cast<unsigned>(args.B));
+  const int group = args.Hq / args.Hkv, head_tiles = (group + HEADS - 1) / HEADS;
+  const dim3 grid(MAX_SPLITS, static_cast<unsigned>(args.Hkv * head_tiles), static_cast<unsigned>(args.B));
   const std::size_t shared_bytes = sizeof(float) * WARPS * HEADS * static_cast<std::size_t>(args.D);
-  launch(decode_attention_kernel<T, HEADS>, grid, dim3(THREADS), shared_bytes, stream, args, runs,
+  launch(decode_attention_kernel<T, HEADS>, grid, dim3(THREADS), shared_bytes, stream, args, head_tiles,
          reinterpret_cast<float*>(workspace), reinterpret_cast<int*>(counters));
 }
 
-// Kernels for groups of 1, up to 4, up to 7 and more: fewer to compile, and 7 is BAGEL's.
+// Instantiations for 1, up to 4, up to 7 and up to 8 query heads per KV head limit compile time; 7 is BAGEL's.
 template <class T>
 void launch_for(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::uintptr_t counters,
                 std::uintptr_t stream) {
   const int group = args.Hq / args.Hkv;
-  const auto run = group == 1   ? launch_kernel<T, 1>
+  const auto head_tile = group == 1   ? launch_kernel<T, 1>
                    : group <= 4 ? launch_kernel<T, 4>
                    : group <= 7 ? launch_kernel<T, 7>
                                 : launch_kernel<T, MAX_HEADS>;
-  run(args, workspace, counters, stream);
+  head_tile(args, workspace, counters, stream);
 }
 
 }  // namespace
@@ -282,10 +293,11 @@ void launch_for(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::
 void decode_attention(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::uintptr_t counters,
                       std::uintptr_t stream) {
   const auto describe = [&] {
-    return text("decode_attention of [%d, %d, %d] queries over %d KV heads", args.B, args.Hq, args.D, args.Hkv);
+    return format_string("decode_attention of [%d, %d, %d] queries over %d KV heads", args.B, args.Hq, args.D,
+                         args.Hkv);
   };
-  const auto run = args.is_bfloat16 ? launch_for<bfloat16> : launch_for<float>;
-  named(describe, [&] { run(args, workspace, counters, stream); });
+  const auto head_tile = args.is_bfloat16 ? launch_for<bfloat16> : launch_for<float>;
+  with_context(describe, [&] { head_tile(args, workspace, counters, stream); });
 }
 
 }  // namespace bagel_rt

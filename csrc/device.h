@@ -1,4 +1,4 @@
-// What the kernels are written with: bfloat16, 16-byte loads, sums over a warp, and the order of kernels in a stream.
+// Device primitives: bfloat16, 16-byte vectors, cache-hinted loads, warp reductions, programmatic dependent launch.
 #pragma once
 
 #include "launch.h"
@@ -25,7 +25,7 @@ __host__ __device__ inline float to_float(bfloat16 value) {
 #endif
 }
 
-// The nearest T, ties to even.
+// Round to the nearest T, ties to even.
 template <class T>
 __host__ __device__ T from_float(float value);
 
@@ -48,13 +48,13 @@ __host__ __device__ inline bfloat16 from_float<bfloat16>(float value) {
   return narrow;
 }
 
-// `value` as a tensor of T would hold it.
+// Round to T and back, as if stored in a tensor of T.
 template <class T>
-__device__ inline float rounded(float value) {
+__device__ inline float round_to(float value) {
   return to_float(from_float<T>(value));
 }
 
-// 16 bytes: WIDTH<T> neighbouring numbers.
+// Number of elements of a 16-byte vector.
 template <class T>
 constexpr int WIDTH = 16 / static_cast<int>(sizeof(T));
 
@@ -86,34 +86,32 @@ __device__ inline uint4 pack(const float (&values)[WIDTH<T>]) {
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// 16 bytes that nobody reads again and no kernel writes: weights. They take no room in L1.
+#ifdef __CUDACC__
+// Load 16 bytes with a PTX instruction; further arguments are its clobbers.
+#define LOAD_16_BYTES(instruction, words, address, ...) \
+  asm volatile(instruction ".v4.u32 {%0, %1, %2, %3}, [%4];" \
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w) \
+               : "l"(address) \
+               : __VA_ARGS__)
+#else
+#define LOAD_16_BYTES(instruction, words, address, ...) words = cuda_on_host::aligned<uint4>(address)
+#endif
+
+// Load 16 bytes of read-only, streamed data (weights): non-coherent, not allocated in L1, 256-byte L2 prefetch.
 __device__ inline uint4 load_streaming(const void* address) {
-#ifdef __CUDACC__
   uint4 words;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "l"(address));
+  LOAD_16_BYTES("ld.global.nc.L1::no_allocate.L2::256B", words, address);
   return words;
-#else
-  return cuda_on_host::aligned<uint4>(address);
-#endif
 }
 
-// 16 bytes that this kernel reads once and that an earlier kernel may have written. They take no room in L1 either.
+// Load 16 bytes that an earlier kernel may have written and this kernel reads once: coherent, not allocated in L1.
 __device__ inline uint4 load_once(const void* address) {
-#ifdef __CUDACC__
   uint4 words;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "l"(address)
-               : "memory");
+  LOAD_16_BYTES("ld.global.L1::no_allocate", words, address, "memory");
   return words;
-#else
-  return cuda_on_host::aligned<uint4>(address);
-#endif
 }
 
-// 16 bytes by way of L1.
+// Load 16 bytes through L1.
 __device__ inline uint4 load_vector(const void* address) {
 #ifdef __CUDACC__
   return *static_cast<const uint4*>(address);
@@ -130,67 +128,38 @@ __device__ inline void store_vector(void* address, const uint4& words) {
 #endif
 }
 
-// What another block of this launch wrote before its __threadfence(): from L2, as L1 may hold what was there before.
-__device__ inline float load_shared_by_blocks(const float* address) {
+// Load data that another block of this launch wrote before its __threadfence(). Bypasses L1, which may hold stale data.
 #ifdef __CUDACC__
-  float value;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
-  return value;
+#define LOAD_FROM_L2(type, suffix, constraint, reg) \
+  __device__ inline type load_from_l2(const type* address) { \
+    type value; \
+    asm volatile("ld.global.cg." suffix " %0, [%1];" : constraint(reg) : "l"(address) : "memory"); \
+    return value; \
+  }
 #else
-  return *address;
+#define LOAD_FROM_L2(type, suffix, constraint, reg) \
+  __device__ inline type load_from_l2(const type* address) { return *address; }
 #endif
-}
+LOAD_FROM_L2(float, "f32", "=f", value)
+LOAD_FROM_L2(unsigned, "u32", "=r", value)
+LOAD_FROM_L2(unsigned long long, "u64", "=l", value)
+LOAD_FROM_L2(bfloat16, "u16", "=h", value.bits)
 
-__device__ inline unsigned load_shared_by_blocks(const unsigned* address) {
-#ifdef __CUDACC__
-  unsigned value;
-  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-#else
-  return *address;
-#endif
-}
-
-__device__ inline unsigned long long load_shared_by_blocks(const unsigned long long* address) {
-#ifdef __CUDACC__
-  unsigned long long value;
-  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-  return value;
-#else
-  return *address;
-#endif
-}
-
-__device__ inline bfloat16 load_shared_by_blocks(const bfloat16* address) {
-#ifdef __CUDACC__
-  bfloat16 value;
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(value.bits) : "l"(address) : "memory");
-  return value;
-#else
-  return *address;
-#endif
-}
-
-__device__ inline uint4 load_shared_by_blocks(const uint4* address) {
-#ifdef __CUDACC__
+__device__ inline uint4 load_from_l2(const uint4* address) {
   uint4 words;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "l"(address)
-               : "memory");
+  LOAD_16_BYTES("ld.global.cg", words, address, "memory");
   return words;
-#else
-  return cuda_on_host::aligned<uint4>(address);
-#endif
 }
+#undef LOAD_16_BYTES
+#undef LOAD_FROM_L2
 
-// Over groups of `lanes` neighbouring lanes (a power of two); every lane gets the result. Each of the additions is
-// between the same two numbers in whatever lane, so all lanes have the same bits.
+// Sum over groups of `lanes` consecutive lanes (a power of two); every lane gets the result. The butterfly adds the
+// same pair of values in both lanes of each exchange, so all lanes get the same bits.
 template <class V>
 __device__ inline V warp_sum(V value, int lanes = WARP) {
 #pragma unroll
-  for (int apart = WARP / 2; apart > 0; apart /= 2) {
-    if (apart < lanes) value += __shfl_xor_sync(ALL_LANES, value, apart);
+  for (int offset = WARP / 2; offset > 0; offset /= 2) {
+    if (offset < lanes) value += __shfl_xor_sync(ALL_LANES, value, offset);
   }
   return value;
 }
@@ -198,19 +167,24 @@ __device__ inline V warp_sum(V value, int lanes = WARP) {
 template <class V>
 __device__ inline V warp_max(V value, int lanes = WARP) {
 #pragma unroll
-  for (int apart = WARP / 2; apart > 0; apart /= 2) {
-    if (apart < lanes) {
-      const V other = __shfl_xor_sync(ALL_LANES, value, apart);
+  for (int offset = WARP / 2; offset > 0; offset /= 2) {
+    if (offset < lanes) {
+      const V other = __shfl_xor_sync(ALL_LANES, value, offset);
       value = other > value ? other : value;
     }
   }
   return value;
 }
 
-// Programmatic dependent launch (sm_90 and newer; elsewhere nothing, and kernels run one after another).
+// Programmatic dependent launch (PDL), on sm_90 and newer. Older GPUs run the kernels of a stream one after another,
+// and both functions are no-ops. With PDL, the prologue of a kernel overlaps the tail of the previous one:
 //
-// After this call everything that earlier kernels of the stream wrote is there. Before it a kernel may read weights,
-// which no kernel writes while requests run, and must write nothing. Every block that touches more must call it.
+//     previous:  ... trigger_next_kernel() ........ last write | exit
+//     this:                    starts, prefetches weights .... | wait_for_previous_kernel() returns, reads activations
+//
+// wait_for_previous_kernel() returns when all earlier kernels of the stream have completed and their writes are
+// visible. Before it, a block may only read weights, which no kernel writes, and must not write. Every block that reads
+// or writes anything else must call it.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -219,24 +193,24 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
-// The next kernel may start, as far as its own wait, when all blocks have called this: at once is right, as it touches
-// nothing of ours before we end.
-__device__ inline void let_next_kernel_start() {
+// Allow the next kernel to start once all blocks have called this. Safe at the top of a kernel, since the next one
+// waits for our completion before it touches our results.
+__device__ inline void trigger_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// Whether this block is the last of `blocks` to call; it sees what the others wrote before, through
-// load_shared_by_blocks, and leaves the counter at 0 for the next launch. All threads of the block call, and get the
-// same answer.
+// Whether this block is the last of `blocks` to arrive at the counter. The last block sees the earlier writes of the
+// others through load_from_l2, and resets the counter to 0 for the next launch, so no memset is needed. All threads of
+// the block must call it and get the same result.
 __device__ inline bool is_last_block(int* counter, int blocks) {
   __shared__ bool last;
-  __threadfence();  // each thread's own writes, before the count
+  __threadfence();  // publish each thread's writes before the block is counted
   __syncthreads();
   if (threadIdx.x == 0) {
     last = atomicAdd(counter, 1) == blocks - 1;
-    if (last) *counter = 0;  // nobody counts again in this launch
+    if (last) *counter = 0;  // all blocks have arrived, so no one increments it again
     __threadfence();
   }
   __syncthreads();

@@ -1,4 +1,4 @@
-// Kernel launches: on a GPU by the CUDA runtime, in the tests of the kernels block by block on the host.
+// Kernel launches: by the CUDA runtime on a GPU, or block by block on the host in the tests' emulation.
 #pragma once
 
 #include <cstdarg>
@@ -17,7 +17,7 @@
 #include <mutex>
 #include <tuple>
 
-// The shared memory whose size the launch gives, as an array `name` of `type`. One a kernel, aligned to 16 bytes.
+// Declares the dynamic shared memory of a kernel as an array `name` of `type`, aligned to 16 bytes. Once per kernel.
 #define DYNAMIC_SHARED(type, name)                             \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
@@ -27,8 +27,8 @@
 
 namespace bagel_rt {
 
-// What printf would print.
-[[gnu::format(printf, 1, 2)]] inline std::string text(const char* format, ...) {
+// printf into a std::string of at most 511 characters.
+[[gnu::format(printf, 1, 2)]] inline std::string format_string(const char* format, ...) {
   char buffer[512];
   std::va_list arguments;
   va_start(arguments, format);
@@ -41,91 +41,93 @@ namespace bagel_rt {
 
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next check finds it again
+  cudaGetLastError();  // clear the error, or the next check would report it again
   throw std::runtime_error(what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
-// What the runtime knows of a kernel on the current device, asked once.
-class KernelFacts {
+// Attributes of a kernel on the current device, queried once and cached.
+class KernelInfo {
  public:
-  bool overlaps = false;  // compiled for sm_90 or newer: it may start before the previous kernel ends, and then waits
+  bool supports_pdl = false;  // programmatic dependent launch: the kernel was compiled for sm_90 or newer
 
-  static KernelFacts& of(const void* kernel, std::size_t shared_bytes) {
+  static KernelInfo& of(const void* kernel, std::size_t shared_bytes) {
     static std::mutex mutex;
-    static std::map<std::pair<const void*, int>, KernelFacts> known;
+    static std::map<std::pair<const void*, int>, KernelInfo> cache;
     int device = 0;
-    check_cuda(cudaGetDevice(&device), "no current device");
+    check_cuda(cudaGetDevice(&device), "cannot query the current device");
     const std::lock_guard<std::mutex> lock(mutex);
-    KernelFacts& facts = known[{kernel, device}];
-    facts.prepare(kernel, shared_bytes);
-    return facts;
+    KernelInfo& info = cache[{kernel, device}];
+    info.update(kernel, shared_bytes);
+    return info;
   }
 
  private:
-  bool asked_ = false;
-  std::size_t allowed_ = 48 * 1024;  // bytes of shared memory that need no leave
+  bool initialised_ = false;
+  std::size_t max_shared_bytes_ = 48 * 1024;  // dynamic shared memory available without opting in
 
-  void prepare(const void* kernel, std::size_t shared_bytes) {
-    if (!asked_) {
+  void update(const void* kernel, std::size_t shared_bytes) {
+    if (!initialised_) {
       cudaFuncAttributes attributes;
       check_cuda(cudaFuncGetAttributes(&attributes, kernel), "no code for this GPU");
-      overlaps = attributes.ptxVersion >= 90;  // not the GPU's: code of sm_80 has no instruction to wait with
-      allowed_ -= std::min(allowed_, attributes.sharedSizeBytes);
-      asked_ = true;
+      supports_pdl = attributes.ptxVersion >= 90;  // of the code, not the GPU: sm_80 code has no griddepcontrol.wait
+      max_shared_bytes_ -= std::min(max_shared_bytes_, attributes.sharedSizeBytes);
+      initialised_ = true;
     }
-    if (shared_bytes > allowed_) {
+    if (shared_bytes > max_shared_bytes_) {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(shared_bytes)),
-                 text("%zu bytes of shared memory a block", shared_bytes));
-      allowed_ = shared_bytes;
+                 format_string("cannot reserve %zu bytes of shared memory per block", shared_bytes));
+      max_shared_bytes_ = shared_bytes;
     }
   }
 };
 
-// How many blocks of a kernel the current GPU runs side by side; at least 1.
+// Number of blocks of a kernel that are resident on the current GPU at once, at least 1: the grid of a persistent
+// kernel. A larger grid would leave a partial last wave; a smaller one would leave multiprocessors idle.
 template <class... Parameters>
 unsigned resident_blocks(void (*kernel)(Parameters...), unsigned threads, std::size_t shared_bytes) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, unsigned, std::size_t>, unsigned> known;
+  static std::map<std::tuple<const void*, int, unsigned, std::size_t>, unsigned> cache;
   const void* const address = reinterpret_cast<const void*>(kernel);
-  KernelFacts::of(address, shared_bytes);  // allows the shared memory
+  KernelInfo::of(address, shared_bytes);  // opts in to the shared memory, which occupancy depends on
   int device = 0, multiprocessors = 0, blocks = 0;
-  check_cuda(cudaGetDevice(&device), "no current device");
+  check_cuda(cudaGetDevice(&device), "cannot query the current device");
   const std::lock_guard<std::mutex> lock(mutex);
-  unsigned& found = known[{address, device, threads, shared_bytes}];
-  if (found == 0) {
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "no multiprocessors");
+  unsigned& count = cache[{address, device, threads, shared_bytes}];
+  if (count == 0) {
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+               "cannot query the number of multiprocessors");
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), shared_bytes),
-               "no occupancy");
-    found = static_cast<unsigned>(std::max(1, blocks) * multiprocessors);
+               "cannot query occupancy");
+    count = static_cast<unsigned>(std::max(1, blocks) * multiprocessors);
   }
-  return found;
+  return count;
 }
 
 // Launch kernel(arguments...) on a stream, which is a cudaStream_t as an integer.
 //
-// On sm_90 and newer the launch is programmatically serialised: blocks may start when all blocks of the kernel before
-// have called let_next_kernel_start() or ended, and must call wait_for_previous_kernel() before they touch anything
-// that a kernel wrote (device.h). All that can go wrong goes wrong inside of named(), for the message.
+// On sm_90 and newer this is a programmatic dependent launch: blocks may start once all blocks of the previous kernel
+// have called trigger_next_kernel() or exited, and must call wait_for_previous_kernel() before they touch memory that a
+// kernel writes (device.h). Call inside with_context(), so that errors name the kernel.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, std::uintptr_t stream,
             Arguments&&... arguments) {
-  cudaLaunchAttribute serialised{};
-  serialised.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  serialised.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute pdl{};
+  pdl.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  pdl.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &serialised;
-  config.numAttrs = KernelFacts::of(reinterpret_cast<const void*>(kernel), shared_bytes).overlaps ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "not launched");
+  config.attrs = &pdl;
+  config.numAttrs = KernelInfo::of(reinterpret_cast<const void*>(kernel), shared_bytes).supports_pdl ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch failed");
 }
 
 #else
 
-// Few, so that kernels which loop over their work do it in the tests.
+// Small, so that persistent kernels loop over several tiles in the tests.
 template <class... Parameters>
 unsigned resident_blocks(void (*)(Parameters...), unsigned, std::size_t) {
   return 3;
@@ -139,11 +141,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 
 #endif
 
-// run(), whose errors then begin with what describe() says of the kernel and its shapes:
+// Call run() and prefix its errors with describe(), the kernel and its shapes:
 //
-//     named([&] { return text("decode_linear [%d, %d]", B, K); }, [&] { launch(kernel, grid, block, ...); });
+//     with_context([&] { return format_string("decode_linear [%d, %d]", B, K); }, [&] { launch(kernel, grid, ...); });
 template <class Describe, class Run>
-void named(const Describe& describe, const Run& run) {
+void with_context(const Describe& describe, const Run& run) {
   try {
     run();
   } catch (const std::runtime_error& error) {

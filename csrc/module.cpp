@@ -44,28 +44,28 @@ py::tuple build_plan(const std::vector<PySegment>& py_segments, std::int64_t blo
 #if defined(BAGEL_RT_CUDA) || defined(BAGEL_RT_EMULATE)
 
 void bind_kernels(py::module_& module) {
-  using bagel_rt::Heads;
+  using bagel_rt::QkvArgs;
   using bagel_rt::GemvArgs;
-  // module_local: the tests load this module twice, once with its kernels as host code.
+  // module_local: the tests load a second build of this module, with the kernels as host code.
   py::class_<GemvArgs>(module, "GemvArgs", py::module_local())
       .def(py::init([](bool is_bfloat16, std::uintptr_t x, std::uintptr_t norm, std::uintptr_t w, std::int64_t x_stride,
                        std::int64_t w_stride, int B, int K, int N, float eps) {
         return GemvArgs{is_bfloat16, x, norm, w, x_stride, w_stride, B, K, N, eps};
       }));
-  py::class_<Heads>(module, "Heads", py::module_local())
+  py::class_<QkvArgs>(module, "QkvArgs", py::module_local())
       .def(py::init([](int Hq, int Hkv, int D, std::uintptr_t bias, std::uintptr_t qk_norm, std::uintptr_t cosines,
                        std::uintptr_t sines, std::uintptr_t slots, std::uintptr_t q, std::uintptr_t k_cache,
                        std::uintptr_t v_cache, std::int64_t S, std::int64_t k_slot_stride, std::int64_t k_head_stride,
                        std::int64_t v_slot_stride, std::int64_t v_head_stride) {
-        return Heads{Hq,      Hkv,     D, bias,          qk_norm,       cosines,       sines,        slots, q,
+        return QkvArgs{Hq,      Hkv,     D, bias,          qk_norm,       cosines,       sines,        slots, q,
                      k_cache, v_cache, S, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride};
       }));
   module.def("cuda_error", &bagel_rt::cuda_error);
-  module.def("normalised_bytes", &bagel_rt::normalised_bytes);
+  module.def("norm_shared_bytes", &bagel_rt::norm_shared_bytes);
   module.def("decode_linear", &bagel_rt::decode_linear);
   module.def("decode_qkv", &bagel_rt::decode_qkv);
   using bagel_rt::DecodeAttentionArgs;
-  using bagel_rt::Logits;
+  using bagel_rt::LogitsArgs;
   py::class_<DecodeAttentionArgs>(module, "DecodeAttentionArgs", py::module_local())
       .def(py::init([](bool is_bfloat16, int B, int Hq, int Hkv, int D, std::uintptr_t q, std::uintptr_t k,
                        std::uintptr_t v, std::uintptr_t out, std::int64_t q_row, std::int64_t q_head,
@@ -75,9 +75,9 @@ void bind_kernels(py::module_& module) {
         return DecodeAttentionArgs{is_bfloat16, B, Hq, Hkv, D, q, k, v, out, q_row, q_head, k_slot, k_head, v_slot,
                                    v_head, starts, lengths, wide_starts, wide_lengths, scale_log2};
       }));
-  py::class_<Logits>(module, "Logits", py::module_local())
+  py::class_<LogitsArgs>(module, "LogitsArgs", py::module_local())
       .def(py::init([](bool is_bfloat16, int rows, int columns, std::uintptr_t logits, std::int64_t row_stride) {
-        return Logits{is_bfloat16, rows, columns, logits, row_stride};
+        return LogitsArgs{is_bfloat16, rows, columns, logits, row_stride};
       }));
   module.def("decode_attention", &bagel_rt::decode_attention);
   module.def("sample", &bagel_rt::sample);
@@ -100,7 +100,7 @@ constexpr bool HAS_CUDA = false;
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The compiled part of bagel_rt.";
+  module.doc() = "Planner and decode kernels of bagel_rt.";
   module.attr("has_cuda") = HAS_CUDA;
   module.attr("emulated") = EMULATED;
 #if defined(BAGEL_RT_CUDA) || defined(BAGEL_RT_EMULATE)
@@ -108,16 +108,16 @@ PYBIND11_MODULE(_C, module) {
 #endif
 #ifdef BAGEL_RT_EMULATE
   module.def("set_schedule", [](unsigned seed) { cuda_on_host::schedule = seed; },
-             "Another order of blocks and threads; 0 for the usual one.");
+             "Seed of the order of blocks and threads; 0 for the default order.");
   module.def(
-      "set_unfinished",
+      "set_pending_writes",
       [](const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {
-        cuda_on_host::unfinished.clear();
+        cuda_on_host::pending_writes.clear();
         for (const auto& [begin, bytes] : spans) {
-          cuda_on_host::unfinished.push_back({reinterpret_cast<void*>(begin), bytes});
+          cuda_on_host::pending_writes.push_back({reinterpret_cast<void*>(begin), bytes});
         }
       },
-      "Addresses and numbers of bytes that the kernel before is still writing when the next ones start.");
+      "(address, bytes) of memory that the previous kernel is still writing when the next kernels start.");
 #endif
   module.def("build_plan", &build_plan, py::arg("segments"), py::arg("block_q"),
              "bagel_rt.runtime.plan.build_plan for segments it has checked: (G, order, limits, slots, blocks).");

@@ -7,7 +7,8 @@
 namespace bagel_rt {
 namespace {
 
-// The keys a row may see: the prefix from key_start up to the row's own limit, and a span that the whole segment sees.
+// Visible keys of a row: the prefix from key_start up to the row's limit, and the own span, visible to the whole
+// segment.
 struct Spans {
   std::int64_t key_start, own_start, own_end;
 
@@ -22,18 +23,19 @@ struct Run {
   std::int64_t row_start, row_end;
 };
 
-// Stored elsewhere than right behind what it sees: the context and the segment need a span each.
-bool is_apart(const Segment& segment) { return segment.write != segment.key_start + segment.visible; }
+// Whether the segment is not stored directly after its visible context. Context and segment then need a span each.
+bool is_detached(const Segment& segment) { return segment.write != segment.key_start + segment.visible; }
 
 Spans spans_of(const Segment& segment) {
-  if (!is_apart(segment)) return {segment.key_start, 0, 0};
+  if (!is_detached(segment)) return {segment.key_start, 0, 0};
   if (!segment.causal) return {segment.key_start, segment.write, segment.write + segment.rows};
-  // Limits per row are needed within the segment, so it is the prefix, and the context is the span that all rows see.
+  // Causal rows need a limit each within the segment. Only the prefix has limits, so the segment becomes the prefix and
+  // the context, which all rows see in full, the own span.
   if (segment.visible == 0) return {segment.write, 0, 0};
   return {segment.write, segment.key_start, segment.key_start + segment.visible};
 }
 
-// Rows [begin, end) of a segment become packed rows from `packed` on.
+// Fill the packed rows from `packed` on with rows [begin, end) of a segment.
 void fill_rows(const Segment& segment, std::int64_t begin, std::int64_t end, std::int64_t segment_row,
                std::int64_t packed, RowArrays rows) {
   const std::int64_t count = end - begin;
@@ -41,10 +43,10 @@ void fill_rows(const Segment& segment, std::int64_t begin, std::int64_t end, std
   std::iota(rows.slots + packed, rows.slots + packed + count, segment.write + begin);
   std::int32_t* const limits = rows.limits + packed;
   if (segment.causal) {
-    const std::int64_t seen = is_apart(segment) ? 0 : segment.visible;
+    const std::int64_t seen = is_detached(segment) ? 0 : segment.visible;
     std::iota(limits, limits + count, static_cast<std::int32_t>(seen + begin + 1));
   } else {
-    std::fill_n(limits, count, static_cast<std::int32_t>(segment.visible + (is_apart(segment) ? 0 : segment.rows)));
+    std::fill_n(limits, count, static_cast<std::int32_t>(segment.visible + (is_detached(segment) ? 0 : segment.rows)));
   }
 }
 
@@ -93,7 +95,7 @@ std::vector<Block> build_plan(const std::vector<Segment>& segments, RowCounts co
     const Spans spans = spans_of(segment);
     for (std::int64_t begin = 0; begin < segment.rows;) {
       const bool is_und = segment.gen[begin] == 0;
-      std::int64_t end = begin + 1;  // of the stretch that one expert takes
+      std::int64_t end = begin + 1;  // of the consecutive rows of one expert
       while (end < segment.rows && (segment.gen[end] == 0) == is_und) ++end;
 
       const std::int64_t packed = next_packed[is_und];

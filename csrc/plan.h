@@ -1,4 +1,4 @@
-// The plan of one packed forward, on the host. The rules, and the same in numpy: bagel_rt/runtime/plan.py.
+// Plan of one packed forward, built on the host. Rules and numpy reference: bagel_rt/runtime/plan.py.
 #pragma once
 
 #include <cstdint>
@@ -6,18 +6,18 @@
 
 namespace bagel_rt {
 
-// A run of tokens of one kind in one context. The caller has checked that it has rows, that nothing is negative, and that
-// every slot fits in 32 bits.
+// Consecutive tokens of one kind in one context. The caller has checked that rows > 0, that nothing is negative, and
+// that every slot fits in 32 bits.
 struct Segment {
-  bool causal;              // row i sees the segment's rows up to i; otherwise all of them
-  const std::uint8_t* gen;  // nonzero where the generation expert takes the row
+  bool causal;              // row i attends to the segment's rows up to i; otherwise to all of them
+  const std::uint8_t* gen;  // nonzero for rows of the generation expert
   std::int64_t rows;
   std::int64_t key_start;
   std::int64_t visible;
   std::int64_t write;
 };
 
-// At most block_q packed rows of one expert with the same spans. A row of the array that Python sees.
+// A query block: at most block_q packed rows of one expert with the same spans. A row of the array returned to Python.
 struct Block {
   std::int32_t row_start, row_end;
   std::int32_t key_start, full_end, part_end;
@@ -32,14 +32,14 @@ struct RowCounts {
 
 RowCounts count_rows(const std::vector<Segment>& segments);
 
-// What the plan says of each packed row. The caller owns the arrays, `total` elements each.
+// Per-row outputs of the plan. The caller owns the arrays of `total` elements each.
 struct RowArrays {
   std::int64_t* order;
   std::int32_t* limits;
   std::int64_t* slots;
 };
 
-// Fills `rows` and returns the query blocks; block_q is at least 1.
+// Fill `rows` and return the query blocks; block_q >= 1.
 std::vector<Block> build_plan(const std::vector<Segment>& segments, RowCounts counts, std::int64_t block_q,
                               RowArrays rows);
 

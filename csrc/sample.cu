@@ -1,4 +1,7 @@
-// One token per row of logits. The rules, and the same in PyTorch: kernels/sample.py.
+// Sample one token per row of logits. Reference and algorithm: kernels/sample.py.
+//
+// Every block scores its part of the row (scaled logits plus Gumbel noise) and stores the best token of each warp. The
+// last block of the row to finish takes the best of all, and with top-k or top-p checks that it is a kept token.
 #include "decode.h"
 #include "device.h"
 
@@ -9,35 +12,38 @@ namespace {
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
-constexpr int MAX_BLOCKS = 32;  // of a row
-static_assert(MAX_BLOCKS * WARPS == THREADS, "the last block of a row has a thread for what each of its warps found");
-constexpr int MAX_LISTED = 4096;
+constexpr int MAX_BLOCKS = 32;  // per row
+static_assert(MAX_BLOCKS * WARPS == THREADS, "the last block of a row needs one thread per warp of the row");
+constexpr int MAX_CANDIDATES = 4096;  // of kth_logit, in shared memory
 
-using Mass = unsigned long long;
-constexpr float ONE = 4398046511104.0f;  // 2^42: the mass of the most likely token
+// Unnormalised probabilities as 42-bit fixed-point numbers: an integer sum does not depend on its order.
+using Probability = unsigned long long;
+constexpr float PROBABILITY_ONE = 4398046511104.0f;  // 2^42: the probability of the most likely token
 
-// An integer in the order of the values: nan, as one value, above all, 0 and -0 the same. Above 0, which is nothing.
-__device__ unsigned ordered(float value) {
+// Map a float to an unsigned integer of the same order. All NaNs map to the largest value, 0 and -0 to the same one.
+// The result is never 0, which stands for "no value".
+__device__ unsigned to_ordered(float value) {
   if (value != value) return 0xffffffffu;
   const unsigned bits = __float_as_uint(value + 0.0f);  // -0 + 0 is 0
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-__device__ float value_of(unsigned order) {
+__device__ float from_ordered(unsigned order) {
   return __uint_as_float(order & 0x80000000u ? order ^ 0x80000000u : ~order);
 }
 
-// A token with its score, in the order of scores, the first of equals above the others.
-using Scored = unsigned long long;
-constexpr Scored NOTHING = 0;
+// A token and its score in one integer, ordered by score and then by lower column, so that max() breaks ties as argmax
+// does.
+using RankedToken = unsigned long long;
+constexpr RankedToken NO_TOKEN = 0;
 
-__device__ Scored scored(float score, int column) {
-  return static_cast<Scored>(ordered(score)) << 32 | ~static_cast<unsigned>(column);
+__device__ RankedToken rank_token(float score, int column) {
+  return static_cast<RankedToken>(to_ordered(score)) << 32 | ~static_cast<unsigned>(column);
 }
 
-__device__ int column_of(Scored token) { return static_cast<int>(~static_cast<unsigned>(token)); }
+__device__ int column_of(RankedToken token) { return static_cast<int>(~static_cast<unsigned>(token)); }
 
-// The first word of Philox4x32-10.
+// First word of Philox4x32-10 with counter (column, step, 0, 0).
 __device__ unsigned philox(unsigned column, unsigned step, unsigned k0, unsigned k1) {
   unsigned c0 = column, c1 = step, c2 = 0, c3 = 0;
 #pragma unroll
@@ -53,8 +59,8 @@ __device__ unsigned philox(unsigned column, unsigned step, unsigned k0, unsigned
   return c0;
 }
 
-// settings [rows, 3]: temperature, top_k, top_p; or null, and then so are the others.
-struct Drawing {
+// settings [rows, 3]: temperature, top_k, top_p. Null for greedy rows, with seed and step.
+struct SamplingParams {
   const float* settings;
   const std::int64_t *seed, *step;
 };
@@ -63,51 +69,52 @@ template <class T>
 struct Row {
   const T* logits;
   int columns;
-  float temperature;  // 1 where nothing is drawn
-  bool draws;
+  float temperature;  // 1 for a greedy row
+  bool samples;
   unsigned seed_low, seed_high, step;
 
-  __device__ Row(const Logits& given, const Drawing& drawing, int row)
-      : logits(reinterpret_cast<const T*>(given.logits) + row * given.row_stride), columns(given.columns) {
-    const float asked = drawing.settings ? drawing.settings[3 * row] : 0.0f;
-    draws = asked > 0.0f;
-    temperature = draws ? asked : 1.0f;
-    const std::uint64_t seed = draws ? static_cast<std::uint64_t>(drawing.seed[row]) : 0;
+  __device__ Row(const LogitsArgs& args, const SamplingParams& sampling, int row)
+      : logits(reinterpret_cast<const T*>(args.logits) + row * args.row_stride), columns(args.columns) {
+    const float requested = sampling.settings ? sampling.settings[3 * row] : 0.0f;
+    samples = requested > 0.0f;
+    temperature = samples ? requested : 1.0f;
+    const std::uint64_t seed = samples ? static_cast<std::uint64_t>(sampling.seed[row]) : 0;
     seed_low = static_cast<unsigned>(seed);
     seed_high = static_cast<unsigned>(seed >> 32);
-    step = draws ? static_cast<unsigned>(drawing.step[row]) : 0;
+    step = samples ? static_cast<unsigned>(sampling.step[row]) : 0;
   }
 
   __device__ float scaled(float logit) const { return logit / temperature; }
 
-  __device__ Scored score(float scaled, int column) const {
-    if (!draws) return scored(scaled, column);
+  __device__ RankedToken score(float scaled, int column) const {
+    if (!samples) return rank_token(scaled, column);
     const unsigned word = philox(static_cast<unsigned>(column), step, seed_low, seed_high);
     const float u = (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f;
-    return scored(scaled - logf(-logf(u)), column);
+    return rank_token(scaled - logf(-logf(u)), column);
   }
 
-  // visit(scaled logit, column) for the columns of one of `workers`: 16 bytes at a time, but at ragged ends.
-  template <class Visit>
-  __device__ void visit(int worker, int workers, const Visit& visit) const {
+  // Call visitor(scaled logit, column) for the columns of one of `workers` threads. Loads 16 bytes at a time, except
+  // for the unaligned head and tail of the row.
+  template <class Visitor>
+  __device__ void for_each_logit(int worker, int workers, const Visitor& visitor) const {
     const int misaligned = static_cast<int>(reinterpret_cast<std::uintptr_t>(logits) % 16 / sizeof(T));
     const int head = min((WIDTH<T> - misaligned) % WIDTH<T>, columns);
     const int vectors = (columns - head) / WIDTH<T>, tail = head + vectors * WIDTH<T>;
-    if (worker < head) visit(scaled(to_float(logits[worker])), worker);
+    if (worker < head) visitor(scaled(to_float(logits[worker])), worker);
     for (int vector = worker; vector < vectors; vector += workers) {
       const int first = head + vector * WIDTH<T>;
       float values[WIDTH<T>];
       unpack<T>(load_vector(logits + first), values);
 #pragma unroll
-      for (int i = 0; i < WIDTH<T>; ++i) visit(scaled(values[i]), first + i);
+      for (int i = 0; i < WIDTH<T>; ++i) visitor(scaled(values[i]), first + i);
     }
-    if (worker < columns - tail) visit(scaled(to_float(logits[tail + worker])), tail + worker);
+    if (worker < columns - tail) visitor(scaled(to_float(logits[tail + worker])), tail + worker);
   }
 };
 
-// What `reduce`, which takes the values of neighbouring lanes, makes of those of all threads; every thread has it.
+// Reduce a value over the block with `reduce`, a warp reduction. Every thread gets the result.
 template <class V, class Reduce>
-__device__ V over_block(V value, const Reduce& reduce) {
+__device__ V block_reduce(V value, const Reduce& reduce) {
   __shared__ V parts[WARPS];
   value = reduce(value, WARP);
   if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = value;
@@ -119,15 +126,17 @@ __device__ V over_block(V value, const Reduce& reduce) {
 
 template <class V>
 __device__ V block_max(V value) {
-  return over_block(value, [](V mine, int lanes) { return warp_max(mine, lanes); });
+  return block_reduce(value, [](V mine, int lanes) { return warp_max(mine, lanes); });
 }
 
 template <class V>
 __device__ V block_sum(V value) {
-  return over_block(value, [](V mine, int lanes) { return warp_sum(mine, lanes); });
+  return block_reduce(value, [](V mine, int lanes) { return warp_sum(mine, lanes); });
 }
 
-// The k-th largest of some numbers, bit by bit; at_least(n) counts those from n on.
+// The k-th largest of a set of unsigned integers by radix selection, one bit per step from the highest: a bit is set if
+// at least k numbers are no smaller than the prefix with it. at_least(n) counts the numbers >= n. Needs no sort and no
+// memory.
 template <class AtLeast>
 __device__ unsigned kth_largest(unsigned k, const AtLeast& at_least) {
   unsigned found = 0;
@@ -138,70 +147,77 @@ __device__ unsigned kth_largest(unsigned k, const AtLeast& at_least) {
   return found;
 }
 
-// Of numbers that threads have one each of; 0 counts as none.
+// The k-th largest of one number per thread; 0 stands for no number.
 __device__ unsigned kth_of_threads(unsigned k, unsigned mine) {
   return kth_largest(k, [&](unsigned from) { return static_cast<unsigned>(__syncthreads_count(mine >= from)); });
 }
 
-// The k-th largest scaled logit of the row, as `ordered` has it. A thread gives the largest of one of the row's warps:
-// of those the k-th largest has k logits or more from it on, and as a rule not many more, so they are put in a list.
+// The k-th largest scaled logit of the row, mapped by to_ordered. Each thread passes the largest logit of one of the
+// row's warps. The k-th largest of those maxima is a lower bound, since k logits are at least as large, and usually few
+// others are. Logits at or above the bound are compacted into shared memory, where radix selection is cheap. If they do
+// not fit, radix selection reads the row 32 times.
 template <class T>
 __device__ unsigned kth_logit(const Row<T>& row, unsigned k, unsigned largest_of_warp) {
-  __shared__ unsigned listed[MAX_LISTED];
+  __shared__ unsigned candidates[MAX_CANDIDATES];
   __shared__ unsigned count;
-  const unsigned bound = kth_of_threads(k, largest_of_warp);  // 0, below all logits, if fewer than k warps have any
+  const unsigned bound = kth_of_threads(k, largest_of_warp);  // 0, below every logit, if fewer than k warps have one
   if (threadIdx.x == 0) count = 0;
   __syncthreads();
-  row.visit(threadIdx.x, THREADS, [&](float scaled, int) {
-    const unsigned order = ordered(scaled);
+  row.for_each_logit(threadIdx.x, THREADS, [&](float scaled, int) {
+    const unsigned order = to_ordered(scaled);
     if (order < bound) return;
     const unsigned place = atomicAdd(&count, 1u);
-    if (place < MAX_LISTED) listed[place] = order;
+    if (place < MAX_CANDIDATES) candidates[place] = order;
   });
   __syncthreads();
-  if (count <= THREADS) return kth_of_threads(k, threadIdx.x < count ? listed[threadIdx.x] : 0);
-  if (count <= MAX_LISTED) {
+  if (count <= THREADS) return kth_of_threads(k, threadIdx.x < count ? candidates[threadIdx.x] : 0);
+  if (count <= MAX_CANDIDATES) {
     return kth_largest(k, [&](unsigned from) {
       unsigned found = 0;
-      for (unsigned i = threadIdx.x; i < count; i += THREADS) found += listed[i] >= from ? 1u : 0u;
+      for (unsigned i = threadIdx.x; i < count; i += THREADS) found += candidates[i] >= from ? 1u : 0u;
       return block_sum(found);
     });
   }
   return kth_largest(k, [&](unsigned from) {
     unsigned found = 0;
-    row.visit(threadIdx.x, THREADS, [&](float scaled, int) { found += ordered(scaled) >= from ? 1u : 0u; });
+    row.for_each_logit(threadIdx.x, THREADS, [&](float scaled, int) { found += to_ordered(scaled) >= from ? 1u : 0u; });
     return block_sum(found);
   });
 }
 
-// The best token among those from the k-th largest on (k = 0: all) that weigh less than top_p of them together with
-// what is above, given the best token of all.
+// The best kept token, given the best token of all. top-k keeps tokens from the k-th largest logit on (k = 0: all). Of
+// those, top-p keeps a token if the tokens above it have less than the share top_p of their probability. The loop
+// starts with the best token of all; while the current token is not kept, it moves to the best token among those with
+// larger logits. It ends, since the token with the largest logit has nothing above it.
 template <class T>
-__device__ Scored best_kept(const Row<T>& row, Scored best, unsigned k, float top_p, unsigned largest_of_warp) {
-  const float largest = value_of(block_max(largest_of_warp));
-  if (!(fabsf(largest) < INFINITY)) return best;  // the first nan or inf, or nothing above -inf
+__device__ RankedToken best_kept(const Row<T>& row, RankedToken best, unsigned k, float top_p,
+                                 unsigned largest_of_warp) {
+  const float largest = from_ordered(block_max(largest_of_warp));
+  if (!(fabsf(largest) < INFINITY)) return best;  // the row has a NaN or inf, or only -inf
 
-  const auto order_of = [&](Scored token) { return ordered(row.scaled(to_float(row.logits[column_of(token)]))); };
+  const auto order_of = [&](RankedToken token) {
+    return to_ordered(row.scaled(to_float(row.logits[column_of(token)])));
+  };
   const unsigned lowest = k == 0 ? 0 : kth_logit(row, k, largest_of_warp);
   if (order_of(best) < lowest) {
-    best = NOTHING;
-    row.visit(threadIdx.x, THREADS, [&](float scaled, int column) {
-      if (ordered(scaled) >= lowest) best = max(best, row.score(scaled, column));
+    best = NO_TOKEN;
+    row.for_each_logit(threadIdx.x, THREADS, [&](float scaled, int column) {
+      if (to_ordered(scaled) >= lowest) best = max(best, row.score(scaled, column));
     });
     best = block_max(best);
   }
   if (!(top_p < 1.0f)) return best;
   while (true) {
     const unsigned order_of_best = order_of(best);
-    Mass kept = 0, above = 0;
-    Scored next = NOTHING;
-    row.visit(threadIdx.x, THREADS, [&](float scaled, int column) {
-      const unsigned order = ordered(scaled);
+    Probability kept = 0, above = 0;
+    RankedToken next = NO_TOKEN;
+    row.for_each_logit(threadIdx.x, THREADS, [&](float scaled, int column) {
+      const unsigned order = to_ordered(scaled);
       if (order < lowest) return;
-      const Mass mass = static_cast<Mass>(expf(scaled - largest) * ONE + 0.5f);
-      kept += mass;
+      const Probability probability = static_cast<Probability>(expf(scaled - largest) * PROBABILITY_ONE + 0.5f);
+      kept += probability;
       if (order <= order_of_best) return;
-      above += mass;
+      above += probability;
       next = max(next, row.score(scaled, column));
     });
     kept = block_sum(kept);
@@ -211,23 +227,25 @@ __device__ Scored best_kept(const Row<T>& row, Scored best, unsigned k, float to
   }
 }
 
-// Block (i, b): part i of row b. `found` [rows, THREADS] and `largest` [rows, THREADS] are of the row's warps.
+// Block (i, b) processes part i of row b. `found` and `largest` [rows, THREADS]: best token and largest logit of each
+// warp.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-    sample_kernel(Logits given, Drawing drawing, std::int64_t* token, Scored* found, unsigned* largest, int* counters) {
-  let_next_kernel_start();
+    sample_kernel(LogitsArgs args, SamplingParams sampling, std::int64_t* token, RankedToken* found, unsigned* largest,
+                  int* counters) {
+  trigger_next_kernel();
   wait_for_previous_kernel();
   const int number = static_cast<int>(blockIdx.y);
-  const Row<T> row(given, drawing, number);
+  const Row<T> row(args, sampling, number);
   found += static_cast<std::int64_t>(number) * THREADS;
   largest += static_cast<std::int64_t>(number) * THREADS;
 
-  Scored best = NOTHING;
+  RankedToken best = NO_TOKEN;
   unsigned highest = 0;
   const int worker = static_cast<int>(blockIdx.x * THREADS + threadIdx.x);
-  row.visit(worker, static_cast<int>(gridDim.x) * THREADS, [&](float scaled, int column) {
+  row.for_each_logit(worker, static_cast<int>(gridDim.x) * THREADS, [&](float scaled, int column) {
     best = max(best, row.score(scaled, column));
-    highest = max(highest, ordered(scaled));
+    highest = max(highest, to_ordered(scaled));
   });
   best = warp_max(best);
   highest = warp_max(highest);
@@ -237,12 +255,13 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   if (!is_last_block(counters + number, static_cast<int>(gridDim.x))) return;
 
-  const bool has = threadIdx.x < gridDim.x * WARPS;  // something of a warp to put together with the others'
-  best = block_max(has ? load_shared_by_blocks(found + threadIdx.x) : NOTHING);
-  if (row.draws) {
-    const float asked = drawing.settings[3 * number + 1], top_p = drawing.settings[3 * number + 2];
-    const unsigned k = asked >= 1.0f && asked < static_cast<float>(row.columns) ? static_cast<unsigned>(asked) : 0;
-    highest = has ? load_shared_by_blocks(largest + threadIdx.x) : 0;
+  const bool has_warp = threadIdx.x < gridDim.x * WARPS;  // one thread per warp of the row
+  best = block_max(has_warp ? load_from_l2(found + threadIdx.x) : NO_TOKEN);
+  if (row.samples) {
+    const float requested = sampling.settings[3 * number + 1], top_p = sampling.settings[3 * number + 2];
+    const bool limited = requested >= 1.0f && requested < static_cast<float>(row.columns);
+    const unsigned k = limited ? static_cast<unsigned>(requested) : 0;
+    highest = has_warp ? load_from_l2(largest + threadIdx.x) : 0;
     if (k != 0 || top_p < 1.0f) best = best_kept(row, best, k, top_p, highest);
   }
   if (threadIdx.x == 0) token[number] = column_of(best);
@@ -250,18 +269,18 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 }  // namespace
 
-void sample(const Logits& given, std::uintptr_t settings, std::uintptr_t seed, std::uintptr_t step,
+void sample(const LogitsArgs& args, std::uintptr_t settings, std::uintptr_t seed, std::uintptr_t step,
             std::uintptr_t token, std::uintptr_t workspace, std::uintptr_t counters, std::uintptr_t stream) {
-  const Drawing drawing{reinterpret_cast<const float*>(settings), reinterpret_cast<const std::int64_t*>(seed),
+  const SamplingParams sampling{reinterpret_cast<const float*>(settings), reinterpret_cast<const std::int64_t*>(seed),
                         reinterpret_cast<const std::int64_t*>(step)};
-  Scored* const found = reinterpret_cast<Scored*>(workspace);
-  unsigned* const largest = reinterpret_cast<unsigned*>(found + static_cast<std::int64_t>(given.rows) * THREADS);
-  const int columns = THREADS * (given.is_bfloat16 ? WIDTH<bfloat16> : WIDTH<float>);  // a vector for every thread
-  const int blocks = std::min((given.columns + columns - 1) / columns, MAX_BLOCKS);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(given.rows));
-  const auto kernel = given.is_bfloat16 ? sample_kernel<bfloat16> : sample_kernel<float>;
-  named([&] { return text("sample of [%d, %d] logits", given.rows, given.columns); }, [&] {
-    launch(kernel, grid, dim3(THREADS), 0, stream, given, drawing, reinterpret_cast<std::int64_t*>(token), found,
+  RankedToken* const found = reinterpret_cast<RankedToken*>(workspace);
+  unsigned* const largest = reinterpret_cast<unsigned*>(found + static_cast<std::int64_t>(args.rows) * THREADS);
+  const int columns = THREADS * (args.is_bfloat16 ? WIDTH<bfloat16> : WIDTH<float>);  // one vector per thread
+  const int blocks = std::min((args.columns + columns - 1) / columns, MAX_BLOCKS);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.rows));
+  const auto kernel = args.is_bfloat16 ? sample_kernel<bfloat16> : sample_kernel<float>;
+  with_context([&] { return format_string("sample of [%d, %d] logits", args.rows, args.columns); }, [&] {
+    launch(kernel, grid, dim3(THREADS), 0, stream, args, sampling, reinterpret_cast<std::int64_t*>(token), found,
            largest, reinterpret_cast<int*>(counters));
   });
 }

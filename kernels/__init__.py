@@ -1,9 +1,10 @@
-"""The ops of the runtime: one file each, holding contract, PyTorch reference and launcher.
+"""GPU ops. Each file holds one op: its contract, its PyTorch reference, its kernel and its launcher.
 
-Rows of a packed batch come in up to two groups, each with weights of its own: [0, G) and [G, T).
-Every op is registered as ``torch.ops.bagel_rt.<name>`` with shapes for ``torch.compile``; the functions exported here
-check their arguments first, and call the launcher itself unless they are being compiled: the dispatcher takes longer
-than everything else they do. They know tensors only: no model, no checkpoint, no context.
+The rows of a packed batch form up to two groups, [0, G) and [G, T), each with its own weights.
+
+Every op is registered as ``torch.ops.bagel_rt.<name>`` with a fake implementation for ``torch.compile``. The functions
+exported here check their arguments and then call the launcher directly, except under ``torch.compile``: the dispatcher
+costs more host time than the rest of the call. Ops depend on tensors only, not on a model or a checkpoint.
 """
 
 from .attention import attention, attention_dense_reference

@@ -1,26 +1,28 @@
-"""Attention of packed rows over KV-cache slots, under the generalised causal mask of a plan.
+"""Attention of packed query rows over KV-cache slots, masked by the query blocks of a plan.
 
-Row r sees exactly the slots [key_start, key_start + limits[r]) and [own_start, own_end); the spans key_start and own
-come from the query block the row is in, and do not overlap. Query head h reads KV head h // (Hq // Hkv).
+Row r attends to exactly two spans of slots: its prefix [key_start, key_start + limits[r]) and its own span
+[own_start, own_end). key_start, own_start and own_end come from the query block of the row. The spans do not overlap.
+Query head h reads KV head h // (Hq // Hkv).
 
-    out[r, h] = softmax(scale * q[r, h] . K) V   over the visible slots, zero for a row that sees none
-    lse[h, r] = log sum exp(scale * q[r, h] . K), -inf for a row that sees none
+    out[r, h] = softmax(scale * q[r, h] . K) V   over the visible slots, zero for a row with no visible slot
+    lse[h, r] = log sum exp(scale * q[r, h] . K), -inf for a row with no visible slot
 
-A block is a row of ``blocks``: row_start, row_end, key_start, full_end, part_end, own_start, own_end. Of its keys,
-counted from key_start, those below full_end are visible to every row of the block, those in [full_end, part_end) to
-rows with ``key < limits[row]``, the rest to none; own keys are visible to all. So full tiles take no mask arithmetic,
-and one integer per row replaces every mask the model needs: causal text, full images, latents being denoised.
-Scores and softmax are float32 or wider; probabilities are rounded to the input dtype before they meet V.
+A query block is a row of ``blocks``: row_start, row_end, key_start, full_end, part_end, own_start, own_end. Prefix keys
+are counted from key_start. Keys below full_end are visible to every row of the block, keys in [full_end, part_end) to
+rows with ``key < limits[row]``, and later keys to no row. The own span is visible to every row. Full tiles therefore
+need no mask, and one integer per row covers every mask of the model: causal text, bidirectional images, and latents
+that are being denoised. Scores and softmax are float32 or wider. Probabilities are rounded to the input dtype before
+the product with V.
 
-The kernel: a program takes BLOCK_M (row, query head) pairs of one KV head, rows major, so that a tile of K and V serves
-all query heads of its group. Whole tiles of both spans run in one pipelined loop, through TMA descriptors where there
-are any; what is left of the spans, at most a tile and the partial keys each, runs in smaller tiles under the mask, with
-bounded loads: a slot outside the spans is never read. Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867;
-tiled as in FlashAttention-2, Dao 2023, arXiv:2307.08691), in powers of two. No specialised warps: the compilers of
-Triton 3.6 and 3.7 abort on a loop of products beside a specialised one, and on queries not loaded by a descriptor.
+Kernel: a program processes BLOCK_M (row, query head) pairs of one KV head, row-major, so a tile of K and V serves all
+query heads of its group. The whole tiles of both spans run in one software-pipelined loop, loaded by TMA if possible.
+The remainder of each span runs in smaller tiles with a mask. Their loads are bounded, so slots outside the spans are
+never read. Softmax is online (Milakov & Gimelshein 2018, arXiv:1805.02867; tiled as in FlashAttention-2, Dao 2023,
+arXiv:2307.08691) in base 2. Warp specialisation is off: Triton 3.6 and 3.7 fail to compile a specialised loop next to
+another loop with ``tl.dot``, and one whose queries are not loaded by a descriptor.
 
-Work: 4 Hq D flops per visible pair; K and V of a context are read once per block of queries and KV head, from L2 as a
-rule. The gradient is in :mod:`.attention_backward`.
+Work: 4 Hq D flops per visible pair. Each query block reads K and V of its context once per KV head, mostly from L2.
+The gradient is in :mod:`.attention_backward`.
 """
 
 import torch
@@ -30,7 +32,7 @@ from . import configs
 from .attention_backward import attention_lse_gradient
 from .attention_tiles import (
     MAX_BLOCK_ROWS,
-    block_of_channels,
+    channel_block,
     describe_tiles,
     load_spans,
     load_tile,
@@ -58,19 +60,19 @@ def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
         return _attend(q, k_cache, v_cache, limits, *groups, scale)
     out = q.new_empty(q.shape)
     for spans, ranges in groups.items():
-        attended = _attend(_pick(q, ranges), k_cache, v_cache, _pick(limits, ranges), spans, scale)
+        attended = _attend(_concat_ranges(q, ranges), k_cache, v_cache, _concat_ranges(limits, ranges), spans, scale)
         for (start, end), part in zip(ranges, attended.split([end - start for start, end in ranges]), strict=True):
             out[start:end] = part
     return out
 
 
-def _pick(rows, ranges):
+def _concat_ranges(rows, ranges):
     parts = [rows[start:end] for start, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend(q, k_cache, v_cache, limits, spans, scale):
-    """All rows of ``q`` see the same spans, each its own part of the prefix."""
+    """Attention of rows with the same spans. Each row has its own limit within the prefix."""
     key_start, full_end, part_end, own_start, own_end = spans
     own = own_end - own_start
     spans = [(start, size) for start, size in ((key_start, part_end), (own_start, own)) if size]
@@ -99,7 +101,7 @@ def _gather(cache, spans):
 
 
 def attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale):
-    """(out, lse) by the formula, in PyTorch. Shapes as in :func:`attention`."""
+    """Compute (out, lse) by the formula, in PyTorch. Shapes as in :func:`attention`."""
     T, Hq, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_empty(q.shape), q.new_empty(Hq, T, dtype=wide)
@@ -114,14 +116,14 @@ def attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale):
 
 
 def attention_dense_reference(q, k, v, mask, scale=None):
-    """Softmax attention under an explicit mask, written out: the judge of every other implementation.
+    """Softmax attention under an explicit mask: the ground truth for every other implementation.
 
     Args:
-        q: [T, Hq, D]; k, v: [S, Hkv, D]; mask: bool [T, S], True where row t sees slot s.
+        q: [T, Hq, D]; k, v: [S, Hkv, D]; mask: bool [T, S], True where row t attends to slot s.
         scale: multiplies the scores; D ** -0.5 when None.
 
     Returns:
-        [T, Hq, D], zero for rows that see nothing. Computed in the dtype of ``q``.
+        [T, Hq, D], zero for rows with no visible slot. Computed in the dtype of ``q``.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -147,7 +149,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_
     fields = blocks_ptr + tl.program_id(0) // TILES * 7
     kv_head = tl.program_id(1)
     if tl.program_id(0) % TILES * BLOCK_M >= (tl.load(fields + 1) - tl.load(fields)) * GROUP:
-        return  # a block of few rows leaves its last tiles without any
+        return  # the grid has TILES tiles per block; a block with fewer rows leaves the last ones empty
     row, head, inside = query_tile(fields, kv_head, tl.program_id(0) % TILES, GROUP, BLOCK_M)
     channel = tl.arange(0, D_BLOCK)
     q_address = q_ptr + row.to(tl.int64)[:, None] * q_row + head[:, None] * q_head + channel[None, :]
@@ -155,7 +157,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_
     limit = tl.load(limits_ptr + row, mask=inside, other=0)
     spans = load_spans(fields)
 
-    largest = tl.full([BLOCK_M], float("-inf"), WIDE)  # of the scores so far, times log2(e)
+    largest = tl.full([BLOCK_M], float("-inf"), WIDE)  # running maximum of the scores, times log2(e)
     total = tl.zeros([BLOCK_M], WIDE)
     out = tl.zeros([BLOCK_M, D_BLOCK], WIDE)
 
@@ -185,9 +187,9 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_
         out = dot(p.to(v.dtype), v, out * shrink[:, None])
         largest = larger
 
-    # All that follows from the program's number is computed again: held through the loops it would cost registers.
+    # Recompute the indices: keeping them live across both loops would cost registers.
     row, head, inside = query_tile(fields, kv_head, tl.program_id(0) % TILES, GROUP, BLOCK_M)
-    total = tl.where(total == 0, 1.0, total)  # a row that sees nothing: out 0, lse -inf
+    total = tl.where(total == 0, 1.0, total)  # no visible slot: out 0, lse -inf
     out = out / total[:, None]
     out_address = out_ptr + (row.to(tl.int64) * Hq + head)[:, None] * D + channel[None, :]
     tl.store(out_address, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (channel < D)[None, :])
@@ -197,7 +199,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_
 
 
 def launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=False, block_rows=MAX_BLOCK_ROWS):
-    """Launch the kernel: (out, lse), lse None unless asked for. ``block_rows`` is the most rows of a block."""
+    """Launch the kernel; return (out, lse), lse None without ``with_lse``. ``block_rows`` bounds a block's rows."""
     T, Hq, D = q.shape
     S, Hkv, _ = k_cache.shape
     q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
@@ -206,7 +208,7 @@ def launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=False, bl
     if not T:
         return out, lse
     tiles = configs.tiles("attention", shape_class(q, block_rows), q.device)
-    D_BLOCK = block_of_channels(D)
+    D_BLOCK = channel_block(D)
     k_tiles, v_tiles, tiles = describe_tiles(k_cache, v_cache, D_BLOCK, tiles)
     tiles_of_block = triton.cdiv(block_rows * (Hq // Hkv), tiles["BLOCK_M"])
     _attention_kernel[(blocks.shape[0] * tiles_of_block, Hkv)](
@@ -249,23 +251,23 @@ def _attention_lse(q, k_cache, v_cache, limits, blocks, scale):
 
 
 def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
-    """Attend packed query rows to cache slots, each row to the slots the plan shows it.
+    """Attend packed query rows to the cache slots that the plan makes visible to each row.
 
     Differentiable in q, k_cache and v_cache.
 
     Args:
         q: [T, Hq, D], floating point.
         k_cache, v_cache: [S, Hkv, D], dtype of ``q``, Hkv a divisor of Hq.
-        limits: [T] int32, how many keys of its context each row sees.
-        blocks: [n, 7] int32, the plan's query blocks of at most 128 rows each; they cover [0, T) once, in order.
+        limits: [T] int32, number of prefix keys visible to each row.
+        blocks: [n, 7] int32, the plan's query blocks, at most 128 rows each. They partition [0, T) in order.
         scale: multiplies the scores, positive; D ** -0.5 when None.
-        return_lse: also return the log of each softmax's denominator.
+        return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
-        [T, Hq, D], contiguous; with ``return_lse`` (that, [Hq, T] float32, or float64 for float64 queries).
+        out [T, Hq, D], contiguous; with ``return_lse`` (out, lse [Hq, T] float32, or float64 for float64 queries).
 
     Raises:
-        ValueError: shapes or dtypes disagree, or the scale is not positive; the message names the offender.
+        ValueError: a shape or dtype does not match, or the scale is not positive. The message names the argument.
     """
     T, Hq, D = q.shape
     check_heads("attention", q, k_cache, v_cache)
@@ -274,27 +276,27 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
     if blocks.dim() != 2 or blocks.shape[1] != 7 or blocks.dtype != torch.int32:
         raise mismatch("attention", "blocks", blocks, ("n", 7), torch.int32)
     scale = check_scale("attention", scale, D)
-    if return_lse or wants_gradient(q, k_cache, v_cache):  # whose gradient needs the log-sum-exp
+    if return_lse or wants_gradient(q, k_cache, v_cache):  # the backward needs the log-sum-exp
         out, lse = _attention_lse(q, k_cache, v_cache, limits, blocks, scale)
         return (out, lse) if return_lse else out
     return _attention(q, k_cache, v_cache, limits, blocks, scale)
 
 
 def check_scale(op, scale, D):
-    """The scale to use; refuse, in the name of ``op``, one that turns the order of the scores around or loses it."""
+    """Return the scale to use, D ** -0.5 by default. Raise ValueError for one that is not positive and finite."""
     if scale is None:
         return D**-0.5
     if not 0 < scale < float("inf"):
-        raise ValueError(f"{op}: scale={scale} is not a positive number")
+        raise ValueError(f"{op}: scale must be positive and finite, got {scale}.")
     return scale
 
 
 def check_heads(op, q, k_cache, v_cache):
-    """Refuse queries and caches that do not fit together, in the name of ``op``."""
+    """Raise ValueError if the shapes or dtypes of queries and caches do not match."""
     _, Hq, D = q.shape
     S, Hkv, _ = k_cache.shape
     if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"{op}: {Hq} query heads do not divide into groups over {Hkv} KV heads")
+        raise ValueError(f"{op}: query heads must be a multiple of KV heads, got {Hq} and {Hkv}.")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.shape != (S, Hkv, D) or cache.dtype != q.dtype:
             raise mismatch(op, name, cache, (S, Hkv, D), q.dtype)

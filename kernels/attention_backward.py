@@ -1,18 +1,19 @@
-"""Gradient of attention in queries, keys and values, from the output and log-sum-exp that the forward left.
+"""Gradient of attention with respect to q, k and v, from the saved output and log-sum-exp.
 
-With P = exp(scale q . K - lse) over the visible slots (see :mod:`.attention`), dO and dlse the
-gradients of its outputs, and delta[r, h] = dO[r, h] . O[r, h] - dlse[h, r]:
+With P = exp(scale q . K - lse) over the visible slots (see :mod:`.attention`), dO and dlse the gradients of the
+outputs, and delta[r, h] = dO[r, h] . O[r, h] - dlse[h, r]:
 
     dV = P^T dO        dS = P * (dO V^T - delta)        dQ = scale dS K        dK = scale dS^T Q
 
-summed over the query heads of a KV head; zero for slots that no row sees (FlashAttention-2, Dao 2023,
-arXiv:2307.08691). Arithmetic is float32 or wider; P and dS are rounded to the input dtype before a product.
+dK and dV are summed over the query heads of a KV head and are zero for slots that no row attends to
+(FlashAttention-2, Dao 2023, arXiv:2307.08691). Arithmetic is float32 or wider. P and dS are rounded to the input dtype
+before a product.
 
-Two kernels, no atomics, so equal runs give equal bits. One walks the keys of each tile of queries, as the forward does.
-The other walks, for each tile of slots, the query blocks that see it: a list made on the device from the plan's blocks,
-blocks that see the whole tile first, which take no mask arithmetic.
+Two kernels without atomics, so results are deterministic. The dQ kernel loops over the keys of each query tile, as the
+forward does. The dK/dV kernel loops, for each tile of slots, over the query blocks that attend to it. That list is
+built on the device (:func:`visits`): blocks for which the whole tile is visible come first and need no mask.
 
-Work: 10 Hq D flops per visible pair, 14 with what is computed twice.
+Work: 10 Hq D flops per visible pair, 14 with recomputation.
 """
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from . import configs
 from .attention_tiles import (
     MAX_BLOCK_ROWS,
-    block_of_channels,
+    channel_block,
     describe_tiles,
     load_spans,
     load_tile,
@@ -58,9 +59,9 @@ def attention_backward_reference(grad, grad_lse, q, k_cache, v_cache, out, lse, 
             dp = torch.einsum("thd,shd->hts", grad[rows].to(wide), v)
             ds = p * (dp - delta[:, rows, None]) * scale
             dq[rows] = torch.einsum("hts,shd->thd", ds, k)
-            of_keys = torch.einsum("hts,thd->shd", ds, q[rows].to(wide))
-            of_values = torch.einsum("hts,thd->shd", p, grad[rows].to(wide))
-            for total, part in ((dk, of_keys), (dv, of_values)):
+            dk_heads = torch.einsum("hts,thd->shd", ds, q[rows].to(wide))
+            dv_heads = torch.einsum("hts,thd->shd", p, grad[rows].to(wide))
+            for total, part in ((dk, dk_heads), (dv, dv_heads)):
                 part = part.view(-1, Hkv, Hq // Hkv, D).sum(2)
                 total[key_start : key_start + part_end] += part[:part_end]
                 total[own_start:own_end] += part[part_end:]
@@ -68,7 +69,7 @@ def attention_backward_reference(grad, grad_lse, q, k_cache, v_cache, out, lse, 
 
 
 def _delta(grad, grad_lse, out):
-    """[Hq, T], contiguous."""
+    """delta [Hq, T] of the module docstring, contiguous."""
     wide = wide_dtype(out)
     delta = torch.einsum("thd,thd->ht", grad.to(wide), out.to(wide))
     return (delta if grad_lse is None else delta - grad_lse).contiguous()
@@ -77,7 +78,7 @@ def _delta(grad, grad_lse, out):
 @jit
 def _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T, q_row, grad_row, q_head: tl.constexpr,
                   grad_head: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr):  # fmt: skip
-    """(q, dO, lse times log2(e), delta) of a tile's pairs; lse is inf, so P = 0, where there is no pair or no key."""
+    """(q, dO, lse times log2(e), delta) of a tile's pairs. Without a pair or a visible key lse is inf, so P = 0."""
     channel = tl.arange(0, D_BLOCK)
     stored = inside[:, None] & (channel < D)[None, :]
     row64 = row.to(tl.int64)
@@ -143,7 +144,7 @@ def _visit(dk, dv, k, v, slot, block, kv_head, q_ptr, grad_ptr, lse_ptr, delta_p
            q_row, grad_row, q_head: tl.constexpr, grad_head: tl.constexpr, SCALE_LOG2: tl.constexpr,
            GROUP: tl.constexpr, D: tl.constexpr,
            D_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add what the rows of one query block contribute to the gradients of a tile of slots."""
+    """Accumulate the contribution of one query block to dk and dv of a tile of slots."""
     fields = blocks_ptr + block * 7
     pairs = (tl.load(fields + 1) - tl.load(fields)) * GROUP
     key_start, _, _, own_start, own_end = load_spans(fields)
@@ -160,7 +161,7 @@ def _visit(dk, dv, k, v, slot, block, kv_head, q_ptr, grad_ptr, lse_ptr, delta_p
         dv = dot(p.to(grad.dtype), grad, dv)
         ds = p * (dot(v, grad.T, tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)) - delta[None, :])
         if MASKED:
-            ds = tl.where(visible, ds, 0.0)  # keys that no row sees may be anything: 0 nan is nan
+            ds = tl.where(visible, ds, 0.0)  # masked keys may hold NaN, and 0 * NaN is NaN
         dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
 
@@ -199,17 +200,17 @@ def _dk_dv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, limits_ptr,
 
 
 def visits(blocks, slots, tile):
-    """Which query blocks see which tiles of slots, made on the device of ``blocks`` without asking it anything.
+    """List the query blocks that attend to each tile of slots. Runs on the device without a host synchronisation.
 
     Args:
         blocks: [n, 7] int32, query blocks as in :func:`.attention.attention`.
         slots: number of slots of the cache.
-        tile: slots a tile; the last one may have fewer.
+        tile: slots per tile; the last tile may have fewer.
 
     Returns:
-        order: int32 [tiles, n], numbers of blocks: those all of whose rows see every slot of the tile, then those that
-            may see some, then the rest; ascending within each.
-        counts: int32 [tiles, 2], how many there are of the first, and of the first two.
+        order: int32 [tiles, n], block indices in three groups, each ascending: blocks whose rows all attend to the
+            whole tile (no mask needed), blocks that may attend to part of it, and the rest.
+        counts: int32 [tiles, 2], the size of the first group, and of the first two together.
     """
     start = torch.arange(0, slots, tile, device=blocks.device)[:, None]
     end = (start + tile).clamp(max=slots)
@@ -227,7 +228,7 @@ def _launch_kernels(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, block
     limits, blocks, delta = limits.contiguous(), blocks.contiguous(), _delta(grad, grad_lse, out)
     dq = torch.empty(T, Hq, D, dtype=q.dtype, device=q.device)
     dk, dv = dq.new_empty(S, Hkv, D), dq.new_empty(S, Hkv, D)
-    D_BLOCK = block_of_channels(D)
+    D_BLOCK = channel_block(D)
     strides = [x.stride(dim) for dim in (0, 1) for x in (q, k_cache, v_cache, grad)]
     sizes = {"SCALE": scale, "Hq": Hq, "Hkv": Hkv, "D": D, "D_BLOCK": D_BLOCK}
     if T:
@@ -260,13 +261,13 @@ def _fake(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
     fake=_fake,
 )
 def attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
-    """Gradients of :func:`.attention.attention`, which calls this through autograd.
+    """Gradients of :func:`.attention.attention`. Called by autograd.
 
     Args:
-        grad: [T, Hq, D], of ``out``; dtype of ``q``.
-        grad_lse: [Hq, T], of ``lse``, or None.
-        q, k_cache, v_cache, limits, blocks, scale: as given to the forward.
-        out, lse: [T, Hq, D] and [Hq, T], as it returned them.
+        grad: [T, Hq, D], gradient of ``out``; dtype of ``q``.
+        grad_lse: [Hq, T], gradient of ``lse``, or None.
+        q, k_cache, v_cache, limits, blocks, scale: the arguments of the forward.
+        out, lse: [T, Hq, D] and [Hq, T], the results of the forward.
 
     Returns:
         (dq [T, Hq, D], dk [S, Hkv, D], dv [S, Hkv, D]), contiguous, in the dtype of ``q``.
@@ -284,7 +285,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     q, k_cache, v_cache, limits, blocks, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    # Through the dispatcher: autograd may be traced, where only the registered op is known.
+    # Call the registered op: under torch.compile the backward is traced, and a direct call could not be.
     arguments = grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, ctx.scale
     gradients = torch.ops.bagel_rt.attention_backward(*arguments)
     return *gradients, None, None, None

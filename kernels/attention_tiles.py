@@ -1,7 +1,11 @@
-"""How the kernels of attention walk a plan: query blocks in tiles of (row, head) pairs, their spans in tiles of slots.
+"""Tiling shared by the attention kernels: query blocks into (row, head) pairs, spans into tiles of slots.
 
-The spans of a query block (see :mod:`.attention`) are cut into whole tiles of BLOCK_N slots that every
-row sees, and small tiles of BLOCK_TAIL slots for what is left of both, where a row sees only the slots below a bound.
+Each of the two spans of a query block (see :mod:`.attention`) is split into whole tiles of BLOCK_N slots, visible to
+every row, followed by tail tiles of BLOCK_TAIL slots, in which a row attends to the slots below a bound. A loop index
+counts the tiles of the prefix first, then those of the own span:
+
+    prefix  |   whole   |   whole   |tail|tail|       whole tiles end at full_end // BLOCK_N * BLOCK_N,
+    own     |   whole   |tail|                        tail tiles cover the rest, up to part_end or own_end
 """
 
 import torch
@@ -11,16 +15,16 @@ from .backend import runs_kernel
 from .triton_language import INTERPRETED, TensorDescriptor, descriptor_memory, jit, tl, triton
 
 MAX_BLOCK_ROWS = 128
-"""Most rows of a query block."""
+"""Maximum rows of a query block."""
 
 MAX_HEAD_DIM = 128
-"""Widest head the kernels take; the reference takes any."""
+"""Maximum head dimension of the kernels; wider heads run the reference."""
 
 
 @jit
 def load_tile(source, start, end, head, row_stride, head_stride, D: tl.constexpr, D_BLOCK: tl.constexpr,
               ROWS: tl.constexpr, DESCRIPTOR: tl.constexpr):  # fmt: skip
-    """Slots [start, start + ROWS) of a KV head, [ROWS, D_BLOCK]; zero from channel D and, where given, slot ``end``."""
+    """Load slots [start, start + ROWS) of a KV head, [ROWS, D_BLOCK]; zero beyond channel D and, if set, ``end``."""
     if DESCRIPTOR:
         tile = source.load([start, head, 0]).reshape(ROWS, D_BLOCK)
     else:
@@ -38,7 +42,7 @@ def load_tile(source, start, end, head, row_stride, head_stride, D: tl.constexpr
 
 @jit
 def query_tile(fields, kv_head, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(row, head, inside) of a tile's (row, query head) pairs: GROUP heads of the block's first row, then the next."""
+    """(row, head, inside) of a tile's (row, query head) pairs, row-major: GROUP query heads per row of the block."""
     row_start = tl.load(fields)
     pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = pair < (tl.load(fields + 1) - row_start) * GROUP
@@ -47,20 +51,20 @@ def query_tile(fields, kv_head, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 
 @jit
 def load_spans(fields):
-    """key_start, full_end, part_end, own_start, own_end of a block."""
+    """Load key_start, full_end, part_end, own_start, own_end of a query block."""
     return tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4), tl.load(fields + 5), tl.load(fields + 6)
 
 
 @jit
 def whole_tiles(spans, BLOCK_N: tl.constexpr):
-    """Number of whole tiles that every row of the block sees: of the prefix, then of its own span."""
+    """Number of whole tiles of both spans. Every row of the block attends to all their slots."""
     _, full_end, _, own_start, own_end = spans
     return full_end // BLOCK_N + (own_end - own_start) // BLOCK_N
 
 
 @jit
 def whole_tile(i, spans, BLOCK_N: tl.constexpr):
-    """First slot of the i-th whole tile."""
+    """First slot of the i-th whole tile; tiles of the prefix come first."""
     key_start, full_end, _, own_start, _ = spans
     of_prefix = full_end // BLOCK_N
     return tl.where(i < of_prefix, key_start + i * BLOCK_N, own_start + (i - of_prefix) * BLOCK_N)
@@ -68,7 +72,7 @@ def whole_tile(i, spans, BLOCK_N: tl.constexpr):
 
 @jit
 def tail_tiles(spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
-    """Number of small tiles behind the whole ones: of the prefix, then of its own span."""
+    """Number of tail tiles of both spans."""
     _, full_end, part_end, own_start, own_end = spans
     of_prefix = tl.cdiv(part_end - full_end // BLOCK_N * BLOCK_N, BLOCK_TAIL)
     return of_prefix + tl.cdiv((own_end - own_start) % BLOCK_N, BLOCK_TAIL)
@@ -76,7 +80,7 @@ def tail_tiles(spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
 
 @jit
 def tail_tile(i, limit, spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
-    """(first slot, slot where its span ends, number of its slots that each row sees) of the i-th small tile."""
+    """(first slot, end of its span, number of its slots visible to each row) of the i-th tail tile."""
     key_start, full_end, part_end, own_start, own_end = spans
     prefix = key_start + full_end // BLOCK_N * BLOCK_N
     own = own_start + (own_end - own_start) // BLOCK_N * BLOCK_N
@@ -88,12 +92,12 @@ def tail_tile(i, limit, spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
 
 
 def runs_attention_kernel(q):
-    """Whether attention launches kernels; in the interpreter also in float64, where gradients show exact."""
+    """Whether attention launches kernels. The interpreter also runs float64, for exact gradient checks."""
     return q.shape[-1] <= MAX_HEAD_DIM and runs_kernel(q, float64=INTERPRETED)
 
 
 def rows_by_spans(blocks):
-    """Spans (the last five columns) -> [start, end) ranges of the rows that have them, neighbours joined."""
+    """Group rows by spans (the last five columns): spans -> [start, end) row ranges, adjacent ranges merged."""
     groups = {}
     for start, end, *spans in blocks:
         ranges = groups.setdefault(tuple(spans), [])
@@ -105,14 +109,14 @@ def rows_by_spans(blocks):
 
 
 def visible_keys(cache, spans, Hq):
-    """The slots of a cache that the rows with these spans may see, [n, Hq, D]; each head repeated for its group."""
+    """Gather the slots of both spans, [n, Hq, D], each KV head repeated for its group."""
     key_start, _, part_end, own_start, own_end = spans
     keys = torch.cat([cache[key_start : key_start + part_end], cache[own_start:own_end]])
     return keys.repeat_interleave(Hq // cache.shape[1], 1)
 
 
 def masked_scores(q, k, limits, spans, scale):
-    """Scaled scores [Hq, rows, n] of rows with these spans over their :func:`visible_keys`, -inf where unseen."""
+    """Scaled scores [Hq, rows, n] of rows with these spans over :func:`visible_keys`, -inf where masked."""
     _, _, part_end, own_start, own_end = spans
     wide = torch.promote_types(q.dtype, torch.float32)
     seen = F.pad(torch.arange(part_end, device=q.device) < limits[:, None], (0, own_end - own_start), value=True)
@@ -121,17 +125,17 @@ def masked_scores(q, k, limits, spans, scale):
 
 
 def wide_dtype(x):
-    """The dtype of statistics over ``x``."""
+    """Dtype of softmax statistics over ``x``: float32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def block_of_channels(D):
-    """Channels of a tile: a power of two that holds D, and that a matrix product can take."""
+def channel_block(D):
+    """Channels of a tile: D padded to a power of two, at least the 16 that ``tl.dot`` needs."""
     return max(16, triton.next_power_of_2(D))
 
 
 def shape_class(q, block_rows=MAX_BLOCK_ROWS):
-    """Which entry of the table serves these queries."""
+    """Shape class of the tile table for these queries."""
     if q.dtype.itemsize > 2:
         return "wide dtype"
     if block_rows * q.shape[1] <= 64:
@@ -140,7 +144,7 @@ def shape_class(q, block_rows=MAX_BLOCK_ROWS):
 
 
 def describe_tiles(k_cache, v_cache, D_BLOCK, tiles):
-    """(K, V, tiles) as the kernel takes whole tiles: descriptors where wanted and possible, else the caches."""
+    """(K, V, tiles) for the kernel: TMA descriptors if the tiles use them and the caches allow it, else tensors."""
     if tiles["LOADS"] == "pointers" or not all(map(_fits_descriptor, (k_cache, v_cache))):
         return k_cache, v_cache, tiles | {"LOADS": "pointers"}
     if tiles["LOADS"] == "device descriptors":
@@ -152,6 +156,6 @@ def describe_tiles(k_cache, v_cache, D_BLOCK, tiles):
 
 
 def _fits_descriptor(cache):
-    """TMA wants at least one slot, and a base and strides that are multiples of 16 bytes."""
+    """TMA needs at least one slot, and a base address and strides that are multiples of 16 bytes."""
     aligned = all(stride * cache.itemsize % 16 == 0 for stride in cache.stride()[:2])
     return cache.shape[0] > 0 and cache.data_ptr() % 16 == 0 and aligned

@@ -1,4 +1,4 @@
-"""Which implementation the ops run: the backend chosen, and where its kernels can run."""
+"""Backend selection: whether ops run their kernels or their PyTorch references."""
 
 import os
 
@@ -7,72 +7,71 @@ import torch
 from . import configs
 from .triton_language import INTERPRETED, triton
 
-CHOICES = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton")
 
-_chosen: str | None = None
+_override: str | None = None
 
 
 def choose_backend(choice: str | None) -> None:
-    """Choose for this process, over the environment; None leaves it to the environment again.
+    """Set the backend of this process, overriding the environment variable; None removes the override.
 
     Raises:
-        ValueError: not one of ``CHOICES``.
+        ValueError: ``choice`` is not one of ``BACKENDS``.
     """
-    global _chosen
-    _check_choice(choice)
-    _chosen = choice
+    global _override
+    _check_choice("backend", choice)
+    _override = choice
 
 
-def _check_choice(choice: str | None) -> None:
-    if choice is not None and choice not in CHOICES:
-        raise ValueError(f"backend={choice!r} is not a backend; use 'auto', 'reference' or 'triton'")
+def _check_choice(name: str, choice: str | None) -> None:
+    if choice is not None and choice not in BACKENDS:
+        raise ValueError(f"{name} must be 'auto', 'reference' or 'triton', got {choice!r}.")
 
 
 def backend() -> str:
-    """Name the choice in force: what was chosen, else the environment variable ``BAGEL_RT_BACKEND``, else "auto".
+    """The active backend: the one set by :func:`choose_backend`, else ``BAGEL_RT_BACKEND``, else "auto".
 
-    ``auto`` runs kernels on GPUs from sm_80 on and PyTorch references elsewhere. ``reference`` forces references on
-    every device, which tells a kernel bug from a model bug. ``triton`` insists on kernels: on the CPU they run in
-    Triton's interpreter, thousands of times slower, if the process was started with ``TRITON_INTERPRET=1``. Ops whose
-    kernel is CUDA run it on a GPU under either of the two that run kernels, if the extension was built with it.
+    ``auto`` runs kernels on GPUs of sm_80 or newer and PyTorch references elsewhere. ``reference`` runs references on
+    every device, to distinguish a kernel bug from a model bug. ``triton`` requires kernels: on a CPU they run in
+    Triton's interpreter, thousands of times slower, if the process was started with ``TRITON_INTERPRET=1``. On a GPU,
+    ``auto`` and ``triton`` also run the CUDA kernels of the extension, if it was built with them.
 
     Raises:
-        ValueError: the variable has any other value.
+        ValueError: ``BAGEL_RT_BACKEND`` has another value.
     """
-    choice = _chosen or os.environ.get("BAGEL_RT_BACKEND", "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"BAGEL_RT_BACKEND={choice!r} is not a backend; use 'auto', 'reference' or 'triton'")
+    choice = _override or os.environ.get("BAGEL_RT_BACKEND", "auto")
+    _check_choice("BAGEL_RT_BACKEND", choice)
     return choice
 
 
 def check_backend(device: torch.device, choice: str | None = None) -> None:
-    """Refuse a choice, by default the one in force, that cannot be had on ``device``.
+    """Check that a backend, by default the active one, is available on ``device``.
 
     Raises:
-        ValueError: an unknown choice, or ``triton`` without Triton, on a CPU without its interpreter or on an old GPU.
+        ValueError: unknown backend, or ``triton`` without Triton, on a CPU without its interpreter or on an old GPU.
     """
-    _check_choice(choice)
+    _check_choice("backend", choice)
     if (choice or backend()) != "triton":
         return
     if triton is None:
-        raise ValueError("backend 'triton' is chosen, but Triton is not installed; pip has it for Linux only")
+        raise ValueError("backend 'triton' needs the triton package, which is not installed. It is Linux only.")
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
-            f"backend 'triton' is chosen, but its kernels run on CUDA and the device is {device}; on a CPU start "
-            "Python with TRITON_INTERPRET=1 to run them, slowly, in Triton's interpreter"
+            f"device must be cuda for backend 'triton', got {device}. To run its kernels on a CPU, slowly, in Triton's "
+            "interpreter, start Python with TRITON_INTERPRET=1."
         )
     configs.architecture(device)
 
 
 def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = False) -> bool:
-    """Whether an op given ``x`` (and ``others``) launches its Triton kernel; otherwise it runs its PyTorch reference.
+    """Whether an op launches its Triton kernel for ``x`` and ``others``; otherwise it runs its PyTorch reference.
 
-    float64, for which there is no tensor core, goes to the reference unless ``float64`` says the kernel takes it. So do
-    tensors that want a gradient: PyTorch differentiates the reference. An op with a gradient of its own asks with
-    gradients off, and launches its kernel.
+    float64 runs the reference unless ``float64`` is set: most kernels do not support it. Tensors that require a
+    gradient also run the reference, which PyTorch differentiates. An op with its own gradient calls this with
+    gradients disabled, so it launches its kernel.
 
     Raises:
-        RuntimeError: ``x`` is on another GPU than the current one, where kernels would be launched.
+        RuntimeError: ``x`` is not on the current GPU, where kernels are launched.
     """
     if not (x.is_cuda or INTERPRETED) or triton is None or (x.dtype == torch.float64 and not float64):
         return False
@@ -86,39 +85,39 @@ def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = F
 
 
 def wants_gradient(*arguments) -> bool:
-    """Whether PyTorch would have to differentiate what is made of the tensors among ``arguments``."""
+    """Whether autograd is enabled and one of the tensors among ``arguments`` requires a gradient."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments)
 
 
 def check_current_device(x: torch.Tensor) -> None:
-    """Refuse ``x`` of another GPU than the current one.
+    """Check that ``x``, if it is a CUDA tensor, is on the current GPU.
 
     Raises:
-        RuntimeError: it is.
+        RuntimeError: it is on another one.
     """
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         raise RuntimeError(
-            f"the tensors are on {x.device}, but kernels are launched on cuda:{torch.cuda.current_device()}; call "
-            f"torch.cuda.set_device({x.device.index}) first"
+            f"tensors must be on the current device cuda:{torch.cuda.current_device()}, got {x.device}. "
+            f"Call torch.cuda.set_device({x.device.index}) first."
         )
 
 
 def mismatch(op: str, name: str, tensor: torch.Tensor | None, shape, dtype) -> ValueError:
-    """The error of an op for an argument that should have this shape and dtype."""
+    """Build the error for an argument of an op with the wrong shape or dtype."""
     got = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-    allowed = str(tuple(shape)).replace("'", "")  # a dimension of any size is a letter
-    return ValueError(f"{op}: {name} must be {allowed} {dtype}, got {got}")
+    allowed = str(tuple(shape)).replace("'", "")  # a letter stands for a dimension of any size
+    return ValueError(f"{op}: {name} must be {allowed} {dtype}, got {got}.")
 
 
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
-    """Refuse, in the name of ``op``, tensors that are not where the first of them is.
+    """Check that all tensors are on the device of the first one.
 
-    The extension's kernels are given addresses, which do not tell of what memory.
+    The extension's kernels take raw addresses, so nothing else would catch a tensor on the wrong device.
 
     Raises:
-        ValueError: the name and device of the first one elsewhere.
+        ValueError: with the name and device of the first tensor that is not.
     """
     (first, x), *others = tensors.items()
     for name, tensor in others:
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {x.device}; move {name} there")
+            raise ValueError(f"{op}: {name} must be on {x.device} like {first}, got {tensor.device}.")

@@ -1,18 +1,18 @@
-"""Attention of one query row per sequence: row b sees the slots [starts[b], starts[b] + lengths[b]).
+"""Attention of one query row per sequence: row b attends to the slots [starts[b], starts[b] + lengths[b]).
 
-    out[b, h] = softmax(scale * q[b, h] . K) V   over the visible slots, zero for a row that sees none
+    out[b, h] = softmax(scale * q[b, h] . K) V   over the visible slots, zero for a row with no visible slot
 
-Query head h reads KV head h // (Hq // Hkv). The Hq // Hkv queries of a KV head are the rows of one small matrix, so
-each key and value is read once per sequence, not once per query head. Rounding as in :mod:`.attention`;
-the CUDA kernel leaves probabilities in float32.
+Query head h reads KV head h // (Hq // Hkv). The query heads that share a KV head are processed together, so each key
+and value is read once per sequence, not once per query head. Rounding as in :mod:`.attention`, except that the CUDA
+kernel keeps probabilities in float32.
 
-The CUDA kernel splits the keys of a sequence among up to 32 blocks; the last of them to finish joins the partial
-softmaxes, in order (split-KV as in Flash-Decoding, Dao et al. 2023). How it splits depends on the sequence's length
-alone, so what else is in the batch changes no bit. Where the extension has no kernel (float16, head widths that do not
-make a power of two of 16-byte vectors), the Triton kernel of :mod:`.attention` runs, on blocks of one
-row.
+The CUDA kernel splits the keys of a sequence over up to 32 blocks. The last block to finish combines the partial
+softmaxes in a fixed order (split-KV as in Flash-Decoding, Dao et al. 2023). The split depends only on the sequence
+length, so results are bitwise independent of the rest of the batch. The Triton kernel of :mod:`.attention`, with query
+blocks of one row, is the fallback where the CUDA kernel does not apply: float16, and heads that are not 1, 2, 4, ... 32
+vectors of 16 bytes.
 
-Traffic: K and V of every sequence once, with more than 8 query heads a KV head once for every 8; memory-bound.
+Traffic: K and V of every sequence once per 8 query heads of a KV head; memory-bound.
 """
 
 import math
@@ -45,21 +45,21 @@ def decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale):
     return torch.cat(rows) if rows else q.new_empty(0, Hq, D)
 
 
-_SPLITS, _MAX_HEADS = 32, 8  # blocks a sequence and KV head at most, and query heads a block, in decode_attention.cu
+_MAX_SPLITS, _MAX_HEADS = 32, 8  # as in csrc/decode_attention.cu: blocks per head tile, query heads per head tile
 
 
-def _runs(q, k_cache):
-    """How many runs of query heads that share a KV head the CUDA kernel makes of all sequences."""
+def _head_tiles(q, k_cache):
+    """Number of head tiles of all sequences: groups of up to 8 query heads that share a KV head."""
     return q.shape[0] * k_cache.shape[1] * -(-q.shape[1] // k_cache.shape[1] // _MAX_HEADS)
 
 
-def _takes(q, k_cache, v_cache):
-    """Whether the CUDA kernel takes these: vectors of 16 bytes, of which a power of two of up to 32 make a head."""
+def _kernel_supports(q, k_cache, v_cache):
+    """Whether the CUDA kernel supports these: a head is 1, 2, 4, ... 32 aligned vectors of 16 bytes."""
     vectors, rest = divmod(q.shape[2] * q.itemsize, 16)
     return (
         rest == 0
         and vectors in (1, 2, 4, 8, 16, 32)
-        and _runs(q, k_cache) <= extension.COUNTERS
+        and _head_tiles(q, k_cache) <= extension.COUNTERS
         and all(
             x.stride(2) == 1 and not (x.data_ptr() | x.stride(0) * x.itemsize | x.stride(1) * x.itemsize) % 16
             for x in (q, k_cache, v_cache)
@@ -72,8 +72,9 @@ def _run_extension(q, k_cache, v_cache, starts, lengths, scale):
     Hkv = k_cache.shape[1]
     group = Hq // Hkv
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if runs := _runs(q, k_cache):
-        workspace = q.new_empty(runs * _SPLITS * min(group, _MAX_HEADS) * (D + 2), dtype=torch.float32)
+    if head_tiles := _head_tiles(q, k_cache):
+        # Of each split and query head: D sums, the largest score and the sum of exponentials.
+        workspace = q.new_empty(head_tiles * _MAX_SPLITS * min(group, _MAX_HEADS) * (D + 2), dtype=torch.float32)
         starts, lengths = starts.contiguous(), lengths.contiguous()
         args = extension.EXTENSION.DecodeAttentionArgs(
             q.dtype == torch.bfloat16, B, Hq, Hkv, D, *(x.data_ptr() for x in (q, k_cache, v_cache, out)),
@@ -81,7 +82,7 @@ def _run_extension(q, k_cache, v_cache, starts, lengths, scale):
             *(x.data_ptr() for x in (starts, lengths)), *(x.dtype == torch.int64 for x in (starts, lengths)),
             scale * math.log2(math.e),
         )  # fmt: skip
-        counters = extension.counters(q, runs)
+        counters = extension.counters(q, head_tiles)
         extension.EXTENSION.decode_attention(args, workspace.data_ptr(), counters.data_ptr(), extension.stream(q))
     return out
 
@@ -97,11 +98,11 @@ def _fake(q, k_cache, v_cache, starts, lengths, scale):
     fake=_fake,
 )
 def _decode_attention(q, k_cache, v_cache, starts, lengths, scale):
-    if extension.runs_extension(q, k_cache, v_cache) and _takes(q, k_cache, v_cache):
+    if extension.runs_extension(q, k_cache, v_cache) and _kernel_supports(q, k_cache, v_cache):
         return _run_extension(q, k_cache, v_cache, starts, lengths, scale)
     if runs_attention_kernel(q) and not wants_gradient(k_cache, v_cache):
-        rows, none = torch.arange(len(q), device=q.device), torch.zeros_like(starts)
-        blocks = torch.stack([rows, rows + 1, starts, lengths, lengths, none, none], 1).int()
+        rows, zeros = torch.arange(len(q), device=q.device), torch.zeros_like(starts)
+        blocks = torch.stack([rows, rows + 1, starts, lengths, lengths, zeros, zeros], 1).int()
         return launch_kernel(q, k_cache, v_cache, lengths.int(), blocks, scale, block_rows=1)[0]
     return decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale)
 
@@ -112,16 +113,17 @@ def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
     Args:
         q: [B, Hq, D], floating point.
         k_cache, v_cache: [S, Hkv, D], dtype of ``q``, Hkv a divisor of Hq.
-        starts, lengths: [B] int32 or int64, first slot and number of slots of each sequence, within the caches.
+        starts, lengths: [B] int32 or int64, first slot and number of slots of each sequence.
         scale: multiplies the scores, positive; D ** -0.5 when None.
 
     Returns:
         [B, Hq, D], contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or the scale is not positive; the message names the offender.
-        RuntimeError: a range that leaves the caches, from the reference. Kernels, whose launch nothing waits for, read
-            what is there.
+        ValueError: a shape, dtype or device does not match, or the scale is not positive. The message names the
+            argument.
+        RuntimeError: a range exceeds the caches; raised by the reference only. Kernels do not check ranges, since that
+            would synchronise the host.
     """
     B, _, D = q.shape
     check_heads("decode_attention", q, k_cache, v_cache)

@@ -1,16 +1,15 @@
-"""Linear layer of a decoded token: ``y = h w^T`` for a few rows, h = x or RMSNorm(x), with residual or SwiGLU.
+"""Linear layer for decoding: ``y = h w^T`` for a few rows, h = x or RMSNorm(x), with residual or SwiGLU.
 
     h = x, or round(x / sqrt(mean(x^2) + eps)) * norm, rounded
     y = h w^T                       none
     y = residual + h w^T            residual
     y = silu(z_2i) * z_2i+1         swiglu, z = h w^T; rows of w alternate gate and up
 
-Formulas and rounding of h as in :mod:`.norm`, of the epilogues as in the kernel of
-:mod:`.linear`: products accumulate in float32 and y is rounded once. A row's result does not depend on
-the rows beside it, bit for bit.
+h is computed and rounded as in :mod:`.norm`, the epilogues as in the kernel of :mod:`.linear`: products accumulate in
+float32 and y is rounded once. A row's result is bitwise independent of the other rows.
 
-The kernel (csrc/decode_linear.cu) takes up to 8 rows. Other calls are composed of those two ops, which is also the
-reference. Traffic: w once; memory-bound.
+The kernel (csrc/decode_linear.cu) supports up to 8 rows. Other calls, and the reference, compose those two ops.
+Traffic: w once; memory-bound.
 """
 
 import torch
@@ -22,9 +21,9 @@ from .norm import rms_norm, rows_contiguous
 from .registry import op
 
 MAX_ROWS = 8
-"""Rows of x that the kernels of the one-token path take."""
+"""Maximum rows of x of the decode GEMV kernels."""
 
-_STATIC_SHARED_MEMORY = 1024  # bytes that a kernel may need besides the normalised rows
+_STATIC_SHARED_MEMORY = 1024  # bytes, an upper bound for what a kernel needs besides the normalised rows
 
 
 def decode_linear_reference(x, w, norm, eps, residual, swiglu):
@@ -35,10 +34,11 @@ def decode_linear_reference(x, w, norm, eps, residual, swiglu):
 
 
 def gemv_args(x, norm, w, eps):
-    """``h w^T`` as the extension's kernels take it, and the tensors whose addresses it holds.
+    """(GemvArgs of ``h w^T`` for the extension, the tensors it points to); None if the kernels do not support the call.
 
-    None if they do not: too many rows, rows that 16-byte loads cannot read, a norm that would have to be copied (it is
-    read before the copy need be done), or more normalised rows than a block's shared memory holds.
+    Unsupported are: too many rows, rows that 16-byte loads cannot read, normalised rows beyond a block's shared memory,
+    and a norm that is not contiguous. The kernel reads w and norm before earlier kernels have finished (programmatic
+    dependent launch), so it could read a copy of the norm before that copy is written.
     """
     (B, K), N, size = x.shape, w.shape[0], x.itemsize
     if not (0 < B <= MAX_ROWS and N and K and K * size % 16 == 0 and w.stride(1) == 1 and w.stride(0) * size % 16 == 0):
@@ -48,18 +48,18 @@ def gemv_args(x, norm, w, eps):
         x = x.contiguous()
     if norm is not None and not norm.is_contiguous():
         return None
-    held = (x, w) if norm is None else (x, w, norm)
-    if any(tensor.data_ptr() % 16 for tensor in held):
+    tensors = (x, w) if norm is None else (x, w, norm)
+    if any(tensor.data_ptr() % 16 for tensor in tensors):
         return None
-    made = extension.EXTENSION.GemvArgs(
+    args = extension.EXTENSION.GemvArgs(
         x.dtype == torch.bfloat16, x.data_ptr(), 0 if norm is None else norm.data_ptr(), w.data_ptr(),
         x.stride(0), w.stride(0), B, K, N, eps,
     )  # fmt: skip
     if norm is not None:
-        needed = extension.EXTENSION.normalised_bytes(made) + _STATIC_SHARED_MEMORY
+        needed = extension.EXTENSION.norm_shared_bytes(args) + _STATIC_SHARED_MEMORY
         if needed > extension.shared_memory(x):
             return None
-    return made, held
+    return args, tensors
 
 
 def _fake(x, w, norm, eps, residual, swiglu):
@@ -73,36 +73,36 @@ def _fake(x, w, norm, eps, residual, swiglu):
     fake=_fake,
 )
 def _decode_linear(x, w, norm, eps, residual, swiglu):
-    if extension.runs_extension(x, w, norm, residual) and (made := gemv_args(x, norm, w, eps)):
-        given, held = made
+    if extension.runs_extension(x, w, norm, residual) and (packed := gemv_args(x, norm, w, eps)):
+        args, tensors = packed
         residual = None if residual is None else residual.contiguous()
         y = x.new_empty(x.shape[0], w.shape[0] // 2 if swiglu else w.shape[0])
         extension.EXTENSION.decode_linear(
-            given, 0 if residual is None else residual.data_ptr(), swiglu, y.data_ptr(), extension.stream(x)
+            args, 0 if residual is None else residual.data_ptr(), swiglu, y.data_ptr(), extension.stream(x)
         )
-        del held  # until here: a copy among them must not be freed before its kernel is in the stream
+        del tensors  # keep a contiguous copy of x alive until the kernel that reads it is enqueued
         return y
     return decode_linear_reference(x, w, norm, eps, residual, swiglu)
 
 
 def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
-    """Multiply a few rows, normalised first if there is a ``norm``, by one weight.
+    """Multiply a few rows, optionally normalised, by a weight matrix.
 
     Args:
-        x: [B, K], floating point; the kernel takes B <= 8 in float32 or bfloat16.
-        w: [N, K], dtype of ``x``; with ``swiglu`` rows alternate gate and up. On CUDA ``w`` and ``norm`` are read while
-            work queued before may still run, so none of that may write them.
-        norm: [K], dtype of ``x``: the weight of an RMSNorm of ``x``; None multiplies ``x`` as it is.
-        eps: of the norm, added to the mean square.
-        residual: [B, N] like ``x``, added to the product.
-        swiglu: whether to combine pairs of outputs; not with a residual.
+        x: [B, K], floating point; the kernel supports B <= 8 in float32 or bfloat16.
+        w: [N, K], dtype of ``x``; with ``swiglu`` rows alternate gate and up. On CUDA, ``w`` and ``norm`` may be read
+            while earlier kernels of the stream still run, so those must not write them.
+        norm: [K], dtype of ``x``: weight of an RMSNorm applied to ``x``; None skips the norm.
+        eps: added to the mean square in the norm.
+        residual: [B, N] like ``x``, added to the product. Not together with ``swiglu``.
+        swiglu: fold pairs of outputs into silu(gate) * up.
 
     Returns:
-        [B, N], with ``swiglu`` [B, N // 2], contiguous.
+        [B, N], contiguous; [B, N // 2] with ``swiglu``.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or the epilogues exclude each other; the message names the
-            offender.
+        ValueError: a shape, dtype or device does not match, or the epilogues exclude each other. The message names the
+            argument.
     """
     B, K = x.shape
     N = w.shape[0]
@@ -114,8 +114,8 @@ def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
         if residual.shape != (B, N) or residual.dtype != x.dtype:
             raise mismatch("decode_linear", "residual", residual, (B, N), x.dtype)
         if swiglu:
-            raise ValueError("decode_linear: swiglu and residual exclude each other; call linear for both")
+            raise ValueError("decode_linear: residual must be None with swiglu. Add it afterwards.")
     if swiglu and N % 2:
-        raise ValueError(f"decode_linear: w has {N} rows, but swiglu needs pairs of gate and up")
+        raise ValueError(f"decode_linear: w must have an even number of rows with swiglu, got {N}.")
     check_devices("decode_linear", x=x, w=w, norm=norm, residual=residual)
     return _decode_linear(x, w, norm, eps, residual, swiglu)

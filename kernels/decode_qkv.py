@@ -1,14 +1,14 @@
-"""The QKV projection of a decoded token: RMSNorm, product, bias, QK-norm, RoPE and the cache write, in one launch.
+"""QKV projection for decoding: RMSNorm, product, bias, QK-norm, RoPE and the KV-cache write in one launch.
 
     h   = RMSNorm(x) with weight norm              as in kernels/norm.py
     qkv = h w^T + bias, rounded                    as in kernels/linear.py
-    q   = rotated and normalised query heads       as in kernels/qk_norm_rope.py;
-    keys, likewise, and values go to slot slots[b] of the caches
+    q   = normalised and rotated query heads       as in kernels/qk_norm_rope.py;
+    keys, treated likewise, and values are written to slot slots[b] of the caches
 
-The kernel (csrc/decode_qkv.cu) takes up to 8 rows, a bias, RMSNorm as QK-norm and heads of 16 i <= 128 channels: each
-block makes 16 channels of a head, and the last block of a head to finish does what needs the whole head. Other calls
-are composed of the three ops, which is also the reference. A row's results do not depend on the rows beside it, bit
-for bit.
+The kernel (csrc/decode_qkv.cu) supports up to 8 rows, with a bias, an RMSNorm as QK-norm, and heads of 16 i <= 128
+channels. Each block computes 16 channels of a head; the last block of a head to finish applies QK-norm and RoPE, which
+need the whole head. Other calls, and the reference, compose the three ops. A row's results are bitwise independent of
+the other rows.
 
 Traffic: w once; memory-bound.
 """
@@ -23,8 +23,8 @@ from .norm import rms_norm
 from .qk_norm_rope import qk_norm_rope
 from .registry import op
 
-BLOCK_CHANNELS = 16  # of a head, made by one block of the kernel
-MAX_CHANNELS = 128
+BLOCK_CHANNELS = 16  # channels of a head per block of the kernel
+MAX_CHANNELS = 128  # maximum head dimension of the kernel
 
 
 def decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
@@ -56,35 +56,35 @@ def _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, ep
         and D % BLOCK_CHANNELS == 0
         and D <= MAX_CHANNELS
         and k_cache.stride(2) == v_cache.stride(2) == 1
-        and (made := gemv_args(x, norm, w, eps))
+        and (packed := gemv_args(x, norm, w, eps))
     ):
-        given, held = made
+        args, tensors = packed
         B, heads = x.shape[0], qk_norm.shape[0] + Hkv
-        others = [tensor.contiguous() for tensor in (bias, qk_norm, cos, sin, slots)]
+        copies = [tensor.contiguous() for tensor in (bias, qk_norm, cos, sin, slots)]
         q, workspace = x.new_empty(B, heads - 2 * Hkv, D), x.new_empty(B, heads * D)
-        described = extension.EXTENSION.Heads(
-            heads - 2 * Hkv, Hkv, D, *[tensor.data_ptr() for tensor in (*others, q, k_cache, v_cache)],
+        qkv_args = extension.EXTENSION.QkvArgs(
+            heads - 2 * Hkv, Hkv, D, *[tensor.data_ptr() for tensor in (*copies, q, k_cache, v_cache)],
             S, *k_cache.stride()[:2], *v_cache.stride()[:2],
         )  # fmt: skip
         counters = extension.counters(x, heads)
-        extension.EXTENSION.decode_qkv(given, described, workspace.data_ptr(), counters.data_ptr(), extension.stream(x))
-        del held, others  # until here: a copy among them must not be freed before its kernel is in the stream
+        extension.EXTENSION.decode_qkv(args, qkv_args, workspace.data_ptr(), counters.data_ptr(), extension.stream(x))
+        del tensors, copies  # keep contiguous copies alive until the kernel that reads them is enqueued
         return q
     return decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)
 
 
 def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
-    """Make one query row per sequence, and store its key and value in the cache.
+    """Compute one query row per sequence and store its key and value in the cache.
 
     Args:
-        x: [B, H], floating point; the kernel takes B <= 8 in float32 or bfloat16.
-        norm: [H], dtype of ``x``: the weight of the RMSNorm of ``x``.
+        x: [B, H], floating point; the kernel supports B <= 8 in float32 or bfloat16.
+        norm: [H], dtype of ``x``: weight of the RMSNorm applied to ``x``.
         w: [(Hq + 2 Hkv) * D, H], dtype of ``x``: query, key, value heads.
         bias: [(Hq + 2 Hkv) * D] like ``w``, or None.
         qk_norm: [Hq + Hkv, D], dtype of ``x``: one RMSNorm weight row per query head, then per key head; or
             [2, Hq + Hkv, D], weights and biases of LayerNorm; None for no QK-norm.
         cos, sin: [B, D / 2] float32 (or float64 with float64 ``x``), at each row's RoPE position.
-        slots: [B] int64, distinct: the cache slot each row's key and value go to.
+        slots: [B] int64, distinct: the cache slot of each row's key and value.
         k_cache, v_cache: [S, Hkv, D], dtype of ``x``; written in place.
         eps: added to the mean squares.
 
@@ -92,19 +92,19 @@ def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps
         q: [B, Hq, D], contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; the message names the offender.
-        IndexError: a slot outside [0, S), from the reference on the CPU. Kernels cannot tell: they store neither the
-            key nor the value of such a row.
+        ValueError: a shape, dtype or device does not match. The message names the argument.
+        IndexError: a slot is outside [0, S); raised by the reference on the CPU only. Kernels skip the write of such a
+            row.
     """
     B, H = x.shape
     _, Hkv, D = k_cache.shape
     dtype = x.dtype
     if D == 0 or D % 2:
-        raise ValueError(f"decode_qkv: head_dim D={D} is not a positive even number; RoPE rotates pairs of channels")
+        raise ValueError(f"decode_qkv: head_dim must be positive and even, got {D}.")
     N = w.shape[0]
     heads = N // D - Hkv
     if heads <= Hkv or N % D:
-        raise ValueError(f"decode_qkv: w must have (Hq + 2*{Hkv}) * {D} rows with Hq >= 1, got {N}")
+        raise ValueError(f"decode_qkv: w must have (Hq + 2*{Hkv}) * {D} rows with Hq >= 1, got {N}.")
     for name, tensor, shape in (
         ("norm", norm, (H,)),
         ("w", w, (N, H)),

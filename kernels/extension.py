@@ -1,8 +1,8 @@
-"""The compiled extension ``_C`` of the package that holds this one, and whether its CUDA kernels run an op.
+"""The compiled extension ``_C`` of the parent package, and whether its CUDA kernels run an op.
 
-The extension holds the planner and, where it was built with a CUDA compiler, the kernels of the one-token path. They
-take addresses and a stream as integers; nothing of torch is compiled in. The tests load another build of the same
-sources, whose kernels run on the host, thread by thread (tests/cuda_on_host).
+The extension contains the planner and, if built with a CUDA compiler, the decode kernels. They take addresses and a
+stream as integers, so the extension does not link against torch. The tests load another build of the same sources that
+runs the kernels on the host, thread by thread (tests/cuda_on_host).
 """
 
 import functools
@@ -18,27 +18,27 @@ from .backend import backend, check_current_device, wants_gradient
 from .configs import supports
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What the kernels take."""
+"""Dtypes that the CUDA kernels support."""
 
 COUNTERS = 4096
-"""How many counters a stream has: a decoded row needs fewer than a hundred."""
+"""Counters per stream. A decoded row needs fewer than a hundred."""
 
 STREAMS = 32
-"""How many streams of a device have counters of their own; one more shares those of the first."""
+"""Streams per device with counters of their own; the next stream shares those of the first."""
 
 
 def _load_extension():
-    """(the module ``_C`` of the parent package, "") or (None, why it is missing)."""
+    """Return (module ``_C`` of the parent package, "") or (None, the reason it is missing)."""
     if os.environ.get("BAGEL_RT_EXTENSION") == "0":
         return None, "disabled by BAGEL_RT_EXTENSION=0"
     try:
         return import_module(".._C", __package__), ""
     except ImportError as error:
-        return None, _build_log() or f"{error}; pip install builds it"
+        return None, _build_log() or f"{error}. pip install builds it."
 
 
 def _build_log() -> str:
-    """What setup.py left in the parent package about what it could not build."""
+    """Build failure that setup.py recorded in the parent package; empty without one."""
     parent = sys.modules.get(__package__.rpartition(".")[0])
     log = Path(parent.__file__).with_name("_C.log") if parent else None
     return log.read_text() if log and log.exists() else ""
@@ -49,7 +49,7 @@ EXTENSION, EXTENSION_ERROR = _load_extension()
 
 
 def cuda_error(device: torch.device | None = None) -> str:
-    """Why the extension's CUDA kernels do not run on ``device``, on any GPU by default; empty if they do."""
+    """Why the extension's CUDA kernels do not run on ``device``, by default on any GPU; empty if they do."""
     if EXTENSION is None:
         return EXTENSION_ERROR.strip()
     if not getattr(EXTENSION, "has_cuda", False):
@@ -62,17 +62,17 @@ def _device_error(extension, device) -> str:
     if not supports(device):
         return "the GPU is older than sm_80"
     with torch.cuda.device(device):
-        return extension.cuda_error()  # no code for this GPU, or a driver older than the compiler
+        return extension.cuda_error()  # no code for this GPU, or the driver is older than the toolkit
 
 
 def runs_extension(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether an op given ``x`` (and ``others``) launches its CUDA kernel; otherwise it composes other ops.
+    """Whether an op launches its CUDA kernel for ``x`` and ``others``; otherwise it composes other ops.
 
-    That takes float32 or bfloat16 on a GPU for which the extension has code; under the backend ``triton`` the CPU
-    will do, if the loaded extension is the tests' emulation. Tensors that want a gradient go to the other ops.
+    Requires float32 or bfloat16, no gradient, and a GPU for which the extension has code. CPU tensors qualify under the
+    backend ``triton`` if the loaded extension is the tests' emulation.
 
     Raises:
-        RuntimeError: ``x`` is on another GPU than the current one, where kernels would be launched.
+        RuntimeError: ``x`` is not on the current GPU, where kernels are launched.
     """
     if EXTENSION is None or x.dtype not in DTYPES:
         return False
@@ -89,44 +89,46 @@ def runs_extension(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 
 def stream(x: torch.Tensor) -> int:
-    """The current stream of ``x``'s device, as kernels take it."""
+    """The current stream of ``x``'s device as an integer; 0 on a CPU."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 def shared_memory(x: torch.Tensor) -> int:
-    """Bytes of shared memory that a block may have on ``x``'s device; in the emulation, as on sm_90."""
+    """Maximum bytes of shared memory per block on ``x``'s device; in the emulation that of sm_90."""
     return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 232448
 
 
-_counters: dict[torch.device, torch.Tensor] = {}  # never replaced: captured graphs hold the addresses
+_counters: dict[torch.device, torch.Tensor] = {}  # never replaced: captured graphs contain the addresses
 _streams: dict[tuple[torch.device, int], int] = {}
 _next_stream = itertools.count()
 
 
 def counters(x: torch.Tensor, n: int) -> torch.Tensor:
-    """The int32 counters of the current stream of ``x``'s device, at least n, all zero between kernels, which leave
-    them so.
+    """Return at least n int32 counters, reserved for the current stream of ``x``'s device.
 
-    Kernels of several streams may run side by side. Captured graphs hold the counters of the stream they were captured
-    on, so two of them may not.
+    The blocks of a kernel count themselves there to find out which finishes last. Counters are zero before a kernel,
+    and its last block resets them, so no launch has to clear them. Each stream has its own, so kernels of several
+    streams may overlap. A captured graph uses the counters of its capture stream whatever stream it is replayed on, so
+    graphs captured on the same stream must not be replayed concurrently.
 
     Raises:
         ValueError: n is above ``COUNTERS``.
-        RuntimeError: the first call for a device comes while a CUDA graph is captured, which would keep them.
+        RuntimeError: the first call for a device is made during a CUDA graph capture: the counters would be allocated
+            in the graph's memory pool.
     """
     if n > COUNTERS:
-        raise ValueError(f"{n} counters are asked for, but a stream has {COUNTERS}; use a smaller batch")
-    found = _counters.get(x.device)
-    if found is None:
+        raise ValueError(f"the number of counters must be at most {COUNTERS}, got {n}. Use a smaller batch.")
+    allocated = _counters.get(x.device)
+    if allocated is None:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph is captured before its kernels ever ran; run them once before the capture")
+            raise RuntimeError("a decode kernel must run once before it is captured in a CUDA graph. Run it eagerly.")
         with torch.inference_mode(False):
-            found = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=x.device)
+            allocated = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=x.device)
         if x.is_cuda:
-            torch.cuda.synchronize(x.device)  # once: other streams do not wait for the zeros
-        _counters[x.device] = found
+            torch.cuda.synchronize(x.device)  # once: other streams are not ordered after the fill
+        _counters[x.device] = allocated
     key = x.device, stream(x)
-    number = _streams.get(key)
-    if number is None:
-        number = _streams.setdefault(key, next(_next_stream))
-    return found[number % STREAMS]
+    index = _streams.get(key)
+    if index is None:
+        index = _streams.setdefault(key, next(_next_stream))
+    return allocated[index % STREAMS]

@@ -1,12 +1,12 @@
-"""GroupNorm, SiLU behind it if wanted: ``y = silu((x - mean) / sqrt(var + eps) * weight + bias)``.
+"""GroupNorm with an optional SiLU: ``y = silu((x - mean) / sqrt(var + eps) * weight + bias)``.
 
-x is a map [B, C, H, W]; mean and variance are those of a group of C / groups neighbouring channels of one picture, over
-all its cells (Wu & He 2018, arXiv:1803.08494). They are float32 (float64 for float64 maps); the result is rounded once.
-The statistics can be taken by themselves (:func:`group_norm_moments`), so that a large map may be normalised in strips.
+x is a feature map [B, C, H, W]. Mean and variance are taken over a group of C / groups consecutive channels and all
+H x W positions of one image (Wu & He 2018, arXiv:1803.08494). They are float32 (float64 for float64 maps); the result
+is rounded once. :func:`group_norm_moments` computes the statistics alone, to normalise a large map in strips.
 
-The kernels take channels-last maps. One makes means and sums of squared deviations of parts of the cells, so that
-nothing cancels; one adds them up, in the order of the parts; one normalises. A picture's result does not depend on the
-others of the batch. Traffic: reads x twice, writes y; memory-bound.
+The kernels support channels-last maps. The first computes the mean and the sum of squared deviations of each part of
+the positions, which avoids the cancellation of E[x^2] - E[x]^2. The second combines the parts in order. The third
+normalises. An image's result does not depend on the rest of the batch. Traffic: reads x twice, writes y; memory-bound.
 """
 
 import torch
@@ -17,12 +17,12 @@ from .backend import mismatch, runs_kernel, wants_gradient
 from .registry import op
 from .triton_language import jit, tl, triton
 
-LARGEST_GROUP = 4096
-"""Channels of a group that the kernels keep in registers; of wider ones the reference takes care."""
+MAX_GROUP_CHANNELS = 4096
+"""Maximum channels per group of the kernels, which keep them in registers; wider groups run the reference."""
 
 
 REFERENCE_ELEMENTS = 2**18
-"""That the reference centres at a time: they stay in a CPU's cache, and a large map has no copy."""
+"""Elements that the reference centres at a time: small enough for a CPU cache, and no copy of a large map is made."""
 
 
 def group_norm_moments_reference(x, groups, eps):
@@ -30,15 +30,15 @@ def group_norm_moments_reference(x, groups, eps):
     size = x.shape[1] // groups
     count = size * x.shape[2] * x.shape[3]
     mean = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, size)).sum(2) / count
-    centre = mean.repeat_interleave(size, dim=1)[:, :, None, None]
+    center = mean.repeat_interleave(size, dim=1)[:, :, None, None]
     strips = x.split(max(REFERENCE_ELEMENTS // max(x[:, :, 0].numel(), 1), 1), dim=2)
-    deviations = sum((strip - centre).square_().sum((2, 3)) for strip in strips)
+    deviations = sum((strip - center).square_().sum((2, 3)) for strip in strips)
     variance = deviations.unflatten(1, (groups, size)).sum(2) / count
     return torch.stack([mean, torch.rsqrt(variance + eps)], dim=2)
 
 
 def affine_of_moments(moments, weight, bias):
-    """(scale, shift) of each channel, [B, C] in the moments' dtype: normalising x is x * scale + shift."""
+    """(scale, shift) of each channel, [B, C] in the moments' dtype: normalised x is x * scale + shift."""
     mean, inverse = moments.repeat_interleave(len(weight) // moments.shape[1], dim=1).unbind(2)
     scale = inverse * weight
     return scale, bias - mean * scale
@@ -47,7 +47,7 @@ def affine_of_moments(moments, weight, bias):
 def group_norm_reference(x, weight, bias, groups, eps, silu, moments=None):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`group_norm`."""
     if moments is None and x.is_contiguous():
-        y = torch.group_norm(x, groups, weight, bias, eps)  # of channels-last maps it cancels: E[x^2] - E[x]^2
+        y = torch.group_norm(x, groups, weight, bias, eps)  # channels-last it takes E[x^2] - E[x]^2: cancellation
     else:
         moments = group_norm_moments_reference(x, groups, eps) if moments is None else moments
         scale, shift = affine_of_moments(moments, weight, bias)
@@ -56,14 +56,14 @@ def group_norm_reference(x, weight, bias, groups, eps, silu, moments=None):
 
 
 class _Differentiated(torch.autograd.Function):
-    """The formula with its gradient, in PyTorch, for any device and dtype; scale and shift are of the dtype of x.
+    """The formula with its gradient, in PyTorch, for any device and dtype; scale and shift have the dtype of x.
 
-    With n numbers in a group, x^ = (x - mean) / sqrt(var + eps), u = weight x^ + bias, y = silu(u):
+    With n elements in a group, x^ = (x - mean) / sqrt(var + eps), u = weight x^ + bias, y = silu(u):
 
         du = dy silu'(u),   g = weight du,   dx = (g - sum(g) / n - x^ sum(g x^) / n) / sqrt(var + eps).
 
-    u is made again from x, which is all that is kept: one map in the place of the three that differentiating the
-    reference keeps, and in bfloat16 a training step of the autoencoder takes three quarters of the time.
+    u is recomputed from x, the only map saved for backward; differentiating the reference saves three. In bfloat16 this
+    reduces a training step of the autoencoder to three quarters of the time.
     """
 
     @staticmethod
@@ -82,32 +82,32 @@ class _Differentiated(torch.autograd.Function):
         du = torch.ops.aten.silu_backward(dy, _affine(x, scale, shift)) if ctx.silu else dy
         mean, inverse = moments.repeat_interleave(x.shape[1] // groups, dim=1).unbind(2)
         sums = du.sum((2, 3), dtype=moments.dtype)
-        sums_normed = ((du * x).sum((2, 3), dtype=moments.dtype) - mean * sums) * inverse  # of du x^
+        sums_normed = ((du * x).sum((2, 3), dtype=moments.dtype) - mean * sums) * inverse  # sum(du x^)
 
-        def group_mean(of_channels):
-            means = (of_channels * weight).unflatten(1, (groups, -1)).sum(2) / count
+        def group_mean(channel_sums):
+            means = (channel_sums * weight).unflatten(1, (groups, -1)).sum(2) / count
             return means.repeat_interleave(x.shape[1] // groups, dim=1)
 
         slope = -inverse.square() * group_mean(sums_normed)
-        dx = _affine(x, slope, -slope * mean - inverse * group_mean(sums)).addcmul_(du, _cells(scale, x))
+        dx = _affine(x, slope, -slope * mean - inverse * group_mean(sums)).addcmul_(du, _broadcast(scale, x))
         return dx, sums_normed.sum(0).to(weight.dtype), sums.sum(0).to(bias.dtype), None, None, None
 
 
-def _cells(of_channels, x):
-    """[B, C] -> [B, C, 1, 1] in the dtype of ``x``."""
-    return of_channels.to(x.dtype)[:, :, None, None]
+def _broadcast(values, x):
+    """Per-channel values [B, C] -> [B, C, 1, 1] in the dtype of ``x``."""
+    return values.to(x.dtype)[:, :, None, None]
 
 
 def _affine(x, scale, shift):
-    return torch.addcmul(_cells(shift, x), x, _cells(scale, x))
+    return torch.addcmul(_broadcast(shift, x), x, _broadcast(scale, x))
 
 
 @jit
 def _columns(GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(group, channel, whether there is such a channel) of each column of a tile: BLOCK_SIZE columns a group."""
+    """(group, channel, whether the channel exists) of each column of a tile, BLOCK_SIZE columns per group."""
     column = tl.program_id(1) * (BLOCK_GROUPS * BLOCK_SIZE) + tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE)
     group = column // BLOCK_SIZE
-    if BLOCK_SIZE == SIZE:  # said plainly, so that 16 bytes are loaded at a time
+    if BLOCK_SIZE == SIZE:  # a plain arange lets the compiler see contiguity and emit 16-byte loads
         return group, column, column < GROUPS * SIZE
     return group, group * SIZE + column % BLOCK_SIZE, (group < GROUPS) & (column % BLOCK_SIZE < SIZE)
 
@@ -117,9 +117,11 @@ def _group_norm_parts_kernel(
     x_ptr, parts_ptr, batch_stride, cells, cells_per_part,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of a part's cells; parts [B, 2, GROUPS, parts].
+    """Mean and sum of squared deviations of each group over a part of the positions (cells); [B, 2, GROUPS, parts].
 
-    Every lane keeps its own running mean and deviations (Welford), so the loop has no reduction; they meet at its end.
+    Every element of the tile keeps its own running mean and deviations (Welford), so the loop has no reduction. After
+    the loop they are combined by the parallel formula: total deviation = deviations within + weighted deviations of the
+    means from the group's mean.
     """
     part, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     _, channel, exists = _columns(GROUPS, SIZE, BLOCK_GROUPS, BLOCK_SIZE)
@@ -138,7 +140,7 @@ def _group_norm_parts_kernel(
         difference = tl.where(inside, x - mean, 0.0)
         mean += difference * (1.0 / seen)
         deviations += difference * (x - mean)
-    # How many cells each lane has seen is its weight.
+    # An element's weight is the number of positions it has accumulated; the last iteration may be partial.
     weight = tl.where(exists[None, :], (count - cell + CELLS - 1) // CELLS, 0).to(tl.float32)
     group_mean = _of_groups(mean * weight, BLOCK_GROUPS, BLOCK_SIZE) / (count * SIZE).to(tl.float32)
     centre = tl.broadcast_to(group_mean[:, None], (BLOCK_GROUPS, BLOCK_SIZE)).reshape(BLOCK_GROUPS * BLOCK_SIZE)
@@ -153,7 +155,7 @@ def _group_norm_parts_kernel(
 
 @jit
 def _of_groups(x, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Sums of a tile over its cells and the columns of each group."""
+    """Sum a tile over its positions and over the columns of each group."""
     return tl.sum(tl.sum(x, axis=0).reshape(BLOCK_GROUPS, BLOCK_SIZE), axis=1)
 
 
@@ -162,7 +164,7 @@ def _group_norm_moments_kernel(
     parts_ptr, moments_ptr, cells, cells_per_part, parts, eps,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one group of one picture to its mean and 1 / sqrt(var + eps); moments [B, GROUPS, 2]."""
+    """Combine the parts of one group of one image into mean and 1 / sqrt(var + eps); moments [B, GROUPS, 2]."""
     group, batch = tl.program_id(0), tl.program_id(1)
     part = tl.arange(0, BLOCK_PARTS)
     exists = part < parts
@@ -184,7 +186,7 @@ def _group_norm_kernel(
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SILU: tl.constexpr,
     CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """CELLS cells of one picture a program."""
+    """Normalise CELLS positions of one image per program."""
     first, batch = tl.program_id(0).to(tl.int64) * CELLS, tl.program_id(2).to(tl.int64)
     group, channel, exists = _columns(GROUPS, SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     cell = tl.arange(0, CELLS)[:, None]
@@ -203,7 +205,7 @@ def _group_norm_kernel(
 
 
 def _blocks(groups, size, elements):
-    """Tile sizes of about ``elements``: all channels of as many cells as fit, else some groups of one cell."""
+    """Tile shape of about ``elements``: all channels of several positions if they fit, else some groups of one."""
     block_size = triton.next_power_of_2(size)
     block_groups = min(triton.next_power_of_2(groups), max(elements // block_size, 1))
     return {"CELLS": max(elements // (block_size * block_groups), 1), "BLOCK_GROUPS": block_groups,
@@ -245,8 +247,8 @@ def _run_kernel(x, weight, bias, groups, eps, silu, moments=None):
 
 
 def _has_kernel(x, groups):
-    """Whether there is a kernel for the layout: the cells of a picture one behind the other, channels side by side."""
-    return x.shape[0] > 0 and x.permute(0, 2, 3, 1)[0].is_contiguous() and x.shape[1] // groups <= LARGEST_GROUP
+    """Whether the kernels support the layout: each image contiguous in channels-last order."""
+    return x.shape[0] > 0 and x.permute(0, 2, 3, 1)[0].is_contiguous() and x.shape[1] // groups <= MAX_GROUP_CHANNELS
 
 
 def _fake_group_norm(x, weight, bias, groups, eps, silu, moments):
@@ -280,26 +282,26 @@ def _group_norm_moments(x, groups, eps):
 
 
 def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
-    """Normalise the groups of channels of each picture. Differentiable in x, weight and bias, and in moments.
+    """Normalise the channel groups of each image. Differentiable in x, weight, bias and moments.
 
     Args:
-        x: [B, C, H, W], floating point; kernels take channels-last ones, also strips of rows of such.
+        x: [B, C, H, W], floating point. Kernels support channels-last maps and strips of their rows.
         weight, bias: [C], dtype of ``x``.
-        groups: a divisor of C; channels [i C / groups, (i + 1) C / groups) are a group.
+        groups: number of groups, a divisor of C; group i is channels [i C / groups, (i + 1) C / groups).
         eps: added to the variance.
-        silu: y * sigmoid(y) of the result.
-        moments: as :func:`group_norm_moments` returns them, of the map of which x is a part; by default those of x.
+        silu: apply SiLU to the result.
+        moments: result of :func:`group_norm_moments` for the map of which x is a strip; by default computed from x.
 
     Returns:
         [B, C, H, W] in the dtype and memory format of ``x``.
 
     Raises:
-        ValueError: shapes, dtypes or the number of groups disagree; the message names the offender.
+        ValueError: a shape or dtype does not match, or groups is not a divisor of C. The message names the argument.
     """
     _check_map("group_norm", x, groups)
-    for name, given in ("weight", weight), ("bias", bias):
-        if given.shape != x.shape[1:2] or given.dtype != x.dtype:
-            raise mismatch("group_norm", name, given, x.shape[1:2], x.dtype)
+    for name, tensor in ("weight", weight), ("bias", bias):
+        if tensor.shape != x.shape[1:2] or tensor.dtype != x.dtype:
+            raise mismatch("group_norm", name, tensor, x.shape[1:2], x.dtype)
     if moments is not None:
         shape, dtype = (x.shape[0], groups, 2), torch.promote_types(x.dtype, torch.float32)
         if moments.shape != shape or moments.dtype != dtype:
@@ -310,23 +312,23 @@ def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
 
 
 def group_norm_moments(x, groups, eps):
-    """The statistics of :func:`group_norm` by themselves.
+    """Statistics of :func:`group_norm`.
 
     Args:
-        x, groups, eps: as there.
+        x, groups, eps: as for :func:`group_norm`.
 
     Returns:
-        mean and 1 / sqrt(var + eps) of each group, [B, groups, 2], float32 (float64 for float64 maps).
+        Mean and 1 / sqrt(var + eps) of each group, [B, groups, 2], float32 (float64 for float64 maps).
 
     Raises:
-        ValueError: the shape or the number of groups does not fit.
+        ValueError: x is not a non-empty [B, C, H, W], or groups is not a divisor of C.
     """
     _check_map("group_norm_moments", x, groups)
     return _group_norm_moments(x, groups, eps)
 
 
-def _check_map(name, x, groups):
+def _check_map(op, x, groups):
     if x.ndim != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{name}: x is {tuple(x.shape)}; allowed: [B, C, H, W], C, H and W not 0")
+        raise ValueError(f"{op}: x must be [B, C, H, W] with C, H, W > 0, got {tuple(x.shape)}.")
     if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"{name}: {groups} groups, but x has {x.shape[1]} channels, of which they must be a divisor")
+        raise ValueError(f"{op}: groups must be a divisor of the {x.shape[1]} channels of x, got {groups}.")

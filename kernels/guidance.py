@@ -1,22 +1,22 @@
-"""Classifier-free guidance with two conditions, renormalised, and the Euler step of a flow: ``x' = x - v dt``.
+"""Classifier-free guidance with two conditions and renormalisation, and the Euler step of a flow: ``x' = x - v dt``.
 
-c, u, w are the velocities with every condition, without the text, without the images; a and b the text and image
-scales; m = renorm_min. As in BAGEL (Deng et al. 2025, arXiv:2505.14683; guidance: Ho & Salimans 2022,
+c, u, w are the velocities under all conditions, without the text, and without the images; a and b are the text and
+image scales; m = renorm_min. As in BAGEL (Deng et al. 2025, arXiv:2505.14683; guidance: Ho & Salimans 2022,
 arXiv:2207.12598, two conditions as in InstructPix2Pix, arXiv:2211.09800), with f(g) = clamp(|c| / (|g| + 1e-8), m, 1):
 
-    a <= 1                         v = c, whatever b
+    a <= 1                         v = c for any b
     renorm global or channel       g = u + a (c - u);  if b > 1: g = w + b (g - w);  v = f(g) g
     renorm text_channel            g = u + a (c - u);  g = f(g) g;  v = w + b (g - w) if b > 1, else g
 
 ``global`` takes one L2 norm over all rows of an image, the other two one norm per row. f never amplifies. Arithmetic is
 float32, or float64 for float64 velocities.
 
-A batch of images takes one step together. Where an image lies and what guides it are tensors that the kernels read when
-they run: a captured CUDA graph serves other values, and the host waits for nothing. A guided step takes two launches,
-of which the first leaves sums of squares for the images of ``global``, one a program; every program of the second adds
-those of its image up in the same order, so that results repeat and are those of the image alone. A step without
-guidance takes one. Traffic: reads x and the velocities (``global``: the velocities twice), writes x, each [N, C];
-memory-bound.
+One call steps a whole batch of images. The kernels read each image's rows and settings from tensors, so a captured CUDA
+graph can be replayed with other values, and nothing synchronises the host. A guided step takes two launches: the first
+stores partial sums of squares of the images with ``global`` renorm, one per program; every program of the second adds
+the sums of its image in the same order. Results are therefore deterministic and do not depend on the rest of the batch.
+An unguided step takes one launch. Traffic: reads x and the velocities (``global``: the velocities twice), writes x,
+each [N, C]; memory-bound.
 """
 
 import torch
@@ -28,7 +28,7 @@ from .registry import op
 from .triton_language import jit, tl, triton
 
 RENORMS = ("global", "channel", "text_channel")
-"""The norms to renormalise by; their indexes are what the ``cfg_table`` of :func:`cfg_euler_step` holds."""
+"""Renormalisation modes. The ``cfg_table`` of :func:`cfg_euler_step` contains their indices."""
 
 
 def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
@@ -62,8 +62,8 @@ def _renormalise(guided, cond, dim, smallest):
 
 def cfg_euler_step_reference(x, v, image_table, cfg_table, max_rows, guided=True):
     """The formula, image by image, in PyTorch, for any device and dtype. Shapes as in :func:`cfg_euler_step`."""
-    for (first, rows, *branches), of_image in zip(image_table.tolist(), cfg_table.tolist(), strict=True):
-        dt, text_scale, image_scale, renorm_min, renorm = of_image
+    for (first, rows, *branches), settings in zip(image_table.tolist(), cfg_table.tolist(), strict=True):
+        dt, text_scale, image_scale, renorm_min, renorm = settings
         velocities = [v.narrow(0, branch, rows) for branch in branches]
         scales = (text_scale, image_scale) if guided else (1.0, 1.0)
         velocity = guided_velocity_reference(*velocities, *scales, RENORMS[int(renorm)], renorm_min)
@@ -75,14 +75,14 @@ _GLOBAL, _TEXT_CHANNEL = tl.constexpr(RENORMS.index("global")), tl.constexpr(REN
 
 @jit
 def _branch(v_ptr, v_stride, first, row, rows, column, C: tl.constexpr):
-    """A tile of the branch whose ``rows`` rows begin at row ``first`` of v; elsewhere it is 0 and nothing is read."""
+    """Load a tile of the branch at rows [first, first + rows) of v. Elements outside it are 0 and not read."""
     at = v_ptr + (first + row).to(tl.int64) * v_stride + column
     return tl.load(at, mask=(row < rows) & (column < C), other=0.0).to(tl.float32)
 
 
 @jit
 def _scales(parameters):
-    """(text scale, image scale) of an image, 1 for a guidance that is off."""
+    """(text scale, image scale) of an image; 1 if that guidance is off."""
     text_scale, image_scale = tl.load(parameters + 1), tl.load(parameters + 2)
     image_scale = tl.where((text_scale > 1) & (image_scale > 1), image_scale, 1.0)
     return tl.where(text_scale > 1, text_scale, 1.0), image_scale
@@ -90,7 +90,7 @@ def _scales(parameters):
 
 @jit
 def _extrapolated(origin, target, scale):
-    """Exactly ``target`` for a guidance that is off: its branch has no rows, so ``origin`` is 0, and ``scale`` is 1."""
+    """Move from ``origin`` past ``target``. Exactly ``target`` if guidance is off: ``origin`` is 0, ``scale`` is 1."""
     return origin + scale * (target - origin)
 
 
@@ -106,10 +106,10 @@ def _squares_kernel(
     v_ptr, images_ptr, parameters_ptr, squares_ptr, v_stride,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """squares [images, 2, PARTS]: program (part, image) leaves its share of |c|^2 and of |g|^2.
+    """Partial sums of |c|^2 and |g|^2 per image: program (part, image) writes squares [images, 2, PARTS].
 
-    How rows are shared out depends on the image alone: tile t is of part t mod PARTS. Of parts beyond an image's tiles,
-    and of images that need no global norm, nothing is stored, nor read.
+    Tile t of an image belongs to part t mod PARTS, whatever else is in the batch. Parts without a tile, and images
+    without global renorm, are neither written here nor read by the step kernel.
     """
     part, image = tl.program_id(0), tl.program_id(1)
     images, parameters = images_ptr + image * 5, parameters_ptr + image * 5
@@ -140,10 +140,11 @@ def _step_kernel(
     x_ptr, v_ptr, images_ptr, parameters_ptr, squares_ptr, v_stride, C: tl.constexpr, GUIDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, image) moves ROWS rows of C <= COLUMNS channels; squares as :func:`_squares_kernel` leaves them.
+    """Step ROWS rows of C <= COLUMNS channels per program (tile, image); squares come from :func:`_squares_kernel`.
 
-    A guidance that is off is no other path through the program: its branch has no rows, its scale is 1. So all loads
-    come before the first sum, and none waits for it; but a long row fills the registers, and x comes last.
+    Disabled guidance takes the same path, with an empty branch and scale 1. In straight-line code all loads can be
+    issued before the first reduction, so none waits for it. The exception is ROWS == 1, where a row fills the
+    registers: there x is loaded last.
     """
     tile, image = tl.program_id(0), tl.program_id(1)
     images, parameters = images_ptr + image * 5, parameters_ptr + image * 5
@@ -212,34 +213,35 @@ def _fake(x, v, image_table, cfg_table, max_rows, guided):
     fake=_fake,
 )
 def _cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided):
-    kernels = runs_kernel(x) and runs_kernel(v)  # either may be float64
+    kernels = runs_kernel(x) and runs_kernel(v)  # checked separately: either may be float64
     run = _run_kernels if kernels else cfg_euler_step_reference
     run(x, v, image_table, cfg_table, max_rows, guided)
 
 
 def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
-    """Combine the branches' velocities of one image into the one to follow.
+    """Combine the velocities of one image's branches into the guided velocity.
 
     Args:
-        v_cond: [N, C] velocity under every condition, floating point.
-        v_no_text: [N, C] without the text; needed when ``text_scale`` > 1, otherwise ignored.
-        v_no_img: [N, C] without the images; needed when both scales are > 1, otherwise ignored.
-        text_scale, image_scale: guidance scales; 1 or less switches a guidance off, and no text guidance means none.
+        v_cond: [N, C] velocity under all conditions, floating point.
+        v_no_text: [N, C] velocity without the text; required if ``text_scale`` > 1, else ignored.
+        v_no_img: [N, C] velocity without the images; required if both scales are > 1, else ignored.
+        text_scale, image_scale: guidance scales. 1 or less disables the guidance; a text scale of 1 or less disables
+            both.
         renorm: "global", "channel" or "text_channel".
-        renorm_min: the least factor a renorm may shrink by; 1 switches it off.
+        renorm_min: lower bound of the renormalisation factor; 1 disables renormalisation.
 
     Returns:
-        [N, C], float32 (float64 for float64 velocities); without guidance this may be ``v_cond`` itself.
+        [N, C], float32 (float64 for float64 velocities). Without guidance this may be ``v_cond`` itself.
 
     Raises:
-        ValueError: a needed velocity is missing, shapes or dtypes disagree, or ``renorm`` is unknown.
+        ValueError: a required velocity is missing, a shape or dtype does not match, or ``renorm`` is unknown.
     """
     if renorm not in RENORMS:
-        raise ValueError(f"guided_velocity: renorm={renorm!r} is not one of {', '.join(map(repr, RENORMS))}")
+        raise ValueError(f"guided_velocity: renorm must be {', '.join(map(repr, RENORMS))}, got {renorm!r}.")
     if text_scale > 1 and v_no_text is None:
-        raise ValueError(f"guided_velocity: text_scale={text_scale} guides away from v_no_text, which is None")
+        raise ValueError(f"guided_velocity: v_no_text must be given with text_scale={text_scale}, got None.")
     if text_scale > 1 and image_scale > 1 and v_no_img is None:
-        raise ValueError(f"guided_velocity: image_scale={image_scale} guides away from v_no_img, which is None")
+        raise ValueError(f"guided_velocity: v_no_img must be given with image_scale={image_scale}, got None.")
     for name, v in (("v_no_text", v_no_text), ("v_no_img", v_no_img)):
         if v is not None and (v.shape != v_cond.shape or v.dtype != v_cond.dtype):
             raise mismatch("guided_velocity", name, v, v_cond.shape, v_cond.dtype)
@@ -249,37 +251,37 @@ def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm
 def cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided=True):
     """Take one Euler step of every image along its guided velocity, in place: x becomes x - v dt.
 
-    The values of both tables are not checked, which would make the host wait: rows must lie inside ``x`` and ``v``, and
-    no two images share rows of ``x``. Rows of ``x`` that are no image's stay as they are.
+    The values of both tables are not checked, since that would synchronise the host. Rows must lie inside ``x`` and
+    ``v``, and images must not share rows of ``x``. Rows of ``x`` outside all images are left unchanged.
 
     Args:
         x: [N, C] latents of all images, float32 or float64, contiguous; overwritten.
         v: [R, C] velocities of all branches, floating point.
-        image_table: int32 [I, 5]; of each image its first row in ``x``, its number of rows, and its first row in ``v``
-            under every condition, without the text and without the images. A branch that its guidance does not use is
-            not read: any row will do, such as the first one's.
-        cfg_table: float32 [I, 5]; of each image dt (time from this step down to the next, positive when denoising),
-            text_scale, image_scale, renorm_min, all as in :func:`guided_velocity`, and the index of its renorm in
+        image_table: int32 [I, 5], per image: first row in ``x``, number of rows, and first row in ``v`` of the branches
+            with all conditions, without the text, and without the images. Branches that the guidance of an image does
+            not use are not read; any row index is valid there.
+        cfg_table: float32 [I, 5], per image: dt (time from this step to the next, positive when denoising),
+            text_scale, image_scale, renorm_min as in :func:`guided_velocity`, and the index of the renorm in
             ``RENORMS``.
-        max_rows: the largest number of rows of an image, or more.
-        guided: False if no image is guided at this step, whatever the scales: only dt is read.
+        max_rows: an upper bound of the number of rows of an image; sizes the grid.
+        guided: False to skip guidance for all images at this step; only dt of ``cfg_table`` is read.
 
     Raises:
-        ValueError: shapes, dtypes, layouts or devices disagree; the message names the offender.
+        ValueError: a shape, dtype, layout or device does not match. The message names the argument.
     """
     if x.dtype not in (torch.float32, torch.float64) or x.dim() != 2 or not x.is_contiguous():
         layout = "" if x.is_contiguous() else ", not contiguous"
         raise ValueError(
-            f"cfg_euler_step: x is {tuple(x.shape)} {x.dtype}{layout}; it is overwritten, so it must be a contiguous "
-            "[N, C] of float32 or float64"
+            "cfg_euler_step: x must be a contiguous [N, C] of float32 or float64, since it is updated in place, "
+            f"got {tuple(x.shape)} {x.dtype}{layout}."
         )
     if v.dim() != 2 or v.shape[1] != x.shape[1] or not v.is_floating_point():
         raise mismatch("cfg_euler_step", "v", v, ("R", x.shape[1]), "of a floating-point dtype")
     shape = (image_table.shape[0] if image_table.dim() else 0, 5)
-    for name, given, dtype in (("image_table", image_table, torch.int32), ("cfg_table", cfg_table, torch.float32)):
-        if given.shape != shape or given.dtype != dtype:
-            raise mismatch("cfg_euler_step", name, given, shape, dtype)
+    for name, tensor, dtype in (("image_table", image_table, torch.int32), ("cfg_table", cfg_table, torch.float32)):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise mismatch("cfg_euler_step", name, tensor, shape, dtype)
     check_devices("cfg_euler_step", x=x, v=v, image_table=image_table, cfg_table=cfg_table)
     if max_rows < 0:
-        raise ValueError(f"cfg_euler_step: max_rows must be 0 or more, got {max_rows}")
+        raise ValueError(f"cfg_euler_step: max_rows must be 0 or more, got {max_rows}.")
     _cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided)

@@ -1,21 +1,21 @@
 """Routed linear layer: ``y = x w^T`` with a bias, a residual or a SwiGLU epilogue.
 
-Rows [0, G) of ``x`` multiply ``w_first``, rows [G, T) multiply ``w_rest``: two groups of contiguous rows, no gather. In
-a mixture of transformers a group is an expert's; other models have one group.
+Rows [0, G) of ``x`` are multiplied by ``w_first``, rows [G, T) by ``w_rest``: two contiguous groups, so there is no
+gather. In a mixture of transformers each expert has a group; other models have one group.
 
     none      y = x w^T + bias
     residual  y = residual + x w^T
     swiglu    z = x w^T + bias, y[:, i] = silu(z[:, 2i]) * z[:, 2i+1], silu(a) = a / (1 + exp(-a))
 
-SwiGLU weights (Shazeer 2020, arXiv:2002.05202) hold row 2i = gate i and row 2i+1 = up i, so that both halves of one
-output meet in one tile of the product. Products accumulate in float32 or wider; the sum with bias or residual is
-rounded once to the input dtype; the reference rounds ``z`` and ``silu`` as well, as unfused layers do.
+SwiGLU weights (Shazeer 2020, arXiv:2002.05202) interleave gate and up: row 2i is gate i and row 2i+1 is up i, so the
+two inputs of an output are in the same tile. Products accumulate in float32 or wider. The sum with bias or residual is
+rounded once to the input dtype; the reference also rounds ``z`` and ``silu``, as unfused layers do.
 
 Work: 2 T K N flops; traffic: both weights once, x and y once.
 
-The kernel is one persistent launch over both groups: a tile of the output belongs to one of them and takes its weight
-by a choice between two descriptors (or pointers), once per tile. Tiles of the second are spread evenly among those
-of the first, so that a group of two rows, all weight traffic, streams while the other one, all arithmetic, computes.
+The kernel is one persistent launch over both groups. Each output tile belongs to one group and selects that group's
+weight descriptor (or pointer). Tiles of the second group are interleaved evenly with those of the first: the second is
+often a few text rows, limited by weight traffic, and the first an image, limited by arithmetic, so the two overlap.
 The gradient is in :mod:`.linear_backward`.
 """
 
@@ -46,7 +46,7 @@ def linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swi
         _product(x_rest, w_rest, add_rest, y_rest)
     if swiglu:
         gate, up = y.view(T, y.shape[1] // 2, 2).unbind(-1)
-        y = F.silu(gate.contiguous(), inplace=True).mul_(up)  # exp of every second number would take twice the time
+        y = F.silu(gate.contiguous(), inplace=True).mul_(up)  # a strided exp would take twice the time
     return y
 
 
@@ -58,14 +58,18 @@ def _product(x, w, addend, out=None):
 
 @jit
 def group_of_tile(t, rest_tiles, tiles):
-    """Whether tile t is of the first group, and how many of the rest precede it: it is of the rest where that grows."""
+    """Whether tile t belongs to the first group, and how many tiles of the second group precede it.
+
+    The persistent order distributes ``rest_tiles`` evenly over ``tiles``: floor(t * rest_tiles / tiles) tiles of the
+    second group precede tile t, and tile t belongs to the second group exactly if the next value is larger.
+    """
     spread = t * rest_tiles.to(tl.int64)
     return spread % tiles + rest_tiles < tiles, (spread // tiles).to(tl.int32)
 
 
 @jit
 def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
-    """Row and column of a group's tile: column by column of ``GROUP_M`` rows, whose x and few w tiles stay in L2."""
+    """(m, n) of a group's tile in grouped order: bands of ``GROUP_M`` tile rows, column by column, for L2 reuse."""
     group = tile // (GROUP_M * n_tiles) * GROUP_M
     height = tl.minimum(m_tiles - group, GROUP_M)
     within = tile % (GROUP_M * n_tiles)
@@ -75,7 +79,7 @@ def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
 @jit
 def _finish(z, bias, residual, y, first, row, rows, n, N, SWIGLU: tl.constexpr, DESCRIPTORS: tl.constexpr,
             TMA_STORE: tl.constexpr):  # fmt: skip
-    """Make outputs of float32 products from a group's row ``row`` and its weight's row ``n`` on, and store them."""
+    """Apply the epilogue to a float32 tile at row ``row`` of its group and column ``n``, and store it."""
     if bias is not None:
         columns = n + tl.arange(0, z.shape[1])
         z += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
@@ -93,7 +97,7 @@ def _finish(z, bias, residual, y, first, row, rows, n, N, SWIGLU: tl.constexpr, 
         else:
             z += tl.load(residual + corner + places, inside, 0.0).to(tl.float32)
     if TMA_STORE:
-        y.store([row, n], z.to(y.dtype))  # y ends where the group's rows end
+        y.store([row, n], z.to(y.dtype))  # y is bounded by the group's rows
     else:
         tl.store(y + corner + places, z.to(y.dtype.element_ty), inside)
 
@@ -103,17 +107,17 @@ def _linear_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y_first,
                    SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                    GROUP_M: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
                    TMA_STORE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr):  # fmt: skip
-    """All tiles of both groups. N: rows of a weight; the output has N columns, with SWIGLU N // 2. Switches:
+    """Persistent GEMM over both groups. N: rows of a weight; the output has N columns, N // 2 with SWIGLU.
 
     BLOCK_M, BLOCK_N, BLOCK_K  tile of the product, and its step along K
-    GROUP_M          rows of tiles that a group's order visits column by column
-    HALVES           finish and store a tile as two halves of its columns: half the shared memory
-    FLATTEN          one pipeline through the tiles, so that loads of the next one start in this one's epilogue
-    DESCRIPTORS      "none": pointers. "host", "device": TMA descriptors of x, w, and with "host" of the residual, made
-                     by the launcher, or here from pointers, as WARP_SPECIALIZE wants
-    TMA_STORE        store through descriptors as well, else through pointers; not with "none"
-    WARP_SPECIALIZE  warps that load beside warps that multiply: "device", num_warps=4, not FLATTEN; with Triton 3.6
-                     neither HALVES nor SWIGLU, which split the tile: its compiler aborts
+    GROUP_M          tile rows per band of the grouped order
+    HALVES           run the epilogue on two halves of the tile's columns: half the shared memory
+    FLATTEN          pipeline across tiles: loads of the next tile start during the epilogue of this one
+    DESCRIPTORS      "none": pointers. "host": TMA descriptors of x, w and residual, created by the launcher. "device":
+                     TMA descriptors of x and w, created here, as WARP_SPECIALIZE requires
+    TMA_STORE        store by TMA, else through pointers; not with "none"
+    WARP_SPECIALIZE  separate load and compute warps. Requires "device", num_warps=4 and no FLATTEN; on Triton 3.6 also
+                     no HALVES and no SWIGLU, since its compiler aborts on the split of the tile
     """
     columns = N // 2 if SWIGLU else N
     WIDTH: tl.constexpr = (BLOCK_N // 2 if SWIGLU else BLOCK_N) // (2 if HALVES else 1)
@@ -130,7 +134,7 @@ def _linear_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y_first,
     k = tl.arange(0, BLOCK_K)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         is_first, rest_before = group_of_tile(t, rest_tiles, tiles)
-        if is_first:  # becomes a select; a branch with loads or stores in it would end the pipeline
+        if is_first:  # compiles to a select; a branch with loads or stores would break the software pipeline
             w, y, bias = w_first, y_first, bias_first
         else:
             w, y, bias = w_rest, y_rest, bias_rest
@@ -138,7 +142,7 @@ def _linear_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y_first,
         tile = tl.where(is_first, t - rest_before, rest_before)
         m_tile, n_tile = _place(tile, tl.cdiv(rows, BLOCK_M), n_tiles, GROUP_M)
         row, n = m_tile * BLOCK_M, n_tile * BLOCK_N
-        if DESCRIPTORS == "none":  # rows past the end repeat the last one and are not stored
+        if DESCRIPTORS == "none":  # rows past the end are clamped to the last one and not stored
             x_rows = first + tl.minimum(row + tl.arange(0, BLOCK_M), rows - 1)
             w_rows = tl.minimum(n + tl.arange(0, BLOCK_N), N - 1)
             x_places = x + x_rows.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -162,13 +166,13 @@ def _linear_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y_first,
             _finish(product, bias, residual, y, first, row, rows, n, N, SWIGLU, DESCRIPTORS, TMA_STORE)
 
 
-_SIZES = {"few": 16, "some": 64, "hundreds": 512}
+_SIZES = {"few": 16, "some": 64, "hundreds": 512}  # maximum rows of a size class
 
 
 def shape_class(x, G, residual, swiglu, aligned):
-    """Name the entry of the table for a call: rows of the larger group and epilogue ("bias" is for none, too).
+    """Shape class of the tile table: size of the larger group and epilogue ("bias" also covers no epilogue).
 
-    "unaligned", for what TMA cannot address, always takes the path of pointers.
+    "unaligned" is for tensors that TMA cannot address; its tiles use pointers.
     """
     if not aligned:
         return "unaligned"
@@ -197,7 +201,7 @@ def _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
         x = x if x.stride(1) == 1 else x.contiguous()
         columns = w_first.shape[0] // (2 if swiglu else 1)
         matrices = [x] + [t.contiguous() for t in (w_first, w_rest, residual) if t is not None]
-        aligned = columns * x.itemsize % 16 == 0 and all(map(_suits_tma, matrices))
+        aligned = columns * x.itemsize % 16 == 0 and all(map(_fits_tma, matrices))
         tiles = configs.tiles("linear", shape_class(x, G, residual, swiglu, aligned), x.device)
         if tiles is not None:
             y = x.new_empty(x.shape[0], columns)
@@ -207,15 +211,15 @@ def _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
     return linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu)
 
 
-def _suits_tma(matrix):
-    """Rows of their own, one after the other, 16-byte aligned."""
-    rows_apart, apart = matrix.stride()
-    aligned = matrix.data_ptr() % 16 == 0 and rows_apart * matrix.itemsize % 16 == 0
-    return aligned and apart == 1 and rows_apart >= matrix.shape[1]
+def _fits_tma(matrix):
+    """Whether TMA can address a matrix: contiguous rows that do not overlap, each 16-byte aligned."""
+    row_stride, column_stride = matrix.stride()
+    aligned = matrix.data_ptr() % 16 == 0 and row_stride * matrix.itemsize % 16 == 0
+    return aligned and column_stride == 1 and row_stride >= matrix.shape[1]
 
 
 def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, swiglu, *, PROGRAMS, **tiles):
-    """One launch with the tiles of the table; ``PROGRAMS`` programs share a multiprocessor."""
+    """Launch the kernel with tiles of the table, ``PROGRAMS`` persistent programs per multiprocessor."""
     T, K = x.shape
     N = w_first.shape[0]
     height, width, depth = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
@@ -226,11 +230,11 @@ def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, sw
     if tiles["DESCRIPTORS"] == "host":
         x = TensorDescriptor.from_tensor(x, [height, depth])
         w_first, w_rest = (TensorDescriptor.from_tensor(w, [width, depth]) for w in (w_first, w_rest))
-        part = [height, width // (1 + swiglu) // (1 + tiles["HALVES"])]
+        out_block = [height, width // (1 + swiglu) // (1 + tiles["HALVES"])]
         if residual is not None:
-            residual = TensorDescriptor.from_tensor(residual, part)
+            residual = TensorDescriptor.from_tensor(residual, out_block)
         if tiles["TMA_STORE"]:
-            y_first, y_rest = (TensorDescriptor.from_tensor(y, part) for y in (y_first, y_rest))
+            y_first, y_rest = (TensorDescriptor.from_tensor(y, out_block) for y in (y_first, y_rest))
     elif tiles["DESCRIPTORS"] == "device":
         descriptor_memory(y.device)
     count = (triton.cdiv(G, height) + triton.cdiv(T - G, height)) * triton.cdiv(N, width)
@@ -242,12 +246,12 @@ def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, sw
 
 
 def linear(x, w_first, w_rest=None, bias_first=None, bias_rest=None, *, G=None, residual=None, swiglu=False):
-    """Multiply packed rows, each group with its own weight, or all with one. Differentiable.
+    """Multiply packed rows by their group's weight, or all by one. Differentiable.
 
     Args:
         x: [T, K], floating point.
-        w_first, w_rest: [N, K], dtype of ``x``, of rows [0, G) and [G, T); with ``swiglu`` N is even and rows alternate
-            gate, up. Without ``w_rest`` all rows take ``w_first`` and ``bias_first``.
+        w_first, w_rest: [N, K], dtype of ``x``, for rows [0, G) and [G, T); with ``swiglu`` N is even and rows
+            alternate gate, up. Without ``w_rest`` all rows use ``w_first`` and ``bias_first``.
         bias_first, bias_rest: [N] like the weights, or both None. Not together with ``residual``.
         G: number of rows of the first group, 0 <= G <= T; ignored without ``w_rest``.
         residual: [T, N] like ``x``, added to the product, or None. Not together with ``swiglu``.
@@ -257,7 +261,8 @@ def linear(x, w_first, w_rest=None, bias_first=None, bias_rest=None, *, G=None, 
         [T, N], contiguous; [T, N // 2] with ``swiglu``.
 
     Raises:
-        ValueError: shapes, dtypes or G disagree, or the epilogues exclude each other; the message names the offender.
+        ValueError: a shape, dtype or G does not match, or the epilogues exclude each other. The message names the
+            argument.
     """
     T, K = x.shape
     N = w_first.shape[0]
@@ -265,30 +270,32 @@ def linear(x, w_first, w_rest=None, bias_first=None, bias_rest=None, *, G=None, 
     if w_rest is None:
         w_rest, bias_rest, G = w_first, bias_first, T
     if G is None or not 0 <= G <= T:
-        raise ValueError(f"linear: G must be from 0 to {T}, the rows of x, got {G}")
+        raise ValueError(f"linear: G must be from 0 to {T}, the rows of x, got {G}.")
     for name, w in (("w_first", w_first), ("w_rest", w_rest)):
         if w.shape != (N, K) or w.dtype != dtype:
             raise mismatch("linear", name, w, (N, K), dtype)
     if bias_first is not None or bias_rest is not None:
         for name, bias in (("bias_first", bias_first), ("bias_rest", bias_rest)):
             if bias is None:
-                raise ValueError(f"linear: {name} is None but the other bias is given; pass both or neither")
+                raise ValueError(f"linear: {name} must be given together with the other bias, got None.")
             if bias.shape != (N,) or bias.dtype != dtype:
                 raise mismatch("linear", name, bias, (N,), dtype)
     if residual is not None:
         if bias_first is not None or swiglu:
-            raise ValueError(f"linear: residual excludes {'swiglu' if swiglu else 'a bias'}; apply them in two calls")
+            raise ValueError(
+                f"linear: residual must be None with {'swiglu' if swiglu else 'a bias'}. Add it afterwards."
+            )
         if residual.shape != (T, N) or residual.dtype != dtype:
             raise mismatch("linear", "residual", residual, (T, N), dtype)
     if swiglu and N % 2:
-        raise ValueError(f"linear: swiglu pairs weight rows (gate, up), but there are {N} rows")
+        raise ValueError(f"linear: w_first must have an even number of rows with swiglu, got {N}.")
     if swiglu and wants_gradient(x, w_first, w_rest, bias_first, bias_rest):
         return _differentiable_swiglu(x, w_first, w_rest, bias_first, bias_rest, G)
     return _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu)
 
 
 def _differentiable_swiglu(x, w_first, w_rest, bias_first, bias_rest, G):
-    """Gates and ups are told apart in the weights, which are smaller than the products and need no strides then."""
+    """SwiGLU by autograd. Deinterleaves gate and up in the weights, so that the products need no strided access."""
     half = w_first.shape[0] // 2
     parts = [
         None if t is None else t.unflatten(0, (half, 2)).transpose(0, 1).flatten(0, 1)

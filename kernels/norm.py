@@ -1,10 +1,10 @@
 """Routed RMSNorm with residual: ``y = (x + r) / rms(x + r) * w``, ``rms(a) = sqrt(mean(a^2) + eps)``.
 
-Rows [0, G) of a packed batch take ``w_first``, rows [G, T) take ``w_rest``: in a mixture of transformers the rows of
-two experts. Statistics are float32 (float64 for float64 rows); the normalised value is rounded to the input dtype
-*before* the weight, as in Qwen2 (Zhang & Sennrich 2019, arXiv:1910.07467; order: transformers Qwen2RMSNorm).
+Rows [0, G) of a packed batch use ``w_first``, rows [G, T) use ``w_rest``: the two experts of a mixture of transformers.
+Statistics are float32 (float64 for float64 rows). The normalised value is rounded to the input dtype *before* the
+weight is applied, as in Qwen2 (Zhang & Sennrich 2019, arXiv:1910.07467; order: transformers Qwen2RMSNorm).
 
-The kernel holds whole rows in registers: one row a program, a few if rows are narrow. Traffic: reads x and r, writes y
+The kernel keeps whole rows in registers, one row per program, or several narrow ones. Traffic: reads x and r, writes y
 and x + r, each [T, H]; memory-bound. The gradient is in :mod:`.norm_backward`.
 """
 
@@ -21,19 +21,19 @@ from .triton_language import jit, tl, triton
 def rms_norm_reference(x, residual, w_first, w_rest, G, eps):
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`rms_norm`."""
     summed = x if residual is None else (x + residual).contiguous()
-    normed = F.rms_norm(summed, summed.shape[1:], None, eps)  # without a weight it rounds once, after the division
+    normed = F.rms_norm(summed, summed.shape[1:], None, eps)  # without a weight, so it rounds before the weight
     return scale_rows_(normed, w_first, w_rest, G), summed
 
 
 def scale_rows_(x, w_first, w_rest, G):
-    """Multiply rows [0, G) by ``w_first`` and the others by ``w_rest``, in place; return ``x``."""
+    """Multiply rows [0, G) by ``w_first`` and the others by ``w_rest``, in place. Return ``x``."""
     if G == 0:
         return x.mul_(w_rest)
     if G == x.shape[0]:
         return x.mul_(w_first)
-    gen, und = x.split_with_sizes((G, x.shape[0] - G))
-    gen.mul_(w_first)
-    und.mul_(w_rest)
+    first, rest = x.split_with_sizes((G, x.shape[0] - G))
+    first.mul_(w_first)
+    rest.mul_(w_rest)
     return x
 
 
@@ -42,7 +42,7 @@ def _rms_norm_kernel(
     x_ptr, residual_ptr, w_first_ptr, w_rest_ptr, y_ptr, summed_ptr, x_stride, residual_stride, T, G, eps,
     H: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of H <= BLOCK columns a program. All loads come before the sum, so that none waits for it."""
+    """Normalise ROWS rows of H <= BLOCK columns per program. All loads precede the reduction, so none waits for it."""
     dtype = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -51,7 +51,7 @@ def _rms_norm_kernel(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
     w_ptr = tl.where(row < G, w_first_ptr, w_rest_ptr)
-    w = tl.load(w_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")  # every row reads it again
+    w = tl.load(w_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")  # reused by every row
     if HAS_RESIDUAL:
         summed = (x + residual.to(tl.float32)).to(dtype)
         tl.store(summed_ptr + row * H + column, summed, mask=inside)
@@ -62,7 +62,7 @@ def _rms_norm_kernel(
 
 
 def _run_kernel(x, residual, w_first, w_rest, G, eps):
-    """(y, x + residual); the second is None without a residual."""
+    """Launch the kernel; return (y, x + residual), the second None without a residual."""
     T, H = x.shape
     x = rows_contiguous(x)
     y = x.new_empty(T, H)
@@ -80,7 +80,7 @@ def _run_kernel(x, residual, w_first, w_rest, G, eps):
 
 
 def rows_contiguous(x):
-    """``x`` [T, H], or a copy of it whose rows, though not the whole, are contiguous."""
+    """Return ``x`` [T, H] if each of its rows is contiguous, else a contiguous copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -117,12 +117,12 @@ def _add_rms_norm(x, residual, w_first, w_rest, G, eps):
 
 
 def rms_norm(x, residual, w_first, w_rest=None, G=None, eps=1e-6):
-    """Normalise packed rows, each group with its own weight, or all with one. Differentiable.
+    """Normalise packed rows with their group's weight, or all with one. Differentiable.
 
     Args:
         x: [T, H], floating point.
         residual: [T, H] like ``x``, or None.
-        w_first, w_rest: [H], dtype of ``x``, of rows [0, G) and [G, T). Without ``w_rest`` all rows take ``w_first``.
+        w_first, w_rest: [H], dtype of ``x``, for rows [0, G) and [G, T). Without ``w_rest`` all rows use ``w_first``.
         G: number of rows of the first group, 0 <= G <= T; ignored without ``w_rest``.
         eps: added to the mean square.
 
@@ -130,13 +130,13 @@ def rms_norm(x, residual, w_first, w_rest=None, G=None, eps=1e-6):
         (y, x + residual), both [T, H], contiguous; without a residual the second is ``x`` itself.
 
     Raises:
-        ValueError: shapes, dtypes or G disagree; the message names the offender.
+        ValueError: a shape, dtype or G does not match. The message names the argument.
     """
     T, H = shape = x.shape
     if w_rest is None:
         w_rest, G = w_first, T
     if G is None or not 0 <= G <= T:
-        raise ValueError(f"rms_norm: G must be from 0 to {T}, the rows of x, got {G}")
+        raise ValueError(f"rms_norm: G must be from 0 to {T}, the rows of x, got {G}.")
     for name, w in ("w_first", w_first), ("w_rest", w_rest):
         if w.shape != (H,) or w.dtype != x.dtype:
             raise mismatch("rms_norm", name, w, (H,), x.dtype)

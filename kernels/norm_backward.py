@@ -1,9 +1,9 @@
-"""Gradient of the routed RMSNorm. With n = x / rms(x), s = 1 / rms(x), H columns, and dy of the result n w:
+"""Gradient of the routed RMSNorm. With n = x / rms(x), s = 1 / rms(x), H columns, and dy the gradient of n w:
 
     dx = s (dy w - n (dy w . n) / H)        dw = sum of dy n over the rows of its group
 
-x is what was normalised, residual included; if x + r is used besides, its gradient comes on top. Arithmetic is float32
-or wider, rounded once. The forward keeps x alone.
+x is the normalised input, including the residual; the gradient of the second output x + r is added. Arithmetic is
+float32 or wider, rounded once. The forward saves only x and the weights.
 """
 
 import torch
@@ -14,9 +14,9 @@ def rms_norm_backward(grad, x, w_first, w_rest, G, eps):
     """The formula, in PyTorch, for any device and dtype.
 
     Args:
-        grad: [T, H], of the normalised rows.
+        grad: [T, H], gradient of the normalised rows.
         x: [T, H], the rows that were normalised.
-        w_first, w_rest, G, eps: as given to :func:`.norm.rms_norm`.
+        w_first, w_rest, G, eps: arguments of :func:`.norm.rms_norm`.
 
     Returns:
         (dx [T, H], dw_first [H], dw_rest [H]), in the dtype of ``x``.
@@ -28,14 +28,14 @@ def rms_norm_backward(grad, x, w_first, w_rest, G, eps):
     normed = F.rms_norm(x_wide, (H,), None, eps)
     scale = torch.linalg.vector_norm(x_wide, dim=1).square_().div_(H).add_(eps).rsqrt_()
     products = (normed * grad).split_with_sizes(groups)
-    dots = torch.cat([own @ w for own, w in zip(products, weights, strict=True)])
+    dots = torch.cat([rows @ w for rows, w in zip(products, weights, strict=True)])
     dx = normed.mul_(dots.div_(-H).unsqueeze(1))
-    for part, own, w in zip(torch.split(dx, groups), grad.split_with_sizes(groups), weights, strict=True):
-        part.addcmul_(own, w)
-    return dx.mul_(scale.unsqueeze(1)).to(x.dtype), *(own.sum(0).to(x.dtype) for own in products)
+    for dx_rows, grad_rows, w in zip(torch.split(dx, groups), grad.split_with_sizes(groups), weights, strict=True):
+        dx_rows.addcmul_(grad_rows, w)
+    return dx.mul_(scale.unsqueeze(1)).to(x.dtype), *(rows.sum(0).to(x.dtype) for rows in products)
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     x, w_first, w_rest, ctx.G, ctx.eps = inputs
     ctx.save_for_backward(x, w_first, w_rest)
 
@@ -44,16 +44,16 @@ def _backward(ctx, grad):
     return *rms_norm_backward(grad, *ctx.saved_tensors, ctx.G, ctx.eps), None, None
 
 
-def _keep_sum(ctx, inputs, output):
+def _setup_add_context(ctx, inputs, output):
     _, _, w_first, w_rest, ctx.G, ctx.eps = inputs
     ctx.save_for_backward(output[1], w_first, w_rest)
 
 
-def _backward_sum(ctx, grad, grad_summed):
+def _add_backward(ctx, grad, grad_summed):
     dx, *dw = rms_norm_backward(grad, *ctx.saved_tensors, ctx.G, ctx.eps)
     dx = dx + grad_summed
     return dx, dx, *dw, None, None
 
 
-rms_norm_gradient = _backward, _keep
-add_rms_norm_gradient = _backward_sum, _keep_sum
+rms_norm_gradient = _backward, _setup_context
+add_rms_norm_gradient = _add_backward, _setup_add_context

@@ -1,22 +1,22 @@
-"""QK-norm, RoPE and the KV-cache write, on the rows of one fused projection.
+"""QK-norm, RoPE and the KV-cache write for the rows of a fused QKV projection.
 
-Each row of ``qkv`` holds Hq query heads, then Hkv key heads, then Hkv value heads, of D channels. Every query and key
+Each row of ``qkv`` consists of Hq query heads, Hkv key heads and Hkv value heads of D channels. Every query and key
 head ``h`` becomes
 
-    x = h / sqrt(mean(h^2) + eps) * w                RMSNorm; w: one [D] row per head, from norm_first for rows [0, G),
+    x = h / sqrt(mean(h^2) + eps) * w                RMSNorm; w: [D] per head, from norm_first for rows [0, G),
                                                      from norm_rest for the others
-    x = (h - mean(h)) / sqrt(var(h) + eps) * w + c   LayerNorm; c: one [D] row per head
+    x = (h - mean(h)) / sqrt(var(h) + eps) * w + c   LayerNorm; c: [D] per head
     x = h                                            without QK-norm
     (a, b) = halves of x  ->  (a cos - b sin, b cos + a sin)
 
 (QK-norm: Henry et al. 2020, arXiv:2010.04245, with RMSNorm in BAGEL and LayerNorm in Chameleon, arXiv:2405.09818; RoPE:
-Su et al. 2021, arXiv:2104.09864, half-split pairing as in GPT-NeoX and Qwen2). All of it in float32 (float64 for
-float64 rows), rounded once to the dtype of ``qkv``.
+Su et al. 2021, arXiv:2104.09864, half-split pairing as in GPT-NeoX and Qwen2). Arithmetic is float32 (float64
+for float64 rows), rounded once to the dtype of ``qkv``.
 
-Values pass untouched. Keys and values of row r go to slot ``slots[r]`` of the caches; other slots stay as they are.
+Values are copied. Keys and values of row r are written to slot ``slots[r]`` of the caches; other slots are unchanged.
 
-One program of the kernel takes one row; every number is read once and written once. Traffic: reads qkv, writes q, k
-and v; memory-bound. The gradient is in :mod:`.qk_norm_rope_backward`.
+The kernel processes one row per program. Traffic: reads qkv, writes q, k and v; memory-bound. The gradient is in
+:mod:`.qk_norm_rope_backward`.
 """
 
 import torch
@@ -62,22 +62,22 @@ def qk_norm_rope_reference(qkv, norm_first, norm_rest, cos, sin, slots, k_cache,
     return q.contiguous()
 
 
-@jit(do_not_specialize=["G", "S"], do_not_specialize_on_alignment=["slots_ptr"])  # a decoded token's slot is a view
+@jit(do_not_specialize=["G", "S"], do_not_specialize_on_alignment=["slots_ptr"])  # slots may be a view
 def _qk_norm_rope_kernel(
     qkv_ptr, norm_first_ptr, norm_rest_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, qkv_stride,
     k_slot_stride, k_head_stride, k_column_stride, v_slot_stride, v_head_stride, v_column_stride, S, G, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr, CHANNELS: tl.constexpr, LAYER_NORM: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: query and key heads as two tiles of half heads [HEADS, HALF], value heads as one more tile.
+    """One row per program: query and key heads as two tiles of half heads [HEADS, HALF], value heads as a third tile.
 
-    Sizes are padded to powers of two. All loads come before the first sum, so that none waits for it.
+    Sizes are padded to powers of two. All loads precede the reduction, so none waits for it.
     """
     dtype = q_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     qkv_ptr += row * qkv_stride
     slot = tl.load(slots_ptr + row)
-    stored = (slot >= 0) & (slot < S)  # a wrong slot must not reach memory that is not the cache's
+    stored = (slot >= 0) & (slot < S)  # an invalid slot must not write outside the cache
 
     head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < HQ + HKV) & (i < D // 2)
@@ -158,7 +158,7 @@ def _qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache,
 
 
 class _Differentiable(torch.autograd.Function):
-    """The op with its gradient. Torch's registry takes no gradient of an op that writes to what it is given."""
+    """The op with its gradient. ``torch.library`` does not support gradients of ops that mutate their arguments."""
 
     @staticmethod
     def forward(ctx, qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
@@ -172,24 +172,24 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx, dq, dk, dv):
         qkv, norm_first, norm_rest, cos, sin, slots = ctx.saved_tensors
         gradients = qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slots, *ctx.numbers)
-        before = [None, None]  # what was in the written slots no longer matters
+        caches = [None, None]
         if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
-            before = [grad.index_fill(0, slots, 0) for grad in (dk, dv)]
-        return *gradients, None, None, None, *before, None, None
+            caches = [grad.index_fill(0, slots, 0) for grad in (dk, dv)]  # the op overwrote these slots
+        return *gradients, None, None, None, *caches, None, None
 
 
 def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
     """Normalise and rotate query and key heads; store keys and values in the cache.
 
-    Differentiable, also through the caches, if those are neither leaves that want a gradient nor views of others.
+    Differentiable, also through the caches unless they are leaves that require a gradient, or views.
 
     Args:
         qkv: [T, (Hq + 2 Hkv) * D], floating point: query heads, key heads, value heads.
-        norm_first, norm_rest: [Hq + Hkv, D], dtype of ``qkv``, of rows [0, G) and [G, T): one RMSNorm weight row per
-            query head, then per key head; or [2, Hq + Hkv, D], weights and biases of LayerNorm. Without ``norm_rest``
-            all rows take ``norm_first``; both None is no QK-norm.
+        norm_first, norm_rest: [Hq + Hkv, D], dtype of ``qkv``, for rows [0, G) and [G, T): one RMSNorm weight row per
+            query head, then per key head; or [2, Hq + Hkv, D], weights and biases of a LayerNorm. Without ``norm_rest``
+            all rows use ``norm_first``; with neither, no QK-norm.
         cos, sin: [T, D / 2] float32 (or float64 with float64 ``qkv``), at each row's RoPE position.
-        slots: [T] int64, distinct: the cache slot each row's key and value go to.
+        slots: [T] int64, distinct: the cache slot of each row's key and value.
         k_cache, v_cache: [S, Hkv, D], dtype of ``qkv``; written in place.
         G: number of rows of the first group, 0 <= G <= T; ignored without ``norm_rest``.
         eps: added to the mean square or the variance.
@@ -198,9 +198,9 @@ def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, 
         q: [T, Hq, D], contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or G disagree; the message names the offender.
-        IndexError: a slot outside [0, S), from the reference on the CPU; on CUDA the reference stops with a device-side
-            assertion. The kernel cannot tell: it stores neither the key nor the value of such a row.
+        ValueError: a shape, dtype or G does not match. The message names the argument.
+        IndexError: a slot is outside [0, S); raised by the reference on the CPU. On CUDA the reference fails with a
+            device-side assertion. The kernel skips the write of such a row.
     """
     T, width = qkv.shape
     _, Hkv, D = k_cache.shape
@@ -208,12 +208,12 @@ def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, 
     if norm_rest is None:
         norm_rest, G = norm_first, T
     if G is None or not 0 <= G <= T:
-        raise ValueError(f"qk_norm_rope: G must be from 0 to {T}, the rows of qkv, got {G}")
+        raise ValueError(f"qk_norm_rope: G must be from 0 to {T}, the rows of qkv, got {G}.")
     if D == 0 or D % 2:
-        raise ValueError(f"qk_norm_rope: head_dim D={D} is not a positive even number; RoPE rotates pairs of channels")
+        raise ValueError(f"qk_norm_rope: head_dim must be positive and even, got {D}.")
     heads = width // D - Hkv
     if heads <= Hkv or width % D:
-        raise ValueError(f"qk_norm_rope: qkv must have (Hq + 2*{Hkv}) * {D} columns with Hq >= 1, got {width}")
+        raise ValueError(f"qk_norm_rope: qkv must have (Hq + 2*{Hkv}) * {D} columns with Hq >= 1, got {width}.")
     layer_norm = norm_first is not None and norm_first.dim() == 3
     norm_shape = (2, heads, D) if layer_norm else (heads, D)
     for name, tensor, shape in (
@@ -224,7 +224,7 @@ def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, 
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise mismatch("qk_norm_rope", name, tensor, shape, dtype)
     if norm_first is None and norm_rest is not None:
-        raise ValueError("qk_norm_rope: norm_first is None but norm_rest is given; pass both, norm_first or neither")
+        raise ValueError("qk_norm_rope: norm_first must be given with norm_rest, got None.")
     if k_cache.dtype != dtype:
         raise mismatch("qk_norm_rope", "k_cache", k_cache, k_cache.shape, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

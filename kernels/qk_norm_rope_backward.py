@@ -1,11 +1,11 @@
-"""Gradient of QK-norm and RoPE. A head's gradient is rotated back, then led through the norm:
+"""Gradient of QK-norm and RoPE. A head's gradient is rotated back, then passed through the norm:
 
     (da, db) = (ga cos + gb sin, gb cos - ga sin)        g = (da, db), the gradient of n w, n = h / rms(h)
     dh = s (g w - n (g w . n) / D), s = 1 / rms(h)       dw = sum of g n over the rows of its group, for each head
 
 With LayerNorm, n = (h - mean(h)) / std(h), dh = s (g w - mean(g w) - n (g w . n) / D), and dc = sum of g.
 
-Values pass untouched. Arithmetic is float32 or wider, rounded once. The forward keeps the projection.
+Gradients of values are copied. Arithmetic is float32 or wider, rounded once. The forward saves the projection.
 """
 
 import torch
@@ -16,13 +16,13 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
     """The formula, in PyTorch, for any device and dtype.
 
     Args:
-        dq: [T, Hq, D], of the queries.
-        dk, dv: [S, Hkv, D], of the caches after the op.
-        qkv, norm_first, norm_rest, cos, sin, slots, G, eps: as given to
-            :func:`.qk_norm_rope.qk_norm_rope`.
+        dq: [T, Hq, D], gradient of the queries.
+        dk, dv: [S, Hkv, D], gradients of the caches after the op.
+        qkv, norm_first, norm_rest, cos, sin, slots, G, eps: arguments of :func:`.qk_norm_rope.qk_norm_rope`.
 
     Returns:
-        (dqkv like ``qkv``, dnorm_first, dnorm_rest like the norms), in the dtype of ``qkv``; None for no QK-norm.
+        (dqkv like ``qkv``, dnorm_first, dnorm_rest like the norms), in the dtype of ``qkv``; the norms' gradients are
+        None without QK-norm.
     """
     T, Hq, D = dq.shape
     Hkv, half = dk.shape[1], D // 2
@@ -48,14 +48,14 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
         x = x - x.mean(2, keepdim=True)
     normed = F.rms_norm(x, (D,), None, eps)
     scale = torch.linalg.vector_norm(x, dim=2, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
-    dnorm = [own.sum(0).to(qkv.dtype) for own in (g * normed).split_with_sizes(groups)]
+    dnorm = [rows.sum(0).to(qkv.dtype) for rows in (g * normed).split_with_sizes(groups)]
     if layer_norm:
-        dbias = [own.sum(0).to(qkv.dtype) for own in g.split_with_sizes(groups)]
+        dbias = [rows.sum(0).to(qkv.dtype) for rows in g.split_with_sizes(groups)]
         dnorm = [torch.stack(pair) for pair in zip(dnorm, dbias, strict=True)]
     for part, norm in zip(torch.split(g, groups), (norm_first, norm_rest), strict=True):
         part.mul_(norm[0] if layer_norm else norm)
     if layer_norm:
-        g = g - g.mean(2, keepdim=True)  # its product with normed is unchanged: that sums to 0
+        g = g - g.mean(2, keepdim=True)  # keeps its dot product with normed, whose mean is 0
     normed.mul_(torch.linalg.vecdot(g, normed).div_(-D).unsqueeze(2))
     dqkv[:, :heads] = normed.add_(g).mul_(scale)
     return dqkv.view_as(qkv), *dnorm

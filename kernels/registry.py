@@ -1,4 +1,4 @@
-"""Register ops with PyTorch, and say which implementation runs each."""
+"""Registration of ops with PyTorch, and the implementation that runs each."""
 
 import functools
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from .backend import runs_kernel, wants_gradient
 from .extension import runs_extension
 
 OPS: dict[str, str] = {}
-"""Every op of the ``bagel_rt`` namespace of ``torch.ops`` -> what its kernels are written in, the first choice first.
+"""Op of the ``bagel_rt`` namespace of ``torch.ops`` -> the languages of its kernels in order of preference.
 
-"triton"; "cuda", in the extension; or "cuda, triton": a Triton kernel serves where the extension has none.
+"triton"; "cuda" for a kernel of the extension; or "cuda, triton" for an op whose Triton kernel is the fallback.
 """
 
 
@@ -22,16 +22,16 @@ def op(
 ) -> Callable[[Callable], Callable]:
     """Register the decorated launcher as ``torch.ops.bagel_rt.NAME``.
 
-    The decorated function calls the launcher itself unless it is compiled, or differentiated by ``gradient``: then it
-    calls the registered op. The dispatcher takes longer than everything else that an op does on the host.
+    The decorated function calls the registered op only under ``torch.compile`` or to apply ``gradient``. Otherwise it
+    calls the launcher directly: the dispatcher costs more host time than the rest of the op.
 
     Args:
-        name: of the op.
-        schema: of its arguments and results, as ``torch.library.define`` takes it. Arguments are passed by position.
-        kernel: what its kernels are written in, as in ``OPS``.
+        name: name of the op.
+        schema: schema for ``torch.library.define``. Arguments are passed by position.
+        kernel: languages of its kernels, as in ``OPS``.
         fake: returns empty outputs with the shapes, dtypes and strides of the real ones.
-        gradient: (backward, setup_context), as ``torch.library.register_autograd`` takes them. Without it PyTorch
-            differentiates what the launcher calls, which must be the reference: see ``runs_kernel``.
+        gradient: (backward, setup_context) for ``torch.library.register_autograd``. Without it PyTorch differentiates
+            the code of the launcher, which must then run the reference; ``runs_kernel`` takes care of that.
     """
 
     def register(launch: Callable) -> Callable:
@@ -57,9 +57,9 @@ def op(
 
 
 def implementation(name: str, device: torch.device) -> str:
-    """Name what runs an op on ``device`` under the backend in force: "cuda", "triton" or "reference".
+    """The implementation of an op on ``device`` under the active backend: "cuda", "triton" or "reference".
 
-    The reference of a "cuda" op may be composed of other ops, which have Triton kernels.
+    The reference of a "cuda" op may call other ops, which have Triton kernels.
     """
     x, kernel = torch.empty(0, device=device), OPS[name]
     if "cuda" in kernel and runs_extension(x):

@@ -1,8 +1,8 @@
-"""Draw one token per row of logits: ``argmax(logits / temperature + g)`` over the tokens kept, g standard Gumbel noise.
+"""Sample one token per row of logits: ``argmax(logits / temperature + g)`` over the kept tokens, g Gumbel noise.
 
 The argmax of Gumbel-perturbed logits is distributed as softmax(logits / temperature) (Gumbel 1954), so no softmax has
-to be written or scanned. The noise of a token is a pure function of (seed, step, column), whatever else is in the
-batch, by way of Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405):
+to be stored or scanned. The noise of a token depends only on (seed, step, column), not on the batch, through
+Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405):
 
     word = Philox4x32-10(key = (seed mod 2^32, seed div 2^32), counter = (column, step mod 2^32, 0, 0))[0]
     u    = ((word >> 9) + 0.5) * 2^-23        in (0, 1), exact in float32
@@ -10,19 +10,20 @@ batch, by way of Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405)
 
 Words and u are the same on every device; the logarithm may differ in the last bit.
 
-Which tokens are kept is a matter of thresholds on the scaled logits x = logits / temperature, so that equals are kept
-or left together (top-k: Fan et al. 2018, arXiv:1805.04833; top-p: Holtzman et al. 2020, arXiv:1904.09751):
+Kept tokens are defined by thresholds on the scaled logits x = logits / temperature, so tied tokens are kept or dropped
+together (top-k: Fan et al. 2018, arXiv:1805.04833; top-p: Holtzman et al. 2020, arXiv:1904.09751):
 
     top-k    x >= the k-th largest
     top-p    x >= tau, the largest value for which the tokens with x >= tau have at least the share top_p of the
-             probability of those that top-k keeps
+             probability of the tokens kept by top-k
 
-Logits that are NaN win, as in torch.argmax.
+A NaN logit wins, as in torch.argmax.
 
-The kernel never sorts. It draws from all tokens first, with up to 32 blocks a row. If that token is one of those kept,
-it is also the one drawn among them. It is kept if the tokens above it are fewer than k and weigh less than top_p, which
-takes one more look at the row, by the last block to finish; if not, the best of the tokens above it is tried next.
-Weights are summed as integers, so that no order of the sum shows.
+The kernel does not sort. It first samples from all tokens, with up to 32 blocks per row. If the sampled token is a kept
+one, it is also the argmax over the kept tokens, and done. The last block of a row to finish checks this in one more
+pass: a token is kept if fewer than k tokens rank above it and their probability is below top_p. If it is not kept, the
+argmax among the tokens that rank above it is tried next, and so on. Probabilities are summed as integers, so the result
+does not depend on the order of the sum.
 
 Traffic: reads the logits once, with top-k or top-p a few times; memory-bound.
 """
@@ -42,19 +43,19 @@ def sample_reference(logits, settings, seed, step, noise=None):
 
 
 def scores_reference(logits, settings, seed, step, noise=None):
-    """What the token drawn has most of: scaled logits plus noise, -inf for tokens not kept; [B, V]."""
+    """Scores [B, V] whose argmax is the sampled token: scaled logits plus noise, -inf for dropped tokens."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     V = logits.shape[1]
     temperature, top_k, top_p = settings.to(logits.dtype).split(1, 1)
-    draws = temperature > 0
-    scaled = logits / temperature.where(draws, 1)
+    samples = temperature > 0
+    scaled = logits / temperature.where(samples, 1)
 
     ordered = scaled.sort(-1, descending=True).values
     smallest_k = ordered.gather(1, top_k.where((top_k >= 1) & (top_k < V), V).long() - 1)
     mass = ordered.masked_fill(ordered < smallest_k, -torch.inf).softmax(-1, dtype=torch.float64).cumsum(-1)
     before_tau = (mass < top_p).sum(-1, keepdim=True).where(top_p < 1, V)
     tau = ordered.gather(1, before_tau.clamp(max=V - 1))
-    left = scaled < torch.maximum(smallest_k, tau)  # nan is not
+    dropped = scaled < torch.maximum(smallest_k, tau)  # False for NaN
 
     if noise is None:
         column = torch.arange(V, device=logits.device)
@@ -62,17 +63,17 @@ def scores_reference(logits, settings, seed, step, noise=None):
         word = philox4x32((column, step, 0, 0), (seed, seed >> 32))[0]
         u = ((word >> 9).to(logits.dtype) + 0.5) * 2.0**-23
         noise = u.log().neg()
-    return (scaled - noise.log()).where(draws, scaled).masked_fill(left, -torch.inf)
+    return (scaled - noise.log()).where(samples, scaled).masked_fill(dropped, -torch.inf)
 
 
 def philox4x32(counter, key):
     """Philox4x32-10: counter (c0, c1, c2, c3) and key (k0, k1) -> four words, as int64 tensors below 2^32.
 
-    Arguments are int64 tensors or integers; of c1, c3 and the key the low 32 bits count, c0 and c2 are below 2^32.
+    Arguments are int64 tensors or integers. c0 and c2 must be below 2^32; c1, c3 and the key are taken modulo 2^32.
     """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps, but holds all 64 bits of the unsigned product
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 may overflow, but keeps all 64 bits
         c0, c1, c2, c3 = (p1 >> 32 ^ c1 ^ k0) & _LOW, p1, (p0 >> 32 ^ c3 ^ k1) & _LOW, p0
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
     return c0, c1 & _LOW, c2, c3 & _LOW
@@ -81,9 +82,9 @@ def philox4x32(counter, key):
 _LOW = 0xFFFFFFFF
 
 MAX_COLUMNS = 2**21
-"""The kernel's weights, 42 bits each, sum up to 63 bits."""
+"""Maximum vocabulary of the kernel: its sums of 42-bit probabilities must fit in 63 bits."""
 
-_WARPS = 512  # of a row, at most; each leaves what it drew, 8 bytes, and its largest logit, 4
+_MAX_WARPS = 512  # per row; each stores the token it sampled, 8 bytes, and its largest logit, 4 bytes
 
 
 def _run_extension(logits, settings, seed, step):
@@ -91,11 +92,11 @@ def _run_extension(logits, settings, seed, step):
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     token = torch.empty(B, dtype=torch.int64, device=logits.device)
     if B:
-        workspace = torch.empty(B * _WARPS * 12, dtype=torch.uint8, device=logits.device)
-        settings, seed, step = (None if given is None else given.contiguous() for given in (settings, seed, step))
+        workspace = torch.empty(B * _MAX_WARPS * 12, dtype=torch.uint8, device=logits.device)
+        settings, seed, step = (None if t is None else t.contiguous() for t in (settings, seed, step))
         extension.EXTENSION.sample(
-            extension.EXTENSION.Logits(logits.dtype == torch.bfloat16, B, V, logits.data_ptr(), logits.stride(0)),
-            *(0 if given is None else given.data_ptr() for given in (settings, seed, step, token, workspace)),
+            extension.EXTENSION.LogitsArgs(logits.dtype == torch.bfloat16, B, V, logits.data_ptr(), logits.stride(0)),
+            *(0 if t is None else t.data_ptr() for t in (settings, seed, step, token, workspace)),
             extension.counters(logits, B).data_ptr(), extension.stream(logits),
         )  # fmt: skip
     return token
@@ -119,28 +120,28 @@ def _sample(logits, settings, seed, step, noise):
 
 
 def sample(logits, settings=None, seed=None, step=None, noise=None):
-    """Draw one token per row from softmax(logits / temperature), or take the most likely one.
+    """Sample one token per row from softmax(logits / temperature), or take the most likely one.
 
     Args:
         logits: [B, V], floating point, V >= 1.
-        settings: [B, 3] float32, (temperature, top_k, top_p) of each row, on the device of ``logits``: nothing waits
-            for their values, so none is refused. A temperature of 0 or less takes the largest logit (the first of
-            equals); a top_k below 1 or from V on keeps all tokens, fractions are cut off; so does a top_p of 1 or
-            more; one of 0 or less keeps the largest. None takes the largest logit of every row.
-        seed: [B] int64, one stream per row; may be None without settings.
-        step: [B] int64, the position in the stream, modulo 2^32: the same (seed, step) draws the same noise.
-        noise: [B, V] float32, exponential draws q in the place of the sampler's own, such as recorded ones: the token
-            is argmax p / q over the tokens kept. Runs as PyTorch operators.
+        settings: [B, 3] float32, (temperature, top_k, top_p) of each row, on the device of ``logits``. None takes the
+            largest logit of every row. Values are not checked, since that would synchronise the host: a temperature of
+            0 or less takes the largest logit (the first of ties); a top_k below 1 or of at least V keeps all tokens,
+            and fractions are truncated; a top_p of 1 or more keeps all tokens, one of 0 or less the largest only.
+        seed: [B] int64, one random stream per row; may be None without settings.
+        step: [B] int64, position in the stream, modulo 2^32. The same (seed, step) gives the same noise.
+        noise: [B, V] float32, exponential samples q to use instead of generated ones, for example recorded ones: the
+            token is argmax p / q over the kept tokens. Runs the PyTorch reference.
 
     Returns:
         [B] int64 token ids.
 
     Raises:
-        ValueError: no columns, or shapes, dtypes or devices disagree; the message names the offender.
+        ValueError: V is 0, or a shape, dtype or device does not match. The message names the argument.
     """
     B, V = logits.shape
     if V == 0:
-        raise ValueError("sample: logits have no columns; there is no token to draw")
+        raise ValueError(f"sample: logits must have at least one column, got {tuple(logits.shape)}.")
     if settings is not None:
         for name, tensor, shape, dtype in (
             ("settings", settings, (B, 3), torch.float32),

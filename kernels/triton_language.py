@@ -1,4 +1,4 @@
-"""Triton and its language; where there is none (macOS, Windows), stand-ins with which kernels can be defined, not run.
+"""Triton imports, with stubs for platforms without it (macOS, Windows): kernels can be defined there, not run.
 
 Op files import ``jit``, ``tl``, ``triton``, ``TensorDescriptor`` and :func:`dot` from here.
 """
@@ -18,7 +18,7 @@ except ImportError as error:
     triton = TensorDescriptor = None
     INTERPRETED = False
 
-    class tl:  # what annotations and decorators need when a module is read
+    class tl:  # the attributes that annotations and decorators use at import
         constexpr = staticmethod(lambda value: value)
 
     def jit(function=None, **options):
@@ -31,15 +31,17 @@ _WIDEN = tl.constexpr(INTERPRETED)
 @jit
 def dot(a, b, accumulator):
     """``accumulator + a @ b``, in the accumulator's dtype; float32 inputs are not rounded to TF32."""
-    if _WIDEN:  # the interpreter multiplies bfloat16 as integers
+    if _WIDEN:  # the interpreter treats bfloat16 operands as integers
         a, b = a.to(accumulator.dtype), b.to(accumulator.dtype)
     return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=accumulator.dtype)
 
 
 def descriptor_memory(device):
-    """Let kernels that make TMA descriptors themselves store them; to be called before each launch of one."""
+    """Provide global memory for TMA descriptors created in a kernel. Call before each launch of such a kernel."""
 
     def allocate(size, alignment, stream):
-        return torch.empty(size, dtype=torch.uint8, device=device)  # a CUDA graph's own pool keeps what it holds
+        return torch.empty(
+            size, dtype=torch.uint8, device=device
+        )  # under capture it comes from the graph's pool, which outlives replays
 
     triton.set_allocator(allocate)

@@ -1,4 +1,4 @@
-"""The extension with its CUDA kernels as C++ that runs on the host: how it is built and loaded."""
+"""Build and load the extension with its CUDA kernels compiled as C++ for the host."""
 
 import fcntl
 import os
@@ -18,10 +18,10 @@ HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "cl
 
 
 def build(*options: str) -> Path:
-    """Build the emulation, or what has changed of it, with these options for CMake; return the module's file.
+    """Build the emulation incrementally with CMake ``options``; return the path of the module.
 
-    It is kept in build/, one for each Python. A lock lets the workers of pytest-xdist wait for the first of them.
-    Skips the test where there is no compiler.
+    Builds are cached in build/, one per Python and options. A file lock serialises the workers of pytest-xdist. Skips
+    the test if there is no compiler.
     """
     if not HAS_COMPILER:
         pytest.skip("no C++ compiler here")
@@ -46,7 +46,7 @@ def build(*options: str) -> Path:
 
 
 def load(path: Path):
-    """The module of :func:`build`, beside the installed one."""
+    """Load the module that :func:`build` returned, next to the installed one."""
     spec = spec_from_file_location("emulated._C", path, loader=ExtensionFileLoader("emulated._C", str(path)))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,14 +1,14 @@
-// CUDA kernels as ordinary C++, to prove their arithmetic and their indices where there is no GPU.
+// Emulation of CUDA kernels as ordinary C++, to test their arithmetic and indexing without a GPU.
 //
-// Each thread of a block is a fiber. A fiber runs until it needs the others, at a barrier or a shuffle, and goes on
-// when all whom it waits for are there. Blocks run one after another, on one thread of the host. What a GPU would leave
-// undefined is an error here: a barrier that some threads never reach, a shuffle that a lane of the mask does not
-// execute, a vector that is not aligned, more shared memory than a block may have. Dynamic shared memory begins as NaN
-// and is a piece of heap of its own, so that -fsanitize=address finds what is read past its end.
+// Each thread of a block is a fiber that runs until it reaches a barrier or a shuffle, and resumes when all
+// participants have arrived. Blocks run one after another on one host thread. Undefined behaviour on a GPU is an error
+// here: a barrier that some threads never reach, a shuffle that a lane of its mask does not execute, a misaligned
+// vector, too much shared memory. Dynamic shared memory starts as NaN in a heap allocation of its own, so
+// -fsanitize=address detects reads past its end.
 //
-// `schedule` changes the order of the blocks and of the threads between barriers, which a right kernel does not notice.
-// `unfinished` is what the kernel before would still be writing: until a block has waited for that kernel the bytes are
-// 0xff, not a number, and what the block writes there is lost.
+// `schedule` permutes the order of blocks and of threads between barriers; a correct kernel gives the same result.
+// `pending_writes` emulates programmatic dependent launch: memory that the previous kernel is still writing. Until a
+// block has called wait_for_previous_kernel(), those bytes are 0xff (NaN), and what the block writes there is lost.
 #pragma once
 
 #include <ucontext.h>
@@ -51,29 +51,29 @@ namespace cuda_on_host {
 
 constexpr unsigned LANES = 32;
 constexpr std::size_t STACK_BYTES = 256 * 1024;
-constexpr std::size_t MAX_SHARED_BYTES = 232448;  // a block's on sm_90
+constexpr std::size_t MAX_SHARED_BYTES = 232448;  // per block on sm_90
 
 struct Span {
   void* begin;
   std::size_t bytes;
 };
 
-inline unsigned schedule = 0;  // 0: blocks and threads in order; otherwise the seed of another order
-inline std::vector<Span> unfinished;
+inline unsigned schedule = 0;  // 0: blocks and threads in order; otherwise a seed
+inline std::vector<Span> pending_writes;
 
 template <class V, class Address>
 auto& aligned(Address* address) {
   using Element = std::conditional_t<std::is_const_v<Address>, const V, V>;
   if (reinterpret_cast<std::uintptr_t>(address) % alignof(V) != 0) {
-    throw std::runtime_error("a vector at an address that is not a multiple of its size");
+    throw std::runtime_error("misaligned vector: the address must be a multiple of its size");
   }
   return *reinterpret_cast<Element*>(address);
 }
 
-// Where threads wait for one another, and leave a value each for the others to read. There are two sets of values, as
-// the first thread may be at the next meeting before the last one has read what was left at this one.
-struct Meeting {
-  unsigned mask = 0;  // of lanes; not of a block's
+// A barrier or shuffle at which threads wait for one another and exchange one value each. The values are double
+// buffered, since the first thread may reach the next one before the last thread has read the values of this one.
+struct SyncPoint {
+  unsigned mask = 0;  // of lanes; unused by the block's barrier
   unsigned expected = 0, arrived = 0, generation = 0;
   std::vector<std::uint64_t> values[2];
 };
@@ -83,15 +83,15 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   unsigned thread = 0;
   bool done = false;
-  const Meeting* meeting = nullptr;  // that it waits at,
-  unsigned generation = 0;           // until this one is over
+  const SyncPoint* sync_point = nullptr;  // that the fiber waits at,
+  unsigned generation = 0;           // in this generation
   void* sanitizer = nullptr;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  Meeting barrier;
-  std::vector<std::vector<Meeting>> warps;  // of each warp, one for every mask it uses
+  SyncPoint barrier;
+  std::vector<std::vector<SyncPoint>> warps;  // per warp, one per shuffle mask
   std::unique_ptr<float[]> shared;
   ucontext_t scheduler;
   Fiber* running = nullptr;
@@ -100,7 +100,7 @@ struct Block {
   void* sanitizer = nullptr;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
-  std::vector<std::vector<char>> finished;  // what `unfinished` will hold; empty when the block has waited
+  std::vector<std::vector<char>> hidden_bytes;  // true contents of `pending_writes`; empty after the wait
 };
 
 inline Block* block = nullptr;
@@ -109,8 +109,8 @@ inline void* dynamic_shared() { return block->shared.get(); }
 inline unsigned linear_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 inline unsigned lane() { return linear_thread() % LANES; }
 
-// From the running fiber back to the scheduler; for good if it has ended.
-inline void leave() {
+// Switch from the running fiber to the scheduler.
+inline void yield_to_scheduler() {
   Fiber& fiber = *block->running;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fiber.sanitizer, block->scheduler_stack, block->scheduler_stack_bytes);
@@ -121,7 +121,7 @@ inline void leave() {
 #endif
 }
 
-inline void enter(Fiber& fiber) {
+inline void resume(Fiber& fiber) {
   block->running = &fiber;
   const unsigned in_layer = fiber.thread % (blockDim.x * blockDim.y);
   threadIdx = dim3(in_layer % blockDim.x, in_layer / blockDim.x, fiber.thread / (blockDim.x * blockDim.y));
@@ -134,7 +134,7 @@ inline void enter(Fiber& fiber) {
 #endif
 }
 
-// What a fiber runs: the kernel, once for every block.
+// Entry point of a fiber: runs the kernel once per block.
 inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_bytes);
@@ -146,111 +146,111 @@ inline void fiber_main() {
       if (!block->failure) block->failure = std::current_exception();
     }
     block->running->done = true;
-    leave();
+    yield_to_scheduler();
   }
 }
 
-// Leave a value at the meeting, as participant `place`; returns everybody's when all are there.
-inline const std::vector<std::uint64_t>& meet(Meeting& meeting, unsigned place, std::uint64_t value) {
-  const unsigned generation = meeting.generation;
-  std::vector<std::uint64_t>& values = meeting.values[generation % 2];
+// Deposit a value as participant `place`, wait until all have arrived, and return all values.
+inline const std::vector<std::uint64_t>& arrive_and_wait(SyncPoint& sync_point, unsigned place, std::uint64_t value) {
+  const unsigned generation = sync_point.generation;
+  std::vector<std::uint64_t>& values = sync_point.values[generation % 2];
   values[place] = value;
-  if (++meeting.arrived == meeting.expected) {
-    meeting.arrived = 0;
-    ++meeting.generation;
+  if (++sync_point.arrived == sync_point.expected) {
+    sync_point.arrived = 0;
+    ++sync_point.generation;
   } else {
     Fiber& fiber = *block->running;
-    fiber.meeting = &meeting;
+    fiber.sync_point = &sync_point;
     fiber.generation = generation;
-    leave();
-    fiber.meeting = nullptr;
+    yield_to_scheduler();
+    fiber.sync_point = nullptr;
   }
   return values;
 }
 
-inline const std::vector<std::uint64_t>& meet_block(std::uint64_t value) {
-  return meet(block->barrier, linear_thread(), value);
+inline const std::vector<std::uint64_t>& sync_block(std::uint64_t value) {
+  return arrive_and_wait(block->barrier, linear_thread(), value);
 }
 
-inline const std::vector<std::uint64_t>& meet_warp(unsigned mask, std::uint64_t value) {
-  if ((mask >> lane() & 1u) == 0) throw std::runtime_error("a lane that is not in the mask of its shuffle");
-  std::vector<Meeting>& meetings = block->warps[linear_thread() / LANES];
-  auto found = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) { return m.mask == mask; });
-  if (found == meetings.end()) {
-    if (meetings.size() == meetings.capacity()) throw std::runtime_error("more masks in a warp than are foreseen");
-    found = meetings.emplace(meetings.end());
+inline const std::vector<std::uint64_t>& sync_warp(unsigned mask, std::uint64_t value) {
+  if ((mask >> lane() & 1u) == 0) throw std::runtime_error("a shuffle executed by a lane that is not in its mask");
+  std::vector<SyncPoint>& sync_points = block->warps[linear_thread() / LANES];
+  auto found = std::find_if(sync_points.begin(), sync_points.end(), [&](const SyncPoint& m) { return m.mask == mask; });
+  if (found == sync_points.end()) {
+    if (sync_points.size() == sync_points.capacity()) throw std::runtime_error("more than 16 shuffle masks in a warp");
+    found = sync_points.emplace(sync_points.end());
     found->mask = mask;
     found->expected = static_cast<unsigned>(__builtin_popcount(mask));
     for (auto& values : found->values) values.resize(LANES);
   }
-  return meet(*found, lane(), value);
+  return arrive_and_wait(*found, lane(), value);
 }
 
-// All threads of one block, each as far as it gets, until all have ended.
+// Run the threads of one block, each until it has to wait, until all are done.
 inline void run_block(std::mt19937& random) {
   const std::size_t threads = block->fibers.size();
-  block->barrier = Meeting{};
+  block->barrier = SyncPoint{};
   block->barrier.expected = static_cast<unsigned>(threads);
   for (auto& values : block->barrier.values) values.resize(threads);
   block->warps.assign((threads + LANES - 1) / LANES, {});
-  for (auto& meetings : block->warps) meetings.reserve(16);  // waiting fibers point to them
+  for (auto& sync_points : block->warps) sync_points.reserve(16);  // waiting fibers hold pointers to the elements
   std::vector<std::size_t> order(threads);
   std::iota(order.begin(), order.end(), 0);
   if (schedule != 0) std::shuffle(order.begin(), order.end(), random);
   for (Fiber& fiber : block->fibers) fiber.done = false;
-  for (std::size_t ended = 0; ended < threads;) {
-    bool moved = false;
+  for (std::size_t done_threads = 0; done_threads < threads;) {
+    bool progressed = false;
     for (const std::size_t index : order) {
       Fiber& fiber = block->fibers[index];
-      if (fiber.done || (fiber.meeting && fiber.meeting->generation == fiber.generation)) continue;
-      enter(fiber);
-      moved = true;
+      if (fiber.done || (fiber.sync_point && fiber.sync_point->generation == fiber.generation)) continue;
+      resume(fiber);
+      progressed = true;
       if (block->failure) return;
-      ended += fiber.done;
+      done_threads += fiber.done;
     }
-    if (!moved) throw std::runtime_error("threads wait at a barrier or a shuffle that others have not reached");
+    if (!progressed) throw std::runtime_error("deadlock: threads wait at a barrier or shuffle that others never reach");
   }
 }
 
-inline void hide_unfinished() {
-  for (const Span& span : unfinished) {
+inline void hide_pending_writes() {
+  for (const Span& span : pending_writes) {
     const char* const begin = static_cast<const char*>(span.begin);
-    block->finished.emplace_back(begin, begin + span.bytes);
+    block->hidden_bytes.emplace_back(begin, begin + span.bytes);
     std::memset(span.begin, 0xff, span.bytes);
   }
 }
 
 inline void wait_for_previous_kernel() {
-  for (std::size_t i = block->finished.size(); i-- > 0;) {  // backwards, as spans may overlap
-    std::memcpy(unfinished[i].begin, block->finished[i].data(), unfinished[i].bytes);
+  for (std::size_t i = block->hidden_bytes.size(); i-- > 0;) {  // in reverse: spans may overlap
+    std::memcpy(pending_writes[i].begin, block->hidden_bytes[i].data(), pending_writes[i].bytes);
   }
-  block->finished.clear();
+  block->hidden_bytes.clear();
 }
 
-// kernel() by every thread of every block.
+// Run kernel() in every thread of every block.
 inline void run(dim3 grid, dim3 threads, std::size_t shared_bytes, std::function<void()> kernel) {
   const std::size_t count = std::size_t{threads.x} * threads.y * threads.z;
   if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
-    throw std::runtime_error("a grid or block of no, or of too many, threads");
+    throw std::runtime_error("invalid grid or block size");
   }
   if (shared_bytes > MAX_SHARED_BYTES) throw std::runtime_error("too much shared memory");
-  if (block != nullptr) throw std::runtime_error("two launches at once");
+  if (block != nullptr) throw std::runtime_error("nested launch");
   Block running;
   running.kernel = std::move(kernel);
   running.fibers = std::vector<Fiber>(count);
-  struct Cleared {
-    ~Cleared() {
+  struct Cleanup {
+    ~Cleanup() {
       wait_for_previous_kernel();
       block = nullptr;
     }
-  } cleared;
+  } cleanup;
   block = &running;
   gridDim = grid;
   blockDim = threads;
   for (unsigned thread = 0; thread < count; ++thread) {
     Fiber& fiber = running.fibers[thread];
     fiber.thread = thread;
-    fiber.stack.reset(new char[STACK_BYTES]);  // not touched, so not there until it is used
+    fiber.stack.reset(new char[STACK_BYTES]);  // uninitialised, so pages are committed on use
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = STACK_BYTES;
@@ -268,10 +268,10 @@ inline void run(dim3 grid, dim3 threads, std::size_t shared_bytes, std::function
                     static_cast<unsigned>(index / grid.x / grid.y));
     running.shared.reset(new float[words]);
     std::fill_n(running.shared.get(), words, NAN);
-    hide_unfinished();
+    hide_pending_writes();
     run_block(random);
     if (running.failure) std::rethrow_exception(running.failure);
-    if (!running.finished.empty()) throw std::runtime_error("a block that did not wait for the kernel before");
+    if (!running.hidden_bytes.empty()) throw std::runtime_error("a block did not call wait_for_previous_kernel()");
   }
 }
 
@@ -285,7 +285,7 @@ std::uint64_t as_word(V value) {
 
 template <class V>
 V shuffled(unsigned mask, V value, unsigned source) {
-  const std::uint64_t word = meet_warp(mask, as_word(value))[source];
+  const std::uint64_t word = sync_warp(mask, as_word(value))[source];
   if ((mask >> source & 1u) == 0) throw std::runtime_error("a shuffle from a lane that is not in its mask");
   V result;
   std::memcpy(&result, &word, sizeof result);
@@ -294,10 +294,10 @@ V shuffled(unsigned mask, V value, unsigned source) {
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::meet_block(0); }
+inline void __syncthreads() { cuda_on_host::sync_block(0); }
 
 inline int __syncthreads_count(int predicate) {
-  const auto& values = cuda_on_host::meet_block(predicate != 0);
+  const auto& values = cuda_on_host::sync_block(predicate != 0);
   return static_cast<int>(std::count(values.begin(), values.end(), 1u));
 }
 inline void __threadfence() {}
@@ -309,9 +309,9 @@ V __shfl_sync(unsigned mask, V value, int source, int width = 32) {
 }
 
 template <class V>
-V __shfl_xor_sync(unsigned mask, V value, int apart, int width = 32) {
+V __shfl_xor_sync(unsigned mask, V value, int lane_mask, int width = 32) {
   const unsigned size = static_cast<unsigned>(width), lane = cuda_on_host::lane();
-  const unsigned source = lane ^ static_cast<unsigned>(apart);
+  const unsigned source = lane ^ static_cast<unsigned>(lane_mask);
   return cuda_on_host::shuffled(mask, value, source < lane / size * size + size ? source : lane);
 }
 

@@ -23,7 +23,7 @@ def int32(rows):
 def check(device, limits, blocks, mask, Hq=4, Hkv=2, D=16, dtype=torch.float32, scale=None):
     """Attention and its log-sum-exp under (limits, blocks) equal dense ones in float64 under ``mask``, bool [T, S].
 
-    Slots nobody sees hold NaN: reading one shows.
+    Slots that no row attends to hold NaN, so that a read shows.
     """
     T, S = mask.shape
     q, k, v = values(1, T, Hq, D, dtype=dtype), values(2, S, Hkv, D, dtype=dtype), values(3, S, Hkv, D, dtype=dtype)
@@ -159,7 +159,7 @@ def test_matches_dense_softmax_with(device, limits, blocks, dtype):
 
 
 @pytest.mark.parametrize("limits, blocks", HAND_MADE.values(), ids=HAND_MADE)
-def test_does_not_need_a_fused_backend_of_torch(limits, blocks):
+def test_works_without_fused_sdpa_backends(limits, blocks):
     with sdpa_kernel(SDPBackend.MATH):
         test_matches_dense_softmax_with("cpu", limits, blocks, torch.float32)
 
@@ -170,11 +170,11 @@ def test_scale_replaces_the_default(device):
         check(device, int32([8] * 3), int32([[0, 3, 0, 8, 8, 0, 0]]), mask, scale=scale)
 
 
-def test_scores_far_from_zero_do_not_overflow(device):
+def test_large_scores_do_not_overflow(device):
     check(device, int32([8] * 3), int32([[0, 3, 0, 8, 8, 0, 0]]), torch.ones(3, 8, dtype=torch.bool), scale=1e4)
 
 
-def test_inputs_need_not_be_contiguous_and_are_left_alone(device):
+def test_accepts_strided_inputs_and_does_not_modify_them(device):
     q, k, v = values(1, 9, 3, 4, 16).to(device).unbind(1)  # as a fused projection leaves them
     limits, blocks = int32(range(1, 10)).to(device), int32([[0, 5, 0, 1, 5, 0, 0], [5, 9, 0, 6, 9, 0, 0]]).to(device)
     before = [t.clone() for t in (q, k, v)]
@@ -185,7 +185,7 @@ def test_inputs_need_not_be_contiguous_and_are_left_alone(device):
     assert attention(q.mT.contiguous().mT, k.mT.contiguous().mT, v, limits, blocks).allclose(out, atol=2e-6)
 
 
-def test_the_judge_is_softmax_written_out_in_loops():
+def test_dense_reference_matches_explicit_loops():
     q, k, v = (values(seed, n, heads, 2, dtype=torch.float64) for seed, n, heads in ((1, 3, 4), (2, 5, 2), (3, 5, 2)))
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
     out = attention_dense_reference(q, k, v, mask)
@@ -198,27 +198,27 @@ def test_the_judge_is_softmax_written_out_in_loops():
             torch.testing.assert_close(out[row, head], want / total if total else want)
 
 
-def test_the_reference_refuses_spans_past_the_cache():
+def test_reference_rejects_spans_past_the_cache():
     q, cache = torch.zeros(1, 2, 16), torch.zeros(4, 2, 16)
     with pytest.raises(RuntimeError, match="exceeds dimension size"):
         attention(q, cache, cache, int32([3]), int32([[0, 1, 2, 3, 3, 0, 0]]))
 
 
 WRONG = {
-    "heads-that-do-not-group": ({"q": torch.zeros(3, 5, 16)}, "5 query heads do not divide into groups over 2"),
+    "heads-that-do-not-group": ({"q": torch.zeros(3, 5, 16)}, "query heads must be a multiple.*got 5 and 2"),
     "head-dim": ({"k_cache": torch.zeros(8, 2, 32)}, r"k_cache must be \(8, 2, 16\).*got \(8, 2, 32\) torch.float32"),
     "shorter-values": ({"v_cache": torch.zeros(7, 2, 16)}, r"v_cache must be \(8,.*got \(7, 2, 16\) torch.float32"),
     "cache-dtype": ({"v_cache": torch.zeros(8, 2, 16).half()}, "v_cache must be .*float32.*got .* torch.float16"),
     "limits-of-other-rows": ({"limits": int32([8] * 4)}, r"limits must be \(3,\) torch.int32.*got \(4,\) torch.int32"),
     "int64-limits": ({"limits": torch.tensor([8] * 3)}, r"limits must be .*got \(3,\) torch.int64"),
     "int64-blocks": ({"blocks": torch.zeros(1, 7).long()}, r"blocks must be \(n, 7\).*got \(1, 7\) torch.int64"),
-    "negative-scale": ({"scale": -1.0}, "scale=-1.0 is not a positive number"),
+    "negative-scale": ({"scale": -1.0}, "scale must be positive and finite, got -1.0"),
     "short-blocks": ({"blocks": int32([[0, 3, 0, 8, 8]])}, r"blocks must be \(n, 7\).*got \(1, 5\) torch.int32"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
-def test_names_the_argument_that_does_not_fit(change, message):
+def test_rejects_mismatched_argument(change, message):
     good = {"q": torch.zeros(3, 4, 16), "k_cache": torch.zeros(8, 2, 16), "v_cache": torch.zeros(8, 2, 16),
             "limits": int32([8] * 3), "blocks": int32([[0, 3, 0, 8, 8, 0, 0]])}  # fmt: skip
     with pytest.raises(ValueError, match=f"attention: {message}"):

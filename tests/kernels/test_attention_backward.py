@@ -20,7 +20,7 @@ def gradients(function, inputs, *upstream):
 
 
 def check(device, segments, Hq=4, Hkv=2, D=16, dtype=torch.float32, block_q=128, extra_slots=0):
-    """Gradients through out and lse equal those of dense attention in float64; slots nobody sees get zero."""
+    """Gradients through out and lse equal those of dense attention in float64, zero for slots no row attends to."""
     plan = build_plan(segments, block_q)
     mask = torch.from_numpy(visibility(plan))
     mask = torch.nn.functional.pad(mask, (0, extra_slots))
@@ -94,7 +94,7 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, limits, blocks, 0.7, True), inputs)
 
 
-def test_only_what_requires_a_gradient_gets_one(device):
+def test_only_inputs_that_require_a_gradient_get_one(device):
     q, k, v = (values(n, 5, 2, 16).to(device) for n in range(3))
     q.requires_grad_()
     out = attention(q, k, v, int32([5] * 5).to(device), int32([[0, 5, 0, 5, 5, 0, 0]]).to(device))
@@ -105,7 +105,7 @@ def test_only_what_requires_a_gradient_gets_one(device):
     assert again.grad_fn is None and torch.allclose(again, out)
 
 
-def test_a_compiled_call_has_the_same_gradients():
+def test_compiled_call_has_the_same_gradients():
     plan = build_plan(TRAINING[:3])
     limits, blocks = torch.from_numpy(plan.limits), torch.from_numpy(plan.blocks)
     inputs = [values(n, rows, heads, 16) for n, (rows, heads) in enumerate(((95, 2), (160, 1), (160, 1)))]
@@ -116,7 +116,7 @@ def test_a_compiled_call_has_the_same_gradients():
 
 
 @given(segments=packed_segments(), block_q=st.sampled_from([1, 3, 16]), tile=st.sampled_from([1, 4, 7, 64]))
-def test_the_visits_of_any_plan_are_exact_where_they_take_no_mask_and_miss_nothing(segments, block_q, tile):
+def test_visits_cover_every_visible_pair_and_full_visits_need_no_mask(segments, block_q, tile):
     plan = build_plan(segments, block_q)
     mask = visibility(plan)
     order, counts = visits(torch.from_numpy(plan.blocks), mask.shape[1], tile)
@@ -132,7 +132,7 @@ def test_the_visits_of_any_plan_are_exact_where_they_take_no_mask_and_miss_nothi
                 assert not tile_mask.any()
 
 
-def test_a_visit_of_a_whole_tile_is_found_as_such():
+def test_fully_visible_tile_is_a_full_visit():
     plan = build_plan([Segment("full", np.zeros(8, bool), 0, 8, 8)])
     _, counts = visits(torch.from_numpy(plan.blocks), 20, 8)
     assert counts.tolist() == [[1, 1], [1, 1], [0, 0]]

@@ -51,7 +51,7 @@ def test_gradients_of_whole_and_partial_tiles(small_tiles):
 
 
 @pytest.mark.parametrize("key_start, full_end, own", [(0, 64, 32), (5, 63, 31), (1, 65, 33), (0, 0, 64), (3, 32, 0)])
-def test_spans_that_end_at_beside_and_on_a_tiles_edge(small_tiles, key_start, full_end, own):
+def test_spans_that_end_at_or_next_to_a_tile_boundary(small_tiles, key_start, full_end, own):
     own_start = key_start + full_end + 7 if own else 0
     limits, mask = [full_end, full_end + 3, full_end], torch.zeros(3, 180, dtype=torch.bool)
     for row, limit in enumerate(limits):
@@ -86,7 +86,7 @@ def test_reads_strided_caches_in_place(small_tiles):
         torch.testing.assert_close(found, want, rtol=0, atol=0, msg=name)
 
 
-def test_what_tma_cannot_address_is_read_by_pointers():
+def test_unaligned_caches_are_read_through_pointers():
     tiles = {"LOADS": "host descriptors", "BLOCK_N": 16}
     aligned = torch.zeros(8, 2, 16, dtype=torch.float16)
     odd = torch.zeros(8 * 2 * 16 + 1, dtype=torch.float16)[1:].view(8, 2, 16)
@@ -98,7 +98,7 @@ def test_what_tma_cannot_address_is_read_by_pointers():
         assert k is aligned and v is cache and changed["LOADS"] == "pointers"
 
 
-def test_rows_and_heads_share_tiles_and_blocks_of_few_rows_do_not_disturb_others(small_tiles):
+def test_blocks_of_few_rows_do_not_affect_other_blocks(small_tiles):
     q = values(1, 5, 7, 16, dtype=torch.float16).to(DEVICE)
     k, v = (values(seed, 80, 1, 16, dtype=torch.float16).to(DEVICE) for seed in (2, 3))
     limits = int32([60, 61, 62, 9, 70]).to(DEVICE)
@@ -111,7 +111,7 @@ def test_rows_and_heads_share_tiles_and_blocks_of_few_rows_do_not_disturb_others
         torch.testing.assert_close(out[row : row + 1].double(), want, rtol=2e-3, atol=2e-3)
 
 
-def test_decoding_walks_whole_tiles_too(small_tiles):
+def test_one_row_blocks_use_whole_tiles(small_tiles):
     q = values(1, 3, 7, 16, dtype=torch.float16).to(DEVICE)
     k, v = (values(seed, 200, 1, 16, dtype=torch.float16).to(DEVICE) for seed in (2, 3))
     starts, lengths = torch.tensor([0, 3, 60], device=DEVICE), torch.tensor([64, 130, 0], device=DEVICE)
@@ -123,7 +123,7 @@ def test_decoding_walks_whole_tiles_too(small_tiles):
     torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
 
 
-def test_every_class_of_shapes_is_in_the_table_of_every_architecture():
+def test_table_has_every_shape_class_for_every_architecture():
     queries = [torch.zeros(1, Hq, D, dtype=dtype) for Hq in (1, 28) for D in (4, 16, 64, 72, 128)
                for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]  # fmt: skip
     forward = {shape_class(q, rows) for q in queries for rows in (1, 128)}
@@ -134,7 +134,7 @@ def test_every_class_of_shapes_is_in_the_table_of_every_architecture():
         assert set(configs.TABLE["attention_dk_dv"][architecture]) == backward
 
 
-def test_heads_wider_than_the_kernel_takes_go_to_the_reference(monkeypatch):
+def test_heads_above_max_head_dim_run_the_reference(monkeypatch):
     monkeypatch.setattr(attention_module, "launch_kernel", None)
     q = values(1, 2, 1, 160).to(DEVICE)
     out = attention(q, q, q, int32([2, 2]).to(DEVICE), int32([[0, 2, 0, 2, 2, 0, 0]]).to(DEVICE))

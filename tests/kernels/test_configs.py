@@ -34,21 +34,21 @@ def capability(monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_gpu_takes_the_part_that_its_shared_memory_and_instructions_allow(capability, numbers, name):
+def test_gpu_maps_to_an_architecture_it_supports(capability, numbers, name):
     capability(*numbers)
     assert configs.supports(CUDA) and configs.architecture(CUDA) == name
 
 
-def test_an_old_gpu_has_no_kernels_and_a_word_about_it(capability):
+def test_rejects_gpu_older_than_sm_80(capability):
     capability(7, 5)
     assert not configs.supports(CUDA)
-    with pytest.raises(ValueError, match="a GPU is sm_75; the kernels need sm_80 .* BAGEL_RT_BACKEND=reference runs"):
+    with pytest.raises(ValueError, match="must be sm_80 .*, got sm_75 .a GPU.. Set BAGEL_RT_BACKEND=reference"):
         configs.architecture(CUDA)
     with pytest.raises(ValueError, match="sm_75"):
         check_backend(CUDA, "triton")
 
 
-def test_every_architecture_has_every_class_and_every_entry_says_where_it_comes_from():
+def test_every_architecture_has_every_class_with_a_source():
     for op, architectures in configs.TABLE.items():
         assert set(architectures) == set(configs.ARCHITECTURES), op
         assert len({frozenset(classes) for classes in architectures.values()}) == 1, op
@@ -62,7 +62,7 @@ class Loaded(Exception):
 
 
 @pytest.mark.parametrize("device, chosen", [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
-def test_a_model_on_a_gpu_makes_it_the_current_one_where_kernels_are_launched(monkeypatch, capability, device, chosen):
+def test_loading_a_model_sets_the_current_gpu(monkeypatch, capability, device, chosen):
     capability(9, 0)
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -44,7 +44,7 @@ def cuda_kernel(extension_device, monkeypatch):
 
 
 def check(device, starts, lengths, Hq=4, Hkv=2, D=16, dtype=torch.float32, index=torch.int64, scale=None, slots=100):
-    """Equals dense attention in float64. Slots nobody sees hold NaN: reading one shows."""
+    """Equals dense attention in float64. Slots that no row attends to hold NaN, so that a read shows."""
     mask = torch.zeros(len(starts), slots, dtype=torch.bool)
     for row, start, length in zip(mask, starts, lengths, strict=True):
         row[start : start + length] = True
@@ -75,7 +75,7 @@ def test_matches_dense_softmax_for_heads(device, Hq, Hkv, D, dtype):
 
 
 @pytest.mark.parametrize("starts, lengths", RANGES.values(), ids=RANGES)
-def test_does_not_need_a_fused_backend_of_torch(starts, lengths):
+def test_works_without_fused_sdpa_backends(starts, lengths):
     with sdpa_kernel(SDPBackend.MATH):
         check("cpu", starts, lengths)
 
@@ -85,7 +85,7 @@ def test_scale_replaces_the_default(device):
         check(device, [5, 20], [60, 33], scale=scale)
 
 
-def test_inputs_need_not_be_contiguous_and_are_left_alone(device):
+def test_accepts_strided_inputs_and_does_not_modify_them(device):
     q, caches = values(1, 2, 4, 32).to(device)[..., ::2], values(2, 50, 2, 2, 16).to(device)
     k, v = caches.unbind(1)
     before = [t.clone() for t in (q, k, v)]
@@ -97,13 +97,13 @@ def test_inputs_need_not_be_contiguous_and_are_left_alone(device):
 
 
 @pytest.mark.parametrize("starts, lengths", RANGES.values(), ids=RANGES)
-def test_the_cuda_kernel_matches_dense_softmax_on(cuda_kernel, starts, lengths):
+def test_cuda_kernel_matches_dense_softmax_on(cuda_kernel, starts, lengths):
     check(cuda_kernel, starts, lengths)
     check(cuda_kernel, starts, lengths, index=torch.int32)
 
 
 @pytest.mark.parametrize("B", [16, 32])
-def test_the_cuda_kernel_takes_more_sequences_than_the_gemv(cuda_kernel, B):
+def test_cuda_kernel_supports_more_than_8_sequences(cuda_kernel, B):
     check(cuda_kernel, [2 * b for b in range(B)], [b + 1 for b in range(B)])
 
 
@@ -114,27 +114,27 @@ def test_the_cuda_kernel_takes_more_sequences_than_the_gemv(cuda_kernel, B):
     [(1, 1, 16), (4, 2, 32), (3, 1, 64), (14, 2, 128), (5, 1, 64), (8, 1, 8), (16, 2, 16), (16, 1, 64), (11, 1, 32)],
     ids=lambda number: str(number),
 )
-def test_the_cuda_kernel_matches_dense_softmax_for_heads(cuda_kernel, Hq, Hkv, D, dtype):
+def test_cuda_kernel_matches_dense_softmax_for_heads(cuda_kernel, Hq, Hkv, D, dtype):
     """Groups of 1, 2, 3, 7, 5, 8, 8, 16 and 11: some fill a kernel's registers, some do not, some need two runs."""
     check(cuda_kernel, [5, 20, 0, 7], [60, 33, 200, 1], Hq, Hkv, D, dtype, slots=210)
 
 
-def test_the_cuda_kernel_takes_the_widest_heads(cuda_kernel):
+def test_cuda_kernel_supports_the_widest_heads(cuda_kernel):
     check(cuda_kernel, [5], [70], 7, 1, 256, torch.bfloat16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 63, 64, 65, 127, 129, 2048, 2049, 5000])
-def test_the_cuda_kernel_splits_any_length(cuda_kernel, length):
+def test_cuda_kernel_splits_any_length(cuda_kernel, length):
     check(cuda_kernel, [17], [length], 7, 1, 16, slots=5100)
     check(cuda_kernel, [17], [length], 2, 1, 16, torch.bfloat16, torch.int32, slots=5100)
 
 
-def test_the_cuda_kernel_matches_dense_softmax_for_bagels_heads(cuda_kernel):
+def test_cuda_kernel_matches_dense_softmax_for_bagel_heads(cuda_kernel):
     check(cuda_kernel, [3, 0], [700, 65], 28, 4, 128, torch.bfloat16, slots=800)
 
 
-def test_the_cuda_kernel_takes_starts_of_another_type_than_lengths_and_any_strides(cuda_kernel):
+def test_cuda_kernel_accepts_mixed_bound_dtypes_and_strides(cuda_kernel):
     device = cuda_kernel
     q = values(1, 2, 8, 16).to(device)
     k, v = values(2, 50, 2, 2, 16).to(device).unbind(1)
@@ -144,14 +144,14 @@ def test_the_cuda_kernel_takes_starts_of_another_type_than_lengths_and_any_strid
         assert torch.equal(decode_attention(q[:, :4], k, v, wide, narrow), want)
 
 
-def test_the_cuda_kernel_scales(cuda_kernel):
+def test_cuda_kernel_applies_scale(cuda_kernel):
     for scale in (1.0, 0.03, 1e4):
         check(cuda_kernel, [5, 20], [60, 33], scale=scale)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cuda_kernel_computes_a_sequence_alone_as_in_a_batch(cuda_kernel, dtype):
+def test_cuda_kernel_result_is_independent_of_the_batch(cuda_kernel, dtype):
     q = values(1, 5, 7, 32, dtype=dtype).to(cuda_kernel)
     k, v = (values(seed, 900, 1, 32, dtype=dtype).to(cuda_kernel) for seed in (2, 3))
     starts = torch.tensor([0, 100, 3, 800, 64], device=cuda_kernel)
@@ -165,7 +165,7 @@ def test_the_cuda_kernel_computes_a_sequence_alone_as_in_a_batch(cuda_kernel, dt
     assert torch.equal(decode_attention(q, *elsewhere, starts + 50, lengths), together), "depends on the place"
 
 
-def test_no_order_of_blocks_and_threads_changes_a_bit(emulated_extension):
+def test_cuda_kernel_is_deterministic_under_any_schedule(emulated_extension):
     q, k, v = values(1, 2, 7, 16), *(values(seed, 400, 1, 16) for seed in (2, 3))
     starts, lengths = torch.tensor([0, 30]), torch.tensor([400, 70])
     want = op._run_extension(q, k, v, starts, lengths, 0.25)
@@ -174,7 +174,7 @@ def test_no_order_of_blocks_and_threads_changes_a_bit(emulated_extension):
         assert torch.equal(op._run_extension(q, k, v, starts, lengths, 0.25), want)
 
 
-def test_the_cuda_kernel_keeps_what_is_not_a_number(cuda_kernel):
+def test_cuda_kernel_propagates_nan(cuda_kernel):
     q, k, v = values(1, 1, 2, 16), values(2, 80, 1, 16), values(3, 80, 1, 16)
     v[70, 0, 3] = torch.nan
     bounds = torch.tensor([0], device=cuda_kernel), torch.tensor([80], device=cuda_kernel)
@@ -196,7 +196,7 @@ LEFT_TO_TRITON = {
 
 
 @pytest.mark.parametrize("inputs", LEFT_TO_TRITON.values(), ids=LEFT_TO_TRITON)
-def test_what_the_cuda_kernel_does_not_take_is_computed_all_the_same(extension_device, monkeypatch, inputs):
+def test_unsupported_inputs_fall_back(extension_device, monkeypatch, inputs):
     def make(dtype, D):
         return tuple(values(seed, *shape, D, dtype=dtype) for seed, shape in enumerate([(2, 4), (90, 2), (90, 2)]))
 
@@ -209,8 +209,8 @@ def test_what_the_cuda_kernel_does_not_take_is_computed_all_the_same(extension_d
     torch.testing.assert_close(got, decode_attention(q, k, v, *bounds), rtol=tolerance, atol=tolerance)
 
 
-def test_a_gradient_goes_around_the_cuda_kernel(extension_device, monkeypatch):
-    monkeypatch.setattr(op, "_run_extension", lambda *_: pytest.fail("nobody can differentiate this"))
+def test_gradient_bypasses_the_cuda_kernel(extension_device, monkeypatch):
+    monkeypatch.setattr(op, "_run_extension", lambda *_: pytest.fail("the extension has no gradient"))
     q, k, v = (values(seed, *shape, 16).to(extension_device) for seed, shape in enumerate([(1, 4), (9, 2), (9, 2)]))
     bounds = torch.tensor([3], device=extension_device), torch.tensor([5], device=extension_device)
     decode_attention(q.requires_grad_(), k, v, *bounds).sum().backward()
@@ -218,7 +218,7 @@ def test_a_gradient_goes_around_the_cuda_kernel(extension_device, monkeypatch):
 
 
 @pytest.mark.parametrize("wants", [0, 1, 2], ids=["q", "k_cache", "v_cache"])
-def test_a_gradient_goes_around_the_triton_kernel(device, wants):
+def test_gradient_bypasses_the_triton_kernel(device, wants):
     given = [values(seed, *shape, 16).to(device) for seed, shape in enumerate([(1, 4), (9, 2), (9, 2)])]
     bounds = torch.tensor([3], device=device), torch.tensor([5], device=device)
     given[wants].requires_grad_()
@@ -226,25 +226,25 @@ def test_a_gradient_goes_around_the_triton_kernel(device, wants):
     assert given[wants].grad.abs().sum() > 0
 
 
-def test_refuses_a_range_past_the_cache():
+def test_reference_rejects_range_past_the_cache():
     cache = torch.zeros(4, 2, 16)
     with pytest.raises(RuntimeError, match="exceeds dimension size"):
         decode_attention(torch.zeros(1, 4, 16), cache, cache, torch.tensor([2]), torch.tensor([3]))
 
 
 WRONG = {
-    "heads-that-do-not-group": ({"q": torch.zeros(2, 3, 16)}, "3 query heads do not divide into groups over 2"),
+    "heads-that-do-not-group": ({"q": torch.zeros(2, 3, 16)}, "query heads must be a multiple.*got 3 and 2"),
     "head-dim": ({"k_cache": torch.zeros(8, 2, 32)}, r"k_cache must be \(8, 2, 16\).*got \(8, 2, 32\) torch.float32"),
     "cache-dtype": ({"v_cache": torch.zeros(8, 2, 16).half()}, "v_cache must be .*float32.*got .* torch.float16"),
     "one-start-for-all": ({"starts": torch.tensor([0])}, r"starts must be \(2,\).*got \(1,\) torch.int64"),
-    "zero-scale": ({"scale": 0.0}, "scale=0.0 is not a positive number"),
-    "another-device": ({"starts": torch.tensor([0, 0], device="meta")}, "starts is on meta, q on cpu; move starts"),
+    "zero-scale": ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+    "another-device": ({"starts": torch.tensor([0, 0], device="meta")}, "starts must be on cpu like q, got meta"),
     "float-lengths": ({"lengths": torch.ones(2)}, r"lengths must be \(2,\) int32 or int64.*got \(2,\) torch.float32"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
-def test_names_the_argument_that_does_not_fit(change, message):
+def test_rejects_mismatched_argument(change, message):
     good = {"q": torch.zeros(2, 4, 16), "k_cache": torch.zeros(8, 2, 16), "v_cache": torch.zeros(8, 2, 16),
             "starts": torch.tensor([0, 0]), "lengths": torch.tensor([1, 1])}  # fmt: skip
     with pytest.raises(ValueError, match=f"decode_attention: {message}"):

@@ -69,7 +69,7 @@ def test_matches_float64(extension_device, launches, B, K, N, epilogue, norm, dt
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("B", [9, 16, 32])
-def test_more_rows_than_the_kernel_takes(extension_device, launches, B, epilogue):
+def test_more_rows_than_the_kernel_supports_fall_back(extension_device, launches, B, epilogue):
     seen = launches("decode_linear")
     x, w, given = arguments(B, 136, 34, epilogue, device=extension_device)
     assert_right(decode_linear(x, w, **given), x, w, given)
@@ -77,14 +77,14 @@ def test_more_rows_than_the_kernel_takes(extension_device, launches, B, epilogue
 
 
 @pytest.mark.parametrize("N", [1, 15, 49])
-def test_an_odd_number_of_outputs(extension_device, N):
+def test_odd_number_of_outputs(extension_device, N):
     for epilogue in ("none", "residual"):
         x, w, given = arguments(2, 72, N, epilogue, device=extension_device)
         assert_right(decode_linear(x, w, **given), x, w, given)
 
 
 @pytest.mark.parametrize("B", [1, 2])
-def test_the_down_projection_is_as_deep_as_the_model_has_it(extension_device, B):
+def test_full_depth_down_projection(extension_device, B):
     x, w, given = arguments(B, 18944, 6, "residual", norm=False, device=extension_device)
     assert_right(decode_linear(x, w, **given), x, w, given)
 
@@ -93,7 +93,7 @@ def test_the_down_projection_is_as_deep_as_the_model_has_it(extension_device, B)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
-def test_a_row_has_the_bits_that_it_has_alone(extension_device, epilogue, norm, dtype):
+def test_row_is_bitwise_independent_of_the_batch(extension_device, epilogue, norm, dtype):
     x, w, given = arguments(8, 1048, 50, epilogue, norm, dtype, extension_device)
     alone = []
     for b in range(8):
@@ -113,7 +113,7 @@ def test_nan_and_infinity_stay_in_their_row(extension_device):
     assert torch.equal(got[:1], want) and got[1:].isnan().all()
 
 
-def test_the_order_of_blocks_and_threads_does_not_matter(emulated_extension):
+def test_result_is_independent_of_the_schedule(emulated_extension):
     x, w, given = arguments(3, 520, 130, "swiglu")
     want = decode_linear(x, w, **given)
     for seed in (1, 2):
@@ -121,13 +121,13 @@ def test_the_order_of_blocks_and_threads_does_not_matter(emulated_extension):
         assert torch.equal(decode_linear(x, w, **given), want)
 
 
-def test_a_large_activation_does_not_overflow_silu(extension_device):
+def test_large_activation_does_not_overflow_silu(extension_device):
     x, w, given = arguments(1, 64, 8, "swiglu", norm=False, device=extension_device)
     x *= 2000
     assert_right(decode_linear(x, w, **given), x, w, given)
 
 
-def test_rows_that_are_parts_of_larger_tensors(extension_device, launches):
+def test_accepts_slices_of_larger_tensors(extension_device, launches):
     seen = launches("decode_linear")
     x, w, given = arguments(4, 256, 40, "residual", device=extension_device)
     same = decode_linear(x, w, **given)
@@ -145,7 +145,7 @@ def test_rows_that_are_parts_of_larger_tensors(extension_device, launches):
     assert len(seen) == 4
 
 
-def test_other_calls_are_composed_of_other_ops(extension_device, launches):
+def test_unsupported_calls_compose_other_ops(extension_device, launches):
     seen = launches("decode_linear")
     x, w, given = arguments(9, 64, 16, device=extension_device)
 
@@ -184,12 +184,12 @@ def test_runs_without_an_extension(monkeypatch):
         ({"w": torch.zeros(6, 8).half()}, r"w must be \(6, 8\) torch.float32.*got \(6, 8\) torch.float16"),
         ({"norm": torch.zeros(7)}, r"norm must be \(8,\) torch.float32.*got \(7,\) torch.float32"),
         ({"residual": torch.zeros(2, 5)}, r"residual must be \(2, 6\) torch.float32.*got \(2, 5\) torch.float32"),
-        ({"residual": torch.zeros(2, 6), "swiglu": True}, "swiglu and residual exclude each other"),
-        ({"norm": torch.zeros(8, device="meta")}, "norm is on meta, x on cpu; move norm there"),
-        ({"w": torch.zeros(5, 8), "swiglu": True}, "w has 5 rows, but swiglu needs pairs of gate and up"),
+        ({"residual": torch.zeros(2, 6), "swiglu": True}, "residual must be None with swiglu"),
+        ({"norm": torch.zeros(8, device="meta")}, "norm must be on cpu like x, got meta"),
+        ({"w": torch.zeros(5, 8), "swiglu": True}, "w must have an even number of rows with swiglu, got 5"),
     ],
 )
-def test_refuses(changed, message):
+def test_rejects_mismatched_argument(changed, message):
     given = {"w": torch.zeros(6, 8), "norm": torch.zeros(8)} | changed
     with pytest.raises(ValueError, match=f"decode_linear: {message}"):
         decode_linear(torch.zeros(2, 8), given.pop("w"), **given)

@@ -68,7 +68,7 @@ def test_matches_float64(extension_device, launches, B, H, Hq, Hkv, D, dtype):
     assert (extension.counters(given[0], 1) == 0).all(), "the next launch finds the counters used"
 
 
-def test_one_launch_after_another(extension_device):
+def test_repeated_launches_reuse_counters(extension_device):
     for seed in range(3):
         given = arguments(2, 72 + 8 * seed, 4, 2, 32, device=extension_device)
         check(given)
@@ -76,7 +76,7 @@ def test_one_launch_after_another(extension_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", extension.DTYPES)
-def test_a_row_has_the_bits_that_it_has_alone(extension_device, dtype):
+def test_row_is_bitwise_independent_of_the_batch(extension_device, dtype):
     given = arguments(8, 1048, 2, 1, 64, dtype, extension_device)
     x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache = given
 
@@ -92,7 +92,7 @@ def test_a_row_has_the_bits_that_it_has_alone(extension_device, dtype):
             assert torch.equal(got, want), B
 
 
-def test_the_order_of_blocks_and_threads_does_not_matter(emulated_extension):
+def test_result_is_independent_of_the_schedule(emulated_extension):
     given = arguments(3, 136, 7, 1, 64)
     want = check(given)
     for seed in (1, 2, 3):
@@ -100,7 +100,7 @@ def test_the_order_of_blocks_and_threads_does_not_matter(emulated_extension):
         assert torch.equal(check(arguments(3, 136, 7, 1, 64)), want)
 
 
-def test_a_slot_outside_the_cache_is_not_stored(extension_device):
+def test_slot_outside_the_cache_is_not_written(extension_device):
     given = arguments(3, 64, 2, 1, 32, device=extension_device)
     want = decode_qkv(*[tensor.clone() for tensor in given], EPS)
     given[7][0], given[7][2] = -1, SLOTS
@@ -111,7 +111,7 @@ def test_a_slot_outside_the_cache_is_not_stored(extension_device):
     assert written[:, 1].unique().tolist() == [SLOTS + given[7][1].item()]
 
 
-def test_caches_and_tables_that_are_parts_of_larger_tensors(extension_device, launches):
+def test_accepts_slices_of_larger_caches_and_tables(extension_device, launches):
     seen = launches("decode_qkv")
     given = arguments(3, 64, 4, 2, 32, device=extension_device)
     want = decode_qkv(*given, EPS)
@@ -128,7 +128,7 @@ def test_caches_and_tables_that_are_parts_of_larger_tensors(extension_device, la
     assert len(seen) == 3
 
 
-def test_other_calls_are_composed_of_other_ops(extension_device, launches):
+def test_unsupported_calls_compose_other_ops(extension_device, launches):
     seen = launches("decode_qkv")
     for given in (
         arguments(9, 64, 2, 1, 16, device=extension_device),
@@ -148,7 +148,7 @@ def test_other_calls_are_composed_of_other_ops(extension_device, launches):
 
 
 @pytest.mark.parametrize("without", [{3}, {4}, {3, 4}], ids=["bias", "qk-norm", "both"])
-def test_bias_and_qk_norm_may_be_missing(extension_device, launches, without):
+def test_bias_and_qk_norm_are_optional(extension_device, launches, without):
     seen = launches("decode_qkv")
     given = arguments(2, 64, 4, 2, 16, torch.float32, extension_device)
     check([None if place in without else tensor for place, tensor in enumerate(given)])
@@ -173,7 +173,7 @@ def test_runs_without_an_extension(monkeypatch):
     check(arguments(2, 64, 2, 1, 16, torch.float32))
 
 
-def test_without_an_extension_a_slot_outside_the_cache_is_refused(monkeypatch):
+def test_reference_rejects_slot_outside_the_cache(monkeypatch):
     monkeypatch.setattr(extension, "EXTENSION", None)
     for slot in (-1, SLOTS):
         given = arguments(2, 64, 2, 1, 16, torch.float32)
@@ -182,7 +182,7 @@ def test_without_an_extension_a_slot_outside_the_cache_is_refused(monkeypatch):
             decode_qkv(*given, EPS)
 
 
-def test_refuses():
+def test_rejects_mismatched_argument():
     given = dict(
         zip(
             ("x", "norm", "w", "bias", "qk_norm", "cos", "sin", "slots", "k_cache", "v_cache"),
@@ -201,9 +201,9 @@ def test_refuses():
         ("sin", given["sin"].double(), r"sin must be \(2, 8\) torch.float32.*got \(2, 8\) torch.float64"),
         ("slots", given["slots"].int(), r"slots must be \(2,\) torch.int64.*got \(2,\) torch.int32"),
         ("v_cache", given["v_cache"][1:], r"v_cache must be \(24, 1, 16\) torch.fl.*got \(23, 1, 16\) torch.float32"),
-        ("slots", given["slots"].to("meta"), "slots is on meta, x on cpu; move slots there"),
-        ("k_cache", given["k_cache"].to("meta"), "k_cache is on meta, x on cpu; move k_cache there"),
-        ("k_cache", given["k_cache"][..., 1:], "head_dim D=15 is not a positive even number"),
+        ("slots", given["slots"].to("meta"), "slots must be on cpu like x, got meta"),
+        ("k_cache", given["k_cache"].to("meta"), "k_cache must be on cpu like x, got meta"),
+        ("k_cache", given["k_cache"][..., 1:], "head_dim must be positive and even, got 15"),
     ):
         with pytest.raises(ValueError, match=f"decode_qkv: {message}"):
             decode_qkv(**given | {name: changed}, eps=EPS)

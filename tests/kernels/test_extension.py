@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def nvcc_options():
-    """For all architectures the extension has code for, as far as the CUDA compiler knows them."""
+    """Options for all architectures of the extension that this CUDA compiler supports."""
     listed = subprocess.run(["nvcc", "--list-gpu-code"], stdout=subprocess.PIPE, text=True).stdout.split()
     known = [name for name in ("80", "90a", "100", "120") if f"sm_{name.rstrip('a')}" in listed]
     return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
@@ -29,8 +29,8 @@ def nvcc_options():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler here")
 @pytest.mark.parametrize("source", SOURCES)
-def test_kernels_keep_everything_in_registers(source, tmp_path):
-    """Neither spills nor local memory, and no warning."""
+def test_kernels_do_not_spill_registers(source, tmp_path):
+    """No spills, no local memory, no compiler warning."""
     options = nvcc_options()
     done = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra", "-Werror", "all-warnings",
@@ -41,12 +41,12 @@ def test_kernels_keep_everything_in_registers(source, tmp_path):
     parts = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", done.stdout)[1:]
     kernels = list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
     assert len({architecture for _, architecture, _ in kernels}) == len(options) > 0
-    for name, architecture, said in kernels:
-        found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-        assert found and set(found.groups()) == {"0"}, f"{name} for {architecture}: {said}"
-        assert " lmem" not in said, f"{name} for {architecture}: {said}"
-        shared = re.search(r"(\d+) bytes smem", said)
-        assert shared is None or int(shared[1]) <= SHARED_MEMORY, f"{name} for {architecture}: {said}"
+    for name, architecture, log in kernels:
+        found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert found and set(found.groups()) == {"0"}, f"{name} for {architecture}: {log}"
+        assert " lmem" not in log, f"{name} for {architecture}: {log}"
+        shared = re.search(r"(\d+) bytes smem", log)
+        assert shared is None or int(shared[1]) <= SHARED_MEMORY, f"{name} for {architecture}: {log}"
 
 
 TRIAL = """
@@ -55,20 +55,20 @@ using namespace bagel_rt;
 
 template <class T>
 __global__ void trial(int what, T* y) {
-  DYNAMIC_SHARED(float, held);
+  DYNAMIC_SHARED(float, shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % WARP;
-  if (what == 0) {  // every block adds up what its threads hold; the last one, what the blocks hold
-    held[thread] = static_cast<float>(thread + blockIdx.x * blockDim.x);
+  if (what == 0) {  // every block sums the values of its threads; the last block, the sums of all blocks
+    shared[thread] = static_cast<float>(thread + blockIdx.x * blockDim.x);
     __syncthreads();
-    const float sum = warp_sum(held[blockDim.x - 1 - thread]), most = warp_max(held[thread], 8);
-    if (thread % 8 == 0 && most != held[thread + 7]) y[0] = from_float<T>(-1);
+    const float sum = warp_sum(shared[blockDim.x - 1 - thread]), most = warp_max(shared[thread], 8);
+    if (thread % 8 == 0 && most != shared[thread + 7]) y[0] = from_float<T>(-1);
     __syncthreads();
-    if (lane == 0) held[thread / WARP] = sum;
+    if (lane == 0) shared[thread / WARP] = sum;
     __syncthreads();
-    if (thread == 0) y[1 + blockIdx.x] = from_float<T>(held[0] + held[1]);
+    if (thread == 0) y[1 + blockIdx.x] = from_float<T>(shared[0] + shared[1]);
     if (is_last_block(reinterpret_cast<int*>(y + 15), gridDim.x) && thread == 0) {
       float all = 0;
-      for (unsigned b = 0; b < gridDim.x; ++b) all += to_float(load_shared_by_blocks(y + 1 + b));
+      for (unsigned b = 0; b < gridDim.x; ++b) all += to_float(load_from_l2(y + 1 + b));
       y[0] = from_float<T>(all);
     }
   }
@@ -76,13 +76,13 @@ __global__ void trial(int what, T* y) {
   if (what == 2 && lane != 3) warp_sum(1.0f);
   if (what == 3 && lane == 3) __shfl_sync(0xfu, 1.0f, 9);
   if (what == 4 && thread == 0) load_vector(y + 1);
-  if (what == 5 && thread == 0) y[0] = from_float<T>(held[0] == held[0] ? 1.0f : 2.0f);
+  if (what == 5 && thread == 0) y[0] = from_float<T>(shared[0] == shared[0] ? 1.0f : 2.0f);
   if (what == 8) {
     const float before = to_float(y[12]);
     wait_for_previous_kernel();
     if (before != before) atomicAdd(y, y[12]);
   }
-  if (what == 6 && thread == 5) y[blockDim.x] = from_float<T>(held[100000]);
+  if (what == 6 && thread == 5) y[blockDim.x] = from_float<T>(shared[100000]);
 }
 
 int main(int, char** given) {
@@ -90,10 +90,10 @@ int main(int, char** given) {
   const int what = given[1][0] - '0';
   cuda_on_host::schedule = static_cast<unsigned>(given[1][1] - '0');
   y[12] = 5;
-  if (what >= 8) cuda_on_host::unfinished = {{y + 12, 4}, {y + 8, 32}};
+  if (what >= 8) cuda_on_host::pending_writes = {{y + 12, 4}, {y + 8, 32}};
   try {
-    named([&] { return text("trial %d", what); },
-          [&] { launch(trial<float>, 3, 64, what == 7 ? 300000 : 256, 0, what, y); });
+    with_context([&] { return format_string("trial %d", what); },
+                 [&] { launch(trial<float>, 3, 64, what == 7 ? 300000 : 256, 0, what, y); });
   } catch (const std::runtime_error& error) {
     std::printf("%s", error.what());
     return 0;
@@ -105,7 +105,7 @@ int main(int, char** given) {
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    """Runs the kernel above; returns what the program printed."""
+    """Compile the kernel above; return a function that runs one case and returns its output."""
     if not shutil.which("g++"):
         pytest.skip("no g++ here")
     folder = tmp_path_factory.mktemp("trial")
@@ -117,44 +117,44 @@ def trial(tmp_path_factory):
 
 
 @pytest.mark.parametrize("schedule", "012")
-def test_the_emulation_runs_barriers_shuffles_and_the_last_block(trial, schedule):
+def test_emulation_runs_barriers_shuffles_and_last_block(trial, schedule):
     assert trial("0" + schedule) == f"{sum(range(192))} 0"
 
 
 @pytest.mark.parametrize(
     "case, error",
     [
-        pytest.param("1", "threads wait at a barrier or a shuffle that others have not reached", id="barrier"),
-        pytest.param("2", "threads wait at a barrier or a shuffle that others have not reached", id="shuffle"),
-        pytest.param("3", "threads wait at a barrier or a shuffle that others have not reached", id="mask"),
-        pytest.param("4", "a vector at an address that is not a multiple of its size", id="alignment"),
+        pytest.param("1", "deadlock: threads wait at a barrier or shuffle that others never reach", id="barrier"),
+        pytest.param("2", "deadlock: threads wait at a barrier or shuffle that others never reach", id="shuffle"),
+        pytest.param("3", "deadlock: threads wait at a barrier or shuffle that others never reach", id="mask"),
+        pytest.param("4", "misaligned vector: the address must be a multiple of its size", id="alignment"),
         pytest.param("7", "too much shared memory", id="shared-memory"),
-        pytest.param("9", "a block that did not wait for the kernel before", id="no-wait"),
+        pytest.param("9", "a block did not call wait_for_previous_kernel()", id="no-wait"),
     ],
 )
-def test_the_emulation_refuses_what_a_gpu_leaves_undefined(trial, case, error):
+def test_emulation_rejects_undefined_behaviour(trial, case, error):
     assert trial(case + "0") == f"trial {case}: {error}"
 
 
-def test_the_emulation_begins_with_nan_in_shared_memory(trial):
+def test_emulation_starts_with_nan_in_shared_memory(trial):
     assert trial("50") == "2 0"
 
 
-def test_the_emulation_has_nan_where_the_kernel_before_has_not_written(trial):
-    """The first thread of each of three blocks reads it; the others come when their block has waited, and read 5."""
+def test_emulation_hides_pending_writes_until_the_wait(trial):
+    """Only the first thread of each of the three blocks reads before its block has waited; the others read 5."""
     assert (trial("80"), trial("81")) == ("15 0", "15 0")
 
 
-def test_a_launch_that_fails_names_kernel_and_shapes(emulated_extension):
+def test_failed_launch_reports_kernel_and_shapes(emulated_extension):
     x, w = torch.zeros(1, 64), torch.zeros(4, 64)
     product = emulated_extension.GemvArgs(False, x.data_ptr() + 4, 0, w.data_ptr(), 64, 64, 1, 64, 4, 1e-6)
-    with pytest.raises(RuntimeError, match=r"decode_linear of \[1, 64\] by \[4, 64\]: a vector at an address"):
+    with pytest.raises(RuntimeError, match=r"decode_linear of \[1, 64\] by \[4, 64\]: misaligned vector"):
         emulated_extension.decode_linear(product, 0, False, w.data_ptr(), 0)
 
 
-def test_more_rows_than_kernels_take_are_an_error(emulated_extension):
-    with pytest.raises(RuntimeError, match="9 rows; the kernel takes at most 8"):
-        emulated_extension.normalised_bytes(emulated_extension.GemvArgs(True, 0, 16, 0, 64, 64, 9, 64, 4, 1e-6))
+def test_rejects_more_rows_than_supported(emulated_extension):
+    with pytest.raises(RuntimeError, match="rows must be at most 8, got 9"):
+        emulated_extension.norm_shared_bytes(emulated_extension.GemvArgs(True, 0, 16, 0, 64, 64, 9, 64, 4, 1e-6))
 
 
 def test_check_covers_the_emulated_kernels(emulated_extension, monkeypatch):
@@ -165,7 +165,7 @@ def test_check_covers_the_emulated_kernels(emulated_extension, monkeypatch):
     wrong = emulated_extension.decode_linear
 
     def doubled(product, residual, swiglu, y, stream):
-        wrong(product, 0, swiglu, y, stream)  # loses the residual
+        wrong(product, 0, swiglu, y, stream)  # drops the residual
 
     class Wrong:
         decode_linear = staticmethod(doubled)
@@ -179,12 +179,12 @@ def test_check_covers_the_emulated_kernels(emulated_extension, monkeypatch):
     assert list(results.values()).count("FAIL") == 1
 
 
-def test_check_leaves_out_what_there_is_no_extension_for(monkeypatch):
+def test_check_skips_cuda_ops_without_an_extension(monkeypatch):
     monkeypatch.setattr(extension, "EXTENSION", None)
     assert list(check.run(CPU, check.choose_cases(["decode_linear", "decode_qkv"]))) == []
 
 
-def test_who_is_served(emulated_extension, monkeypatch):
+def test_runs_extension_by_dtype_gradient_device_and_backend(emulated_extension, monkeypatch):
     x = torch.zeros(2)
     assert extension.runs_extension(x) and extension.runs_extension(x.bfloat16(), None, x)
     assert not extension.runs_extension(x.half()) and not extension.runs_extension(x.double())
@@ -196,13 +196,13 @@ def test_who_is_served(emulated_extension, monkeypatch):
         choose_backend(choice)
         assert not extension.runs_extension(x)
     choose_backend("triton")
-    monkeypatch.setattr(extension, "EXTENSION", object())  # the planner alone, of an older build
+    monkeypatch.setattr(extension, "EXTENSION", object())  # an older build with the planner only
     assert not extension.runs_extension(x)
     monkeypatch.setattr(extension, "EXTENSION", None)
     assert not extension.runs_extension(x)
 
 
-def test_why_there_are_no_cuda_kernels(monkeypatch):
+def test_cuda_error_explains_missing_kernels(monkeypatch):
     monkeypatch.setattr(extension, "EXTENSION", None)
     monkeypatch.setattr(extension, "EXTENSION_ERROR", "no compiler\n")
     assert extension.cuda_error() == "no compiler"
@@ -213,16 +213,16 @@ def test_why_there_are_no_cuda_kernels(monkeypatch):
     assert extension.cuda_error() == "nvcc is broken"
 
 
-def test_counters_are_kept_and_few():
+def test_counters_are_allocated_once_and_limited():
     x = torch.zeros(1)
     first = extension.counters(x, 4)
     assert first.data_ptr() == extension.counters(x, extension.COUNTERS).data_ptr() and first.dtype == torch.int32
     assert len(first) == extension.COUNTERS and not first.any()
-    with pytest.raises(ValueError, match="4097 counters are asked for, but a stream has 4096"):
+    with pytest.raises(ValueError, match="number of counters must be at most 4096, got 4097"):
         extension.counters(x, 4097)
 
 
-def test_streams_have_counters_of_their_own(monkeypatch):
+def test_each_stream_has_its_own_counters(monkeypatch):
     x, seen = torch.zeros(1), {}
     for handle in 2 * list(range(extension.STREAMS)):
         monkeypatch.setattr(extension, "stream", lambda _, handle=handle: handle)
@@ -234,7 +234,7 @@ def test_streams_have_counters_of_their_own(monkeypatch):
 
 
 class Calls:
-    """One of each kernel, on tensors as ``place`` puts them; returns what it computed."""
+    """A call of each kernel on tensors placed in memory by ``place``; each method returns the outputs."""
 
     def __init__(self, place=lambda tensor: tensor):
         generator = torch.Generator().manual_seed(3)
@@ -269,23 +269,23 @@ KERNELS = ("decode_linear", "decode_qkv", "decode_attention", "sample")
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_touches_what_others_write_only_after_it_has_waited_for_them(emulated_extension, name):
+def test_kernel_waits_before_it_accesses_written_memory(emulated_extension, name):
     calls = Calls()
     run, weights = getattr(calls, name), ("w", "wide", "norm", "bias", "qk_norm")
     want = run()
     written = [tensor for key, tensor in vars(calls).items() if key not in weights]
     try:
-        emulated_extension.set_unfinished([(tensor.data_ptr(), tensor.nbytes) for tensor in written])
+        emulated_extension.set_pending_writes([(tensor.data_ptr(), tensor.nbytes) for tensor in written])
         for seed in range(3):
             emulated_extension.set_schedule(seed)
             assert all(map(torch.equal, run(), want))
     finally:
-        emulated_extension.set_unfinished([])
+        emulated_extension.set_pending_writes([])
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_rows_may_be_further_apart_than_32_bits_count(emulated_extension, tmp_path, name):
-    """In a file of which only the rows are on the disk."""
+def test_row_strides_above_32_bits(emulated_extension, tmp_path, name):
+    """Uses a sparse file, of which only the rows take disk space."""
     apart, used = 2**30 + 64, 0
     held = torch.from_file(str(tmp_path / "held"), shared=True, size=3 * apart, dtype=torch.bfloat16)
 
@@ -331,8 +331,8 @@ print("not reached")
 
 
 @pytest.mark.slow
-def test_the_kernels_touch_nothing_outside_of_what_they_are_given():
-    """A few calls under -fsanitize=address; then one past the end of a tensor, which it must stop."""
+def test_kernels_stay_in_bounds_under_address_sanitizer():
+    """Valid calls pass under -fsanitize=address; a call that reads past the end of a tensor aborts."""
     found = [
         subprocess.run([shutil.which("g++") or "false", f"-print-file-name={name}"], capture_output=True, text=True)
         for name in ("libasan.so", "libstdc++.so")

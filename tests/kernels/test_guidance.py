@@ -38,21 +38,21 @@ def latents(N, C, dtype, device):
 
 
 def table(rows, dtype, device):
-    """``images`` or ``parameters`` on the device."""
+    """An image or CFG table on the device."""
     return torch.tensor(rows, dtype=dtype, device=device).view(-1, 5)
 
 
 def step(x, vs, a, b, renorm, least, dt=0.125, guided=True):
-    """One image, its branches one after another in v; returns a new x."""
+    """Step a single image whose branches follow one another in v; return the new x."""
     N, moved = len(x), x.clone()
-    images = table([0, N, 0, N, 2 * N], torch.int32, x.device)
-    parameters = table([dt, a, b, least, RENORMS.index(renorm)], torch.float32, x.device)
-    cfg_euler_step(moved, torch.cat(vs), images, parameters, N, guided)
+    image_table = table([0, N, 0, N, 2 * N], torch.int32, x.device)
+    cfg_table = table([dt, a, b, least, RENORMS.index(renorm)], torch.float32, x.device)
+    cfg_euler_step(moved, torch.cat(vs), image_table, cfg_table, N, guided)
     return moved
 
 
-def by_the_book(c, u, w, a, b, renorm, least):
-    """Token by token, in float64, on the CPU."""
+def expected_velocity(c, u, w, a, b, renorm, least):
+    """The formula, token by token, in float64 on the CPU."""
     c, u, w = c.cpu().double(), u.cpu().double(), w.cpu().double()
 
     def factor(reference, guided):
@@ -71,9 +71,6 @@ def by_the_book(c, u, w, a, b, renorm, least):
     return torch.stack([row * factor(reference, row) for reference, row in zip(c, guided, strict=True)])
 
 
-# One image
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("least", [0.0, 0.625, 1.0], ids=lambda least: f"min{least}")
@@ -87,7 +84,7 @@ def test_velocity_and_step_match_the_formula_in_float64(N, C, a, b, renorm, leas
     before = [v.clone() for v in vs]
     v = guided_velocity(*vs, a, b, renorm, least)
     moved = step(x, vs, a, b, renorm, least)
-    want = by_the_book(*vs, a, b, renorm, least)
+    want = expected_velocity(*vs, a, b, renorm, least)
     assert v.dtype == moved.dtype == wide
     tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(1.0, float(want.abs().max())))
     torch.testing.assert_close(v.cpu().double(), want, **tolerance)
@@ -106,11 +103,11 @@ def test_velocity_and_step_match_the_formula_in_float64(N, C, a, b, renorm, leas
         pytest.param(3, 5000, torch.float32, id="3tokens-5000channels"),
     ],
 )
-def test_an_image_beyond_one_block_matches_the_formula_and_repeats(N, C, dtype, renorm, device, monkeypatch):
+def test_images_of_several_blocks_match_and_are_deterministic(N, C, dtype, renorm, device, monkeypatch):
     monkeypatch.setitem(configs.tiles("cfg_euler_step", "narrow", device), "PARTS", 16)  # several blocks to a part
     vs, x = velocities(N, C, dtype, device), latents(N, C, torch.float32, device)
     moved = step(x, vs, 4.0, 1.5, renorm, 0.125)
-    want = x.cpu().double() - 0.125 * by_the_book(*vs, 4.0, 1.5, renorm, 0.125)
+    want = x.cpu().double() - 0.125 * expected_velocity(*vs, 4.0, 1.5, renorm, 0.125)
     atol = 5e-6 if runs_kernel(x) else 2e-5  # torch's norm adds in longer chains
     torch.testing.assert_close(moved.cpu().double(), want, rtol=2e-6, atol=atol)
     assert torch.equal(moved, step(x, vs, 4.0, 1.5, renorm, 0.125))
@@ -118,19 +115,19 @@ def test_an_image_beyond_one_block_matches_the_formula_and_repeats(N, C, dtype, 
 
 @pytest.mark.parametrize("renorm", RENORMS)
 @pytest.mark.parametrize("a, b", SCALES.values(), ids=SCALES)
-def test_an_image_without_tokens_moves_nothing(a, b, renorm, device):
-    parameters = table([0.125, a, b, 0.0, RENORMS.index(renorm)], torch.float32, device)
+def test_empty_image_changes_nothing(a, b, renorm, device):
+    cfg_table = table([0.125, a, b, 0.0, RENORMS.index(renorm)], torch.float32, device)
     x, v = latents(4, 64, torch.float32, device), torch.ones(4, 64, device=device)
     before, nothing = x.clone(), table([2, 0, 0, 0, 0], torch.int32, device)
-    cfg_euler_step(x, v, nothing, parameters, 4)
-    cfg_euler_step(x[:0], v[:0], nothing * 0, parameters, 0)
-    cfg_euler_step(x, v, nothing[:0], parameters[:0], 4)
+    cfg_euler_step(x, v, nothing, cfg_table, 4)
+    cfg_euler_step(x[:0], v[:0], nothing * 0, cfg_table, 0)
+    cfg_euler_step(x, v, nothing[:0], cfg_table[:0], 4)
     assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("renorm", RENORMS)
 @pytest.mark.parametrize("b", [1.0, 2.0])
-def test_an_unguided_step_follows_the_conditional_velocity_whatever_the_scales(b, renorm, device):
+def test_unguided_step_ignores_the_scales(b, renorm, device):
     vs, x = velocities(37, 64, device=device), latents(37, 64, torch.float32, device)
     spoiled = vs[0], torch.full_like(vs[0], torch.nan), torch.full_like(vs[0], torch.nan)
     moved = step(x, spoiled, 4.0, b, renorm, 0.5, guided=False)
@@ -165,7 +162,7 @@ def test_zero_velocities_stay_zero(renorm, device):
 
 
 @pytest.mark.parametrize("renorm, spoiled", [("global", slice(None)), ("channel", slice(1, 2))])
-def test_a_velocity_that_is_not_a_number_is_not_clamped_away(renorm, spoiled, device):
+def test_nan_velocity_is_not_clamped_away(renorm, spoiled, device):
     vs, x = velocities(40, 64, device=device), torch.zeros(40, 64, device=device)
     vs[0][1, 2] = float("nan")
     want = torch.zeros(40, 64, dtype=torch.bool, device=device)
@@ -175,7 +172,7 @@ def test_a_velocity_that_is_not_a_number_is_not_clamped_away(renorm, spoiled, de
 
 @pytest.mark.parametrize("renorm", RENORMS)
 @pytest.mark.parametrize("a, b", SCALES.values(), ids=SCALES)
-def test_branches_that_guidance_does_not_use_are_not_read(a, b, renorm, device):
+def test_unused_branches_are_not_read(a, b, renorm, device):
     x, (c, u, w) = latents(4, 8, torch.float32, device), velocities(4, 8, device=device)
     needed = (c, u if a > 1 else None, w if a > 1 and b > 1 else None)
     assert torch.equal(guided_velocity(*needed, a, b, renorm, 0.0), guided_velocity(c, u, w, a, b, renorm, 0.0))
@@ -183,25 +180,25 @@ def test_branches_that_guidance_does_not_use_are_not_read(a, b, renorm, device):
     assert torch.equal(step(x, given, a, b, renorm, 0.0), step(x, (c, u, w), a, b, renorm, 0.0))
 
 
-def test_float64_velocities_are_combined_in_float64_even_if_latents_are_float32(device):
+def test_float64_velocities_with_float32_latents_are_combined_in_float64(device):
     x, vs = latents(4, 8, torch.float32, device), velocities(4, 8, torch.float64, device)
     vs = [v * 1e25 for v in vs]  # squares are past float32
     moved = step(x, vs, 4.0, 2.0, "global", 0.0, 0.5)
-    want = x.cpu().double() - 0.5 * by_the_book(*vs, 4.0, 2.0, "global", 0.0)
+    want = x.cpu().double() - 0.5 * expected_velocity(*vs, 4.0, 2.0, "global", 0.0)
     assert moved.dtype == torch.float32
     torch.testing.assert_close(moved.cpu(), want.float(), rtol=1e-6, atol=1e18)
 
 
-def test_float64_latents_move_in_float64(device):
+def test_float64_latents_step_in_float64(device):
     x, vs = latents(4, 8, torch.float64, device), velocities(4, 8, torch.bfloat16, device)
-    want = x.cpu() - 0.125 * by_the_book(*vs, 4.0, 2.0, "channel", 0.0)
+    want = x.cpu() - 0.125 * expected_velocity(*vs, 4.0, 2.0, "channel", 0.0)
     torch.testing.assert_close(step(x, vs, 4.0, 2.0, "channel", 0.0).cpu(), want, rtol=1e-6, atol=1e-6)
     assert torch.equal(step(x, vs, 1.0, 1.0, "channel", 0.0).cpu(), x.cpu() - 0.125 * vs[0].cpu().double())
 
 
-# A batch of images
+# A batch of image_table
 
-BATCH = [  # rows, text scale, image scale, renorm, renorm_min, branches that are the conditional one
+BATCH = [  # rows, text scale, image scale, renorm, renorm_min, branches that alias the conditional one
     (37, 4.0, 1.5, "global", 0.0, 0),
     (5, 1.0, 2.0, "global", 0.0, 2),
     (64, 4.0, 2.0, "channel", 0.125, 0),
@@ -212,12 +209,12 @@ BATCH = [  # rows, text scale, image scale, renorm, renorm_min, branches that ar
 
 
 def batch(C, dtype, device):
-    """(x, v, images, parameters, max_rows) of ``BATCH``, with gaps between the images of x and branches of v.
+    """(x, v, image_table, cfg_table, max_rows) of ``BATCH``, with gaps between the image_table of x and branches of v.
 
-    The branches lie in v the last image's first, none of them where the one before ends. What is nobody's is NaN.
+    The branches in v start with those of the last image and have gaps between them. Rows of no image are NaN.
     """
     x = torch.full((sum(2 + rows for rows, *_ in BATCH), C), torch.nan, device=device)
-    parts, images, first, at = [], [], len(x), 0
+    parts, image_table, first, at = [], [], len(x), 0
     for rows, *_, missing in reversed(BATCH):
         first -= rows + 2
         x[first : first + rows] = latents(rows, C, torch.float32, device)
@@ -225,25 +222,25 @@ def batch(C, dtype, device):
         for v in own:
             parts += [v, torch.full_like(v[:1], torch.nan)]
         places = [at + branch * (rows + 1) for branch in range(len(own))]
-        images.append([first, rows, *places, *[places[0]] * missing])
+        image_table.append([first, rows, *places, *[places[0]] * missing])
         at += len(own) * (rows + 1)
-    parameters = [[i / 8, a, b, m, RENORMS.index(renorm)] for i, (_, a, b, renorm, m, _) in enumerate(BATCH, 1)]
-    tables = table(images[::-1], torch.int32, device), table(parameters, torch.float32, device)
+    cfg_table = [[i / 8, a, b, m, RENORMS.index(renorm)] for i, (_, a, b, renorm, m, _) in enumerate(BATCH, 1)]
+    tables = table(image_table[::-1], torch.int32, device), table(cfg_table, torch.float32, device)
     return x, torch.cat(parts), *tables, max(rows for rows, *_ in BATCH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("C", [64, 5])
-def test_every_image_of_a_batch_takes_its_own_step(C, dtype, device):
-    x, v, images, parameters, most = batch(C, dtype, device)
+def test_each_image_of_a_batch_takes_its_own_step(C, dtype, device):
+    x, v, image_table, cfg_table, max_rows = batch(C, dtype, device)
     start, velocity = x.clone(), v.clone()
-    cfg_euler_step(x, v, images, parameters, most)
+    cfg_euler_step(x, v, image_table, cfg_table, max_rows)
     want = start.cpu().double()
     for i, (rows, a, b, renorm, least, missing) in enumerate(BATCH):
-        first, dt = int(images[i, 0]), float(parameters[i, 0])
+        first, dt = int(image_table[i, 0]), float(cfg_table[i, 0])
         vs = velocities(rows, C, dtype, device)
         vs = [*vs[: 3 - missing], *[vs[0]] * missing]
-        want[first : first + rows] -= dt * by_the_book(*vs, a, b, renorm, least)
+        want[first : first + rows] -= dt * expected_velocity(*vs, a, b, renorm, least)
     torch.testing.assert_close(x.cpu().double(), want, rtol=2e-6, atol=2e-5, equal_nan=True)
     torch.testing.assert_close(v, velocity, rtol=0, atol=0, equal_nan=True)
 
@@ -251,48 +248,45 @@ def test_every_image_of_a_batch_takes_its_own_step(C, dtype, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_result_of_an_image_does_not_depend_on_the_others(dtype, guided, device, monkeypatch):
+def test_image_is_independent_of_the_batch(dtype, guided, device, monkeypatch):
     tiles = configs.tiles("cfg_euler_step", "narrow", device)
     monkeypatch.setitem(tiles, "PARTS", 2)  # fewer than the largest has blocks
-    x, v, images, parameters, most = batch(64, dtype, device)
+    x, v, image_table, cfg_table, max_rows = batch(64, dtype, device)
     start = x.clone()
-    cfg_euler_step(x, v, images, parameters, most, guided)
+    cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided)
     assert not torch.equal(x.nan_to_num(), start.nan_to_num())
     for order in ([i] for i in range(len(BATCH))), [[5, 4, 3, 2, 1, 0]], [[0, 2, 4], [1, 3, 5]]:
         apart = start.clone()
         for chosen in order:
             largest = max(BATCH[i][0] for i in chosen)
-            cfg_euler_step(apart, v, images[chosen], parameters[chosen], largest, guided)
+            cfg_euler_step(apart, v, image_table[chosen], cfg_table[chosen], largest, guided)
         torch.testing.assert_close(apart, x, rtol=0, atol=0, equal_nan=True)
-    cfg_euler_step(larger := start.clone(), v, images, parameters, 5 * most, guided)
+    cfg_euler_step(larger := start.clone(), v, image_table, cfg_table, 5 * max_rows, guided)
     torch.testing.assert_close(larger, x, rtol=0, atol=0, equal_nan=True)
 
 
-def test_not_a_number_stays_in_its_image(device):
-    x, v, images, parameters, most = batch(64, torch.float32, device)
-    cfg_euler_step(clean := x.clone(), v, images, parameters, most)
-    first, rows, cond, *_ = images[0].tolist()
+def test_nan_stays_in_its_image(device):
+    x, v, image_table, cfg_table, max_rows = batch(64, torch.float32, device)
+    cfg_euler_step(clean := x.clone(), v, image_table, cfg_table, max_rows)
+    first, rows, cond, *_ = image_table[0].tolist()
     v[cond] = torch.nan
-    cfg_euler_step(x, v, images, parameters, most)
+    cfg_euler_step(x, v, image_table, cfg_table, max_rows)
     assert x[first : first + rows].isnan().all()
     torch.testing.assert_close(x[first + rows :], clean[first + rows :], rtol=0, atol=0, equal_nan=True)
 
 
-def test_velocities_and_tables_need_not_be_contiguous(device):
-    start, v, images, parameters, most = batch(64, torch.float32, device)
-    cfg_euler_step(plain := start.clone(), v, images, parameters, most)
+def test_accepts_strided_velocities_and_tables(device):
+    start, v, image_table, cfg_table, max_rows = batch(64, torch.float32, device)
+    cfg_euler_step(plain := start.clone(), v, image_table, cfg_table, max_rows)
     packed = torch.full((len(v) + 2, 80), torch.nan, device=device)[1:-1, 8:72].copy_(v)
     for strided in (v.repeat_interleave(2, -1)[:, ::2], v.t().contiguous().t(), packed):
         x = start.clone()
-        cfg_euler_step(x, strided, images.t().contiguous().t(), parameters.repeat(1, 2)[:, :5], most)
+        cfg_euler_step(x, strided, image_table.t().contiguous().t(), cfg_table.repeat(1, 2)[:, :5], max_rows)
         torch.testing.assert_close(x, plain, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-# Launches
-
-
 @pytest.mark.parametrize("renorm", RENORMS)
-def test_a_guided_step_takes_two_launches_for_all_images_and_an_unguided_one_takes_one(renorm, device, monkeypatch):
+def test_guided_batch_takes_two_launches_and_unguided_one(renorm, device, monkeypatch):
     launches = []
 
     class Counted:
@@ -313,18 +307,18 @@ def test_a_guided_step_takes_two_launches_for_all_images_and_an_unguided_one_tak
         launches.clear()
 
 
-def test_the_first_launch_is_left_at_once_where_no_global_norm_is_needed(kernels):
-    _, v, images, parameters, most = batch(64, torch.float32, kernels)
+def test_first_launch_skips_images_without_global_norm(kernels):
+    _, v, image_table, cfg_table, max_rows = batch(64, torch.float32, kernels)
     rows, parts = 16, 8
     squares = torch.full((len(BATCH), 2, parts), torch.nan, device=kernels)
     tiles = dict(C=64, ROWS=rows, COLUMNS=64, PARTS=parts)
-    guidance._squares_kernel[parts, len(BATCH)](v, images, parameters, squares, v.stride(0), **tiles)
+    guidance._squares_kernel[parts, len(BATCH)](v, image_table, cfg_table, squares, v.stride(0), **tiles)
     needed = [-(-n // rows) if renorm == "global" and a > 1 else 0 for n, a, _, renorm, *_ in BATCH]
     written = torch.arange(parts, device=kernels) < torch.tensor(needed, device=kernels)[:, None, None]
     assert torch.equal(~squares.isnan(), written.expand_as(squares))
 
 
-def test_neither_images_nor_their_number_are_read_by_the_host_or_compile_another_variant():
+def test_number_of_images_does_not_recompile_or_synchronise():
     """Under a driver that compiles and launches nothing, with tensors that have no values."""
     pytest.importorskip("triton")
     code = """
@@ -333,10 +327,10 @@ from bagel_rt.kernels import cfg_euler_step
 from benchmarks.compiling import intercept_launches
 
 variants = {True: set(), False: set()}
-for images, rows, guided in ((1, 4096, True), (3, 1000, True), (4, 1, True), (1, 4096, False), (2, 77, False)):
+for n, rows, guided in ((1, 4096, True), (3, 1000, True), (4, 1, True), (1, 4096, False), (2, 77, False)):
     with intercept_launches("sm_90", lambda asked, run: variants[guided].add(run().hash)), torch.device("meta"):
-        x, v = torch.empty(images * rows, 64), torch.empty(3 * images * rows, 64, dtype=torch.bfloat16)
-        cfg_euler_step(x, v, torch.empty(images, 5, dtype=torch.int32), torch.empty(images, 5), rows, guided)
+        x, v = torch.empty(n * rows, 64), torch.empty(3 * n * rows, 64, dtype=torch.bfloat16)
+        cfg_euler_step(x, v, torch.empty(n, 5, dtype=torch.int32), torch.empty(n, 5), rows, guided)
 print(len(variants[True]), len(variants[False]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -346,31 +340,28 @@ print(len(variants[True]), len(variants[False]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
-def test_a_captured_step_takes_what_it_finds_when_it_is_replayed(kernels):
-    x, v, images, parameters, most = batch(64, torch.bfloat16, kernels)
+def test_replay_reads_the_current_tables(kernels):
+    x, v, image_table, cfg_table, max_rows = batch(64, torch.bfloat16, kernels)
     start = x.clone()
-    cfg_euler_step(x, v, images, parameters, most)  # compiles
+    cfg_euler_step(x, v, image_table, cfg_table, max_rows)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        cfg_euler_step(x, v, images, parameters, most)
-    parameters.copy_(parameters.roll(1, 0))
-    images.copy_(images.roll(2, 0))
-    cfg_euler_step(want := start.clone(), v, images, parameters, most)
+        cfg_euler_step(x, v, image_table, cfg_table, max_rows)
+    cfg_table.copy_(cfg_table.roll(1, 0))
+    image_table.copy_(image_table.roll(2, 0))
+    cfg_euler_step(want := start.clone(), v, image_table, cfg_table, max_rows)
     x.copy_(start)
     graph.replay()
     torch.testing.assert_close(x, want, rtol=0, atol=0, equal_nan=True)
 
 
-# Refusals
-
-
-def test_names_the_argument_of_a_velocity_that_does_not_fit():
+def test_velocity_rejects_mismatched_argument():
     v = torch.zeros(4, 8)
-    with pytest.raises(ValueError, match="renorm='local' is not one of 'global', 'channel', 'text_channel'"):
+    with pytest.raises(ValueError, match="renorm must be 'global', 'channel', 'text_channel', got 'local'"):
         guided_velocity(v, None, None, 1.0, 1.0, "local", 0.0)
-    with pytest.raises(ValueError, match="text_scale=4.0 guides away from v_no_text, which is None"):
+    with pytest.raises(ValueError, match="v_no_text must be given with text_scale=4.0, got None"):
         guided_velocity(v, None, None, 4.0, 1.0, "global", 0.0)
-    with pytest.raises(ValueError, match="image_scale=2.0 guides away from v_no_img, which is None"):
+    with pytest.raises(ValueError, match="v_no_img must be given with image_scale=2.0, got None"):
         guided_velocity(v, v, None, 4.0, 2.0, "global", 0.0)
     with pytest.raises(ValueError, match=r"v_no_text must be \(4, 8\) torch.float32.*got \(3, 8\) torch.float32"):
         guided_velocity(v, v[:3], None, 4.0, 1.0, "global", 0.0)
@@ -381,21 +372,25 @@ def test_names_the_argument_of_a_velocity_that_does_not_fit():
 @pytest.mark.parametrize(
     "place, wrong, message",
     [
-        pytest.param(0, torch.zeros(4, 8).half(), r"x is \(4, 8\) torch.float16; .* contiguous \[N, C\]", id="half"),
-        pytest.param(0, torch.zeros(8, 4).t(), r"x is \(4, 8\) torch.float32, not contiguous; ", id="columns first"),
-        pytest.param(0, torch.zeros(1, 4, 8), r"x is \(1, 4, 8\) torch.float32; ", id="dimensions"),
+        pytest.param(
+            0, torch.zeros(4, 8).half(), r"x must be a contiguous \[N, C\] .*got \(4, 8\) torch.float16", id="half"
+        ),
+        pytest.param(
+            0, torch.zeros(8, 4).t(), r"x must be .*got \(4, 8\) torch.float32, not contiguous", id="columns first"
+        ),
+        pytest.param(0, torch.zeros(1, 4, 8), r"x must be .*got \(1, 4, 8\) torch.float32", id="dimensions"),
         pytest.param(1, torch.zeros(4, 7), r"v must be \(R, 8\).*got \(4, 7\) torch.float32", id="width"),
         pytest.param(1, torch.zeros(4, 8).int(), r"v must be \(R, 8\) of a float.*got \(4, 8\) torch.int32", id="int"),
         pytest.param(2, torch.zeros(1, 5).long(), r"image_table must be .*got \(1, 5\) torch.int64", id="int64"),
         pytest.param(2, torch.zeros(1, 4).int(), r"image_table must be .*got \(1, 4\) torch.int32", id="columns"),
         pytest.param(2, torch.tensor(0).int(), r"image_table must be \(0, 5\).*got \(\) torch.int32", id="scalar"),
-        pytest.param(3, torch.zeros(2, 5), r"cfg_table must be \(1, 5\).*got \(2, 5\) torch.float32", id="images"),
+        pytest.param(3, torch.zeros(2, 5), r"cfg_table must be \(1, 5\).*got \(2, 5\) torch.float32", id="image_table"),
         pytest.param(3, torch.zeros(1, 5).double(), "cfg_table must be .*32.*got .* torch.float64", id="double"),
-        pytest.param(3, torch.zeros(1, 5, device="meta"), "cfg_table is on meta, x on cpu", id="device"),
+        pytest.param(3, torch.zeros(1, 5, device="meta"), "cfg_table must be on cpu like x, got meta", id="device"),
         pytest.param(4, -1, "max_rows must be 0 or more, got -1", id="negative"),
     ],
 )
-def test_names_the_argument_of_a_step_that_does_not_fit(place, wrong, message):
+def test_step_rejects_mismatched_argument(place, wrong, message):
     arguments = [torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(1, 5).int(), torch.zeros(1, 5), 4]
     cfg_euler_step(*arguments)
     arguments[place] = wrong

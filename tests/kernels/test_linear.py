@@ -70,14 +70,14 @@ def test_one_weight_serves_all_rows(epilogue, device):
     assert_matches(linear(x, w, **extra), by_the_book(x, w, None, len(x), **extra))
 
 
-def test_two_weights_need_a_split():
+def test_rejects_two_weights_without_g():
     with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got None"):
         linear(torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4, 8))
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("G", [0, 2, 6], ids=lambda G: f"{G}gen")
-def test_inputs_need_not_be_contiguous_and_are_left_alone(G, epilogue, device):
+def test_accepts_strided_inputs_and_does_not_modify_them(G, epilogue, device):
     args, extra = arguments(6, 16, 8, epilogue, torch.float32, device)
     spread = {name: t.repeat_interleave(2, -1)[..., ::2] for name, t in extra.items() if isinstance(t, torch.Tensor)}
     strided = [t.repeat_interleave(2, -1)[..., ::2] for t in args]
@@ -95,21 +95,21 @@ def test_sum_with_the_residual_is_rounded_once(G, dtype, step, device):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-def test_gates_far_from_zero_neither_overflow_nor_vanish(device):
+def test_large_gates_do_not_overflow(device):
     x = torch.tensor([[-200.0], [200.0]], device=device)
     w = torch.ones(2, 1, device=device)
     assert linear(x, w, w, G=1, swiglu=True).tolist() == [[0.0], [40000.0]]
 
 
-def test_refuses_epilogues_that_exclude_each_other():
+def test_rejects_residual_with_bias_or_swiglu():
     x, w, b = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4)
-    with pytest.raises(ValueError, match="residual excludes a bias"):
+    with pytest.raises(ValueError, match="residual must be None with a bias"):
         linear(x, w, w, b, b, G=1, residual=torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="residual excludes swiglu"):
+    with pytest.raises(ValueError, match="residual must be None with swiglu"):
         linear(x, w, w, G=1, residual=torch.zeros(3, 4), swiglu=True)
 
 
-def test_names_the_argument_that_does_not_fit():
+def test_rejects_mismatched_argument():
     x, w, b = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4)
     with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got 4"):
         linear(x, w, w, G=4)
@@ -119,13 +119,13 @@ def test_names_the_argument_that_does_not_fit():
         linear(x, w, torch.zeros(5, 8), G=1)
     with pytest.raises(ValueError, match="w_first must be .* torch.float32.*got .* torch.bfloat16"):
         linear(x, w.bfloat16(), w.bfloat16(), G=1)
-    with pytest.raises(ValueError, match="bias_rest is None but the other bias is given"):
+    with pytest.raises(ValueError, match="bias_rest must be given together with the other bias, got None"):
         linear(x, w, w, b, G=1)
     with pytest.raises(ValueError, match=r"bias_first must be \(4,\).*got \(3,\) torch.float32"):
         linear(x, w, w, b[:3], b, G=1)
     with pytest.raises(ValueError, match=r"residual must be \(3, 4\).*got \(3, 5\) torch.float32"):
         linear(x, w, w, G=1, residual=torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="swiglu pairs weight rows .* but there are 3 rows"):
+    with pytest.raises(ValueError, match="w_first must have an even number of rows with swiglu, got 3"):
         linear(x, w[:3], w[:3], G=1, swiglu=True)
 
 
@@ -157,7 +157,7 @@ def launch(x, w_first, w_rest, G, bias_first=None, bias_rest=None, residual=None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("path", PATHS)
-def test_tiles_of_both_experts_fill_the_output_and_nothing_else(path, epilogue, dtype, kernels):
+def test_tiles_cover_the_output_and_write_nothing_else(path, epilogue, dtype, kernels):
     args, extra = arguments(85, 40, 80, epilogue, dtype, kernels)
     y, frame = launch(*args, 53, **extra, **PATHS[path])
     assert frame.isnan().all()
@@ -167,7 +167,7 @@ def test_tiles_of_both_experts_fill_the_output_and_nothing_else(path, epilogue, 
 @pytest.mark.slow
 @pytest.mark.parametrize("G", [0, 1, 16, 17, 84, 85], ids=lambda G: f"{G}gen-of-85")
 @pytest.mark.parametrize("path", ["pointers", "descriptors-halves"])
-def test_experts_may_have_any_share_of_the_rows(path, G, kernels):
+def test_any_split_of_the_rows(path, G, kernels):
     args, extra = arguments(85, 40, 80, "bias", torch.float16, kernels)
     y, frame = launch(*args, G, **extra, **PATHS[path])
     assert frame.isnan().all()
@@ -176,7 +176,7 @@ def test_experts_may_have_any_share_of_the_rows(path, G, kernels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
-def test_a_tile_writes_rows_of_its_own_expert_only(path, kernels):
+def test_tile_writes_only_rows_of_its_group(path, kernels):
     (x, w, _), _ = arguments(70, 40, 80, "none", torch.float16, kernels)
     nothing = torch.full_like(w, float("nan"))
     y, _ = launch(x, nothing, w, 61, **(PATHS[path] | {"GROUP_M": 1}))  # tiles of gen rows 48..63 end after und's
@@ -185,7 +185,7 @@ def test_a_tile_writes_rows_of_its_own_expert_only(path, kernels):
     assert y[61:].isnan().all() and not y[:61].isnan().any()
 
 
-def test_one_program_or_many_make_the_same_output(kernels, monkeypatch):
+def test_output_is_independent_of_the_grid_size(kernels, monkeypatch):
     args, extra = arguments(85, 40, 80, "swiglu", torch.float16, kernels)
     outputs = []
     for programs in (1, 2, 1000):
@@ -216,7 +216,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_x_of_any_layout_is_read_right(layout, asked, kernels):
+def test_accepts_any_layout_of_x(layout, asked, kernels):
     (x, w_first, w_rest), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
     shape_class, lay_out = LAYOUTS[layout]
     x = lay_out(x)
@@ -225,7 +225,7 @@ def test_x_of_any_layout_is_read_right(layout, asked, kernels):
 
 
 @pytest.mark.parametrize("odd", ["w_first", "w_rest", "residual"])
-def test_weights_and_residual_may_be_misaligned(odd, asked, kernels):
+def test_accepts_misaligned_weights_and_residual(odd, asked, kernels):
     (x, w_first, w_rest), extra = arguments(6, 40, 48, "residual", torch.float16, kernels)
     tensors = {"w_first": w_first, "w_rest": w_rest, "residual": extra["residual"]}
     tensors[odd] = odd_base(tensors[odd])
@@ -234,7 +234,7 @@ def test_weights_and_residual_may_be_misaligned(odd, asked, kernels):
 
 
 @pytest.mark.parametrize("K, N", [(40, 47), (41, 48), (40, 1), (1, 8)])
-def test_widths_that_tma_cannot_address_take_pointers(K, N, asked, kernels):
+def test_widths_that_tma_cannot_address_use_pointers(K, N, asked, kernels):
     args, extra = arguments(6, K, N, "bias", torch.bfloat16, kernels)
     assert_matches(linear(*args, G=4, **extra), by_the_book(*args, 4, **extra))
     assert asked == ["unaligned"]
@@ -243,14 +243,14 @@ def test_widths_that_tma_cannot_address_take_pointers(K, N, asked, kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("T", [9, 50, 200], ids=lambda T: f"{T}rows")
-def test_matches_the_formula_where_there_is_no_tma(T, epilogue, asked, kernels, monkeypatch):
+def test_matches_the_formula_without_tma(T, epilogue, asked, kernels, monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_89")
     args, extra = arguments(T, 72, 80, epilogue, torch.float16, kernels)
     assert_matches(linear(*args, G=T - 2, **extra), by_the_book(*args, T - 2, **extra))
     assert asked[0].split()[0] == {9: "few", 50: "some", 200: "hundreds"}[T]
 
 
-def test_class_follows_the_larger_expert_and_the_epilogue():
+def test_shape_class_follows_the_larger_group_and_the_epilogue():
     x, residual = torch.zeros(600, 8, dtype=torch.float16), torch.zeros(600, 8)
     assert shape_class(x[:20], 4, None, False, True) == "few bias"
     assert shape_class(x[:20], 20, None, True, True) == "some swiglu"
@@ -280,7 +280,7 @@ def test_table_has_every_class_and_its_stages_fit_shared_memory(architecture, sh
         assert tiles["PROGRAMS"] * buffers * stage <= shared_memory * 1024
 
 
-def test_table_may_leave_a_class_to_the_reference(kernels, monkeypatch):
+def test_null_tiles_run_the_reference(kernels, monkeypatch):
     (x, w_first, w_rest), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
     entry = {"few bias": {"tiles": None, "source": ""}}
     monkeypatch.setitem(configs.TABLE, "linear", dict.fromkeys(configs.ARCHITECTURES, entry))
@@ -296,7 +296,7 @@ def _order_kernel(order_ptr, rest_tiles, tiles):
 
 
 @pytest.mark.parametrize("gen, und", [(4736, 148), (7, 3), (3, 7), (5, 0), (0, 5), (1, 1), (100, 99)], ids=str)
-def test_tiles_of_the_small_expert_are_spread_evenly_among_those_of_the_large_one(kernels, gen, und):
+def test_tiles_of_the_smaller_group_are_interleaved_evenly(kernels, gen, und):
     order = torch.full((gen + und,), -2, dtype=torch.int32, device=kernels)
     _order_kernel[(1,)](order, und, gen + und)
     places = (order >= 0).nonzero().flatten()

@@ -53,7 +53,7 @@ def test_rounds_the_normalised_value_before_the_weight(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounds_the_sum_with_the_residual_before_it_is_normalised(dtype, device):
+def test_rounds_the_residual_sum_before_the_norm(dtype, device):
     x, r = (rows(seed, 40, 96, dtype=dtype, device=device) for seed in (1, 2))
     ones = torch.ones(96, dtype=dtype, device=device)
     y, _ = rms_norm(x, r, ones, ones, 13, 1e-6)
@@ -75,13 +75,13 @@ def test_rows_of_zeros_stay_zero(device):
     assert torch.equal(y, zeros)
 
 
-def test_without_residual_hands_back_the_input_itself(device):
+def test_without_residual_returns_the_input_itself(device):
     x, ones = rows(1, 3, 8, device=device), torch.ones(8, device=device)
     assert rms_norm(x, None, ones, ones, 1, 1e-6)[1] is x
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-def test_inputs_are_left_alone_and_need_not_be_contiguous(with_residual, device):
+def test_accepts_strided_inputs_and_does_not_modify_them(with_residual, device):
     w_first, w_rest = rows(1, 32, device=device)[::2], rows(2, 16, device=device)
     among_nans = torch.full((8, 40), float("nan"), device=device)
     among_nans[1:7, 8:24] = rows(3, 6, 16, device=device)
@@ -101,7 +101,7 @@ def test_inputs_are_left_alone_and_need_not_be_contiguous(with_residual, device)
         assert y.is_contiguous() and (r is None or summed.is_contiguous())
 
 
-def test_a_strided_residual_is_added_where_it_belongs(device):
+def test_adds_a_strided_residual(device):
     x, ones = rows(1, 6, 16, device=device), torch.ones(16, device=device)
     for residual in (rows(2, 6, 40, device=device)[:, 8:24], rows(3, 16, 6, device=device).t()):
         assert torch.equal(rms_norm(x, residual, ones, ones, 2, 1e-6)[1], x + residual)
@@ -115,17 +115,17 @@ def test_one_weight_serves_all_rows(with_residual, device):
         assert torch.equal(one, other)
 
 
-def test_rejects_a_first_group_of_more_rows_than_there_are():
+def test_rejects_g_above_the_number_of_rows():
     with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got 4"):
         rms_norm(torch.zeros(3, 8), None, torch.ones(8), torch.ones(8), 4, 1e-6)
 
 
-def test_rejects_a_first_group_of_negative_size():
+def test_rejects_negative_g():
     with pytest.raises(ValueError, match="G must be from 0 to 3, the rows of x, got -1"):
         rms_norm(torch.zeros(3, 8), None, torch.ones(8), torch.ones(8), -1, 1e-6)
 
 
-def test_names_the_tensor_that_does_not_fit():
+def test_rejects_mismatched_argument():
     x, w = torch.zeros(3, 8), torch.ones(8)
     with pytest.raises(ValueError, match=r"w_first must be \(8,\) torch.float32.*got \(7,\) torch.float32"):
         rms_norm(x, None, torch.ones(7), w, 1, 1e-6)

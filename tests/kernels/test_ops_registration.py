@@ -127,7 +127,7 @@ def test_every_op_is_listed_and_every_listed_op_is_registered():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_eager_call_skips_the_dispatcher_and_computes_the_same(name):
+def test_eager_call_skips_the_dispatcher(name):
     function, args, kwargs = calls(5, 2)[name]
     _, same_args, same_kwargs = calls(5, 2)[name]
     with torch.inference_mode(), Record() as record:
@@ -140,7 +140,7 @@ def test_an_eager_call_skips_the_dispatcher_and_computes_the_same(name):
     assert not record.ours
 
 
-def test_every_op_has_a_case_of_the_check_that_runs_here():
+def test_every_op_has_a_check_case_that_runs_here():
     assert {case.op for case in SMALL_CASES} == set(OPS)
 
 
@@ -175,7 +175,7 @@ def test_opcheck_accepts(name, T, G, dtype):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_fake_strides_are_the_real_ones_for_column_major_inputs(name):
+def test_fake_strides_match_real_ones_for_column_major_inputs(name):
     ((op, args, kwargs),) = run(name, 5, 2).ours
     args = tuple(a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args)
     torch.library.opcheck(op, args, kwargs, test_utils="test_faketensor")
@@ -231,7 +231,7 @@ BUDGET = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_stays_within_its_budget_of_operator_calls(name):
+def test_stays_within_its_operator_call_budget(name):
     records = run(name, 1, 0), run(name, 5, 2), run(name, 5, 0, torch.bfloat16)
     for record, budget in zip(records, BUDGET[name], strict=True):
         assert len(record.inner) <= budget, [str(op) for op in record.inner]

@@ -72,7 +72,7 @@ def test_matches_the_formula_in_float64_and_rounds_once(T, G, Hq, Hkv, D, dtype,
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_qk_norm_may_be_missing(dtype, device):
+def test_qk_norm_is_optional(dtype, device):
     qkv, _, _, *others = arguments(5, 7, 1, 72, dtype, device)
     _, _, slots, k_cache, v_cache = others
     q = qk_norm_rope(qkv, None, None, *others, None, EPS)
@@ -115,7 +115,7 @@ def test_one_norm_serves_all_rows(device):
     assert torch.equal(args[6], same[6])
 
 
-def test_slots_of_other_tokens_stay_as_they_are(device):
+def test_other_slots_are_unchanged(device):
     args = arguments(5, 4, 2, 16, torch.float32, device)
     *_, slots, k_cache, v_cache = args
     qk_norm_rope(*args, 2, EPS)
@@ -125,7 +125,7 @@ def test_slots_of_other_tokens_stay_as_they_are(device):
 
 @pytest.mark.parametrize("D", [16, 40, 72])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neighbours_of_a_cache_inside_a_larger_buffer_stay_as_they_are(dtype, D, device):
+def test_memory_around_a_cache_slice_is_unchanged(dtype, D, device):
     args = arguments(5, 6, 3, D, dtype, device)
     *inputs, slots, _, _ = args
     by_slot = torch.full((66, 5, D + 2), 7.0, dtype=dtype, device=device)
@@ -139,7 +139,7 @@ def test_neighbours_of_a_cache_inside_a_larger_buffer_stay_as_they_are(dtype, D,
         assert (by_slot == 7).all() and (by_head == 7).all()
 
 
-def test_rows_near_zero_feel_eps(device):
+def test_eps_dominates_near_zero(device):
     args = arguments(4, 4, 2, 16, torch.float32, device)
     args[0].mul_(1e-3)
     args[0][1].zero_()
@@ -173,7 +173,7 @@ def test_scores_depend_on_relative_positions_only(dtype, error, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inputs_and_caches_need_not_be_contiguous(dtype, device):
+def test_accepts_strided_inputs_and_caches(dtype, device):
     args = arguments(6, 4, 2, 16, dtype, device)
     strided = [t.repeat_interleave(2, -1)[..., ::2] for t in args]
     q, strided_q = qk_norm_rope(*args, 2, EPS), qk_norm_rope(*strided, 2, EPS)
@@ -181,14 +181,14 @@ def test_inputs_and_caches_need_not_be_contiguous(dtype, device):
     assert torch.equal(args[6], strided[6]) and torch.equal(args[7], strided[7])
 
 
-def test_qkv_may_be_columns_of_a_wider_tensor(device):
+def test_accepts_qkv_as_columns_of_a_wider_tensor(device):
     args = arguments(6, 4, 2, 16, torch.float32, device)
     wide = torch.full((6, 160), float("nan"), device=device)
     columns = wide[:, 16:144].copy_(args[0])
     assert torch.equal(qk_norm_rope(columns, *args[1:], 2, EPS), qk_norm_rope(*args, 2, EPS))
 
 
-def test_float64_rows_may_come_with_float32_tables(device):
+def test_accepts_float32_tables_with_float64_rows(device):
     args = arguments(6, 4, 2, 16, torch.float64, device)
     args = (*args[:3], args[3].float(), args[4].float(), *args[5:])
     q = qk_norm_rope(*args, 2, EPS)
@@ -196,7 +196,7 @@ def test_float64_rows_may_come_with_float32_tables(device):
 
 
 @pytest.mark.parametrize("wrong", [-1, 8], ids=["before", "past"])
-def test_a_slot_outside_the_cache_is_refused_or_at_least_not_written(wrong, device):
+def test_slot_outside_the_cache_is_rejected_or_not_written(wrong, device):
     *inputs, slots, _, _ = arguments(3, 4, 2, 16, torch.float32, device, S=8)
     slots[1] = wrong
     buffers = torch.full((2, 10, 2, 16), 7.0, device=device)
@@ -218,7 +218,7 @@ WRONG = {
     "more-gen-than-rows": ({"G": 4}, "G must be from 0 to 3, the rows of qkv, got 4"),
     "odd-head-dim": (
         {"k_cache": torch.zeros(8, 2, 15), "v_cache": torch.zeros(8, 2, 15)},
-        "head_dim D=15 is not a positive even number",
+        "head_dim must be positive and even, got 15",
     ),
     "qkv-of-half-a-head": ({"qkv": torch.zeros(3, 120)}, r"qkv must have \(Hq \+ 2\*2\) \* 16 columns.*got 120"),
     "qkv-without-queries": ({"qkv": torch.zeros(3, 64)}, "columns with Hq >= 1, got 64"),
@@ -233,7 +233,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
-def test_names_the_argument_that_does_not_fit(change, message):
+def test_rejects_mismatched_argument(change, message):
     names = ("qkv", "norm_first", "norm_rest", "cos", "sin", "slots", "k_cache", "v_cache")
     given = dict(zip(names, arguments(3, 4, 2, 16, torch.float32, S=8), strict=True), G=1, eps=EPS)
     with pytest.raises(ValueError, match=message):

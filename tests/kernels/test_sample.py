@@ -68,13 +68,13 @@ def each(rows, temperature, top_k=0.0, top_p=1.0, device="cpu"):
     ],
     ids=["zeros", "ones", "digits-of-pi"],
 )
-def test_philox_gives_the_published_words(counter, key, words):
+def test_philox_matches_published_vectors(counter, key, words):
     given = philox4x32([int64(word) for word in counter], [int64(word) for word in key])
     assert tuple(int(word) for word in given) == words == philox_in_integers(counter, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_draws_the_documented_token(dtype):
+def test_samples_the_documented_token(dtype):
     logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(1)).mul(2).to(dtype)
     seeds = (0, 1, -1, MASK, 1 << 32, (1 << 63) - 1, -(1 << 63), 12345, 12345)
     steps = (0, 7, 7, MASK, 1 << 32, 3, 2, 5, 6)
@@ -100,7 +100,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_draws_the_documented_token_of_those_kept(settings, dtype):
+def test_samples_the_documented_token_with_top_k_and_top_p(settings, dtype):
     """In bfloat16 there are equals among 50 logits; elsewhere they are made."""
     logits = torch.randn(30, 50, generator=torch.Generator().manual_seed(2)).mul(2)
     logits[:10] = logits[:10].round()
@@ -113,7 +113,7 @@ def test_draws_the_documented_token_of_those_kept(settings, dtype):
 
 @pytest.mark.parametrize("top_k, top_p, kept", [(0, 1, 6), (3, 1, 4), (1, 1, 1), (2, 1, 4), (5, 1, 5), (0, 0.7, 1),
                                                 (0, 0.72, 4), (4, 0.95, 4), (0, 0.995, 5), (3, 0.0, 1)])  # fmt: skip
-def test_equals_are_kept_or_left_together(top_k, top_p, kept):
+def test_ties_are_kept_or_dropped_together(top_k, top_p, kept):
     """Of shares 0.705, 3 x 0.0954, 0.0077 and 0.0008."""
     logits = torch.tensor([1.0, 3.0, 1.0, -3.8, 1.0, -1.52])
     settings = each(1, 1.0, top_k, top_p)
@@ -122,7 +122,7 @@ def test_equals_are_kept_or_left_together(top_k, top_p, kept):
     assert scores.isfinite()[0].tolist() == kept_by_the_book(logits.tolist(), top_k, top_p)
 
 
-def test_noise_is_finite_at_both_ends():
+def test_noise_is_finite_at_extreme_words():
     """Seeds found by search: of the words at step 0, column 0, one is below 2^9, the other at least 2^32 - 2^9."""
     lowest, highest = 75465, 16390493
     words = philox4x32((0, 0, 0, 0), (int64(lowest, highest), 0))[0]
@@ -158,7 +158,7 @@ def shares_kept(temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize("settings", [(1.0, 3, 1.0), (1.5, 0, 0.8), (2.0, 4, 0.7)], ids=["top-k", "top-p", "both"])
-def test_tokens_follow_the_softmax_of_those_kept(settings):
+def test_tokens_follow_the_truncated_softmax(settings):
     drawn = sample(DRAWN.expand(20000, -1), each(20000, *settings), int64(7).expand(20000), torch.arange(20000))
     shares = shares_kept(*settings)
     assert (shares == 0).sum() >= 2
@@ -192,7 +192,7 @@ def check_batch(device, dtype, V=300):
     assert together[0] == logits[0].argmax() and together[5] == logits[5].argmax() and together[6] == logits[6].argmax()
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_row_is_independent_of_the_batch():
     check_batch("cpu", torch.float32)
 
 
@@ -205,7 +205,7 @@ def check_greedy(device):
         assert sample(given, settings, number, number).tolist() == [1, 0, 3, 0]
 
 
-def test_temperature_zero_takes_the_first_largest_logit_and_none_needs_no_seed():
+def test_greedy_takes_the_first_largest_logit():
     check_greedy("cpu")
 
 
@@ -220,7 +220,7 @@ def check_infinite(device):
             assert (sample(logits) == token).all()
 
 
-def test_impossible_tokens_are_never_drawn_and_nan_always():
+def test_never_samples_minus_infinity_and_always_nan():
     check_infinite("cpu")
     logits = torch.full((1000, 3), -torch.inf)
     logits[:, 1] = -20.0
@@ -237,7 +237,7 @@ def check_few(device):
         assert sample(none, settings, number[:0], number[:0]).shape == (0,)
 
 
-def test_one_column_and_no_rows_work():
+def test_one_column_and_no_rows():
     check_few("cpu")
 
 
@@ -252,7 +252,7 @@ def check_strides(device):
     assert torch.equal(logits, before)
 
 
-def test_arguments_need_not_be_contiguous_and_are_left_alone():
+def test_accepts_strided_arguments_and_does_not_modify_them():
     check_strides("cpu")
 
 
@@ -276,7 +276,7 @@ def check_drawn(device, logits, settings, seeds, steps):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [1, 7, 31, 300, 2049, 20003])
-def test_the_cuda_kernel_draws_what_the_reference_draws(cuda_kernel, V, dtype):
+def test_cuda_kernel_matches_the_reference(cuda_kernel, V, dtype):
     """20003 columns need several blocks a row; odd numbers make rows begin off 16 bytes."""
     for seed in range(2):
         logits = torch.randn(8, V, generator=torch.Generator().manual_seed(seed)).mul(1 + 2 * seed).to(dtype)
@@ -287,14 +287,14 @@ def test_the_cuda_kernel_draws_what_the_reference_draws(cuda_kernel, V, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_the_cuda_kernel_draws_what_the_reference_draws_at(cuda_kernel, settings, dtype):
+def test_cuda_kernel_matches_the_reference_at(cuda_kernel, settings, dtype):
     logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(3)).mul(2)
     logits[:8] = logits[:8].round()
     check_drawn(cuda_kernel, logits.to(dtype), each(16, *settings), torch.arange(16), torch.arange(16) * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cuda_kernel_draws_from_bagels_vocabulary(cuda_kernel, dtype):
+def test_cuda_kernel_samples_from_bagel_vocabulary(cuda_kernel, dtype):
     logits = torch.randn(4, 152064, generator=torch.Generator().manual_seed(4)).mul(3).to(dtype)
     settings = torch.tensor([[1.0, 0, 1], [0.7, 50, 0.9], [1.2, 0, 0.95], [1.0, 1000, 1]])
     check_drawn(cuda_kernel, logits, settings, torch.arange(4), torch.arange(4) + 9)
@@ -307,14 +307,14 @@ FLAT = {"all-equal": lambda V: torch.zeros(V), "two-values": lambda V: torch.ara
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", FLAT.values(), ids=FLAT)
-def test_the_cuda_kernel_finds_the_k_th_largest_where_there_is_no_short_list(cuda_kernel, row):
+def test_cuda_kernel_finds_kth_largest_without_a_short_candidate_list(cuda_kernel, row):
     """k beyond the number of warps, thousands of equals, and all of the largest in a few warps."""
     settings = torch.tensor([[1.0, k, p] for k in (1, 2, 600, 4500, 5998) for p in (1, 0.5)])
     logits = row(6001).float().expand(10, -1).contiguous()
     check_drawn(cuda_kernel, logits, settings, torch.arange(10), torch.arange(10))
 
 
-def test_the_cuda_kernel_finds_the_first_of_equals_across_blocks(cuda_kernel):
+def test_cuda_kernel_breaks_ties_across_blocks(cuda_kernel):
     logits = torch.zeros(3, 20003)
     logits[0, [7, 9000, 20002]] = 1.0
     logits[1, [8192, 20002]] = 1.0
@@ -325,7 +325,7 @@ def test_the_cuda_kernel_finds_the_first_of_equals_across_blocks(cuda_kernel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (1.5, 0, 0.8), (2.0, 4, 0.7)], ids=["all", "top-p", "both"])
-def test_the_cuda_kernels_tokens_follow_the_softmax_of_those_kept(cuda_kernel, settings):
+def test_cuda_kernel_follows_the_truncated_softmax(cuda_kernel, settings):
     draws = 4000 if cuda_kernel.type == "cuda" else 120  # the emulation takes 50 ms for one
     logits, number = DRAWN.to(cuda_kernel).expand(draws, -1), torch.arange(draws, device=cuda_kernel)
     drawn = sample(logits, each(draws, *settings, device=cuda_kernel), number * 0 + 5, number)
@@ -334,11 +334,11 @@ def test_the_cuda_kernels_tokens_follow_the_softmax_of_those_kept(cuda_kernel, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cuda_kernel_draws_a_row_alone_as_in_a_batch(cuda_kernel, dtype):
+def test_cuda_kernel_row_is_independent_of_the_batch(cuda_kernel, dtype):
     check_batch(cuda_kernel, dtype, 9001)
 
 
-def test_the_cuda_kernel_agrees_on_what_is_special(cuda_kernel):
+def test_cuda_kernel_matches_the_reference_on_special_values(cuda_kernel):
     check_greedy(cuda_kernel)
     check_infinite(cuda_kernel)
     check_few(cuda_kernel)
@@ -346,7 +346,7 @@ def test_the_cuda_kernel_agrees_on_what_is_special(cuda_kernel):
 
 
 @pytest.mark.slow
-def test_no_order_of_blocks_and_threads_changes_a_token(emulated_extension):
+def test_cuda_kernel_is_deterministic_under_any_schedule(emulated_extension):
     logits = torch.randn(8, 20003, generator=torch.Generator().manual_seed(1)).mul(2)
     inputs = logits, MIXED, torch.arange(8), torch.arange(8)
     want = op._run_extension(*inputs)
@@ -355,7 +355,7 @@ def test_no_order_of_blocks_and_threads_changes_a_token(emulated_extension):
         assert torch.equal(op._run_extension(*inputs), want)
 
 
-def test_what_the_cuda_kernel_does_not_take_is_drawn_all_the_same(extension_device, monkeypatch):
+def test_unsupported_inputs_fall_back(extension_device, monkeypatch):
     monkeypatch.setattr(op, "_run_extension", lambda *_: pytest.fail("the CUDA kernel cannot take this"))
     for dtype in (torch.float16, torch.float64):
         assert sample(torch.tensor([[0.0, 2.0, 1.0]], dtype=dtype, device=extension_device)).item() == 1
@@ -365,7 +365,7 @@ def test_what_the_cuda_kernel_does_not_take_is_drawn_all_the_same(extension_devi
 
 @pytest.mark.parametrize("B", [1, 8, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_draws_with_injected_exponential_noise(extension_device, B, dtype):
+def test_samples_with_injected_exponential_noise(extension_device, B, dtype):
     generator = torch.Generator().manual_seed(B)
     logits = (3 * torch.randn(B, 97, generator=generator)).to(extension_device, dtype)
     noise = torch.empty(B, 97).exponential_(generator=generator).to(extension_device)
@@ -379,7 +379,7 @@ def test_draws_with_injected_exponential_noise(extension_device, B, dtype):
     assert torch.equal(sample(logits, settings, number, number, noise), want)
 
 
-def test_names_the_argument_that_does_not_fit():
+def test_rejects_mismatched_argument():
     logits, number, settings = torch.zeros(2, 5), int64(0, 0), each(2, 1.0)
     with pytest.raises(ValueError, match=r"settings must be \(2, 3\) torch.float32.*got \(1, 3\) torch.float32"):
         sample(logits, each(1, 1.0), number, number)
@@ -393,7 +393,7 @@ def test_names_the_argument_that_does_not_fit():
         sample(logits, settings, number, number, torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"seed must be \(2,\).*got \(1,\) torch.int64"):
         sample(logits, settings, number[:1], number)
-    with pytest.raises(ValueError, match="step is on meta, logits on cpu; move step there"):
+    with pytest.raises(ValueError, match="step must be on cpu like logits, got meta"):
         sample(logits, settings, number, number.to("meta"))
-    with pytest.raises(ValueError, match="no columns"):
+    with pytest.raises(ValueError, match=r"logits must have at least one column, got \(\d+, 0\)"):
         sample(torch.zeros(2, 0))
