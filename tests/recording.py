@@ -1,7 +1,7 @@
-"""What a CUDA graph is, on a CPU: operator calls recorded with the tensors they touched, and done again on replay.
+"""Emulate CUDA graphs on a CPU: record operator calls with their tensors, and repeat them on replay.
 
-Numbers that Python knew when the work was recorded are fixed, as are addresses; only what tensors hold may change. Ops
-of this package are recorded whole, as the launches they are on a GPU: what their references read back they read again.
+As in a CUDA graph, Python values and tensor addresses are fixed at capture; only the contents of tensors may change. An
+op of this package is recorded as one call, like its kernel launch on a GPU.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 
 class Recording(TorchDispatchMode):
-    """Operator calls of one piece of work, which is undone after it was recorded: capturing does nothing by itself."""
+    """The operator calls of ``work``. As in a capture, in-place writes of the recorded run have no effect."""
 
     def __init__(self, work):
         super().__init__()
@@ -22,29 +22,29 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        values = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._keep(given.get(argument.name))
+                self._save(values.get(argument.name))
         outputs = func(*args, **kwargs)
-        touched = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        made = [t for t in _tensors(outputs) if t.untyped_storage().data_ptr() not in touched]
-        self._calls.append((func, args, kwargs, outputs, made))
+        inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        allocated = [t for t in _tensors(outputs) if t.untyped_storage().data_ptr() not in inputs]
+        self._calls.append((func, args, kwargs, outputs, allocated))
         return outputs
 
-    def _keep(self, tensor) -> None:
-        """Remember what is about to be overwritten."""
+    def _save(self, tensor) -> None:
+        """Save the contents of a tensor before its first in-place write."""
         if isinstance(tensor, torch.Tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._before:
                 self._before[storage.data_ptr()] = (storage, storage.clone())
 
     def replay(self) -> None:
-        """Do every call again; what it makes goes where its output went when it was recorded."""
-        for func, args, kwargs, outputs, made in self._calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(_tensors(outputs), _tensors(again), strict=True):
-                if any(old is tensor for tensor in made):
+        """Repeat every call, and copy newly allocated outputs to the addresses of the recorded ones."""
+        for func, args, kwargs, outputs, allocated in self._calls:
+            repeated = func(*args, **kwargs)
+            for old, new in zip(_tensors(outputs), _tensors(repeated), strict=True):
+                if any(old is tensor for tensor in allocated):
                     old.copy_(new)
 
 
@@ -53,5 +53,5 @@ def _tensors(values) -> list[torch.Tensor]:
 
 
 def dispatch_ops(monkeypatch) -> None:
-    """Let the ops go through the dispatcher, where a recording sees them, as they do when they are compiled."""
+    """Call the ops through the dispatcher, as under torch.compile, where a recording intercepts them."""
     monkeypatch.setattr("bagel_rt.kernels.registry.is_compiling", lambda: True)

@@ -38,18 +38,16 @@ BAD_INDEX = [
     pytest.param(
         {"a": "first.safetensors", "c": "second.safetensors"}, "missing tensor c, which the index", id="wrong-name"
     ),
-    pytest.param(WEIGHT_MAP | {"b": "../second.safetensors"}, NAMES_SHARD, id="that-climbs-out-of-the-folder"),
-    pytest.param(WEIGHT_MAP | {"b": "/etc/second.safetensors"}, NAMES_SHARD, id="with-an-absolute-path"),
-    pytest.param(WEIGHT_MAP | {"b": "sub/second.safetensors"}, NAMES_SHARD, id="with-a-subfolder"),
-    pytest.param(WEIGHT_MAP | {"b": "..\\second.safetensors"}, NAMES_SHARD, id="that-climbs-with-backslashes"),
-    pytest.param(WEIGHT_MAP | {"b": "s\0.safetensors"}, NAMES_SHARD, id="with-a-NUL"),
-    pytest.param(WEIGHT_MAP | {"b": "second.bin"}, f"{NAMES_SHARD} 'second.bin'", id="of-pickles"),
-    pytest.param(WEIGHT_MAP | {"b": ".."}, NAMES_SHARD, id="of-the-parent-folder"),
-    pytest.param(WEIGHT_MAP | {"b": 2}, f"{NAMES_SHARD} 2.", id="of-numbers"),
-    pytest.param(WEIGHT_MAP | {"b": "x" * 300 + ".safetensors"}, "is missing", id="of-an-endless-name"),
-    pytest.param(
-        WEIGHT_MAP | {"b": "\ud800.safetensors"}, r"'\ud800.safetensors' is missing", id="of-half-a-character"
-    ),
+    pytest.param(WEIGHT_MAP | {"b": "../second.safetensors"}, NAMES_SHARD, id="parent-path"),
+    pytest.param(WEIGHT_MAP | {"b": "/etc/second.safetensors"}, NAMES_SHARD, id="absolute-path"),
+    pytest.param(WEIGHT_MAP | {"b": "sub/second.safetensors"}, NAMES_SHARD, id="subfolder"),
+    pytest.param(WEIGHT_MAP | {"b": "..\\second.safetensors"}, NAMES_SHARD, id="backslashes"),
+    pytest.param(WEIGHT_MAP | {"b": "s\0.safetensors"}, NAMES_SHARD, id="nul-byte"),
+    pytest.param(WEIGHT_MAP | {"b": "second.bin"}, f"{NAMES_SHARD} 'second.bin'", id="pickle"),
+    pytest.param(WEIGHT_MAP | {"b": ".."}, NAMES_SHARD, id="parent-folder"),
+    pytest.param(WEIGHT_MAP | {"b": 2}, f"{NAMES_SHARD} 2.", id="number"),
+    pytest.param(WEIGHT_MAP | {"b": "x" * 300 + ".safetensors"}, "is missing", id="endless-name"),
+    pytest.param(WEIGHT_MAP | {"b": "\ud800.safetensors"}, r"'\ud800.safetensors' is missing", id="lone-surrogate"),
 ]
 
 

@@ -40,7 +40,7 @@ class Norm(nn.GroupNorm):
         return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, moments)
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the statistics of a whole feature map, to normalize its strips with."""
+        """Compute the statistics of a whole feature map, which normalize each of its strips."""
         return group_norm_moments(x, self.num_groups, self.eps)
 
 

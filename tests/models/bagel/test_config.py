@@ -231,13 +231,13 @@ def test_configs_embedded_in_config_json_do_not_replace_their_files(tmp_path, fi
 
 
 BAD_JSON = [
-    pytest.param(b"", "is not JSON in UTF-8", id="an-empty-file"),
-    pytest.param(b"{", "is not JSON in UTF-8", id="a-truncated-file"),
+    pytest.param(b"", "is not JSON in UTF-8", id="empty-file"),
+    pytest.param(b"{", "is not JSON in UTF-8", id="truncated-file"),
     pytest.param(b'{"a": "\xff"}', "can't decode byte 0xff", id="invalid-UTF-8"),
-    pytest.param(b"[]", "must be a JSON object, got list", id="a-list"),
-    pytest.param(b"7", "must be a JSON object, got int", id="a-number"),
+    pytest.param(b"[]", "must be a JSON object, got list", id="list"),
+    pytest.param(b"7", "must be a JSON object, got int", id="number"),
     pytest.param(b"[" * 100_000, "is not JSON in UTF-8", id="brackets-without-end"),
-    pytest.param(b"9" * 10_000, "is not JSON in UTF-8", id="a-number-without-end"),
+    pytest.param(b"9" * 10_000, "is not JSON in UTF-8", id="number-without-end"),
     pytest.param(b" " * (17 << 20), "must have at most 16777216 bytes", id="17-MB-of-blanks"),
 ]
 
@@ -250,7 +250,7 @@ def test_rejects_bad_json(tmp_path, file, content, message):
 
 
 @pytest.mark.parametrize("file", ["config.json", "vit_config.json"])
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["a-folder", "a-fifo"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "fifo"])
 def test_rejects_a_path_that_is_not_a_regular_file(tmp_path, file, make):
     folder(tmp_path)
     (tmp_path / file).unlink(missing_ok=True)
@@ -263,7 +263,7 @@ def test_rejects_config_json_that_is_a_dangling_link(tmp_path):
     assert_rejected(tmp_path, "config.json", "cannot be read: No such file")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "file", "x" * 5000], ids=["nowhere", "a-file", "an-endless-name"])
+@pytest.mark.parametrize("name", ["nowhere", "file", "x" * 5000], ids=["missing", "file", "endless-name"])
 def test_rejects_a_path_that_is_not_a_folder(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is not a folder. Give the folder that holds llm_config.json"):

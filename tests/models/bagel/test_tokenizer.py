@@ -78,7 +78,7 @@ def test_decode_of_arbitrary_ids_matches_the_record(tokenizer, row):
 
 
 def recorded_answers() -> list:
-    """What was generated and what the official code said it was, of every case that recorded both."""
+    """(generated ids, official answer) of every case that recorded both."""
     answers = []
     for path in sorted(PACK.glob("cases/*/meta.json")):
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -259,7 +259,7 @@ DAMAGED = {
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens"].pop(9)),
         r"tokenizer.json: the special token <\|vision_start\|> is missing",
     ),
-    "a-byte-that-no-token-spells": (
+    "byte-that-no-token-spells": (
         "tokenizer.json",
         lambda p: edit(p.parent, p.name, lambda v: v["model"]["vocab"].update({"new": v["model"]["vocab"].pop("~")})),
         "tokenizer.json: tokens for 1 of the 256 bytes are missing",
@@ -267,26 +267,26 @@ DAMAGED = {
     "vocab-cut-short": (
         "vocab.json", lambda p: p.write_bytes(p.read_bytes()[:900]), "merges.txt are not a valid BPE",
     ),
-    "an-empty-vocab": ("vocab.json", lambda p: p.write_text("{}"), "vocab.json and merges.txt are not a valid BPE"),
+    "empty-vocab": ("vocab.json", lambda p: p.write_text("{}"), "vocab.json and merges.txt are not a valid BPE"),
     "merges-of-unknown-tokens": (
         "merges.txt", lambda p: p.write_text("#version: 0.2\nthe fox\n"), "merges.txt are not a valid BPE",
     ),
     "merges-of-one-word": ("merges.txt", lambda p: p.write_text("#version: 0.2\nt h\nthe\n"), "not a valid BPE"),
-    "a-config-that-is-not-json": ("tokenizer_config.json", lambda p: p.write_text("{"), "_config.json is not JSON"),
-    "a-config-without-added-tokens": (
+    "config-that-is-not-json": ("tokenizer_config.json", lambda p: p.write_text("{"), "_config.json is not JSON"),
+    "config-without-added-tokens": (
         "tokenizer_config.json", lambda p: p.write_text("{}"), "_config.json: added_tokens_decoder must .*, got None",
     ),
-    "an-added-token-without-an-id": (
+    "added-token-without-an-id": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens_decoder"].update(x={"content": "<x>"})),
         "added_tokens_decoder must map ids to a token's content and flags, got",
     ),
-    "an-added-token-without-content": (
+    "added-token-without-content": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens_decoder"].update({"400": {"text": "<x>"}})),
         "added_tokens_decoder must map ids to a token's content and flags, got",
     ),
-    "an-added-token-that-is-missing": (
+    "added-token-that-is-missing": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, no_token),
         r"the id of <\|vision_end\|> must be 361 to match vocab.json, got 362",
@@ -312,7 +312,7 @@ def test_error_names_the_missing_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("backend", [
-    pytest.param(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), id="a-word-list"),
+    pytest.param(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), id="word-list"),
     pytest.param(tokenizers.Tokenizer(models.BPE()), id="bpe-of-characters"),
 ])  # fmt: skip
 def test_rejects_other_kinds_of_tokenizers(backend):
