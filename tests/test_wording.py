@@ -56,9 +56,6 @@ TO_DO: dict[str, list[str]] = {
     r"(is|are) told (?!apart)|what (is|was|can be) (said|told|given|taken)": [
         "benchmarks/official.py",
     ],
-    r"under way|at hand": [
-        "bagel_rt/models/bagel/random_checkpoint.py",
-    ],
     r"anew": [
         "bagel_rt/check/case.py",
         "bagel_rt/models/bagel/contents.py",

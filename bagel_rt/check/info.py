@@ -102,14 +102,14 @@ def checkpoint(folder: Path) -> dict:
     from bagel_rt.models.bagel.model import IGNORED_TENSORS, BagelModel  # here: as above
 
     config = BagelConfig.from_folder(folder)
-    destinations = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).weight_slots()
+    weight_slots = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).weight_slots()
     counts = Counter()
-    for stem, places in destinations.items():
-        for name, place in places.items():
-            counts[_part(stem, name)] += math.prod(place.shape)
+    for stem, slots in weight_slots.items():
+        for name, slot in slots.items():
+            counts[_part(stem, name)] += math.prod(slot.shape)
     try:
-        for stem, places in destinations.items():
-            check_weights(find_weights(folder, stem), places, IGNORED_TENSORS)
+        for stem, slots in weight_slots.items():
+            check_weights(find_weights(folder, stem), slots, IGNORED_TENSORS)
         weights = "complete"
     except CheckpointError as error:
         weights = str(error)

@@ -1,4 +1,4 @@
-"""The files of an official model folder, other than its weights: three configurations and a tokenizer."""
+"""Write the files of an official model folder other than the weights: three JSON configurations and the tokenizer."""
 
 import json
 import shutil
@@ -17,12 +17,12 @@ _GENERATION_FILE = "generation_config.json"
 
 
 def missing_tokenizer_files(folder: Path) -> list[str]:
-    """The files of a tokenizer that the folder lacks."""
+    """Names of the tokenizer files that are not in the folder."""
     return sorted(name for name in _TOKENIZER_FILES if not (folder / name).is_file())
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer, with ``generation_config.json`` if it has one; nothing if both folders are the same."""
+    """Copy the tokenizer files, and ``generation_config.json`` if there is one. No-op if both folders are the same."""
     if source.resolve() == folder.resolve():
         return
     for name in (*_TOKENIZER_FILES, _GENERATION_FILE):
@@ -31,17 +31,17 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def write_config(folder: Path, config: BagelConfig) -> None:
-    """Write the three JSON files that :meth:`BagelConfig.from_folder` reads ``config`` from."""
+    """Write the JSON files of :func:`official_json`."""
     for name, content in official_json(config).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def official_json(config: BagelConfig) -> dict[str, dict]:
-    """The official JSON files that :meth:`BagelConfig.from_folder` reads this configuration from, by file name."""
+    """The contents of the official JSON files, by file name; :meth:`BagelConfig.from_folder` reads them back."""
     llm, vit, vae = (_by_official_keys(part) for part in (config.llm, config.vit, config.vae))
     llm |= {"model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     sides = {"vit_max_num_patch_per_side": vit.pop("vit_max_num_patch_per_side")}
-    vit["num_hidden_layers"] += 1  # official loaders subtract one
+    vit["num_hidden_layers"] += 1  # the official loader drops the last layer
     vit |= {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
     rules = {"vae": config.vae_transform, "vit": config.vit_transform}
     main = {
@@ -60,5 +60,5 @@ def official_json(config: BagelConfig) -> dict[str, dict]:
 
 
 def _by_official_keys(config) -> dict:
-    """The fields of a configuration that its JSON file states, under that file's keys."""
+    """The fields that are stored in the JSON file of a configuration, by the keys of that file."""
     return {item.metadata.get("key", item.name): getattr(config, item.name) for item in fields(config) if item.metadata}

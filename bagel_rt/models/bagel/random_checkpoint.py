@@ -1,12 +1,12 @@
-"""Models of random weights: real shapes for benchmarks and tests where the published 29 GB are not at hand.
+"""Models with random weights, for benchmarks and tests without the published 29 GB.
 
-Every tensor is a function of the seed, its official name and its shape alone, drawn on the CPU whatever the model's
-device. :func:`make_random_checkpoint` writes them as an official model folder; :func:`randomize_` puts the same values
-straight into a model. Scales keep activations finite: norm weights near 1, small biases, other weights of standard
-deviation 1 / sqrt(fan-in), the true sin-cos tables.
+Every tensor depends on the seed, its official name and its shape only, and is drawn on the CPU for any device of the
+model. :func:`make_random_checkpoint` writes an official model folder; :func:`randomize_` fills a model with the same
+values. The scales keep activations finite: norm weights near 1, small biases, other weights with standard deviation
+1 / sqrt(fan-in), and the sine-cosine position tables of the published model.
 
-One core draws about 100 million numbers a second, and all cores share the large tensors. BAGEL-7B-MoT has 14.7 billion
-parameters: two and a half minutes of one core.
+One core draws about 100 million numbers per second; large tensors use all cores. The 14.7 billion parameters of
+BAGEL-7B-MoT take two and a half minutes on one core.
 """
 
 import hashlib
@@ -29,30 +29,31 @@ from bagel_rt.models.bagel.embed import sincos_table
 from bagel_rt.models.bagel.folder import STORED_AS, copy_tokenizer, write_config
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.validation import invalid
 
-_CHUNK = 1 << 22  # numbers drawn from one generator; part of what a seed means
-_MARGIN = 64 << 20  # bytes of disk beside the weights
+_CHUNK = 1 << 22  # numbers per generator; changing it changes the weights of every seed
+_DISK_MARGIN = 64 << 20  # bytes for files other than weights
 
 
 def random_weight(name: str, shape: tuple[int, ...], normal: Callable[[float, float], torch.Tensor]) -> torch.Tensor:
-    """The weight of this official name; ``normal(mean, deviation)`` draws a tensor of ``shape``."""
+    """Draw the weight with this official name; ``normal(mean, deviation)`` draws a tensor of ``shape``."""
     if name.endswith("pos_embed"):
         return sincos_table(shape[1], math.isqrt(shape[0]))
     if name.endswith(".bias"):
         return normal(0.0, 0.02)
-    if len(shape) == 1:  # of a norm
+    if len(shape) == 1:  # a norm
         return normal(1.0, 0.1)
     return normal(0.0, math.prod(shape[1:]) ** -0.5)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """One weight of a random model, on the CPU.
+    """Draw one weight of a random model, on the CPU.
 
     Args:
-        name: the official tensor name; it decides the distribution (see the module's docstring).
-        shape: of the official file.
-        dtype: the values are rounded to; bfloat16 in ``ema.safetensors``, float32 in ``ae.safetensors``.
-        seed: of the whole model.
+        name: the official tensor name, which determines the distribution.
+        shape: the shape in the official file.
+        dtype: bfloat16 in ``ema.safetensors``, float32 in ``ae.safetensors``.
+        seed: of the model.
     """
 
     def normal(mean: float, deviation: float) -> torch.Tensor:
@@ -74,10 +75,10 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: i
 
 @torch.inference_mode()
 def randomize_(model: BagelModel, seed: int = 0) -> None:
-    """Fill a model, on any device and in any dtype, with the weights of the random checkpoint of this seed."""
-    for stem, places in model.weight_slots().items():
-        for name, place in places.items():
-            place.view.copy_(random_tensor(name, place.shape, STORED_AS[stem], seed))
+    """Fill a model, on any device and in any dtype, with the weights of the random checkpoint with this seed."""
+    for stem, slots in model.weight_slots().items():
+        for name, slot in slots.items():
+            slot.view.copy_(random_tensor(name, slot.shape, STORED_AS[stem], seed))
 
 
 def make_random_checkpoint(
@@ -88,44 +89,43 @@ def make_random_checkpoint(
     progress: bool = False,
     tokenizer: str | Path = DEFAULT_MODEL,
 ) -> int:
-    """Write an official model folder of random weights; nothing is left of it if that fails or is interrupted.
+    """Write an official model folder with random weights. If it fails or is interrupted, all its files are deleted.
 
-    ``ema`` is sharded, with an index, in bfloat16; ``ae.safetensors`` is float32.
+    ``ema`` is bfloat16 in shards with an index; ``ae.safetensors`` is float32.
 
     Args:
-        folder: does not exist yet, or is empty.
+        folder: must not exist, or be empty.
         config: the shapes.
         seed: of the weights.
-        shard_bytes: most bytes of tensors in a shard; a larger tensor gets a shard of its own.
-        progress: show a bar on stderr.
-        tokenizer: folder of the tokenizer that is copied. That of the small model that the package carries gives a
-            meaning to a few hundred of the vocabulary's ids.
+        shard_bytes: maximum tensor bytes per shard; a larger tensor gets its own shard.
+        progress: show a progress bar on stderr.
+        tokenizer: folder of the tokenizer to copy. The default, of the embedded model, has a few hundred tokens.
 
     Returns:
         Bytes of weights written.
 
     Raises:
-        ValueError: the folder is taken, the disk too small, or the configuration not expressible in the official files.
+        ValueError: the folder is not empty, the disk is too small, or the official files cannot express the
+            configuration.
     """
     if config.llm.hidden_size % 4:
-        raise ValueError(f"hidden_size is {config.llm.hidden_size}; allowed: a multiple of 4, for the sin-cos tables")
+        raise invalid("hidden_size", config.llm.hidden_size, "a multiple of 4, because of the sine-cosine tables")
     folder = Path(folder)
-    places = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).weight_slots()
-    shapes = {stem: {name: place.shape for name, place in named.items()} for stem, named in places.items()}
+    slots = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).weight_slots()
+    shapes = {stem: {name: slot.shape for name, slot in named.items()} for stem, named in slots.items()}
     total = sum(
         math.prod(shape) * STORED_AS[stem].itemsize for stem, named in shapes.items() for shape in named.values()
     )
     tokenizer = Path(tokenizer)
-    known = len(Tokenizer.from_folder(tokenizer))
-    if config.llm.vocab_size < known:
-        raise ValueError(
-            f"vocab_size is {config.llm.vocab_size}: the tokenizer in {tokenizer.name} needs {known} or more"
-        )
-    with _filling(folder, total):
+    tokens = len(Tokenizer.from_folder(tokenizer))
+    if config.llm.vocab_size < tokens:
+        allowed = f"at least {tokens}, the number of tokens of the tokenizer in {tokenizer.name}"
+        raise invalid("vocab_size", config.llm.vocab_size, allowed)
+    with _new_folder(folder, total):
         write_config(folder, config)
         read = BagelConfig.from_folder(folder)
         if read != config:
-            raise ValueError(f"the official files cannot express this configuration: {config} would be read as {read}")
+            raise ValueError(f"the official files cannot express this configuration: {config} would be read as {read}.")
         copy_tokenizer(tokenizer, folder)
         with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", disable=not progress) as bar:
 
@@ -148,23 +148,25 @@ def make_random_checkpoint(
 
 
 @contextmanager
-def _filling(folder: Path, size: int) -> Iterator[None]:
-    """Make ``folder``, or take it if it is empty; if the work inside fails, leave it as it was.
+def _new_folder(folder: Path, size: int) -> Iterator[None]:
+    """Create ``folder`` or use an empty one; if the block fails, delete the files in it, and the folder if it is new.
 
     Raises:
-        ValueError: it is taken, or its disk has no room for ``size`` bytes.
+        ValueError: the folder is not empty, or its disk has less than ``size`` bytes free.
     """
     existed = folder.exists()
     if existed and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: name a new one")
-    parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        raise ValueError(f"{folder} must be a new or empty folder. Choose another one.")
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
-    if free < size + _MARGIN:
-        raise ValueError(f"{folder}: {size / 1e9:.1f} GB would be written, but the disk has {free / 1e9:.1f} GB free")
+    if free < size + _DISK_MARGIN:
+        raise ValueError(
+            f"the disk of {folder} must have {(size + _DISK_MARGIN) / 1e9:.1f} GB free, got {free / 1e9:.1f} GB."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # includes KeyboardInterrupt
         for file in folder.iterdir():
             file.unlink()
         if not existed:
