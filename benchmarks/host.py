@@ -1,10 +1,10 @@
-"""The host's share: operator calls and milliseconds per denoising step and per decoded token, on a very small model.
+"""Host overhead: operator calls and milliseconds per denoising step and per decoded token, on a very small model.
 
     python -m benchmarks.host [--json FILE]
 
-On a model this small arithmetic costs next to nothing, so what is timed is everything around it: Python, dispatch,
-allocation. The official code's figures (same shapes, same counting: tensor-producing calls, views excluded) were
-recorded once on a two-core machine; the counts are comparable anywhere, the times only on a machine of that speed.
+On a model this small arithmetic is negligible, so the times are those of Python, dispatch and allocation. The official
+code's numbers (same shapes, same counting: calls that produce a tensor, without views) were recorded once on a two-core
+machine. The counts are comparable on any machine, the times only on one of that speed.
 """
 
 import argparse
@@ -38,13 +38,13 @@ OFFICIAL = {  # calls, milliseconds
 SIZE = (64, 96)  # height, width
 
 
-def model_as_recorded() -> Bagel:
-    """A model of random weights, of the layers that the official figures were recorded with."""
+def recorded_model() -> Bagel:
+    """A random model with the shapes of the recorded official numbers."""
     return Bagel(*random_model(THREE_LAYERS, torch.device("cpu"), torch.float32))
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Counts operator calls that make or write a tensor; views are free."""
+    """Counts operator calls that produce or write a tensor; views do not count."""
 
     def __init__(self):
         super().__init__()
@@ -52,9 +52,9 @@ class OperatorCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         returns = func._schema.returns
-        makes = any(isinstance(value.type, torch.TensorType) for value in returns)
+        returns_tensor = any(isinstance(value.type, torch.TensorType) for value in returns)
         is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
-        self.count += makes and not is_view
+        self.count += returns_tensor and not is_view
         return func(*args, **(kwargs or {}))
 
 
@@ -76,7 +76,7 @@ def milliseconds(work, repeats: int) -> float:
 
 
 def make_denoiser(bagel: Bagel, settings: ImageSettings, prompt: str, edits: bool) -> Denoiser:
-    """The denoising of an edit, whose three branches all differ, or of a text alone."""
+    """The denoiser of an edit (three different branches) or of text-to-image."""
     model, prefill = bagel.model, Prefill(bagel.model, bagel.cache)
     ramp = torch.linspace(-1, 1, 3 * SIZE[0] * SIZE[1]).reshape(3, *SIZE)
     inputs = [tensor_to_image(ramp), prompt] if edits else [prompt]
@@ -99,14 +99,14 @@ def measure(bagel: Bagel, repeats: int = 200) -> dict[str, tuple[int | None, flo
     prefill.run()
 
     def decoding(length):
-        never = -1  # no token has this id: the text runs to its length
+        never = -1  # not a token id, so the text reaches its maximum length
         return generate_tokens(bagel.model, bagel.model.text, [chat.cond], bagel.tokenizer.bos, never, length)
 
     tokens = decoding(repeats + 2)
     next(tokens)
 
     def next_step(denoiser):
-        """The denoiser's steps one after another, and again from the first: what a loop costs, not what a jump does."""
+        """A function that runs the next step, cycling through the schedule as a denoising loop does."""
         numbers = itertools.cycle(range(len(denoiser)))
         return lambda: denoiser.step(next(numbers))
 
@@ -120,7 +120,7 @@ def measure(bagel: Bagel, repeats: int = 200) -> dict[str, tuple[int | None, flo
 
 
 def table(results: dict[str, tuple[int | None, float]]) -> str:
-    """What :func:`measure` found, beside the official code's figures."""
+    """The results of :func:`measure` next to the official code's numbers."""
     lines = [f"{'':28}{'calls':>8}{'official':>10}{'ratio':>8}{'ms':>10}{'official':>10}{'ratio':>8}"]
     for name, (count, time_ms) in results.items():
         official_count, official_ms = OFFICIAL[name]
@@ -130,12 +130,12 @@ def table(results: dict[str, tuple[int | None, float]]) -> str:
 
 
 def main() -> None:
-    """Measure, print the table, and write it as JSON if asked to."""
+    """Measure, print the table and optionally write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # with shapes this small a second thread costs more than it brings
-    results = measure(model_as_recorded())
+    torch.set_num_threads(1)  # a second thread slows down shapes this small
+    results = measure(recorded_model())
     print(table(results))
     if arguments.json:
         describe = ["git", "describe", "--always", "--dirty"]

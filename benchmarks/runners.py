@@ -24,7 +24,7 @@ from bagel_rt.models.bagel.settings import TASKS, ImageSettings, resolve_setting
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.models.bagel.workload import Workload
 from bagel_rt.request import Request
-from benchmarks.official import Official
+from benchmarks.official import OfficialInferencer
 
 PROMPT = "a red boat on a river in the morning, seen from a bridge; two birds above it"
 RUNNERS = ("graphs", "eager", "official", "official-compiled")
@@ -85,7 +85,9 @@ class Runner:
     def __init__(self, name: str, model: BagelModel, tokenizer: Tokenizer, compiler: Callable = torch.compile):
         self.name, self.device = name, model.device
         self.official = (
-            Official(model, tokenizer, compiler if "compiled" in name else None) if "official" in name else None
+            OfficialInferencer(model, tokenizer, compiler if "compiled" in name else None)
+            if "official" in name
+            else None
         )
         self.bagel = None if self.official else Bagel(model, tokenizer, graphs=name == "graphs")
 

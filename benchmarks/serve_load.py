@@ -2,15 +2,15 @@
 
     python -m benchmarks.serve_load [--requests 500] [--clients 32] [--seed 0] [--model FOLDER] [--json FILE]
 
-Starts the server in a process of its own, on the CPU, with a queue shorter than the number of clients. They generate,
+Starts the server in a subprocess on the CPU, with a queue shorter than the number of clients. They generate,
 edit, chat, stream and interleave; a tenth disconnect midway, a twentieth send invalid requests. A client that gets 429
 retries after the time in the response. At the end the server is stopped while requests are running.
 
 - Every response equals the library's: texts exactly, images (run in batches) to one level.
 - Every invalid request is refused with a 4xx and a message.
 - The server's resident memory grows by less than ``SLACK`` over the second half, in which a fourth of the requests have
-  an image of 3.7 MB: a server that kept each file, or its pixels, would grow by far more.
-- Every request that runs at the end gets its response; the server's log has no error.
+  an image of 3.7 MB. A server that kept files or pixels would grow by far more.
+- Every request that is running at shutdown gets its response, and the server's log has no error.
 
 Exit codes: 0 passed; 1 failed, the last lines list the failures.
 """
@@ -45,7 +45,7 @@ from bagel_rt.checkpoint import DEFAULT_MODEL
 from benchmarks.measure import machine
 
 SLACK = 64 << 20
-"""Maximum growth of the server's resident memory over the second half, in bytes: allocators keep some."""
+"""Maximum growth of the server's resident memory over the second half, in bytes. Allocators keep some freed memory."""
 TIMEOUT = 600.0
 """Timeout of any single operation, in seconds."""
 RUNNING_AT_SHUTDOWN = 8
@@ -60,8 +60,8 @@ class KnownRequest:
     Attributes:
         kind: row of the table.
         route: its URL path.
-        arguments: keywords of httpx.
-        expected: texts, joined to one, and images, in order.
+        arguments: keyword arguments of ``httpx.AsyncClient.post``.
+        expected: the concatenated text, then the images in order.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Report:
         busy: number of 429 responses.
         left: number of clients that disconnected before their response.
         refused: number of invalid requests that were refused.
-        at_the_end: number of requests that ran when the server was stopped and got their response.
+        at_the_end: number of requests that were running at shutdown and got their response.
         memory: the server's resident bytes after the first half, and after the second.
         total: seconds without the shutdown.
         wrong: failures.
@@ -100,14 +100,14 @@ class Report:
         """One line for each kind, and the totals."""
         lines = [f"{'':12}{'correct':>8}{'median s':>10}{'p95 s':>10}"]
         for kind, seconds in sorted(self.seconds.items()):
-            late = sorted(seconds)[int(0.95 * (len(seconds) - 1))]
-            lines.append(f"{kind:12}{self.answered[kind]:>8}{statistics.median(seconds):>10.3f}{late:>10.3f}")
+            p95 = sorted(seconds)[int(0.95 * (len(seconds) - 1))]
+            lines.append(f"{kind:12}{self.answered[kind]:>8}{statistics.median(seconds):>10.3f}{p95:>10.3f}")
         count = sum(self.answered.values())
         lines += [
             f"{count} responses in {self.total:.1f} s, {count / max(self.total, 1e-9):.1f} per second; "
-            f"{self.left} clients disconnected, {self.refused} requests refused, {self.busy} times the queue was full",
+            f"{self.left} clients disconnected, {self.refused} invalid requests refused, {self.busy} x 429",
             f"{self.memory[0]:,} bytes resident after the first half, {self.memory[1]:,} after the second",
-            f"{self.at_the_end} of {RUNNING_AT_SHUTDOWN} requests that ran at the end got their response",
+            f"{self.at_the_end} of {RUNNING_AT_SHUTDOWN} requests running at shutdown got their response",
         ]
         return "\n".join([*lines, *(f"FAILED: {line}" for line in self.wrong), "failed" if self.wrong else "passed"])
 
@@ -125,24 +125,24 @@ def known_requests(bagel: Bagel) -> list[KnownRequest]:
     requests = []
     for number, (width, height, steps) in enumerate([(48, 32, 4), (48, 32, 4), (48, 32, 4), (64, 64, 5), (64, 64, 3)]):
         options = {"num_timesteps": steps, "seed": number}
-        drawn = bagel.generate(f"boat {number}", size=(height, width), **options).image
+        image = bagel.generate(f"boat {number}", size=(height, width), **options).image
         body = {"prompt": f"boat {number}", "size": f"{width}x{height}", **options}
-        requests.append(KnownRequest("image", DRAW, {"json": body}, [np.asarray(drawn)]))
-    drawn = [bagel.generate("two", size=(32, 48), num_timesteps=4, seed=seed).image for seed in (7, 8)]
+        requests.append(KnownRequest("image", DRAW, {"json": body}, [np.asarray(image)]))
+    images = [bagel.generate("two", size=(32, 48), num_timesteps=4, seed=seed).image for seed in (7, 8)]
     body = {"prompt": "two", "size": "48x32", "num_timesteps": 4, "seed": 7, "n": 2}
-    requests.append(KnownRequest("image", DRAW, {"json": body}, [np.asarray(image) for image in drawn]))
+    requests.append(KnownRequest("image", DRAW, {"json": body}, [np.asarray(image) for image in images]))
 
     for width, height in ((1280, 960), (960, 1280)):
-        drawn = bagel.edit(noise_png(width, height), "brighter", num_timesteps=3, seed=1).image
+        image = bagel.edit(noise_png(width, height), "brighter", num_timesteps=3, seed=1).image
         fields = {"prompt": "brighter", "num_timesteps": "3", "seed": "1"}
         arguments = {"data": fields, "files": {"image": ("a.png", noise_png(width, height), "image/png")}}
-        requests.append(KnownRequest("edit", EDIT, arguments, [np.asarray(drawn)]))
+        requests.append(KnownRequest("edit", EDIT, arguments, [np.asarray(image)]))
 
     url = "data:image/png;base64," + base64.b64encode(noise_png(1280, 960)).decode()
-    shown = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
+    content_parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
     for content, options, expected in (
         ("hello", {}, bagel.chat("hello", max_think_token_n=13)),
-        (shown, {}, bagel.chat("what is it?", [noise_png(1280, 960)], max_think_token_n=13)),
+        (content_parts, {}, bagel.chat("what is it?", [noise_png(1280, 960)], max_think_token_n=13)),
         (
             "once upon",
             {"temperature": 1.5, "seed": 3},
@@ -176,7 +176,7 @@ INVALID = (
     (CHAT, {"json": {"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}}),
     (CHAT, {"json": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}}),
 )
-"""(route, keywords of httpx) of requests that must be refused."""
+"""(route, keyword arguments of httpx) of requests that must be refused with a 4xx."""
 
 
 def _decode_image(encoded: str) -> np.ndarray:
@@ -190,7 +190,7 @@ def read(request: KnownRequest, response: httpx.Response) -> list[str | np.ndarr
     if request.kind == "stream":
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
         if lines[-1] != "[DONE]":
-            return [f"a stream that ends with {lines[-1][:200]}"]
+            return [f"incomplete stream, last event: {lines[-1][:200]}"]
         return ["".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines[:-1])]
     message = response.json()["choices"][0]["message"]
     images = [item["image_url"]["url"].partition(",")[2] for item in message.get("images", [])]
@@ -198,37 +198,37 @@ def read(request: KnownRequest, response: httpx.Response) -> list[str | np.ndarr
 
 
 def same(got: list[str | np.ndarray], expected: list[str | np.ndarray]) -> bool:
-    """Whether texts are equal, and images to one level."""
+    """Whether texts are equal and images differ by at most one level per channel."""
 
-    def alike(one, other) -> bool:
-        if isinstance(one, str) or isinstance(other, str):
-            return isinstance(one, str) and isinstance(other, str) and one == other
-        return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max() <= 1
+    def match(a, b) -> bool:
+        if isinstance(a, str) or isinstance(b, str):
+            return isinstance(a, str) and isinstance(b, str) and a == b
+        return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
-    return len(got) == len(expected) and all(map(alike, got, expected))
+    return len(got) == len(expected) and all(map(match, got, expected))
 
 
 class Load:
     """Clients of one server.
 
     Attributes:
-        report: filled while they run.
+        report: results so far.
     """
 
     def __init__(self, address: str, process: int, requests: list[KnownRequest], seed: int):
         """
         Args:
-            address: of the server.
-            process: its process id.
-            requests: that clients choose from.
-            seed: of their choices.
+            address: base URL of the server.
+            process: process id of the server.
+            requests: requests that clients choose from.
+            seed: seed of the choices.
         """
         self._address, self._process, self._requests = address, process, requests
         self._seed, self.report, self._memory = seed, Report(), []
 
     async def run(self, requests: int, clients: int) -> None:
-        """Send ``requests`` requests from ``clients`` concurrent clients; the seed decides what they do."""
-        begun = time.monotonic()
+        """Send ``requests`` requests from ``clients`` concurrent clients; the seed fixes their choices."""
+        start = time.monotonic()
         numbers = iter(range(requests))
         async with self._client(clients) as client:
 
@@ -236,15 +236,15 @@ class Load:
                 for number in numbers:
                     if number == requests // 2:
                         self._memory.append(self._resident())
-                    await self._one(client, number, random.Random(f"{self._seed} {number}"))
+                    await self._send_one(client, number, random.Random(f"{self._seed} {number}"))
 
             await asyncio.gather(*(client_loop() for _ in range(clients)))
         self._memory.append(self._resident())
-        self.report.memory, self.report.total = tuple(self._memory), time.monotonic() - begun
+        self.report.memory, self.report.total = tuple(self._memory), time.monotonic() - start
         if self._memory[1] - self._memory[0] > SLACK:
-            self.report.wrong.append(f"the server grew by {self._memory[1] - self._memory[0]:,} bytes")
+            self.report.wrong.append(f"the server's memory grew by {self._memory[1] - self._memory[0]:,} bytes")
 
-    async def end(self) -> None:
+    async def shut_down(self) -> None:
         """Stop the server while requests are running; they must get their responses."""
         request = self._requests[0]
         body = request.arguments["json"] | {"num_timesteps": 200}
@@ -262,7 +262,7 @@ class Load:
                 self.report.at_the_end += 1
             else:
                 self.report.wrong.append(
-                    f"a request that ran at the end: {getattr(response, 'text', repr(response))[:200]}"
+                    f"a request running at shutdown: {getattr(response, 'text', repr(response))[:200]}"
                 )
 
     def _client(self, connections: int) -> httpx.AsyncClient:
@@ -278,22 +278,24 @@ class Load:
         lines = (await client.get("/metrics")).text.splitlines()
         return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names)]
 
-    async def _one(self, client: httpx.AsyncClient, number: int, rng: random.Random) -> None:
+    async def _send_one(self, client: httpx.AsyncClient, number: int, rng: random.Random) -> None:
         report = self.report
         if number % 20 == 0:
-            return await self._refused(client, *rng.choice(INVALID))
-        request, begun, leaves = rng.choice(self._requests), time.monotonic(), number % 10 == 5
+            return await self._send_invalid(client, *rng.choice(INVALID))
+        request, start, leaves = rng.choice(self._requests), time.monotonic(), number % 10 == 5
         median = statistics.median(report.seconds.get(request.kind, [0.1]))
-        patience = rng.uniform(0, median) if leaves else TIMEOUT
+        timeout = rng.uniform(0, median) if leaves else TIMEOUT
         try:
-            response = await asyncio.wait_for(self._until_accepted(client, request, rng), patience)
+            response = await asyncio.wait_for(self._until_accepted(client, request, rng), timeout)
             if response.status_code != 200:
                 report.wrong.append(f"{request.kind}: {response.status_code}: {response.text[:200]}")
             elif not same(read(request, response), request.expected):
-                report.wrong.append(f"{request.kind}: not the library's result of {str(request.arguments)[:200]}")
+                report.wrong.append(
+                    f"{request.kind}: differs from the library's result for {str(request.arguments)[:200]}"
+                )
             else:
                 report.answered[request.kind] += 1
-                report.seconds.setdefault(request.kind, []).append(time.monotonic() - begun)
+                report.seconds.setdefault(request.kind, []).append(time.monotonic() - start)
         except (asyncio.TimeoutError, TimeoutError):
             report.left += leaves
             if not leaves:
@@ -307,7 +309,7 @@ class Load:
             await asyncio.sleep(float(response.headers["retry-after"]) * rng.uniform(0.5, 1.5))
         return response
 
-    async def _refused(self, client: httpx.AsyncClient, route: str, arguments: dict) -> None:
+    async def _send_invalid(self, client: httpx.AsyncClient, route: str, arguments: dict) -> None:
         response = await client.post(route, **arguments)
         if 400 <= response.status_code < 500 and response.json()["error"]["message"]:
             self.report.refused += 1
@@ -340,9 +342,9 @@ def load(model: Path, requests: int, clients: int, seed: int) -> Report:
 
     Args:
         model: a checkpoint folder.
-        requests: number of requests, without those at the end.
+        requests: number of requests, not counting those at shutdown.
         clients: number of concurrent clients.
-        seed: of their choices.
+        seed: seed of the clients' choices.
     """
     known = known_requests(Bagel.from_pretrained(model, "cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -350,13 +352,13 @@ def load(model: Path, requests: int, clients: int, seed: int) -> Report:
         with server(model, max(RUNNING_AT_SHUTDOWN, clients // 3), log) as (process, address):
             run = Load(address, process.pid, known, seed)
 
-            async def both():
+            async def run_and_shut_down():
                 await run.run(requests, clients)
-                await run.end()
+                await run.shut_down()
 
-            asyncio.run(both())
-            if (code := process.wait(TIMEOUT)) != 143:
-                run.report.wrong.append(f"the server's exit code is {code}")
+            asyncio.run(run_and_shut_down())
+            if (code := process.wait(TIMEOUT)) != 143:  # 128 + SIGTERM
+                run.report.wrong.append(f"the server exited with code {code}")
         for line in log.read_text(encoding="utf-8").splitlines():
             if re.search(r"Traceback|never retrieved|ERROR|error [0-9a-f]{12}", line):
                 run.report.wrong.append(f"in the server's log: {line}")
@@ -368,15 +370,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500, metavar="N", help="default: 500")
     parser.add_argument("--clients", type=int, default=32, metavar="N", help="concurrent clients; default: 32")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of their choices; default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the clients' choices; default: 0")
     parser.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="default: the embedded model"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     arguments = parser.parse_args()
     if arguments.requests < 2 or arguments.clients < 1:
-        parser.error("--requests must be at least 2 and --clients at least 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server process is killed too
+        parser.error(
+            f"--requests must be at least 2 and --clients at least 1, got {arguments.requests} and {arguments.clients}."
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit runs the finally that kills the server
     report = load(arguments.model, arguments.requests, arguments.clients, arguments.seed)
     if arguments.json:
         data = {"what": __doc__.splitlines()[0], **machine(torch.device("cpu")), "clients": arguments.clients}

@@ -1,18 +1,18 @@
-"""Many requests of every kind, one after another, with cancellations and exhausted memory: nothing leaks, all is right.
+"""Soak test: random requests of every kind, with cancellations and out-of-memory errors, must not leak or go wrong.
 
     python -m benchmarks.soak [--requests 200] [--seed 0] [--model FOLDER | --full-size] [--device cpu] [--json FILE]
 
-Random requests (pictures, batches of equal and of mixed sizes, edits, answers, thoughts, interleaved answers), some of
-them cancelled at a random step or abandoned while they stream. Twice the memory runs out on purpose: on CUDA because
-all of it is held meanwhile, on a CPU because the KV cache refuses to grow. Behind every failure a request whose result
-is known must give it. At the end
+The requests are single images, batches of equal and mixed sizes, edits, chats, images after a thought, and interleaved
+output. Some are cancelled at a random step or abandoned while they stream. Two run out of memory on purpose: on CUDA
+all free memory is held, on a CPU the KV cache refuses to grow. After failures, reference requests must still give
+their known results. At the end
 
-- no slot of the KV cache is taken;
-- the memory that is allocated is what it was after the warm-up, give or take ``SLACK``: on CUDA what torch's allocator
-  gave out, on a CPU the storages of all tensors that the garbage collector knows;
-- a sample of pictures and answers is what a new runtime without CUDA graphs gives for the same requests.
+- no slot of the KV cache is in use;
+- allocated memory equals that after the warm-up, within ``SLACK``: on CUDA according to torch's allocator, on a CPU the
+  storages of all tensors known to the garbage collector;
+- a sample of the results equals those of a new runtime without CUDA graphs.
 
-Exit codes: 0 all is right; 1 something is wrong, the last lines say what.
+Exit codes: 0 passed; 1 failed, the last lines list the failures.
 """
 
 import argparse
@@ -37,15 +37,23 @@ from benchmarks.measure import machine
 from benchmarks.random_model import random_model
 
 SLACK = 1 << 20
-"""Bytes by which allocated memory may differ: blocks that libraries take at their first use of a size."""
+"""Allowed difference of allocated memory in bytes: libraries allocate workspaces on the first use of a size."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Largest relative L2 between latents of one request; the kernels repeat exactly, libraries need not."""
+"""Maximum relative L2 between latents of equal requests. Kernels are deterministic, libraries need not be."""
 PROMPTS = ("a small red boat", "", "two birds over a grey sea, early morning; oil on canvas", "night", "3 apples")
 
 
 @dataclass(frozen=True)
 class SoakRequest:
-    """A request: the method of ``Bagel`` and its arguments; ``stop`` is the step behind which it is given up."""
+    """A call of a ``Bagel`` method.
+
+    Attributes:
+        method: its name.
+        arguments: positional arguments.
+        options: keyword arguments.
+        stop: step after which the request is cancelled; None to complete it.
+        abandons: close a text stream after ``stop`` pieces instead of cancelling in the progress callback.
+    """
 
     method: str
     arguments: tuple
@@ -53,11 +61,11 @@ class SoakRequest:
     stop: int | None = None
     abandons: bool = False
 
-    def of(self, bagel: Bagel):
-        """What the runtime answers.
+    def run(self, bagel: Bagel):
+        """Run the request and return its result.
 
         Raises:
-            Cancelled: as asked for.
+            Cancelled: ``stop`` was reached.
         """
         if self.abandons:
             pieces = bagel.stream(*self.arguments, **self.options)
@@ -76,32 +84,32 @@ class SoakRequest:
 
 
 class RequestSampler:
-    """Random requests that a model can take; the same for the same seed."""
+    """Generates random valid requests, reproducible by seed."""
 
     def __init__(self, bagel: Bagel, seed: int, largest: int | None = None):
-        """``largest``: side of the pictures in pixels; by default half of what the model draws."""
+        """``largest`` is the maximum side of images in pixels; the default is half the model's default resolution."""
         self._random, config = random.Random(seed), bagel.model.config
-        self._stride = config.latent_stride
-        self._sides = max(1, (largest or config.default_resolution // 2) // self._stride)
-        self._kinds = (self._picture, self._equal_batch, self._mixed_batch, self._edit, self._answer, self._thought,
-                       self._interleaved)  # fmt: skip
+        self.stride = config.latent_stride
+        self._sides = max(1, (largest or config.default_resolution // 2) // self.stride)
+        self._kinds = (self._single_image, self._equal_batch, self._mixed_batch, self._edit, self._chat,
+                       self._image_after_thought, self._interleaved)  # fmt: skip
 
-    def draw(self) -> SoakRequest:
-        """The next one."""
-        asked = self._random.choice(self._kinds)()
+    def sample(self) -> SoakRequest:
+        """The next random request; a fifth of them are cancelled."""
+        request = self._random.choice(self._kinds)()
         if self._random.random() < 0.2:
-            streams = asked.method == "chat" and self._random.random() < 0.5
-            return SoakRequest(asked.method, asked.arguments, asked.options, self._random.randint(1, 4), streams)
-        return asked
+            streams = request.method == "chat" and self._random.random() < 0.5
+            return SoakRequest(request.method, request.arguments, request.options, self._random.randint(1, 4), streams)
+        return request
 
     def one_of_each(self) -> list[SoakRequest]:
-        """A request of every kind, none of them given up."""
+        """One request of each kind, none of them cancelled."""
         return [kind() for kind in self._kinds]
 
     def _common(self) -> dict:
         return {"seed": self._random.randrange(1000)}
 
-    def _image(self) -> dict:
+    def _image_settings(self) -> dict:
         low = self._random.choice((0.0, 0.4, 0.7))
         return self._common() | {
             "num_timesteps": self._random.randint(2, 7),
@@ -110,68 +118,65 @@ class RequestSampler:
             "cfg_renorm_type": self._random.choice(("global", "channel", "text_channel")),
         }
 
-    def _text(self) -> dict:
-        samples = {"do_sample": True, "text_temperature": 0.8} if self._random.random() < 0.3 else {}
-        return {"max_think_token_n": self._random.randint(1, 24)} | samples
+    def _text_settings(self) -> dict:
+        sampling = {"do_sample": True, "text_temperature": 0.8} if self._random.random() < 0.3 else {}
+        return {"max_think_token_n": self._random.randint(1, 24)} | sampling
 
     def _size(self) -> tuple[int, int]:
-        height, width = (self._stride * self._random.randint(1, self._sides) for _ in range(2))
+        height, width = (self.stride * self._random.randint(1, self._sides) for _ in range(2))
         return height, width
 
     def _prompt(self) -> str:
         return self._random.choice(PROMPTS)
 
-    def _photo(self) -> Image.Image:
+    def _input_image(self) -> Image.Image:
         height, width = self._size()
         pixels = np.random.default_rng(self._random.randrange(1000)).integers(0, 256, (height, width, 3), np.uint8)
         return Image.fromarray(pixels)
 
-    def _picture(self) -> SoakRequest:
-        return SoakRequest("generate", (self._prompt(),), self._image() | {"size": self._size()})
+    def _single_image(self) -> SoakRequest:
+        return SoakRequest("generate", (self._prompt(),), self._image_settings() | {"size": self._size()})
 
     def _equal_batch(self) -> SoakRequest:
         prompts = [self._prompt() for _ in range(self._random.randint(2, 3))]
-        return SoakRequest("generate", (prompts,), self._image() | {"size": self._size()})
+        return SoakRequest("generate", (prompts,), self._image_settings() | {"size": self._size()})
 
     def _mixed_batch(self) -> SoakRequest:
         prompts = [self._prompt() for _ in range(self._random.randint(2, 3))]
-        return SoakRequest("generate", (prompts,), self._image() | {"size": [self._size() for _ in prompts]})
+        return SoakRequest("generate", (prompts,), self._image_settings() | {"size": [self._size() for _ in prompts]})
 
     def _edit(self) -> SoakRequest:
-        photos = [self._photo() for _ in range(self._random.randint(1, 2))]
-        return SoakRequest("edit", (photos, self._prompt()), self._image())
+        images = [self._input_image() for _ in range(self._random.randint(1, 2))]
+        return SoakRequest("edit", (images, self._prompt()), self._image_settings())
 
-    def _answer(self) -> SoakRequest:
-        photos = [self._photo() for _ in range(self._random.randint(0, 2))]
-        return SoakRequest("chat", (self._prompt(), photos), self._common() | self._text())
+    def _chat(self) -> SoakRequest:
+        images = [self._input_image() for _ in range(self._random.randint(0, 2))]
+        return SoakRequest("chat", (self._prompt(), images), self._common() | self._text_settings())
 
-    def _thought(self) -> SoakRequest:
-        return SoakRequest(
-            "generate", (self._prompt(),), self._image() | self._text() | {"size": self._size(), "think": True}
-        )
+    def _image_after_thought(self) -> SoakRequest:
+        options = self._image_settings() | self._text_settings() | {"size": self._size(), "think": True}
+        return SoakRequest("generate", (self._prompt(),), options)
 
     def _interleaved(self) -> SoakRequest:
-        inputs = [self._photo(), self._prompt()] if self._random.random() < 0.5 else [self._prompt()]
-        return SoakRequest(
-            "interleave", (inputs,), self._image() | self._text() | {"size": self._size(), "max_rounds": 2}
-        )
+        inputs = [self._input_image(), self._prompt()] if self._random.random() < 0.5 else [self._prompt()]
+        options = self._image_settings() | self._text_settings() | {"size": self._size(), "max_rounds": 2}
+        return SoakRequest("interleave", (inputs,), options)
 
 
 @dataclass
 class SoakReport:
-    """What came of it.
+    """Results of a soak test.
 
     Attributes:
-        requests: how many of each method ended as asked, cancelled ones as "cancelled", exhausted ones as
-            "out of memory".
-        wrong: what is not as it should be.
-        compared: sampled requests that a new runtime without graphs answered, too.
-        equal: those whose results are equal bit for bit.
-        worst: largest relative L2 between latents of one request.
-        taken: slots of the KV cache still held at the end.
+        requests: number of successful requests by method, plus "cancelled" and "out of memory".
+        wrong: failures.
+        compared: number of requests that were repeated on a new runtime without graphs.
+        equal: number of these with bitwise equal results.
+        worst: largest relative L2 between their latents.
+        taken: slots of the KV cache in use at the end.
         memory: bytes allocated after the warm-up, and at the end.
-        captures: CUDA graphs captured.
-        seconds: of all.
+        captures: number of captured CUDA graphs.
+        seconds: total duration.
     """
 
     requests: Counter = field(default_factory=Counter)
@@ -185,145 +190,147 @@ class SoakReport:
     seconds: float = 0.0
 
     def summary(self) -> str:
-        """A few lines."""
+        """Counts, comparison, memory and failures in a few lines."""
         counts = ", ".join(f"{count} {name}" for name, count in sorted(self.requests.items()))
         lines = [
             f"{sum(self.requests.values())} requests in {self.seconds:.0f} s: {counts}; {self.captures} captures",
-            f"{self.compared} compared with a new runtime without graphs: {self.equal} equal, the worst differs by "
-            f"{self.worst:.1e}",
-            f"{self.taken} slots taken at the end; {self.memory[0]:,} bytes allocated after the warm-up, "
+            f"{self.compared} compared with a new runtime without graphs: {self.equal} equal, "
+            f"largest error {self.worst:.1e}",
+            f"{self.taken} slots in use at the end; {self.memory[0]:,} bytes allocated after the warm-up, "
             f"{self.memory[1]:,} at the end",
         ]
-        return "\n".join([*lines, *(f"WRONG: {line}" for line in self.wrong), "wrong" if self.wrong else "all right"])
+        return "\n".join([*lines, *(f"FAILED: {line}" for line in self.wrong), "failed" if self.wrong else "passed"])
 
 
 def soak(
-    bagel: Bagel, requests: int, seed: int, keep: int = 12, say: Callable[[str], None] = lambda line: None
+    bagel: Bagel, requests: int, seed: int, keep: int = 12, log: Callable[[str], None] = lambda line: None
 ) -> SoakReport:
-    """Run so many random requests and look at what is left of them.
+    """Run random requests, then check results, slots and memory.
 
     Args:
-        bagel: what is tried; nothing else may use it.
-        requests: how many, beside the two that run out of memory and those that verify.
-        keep: how many results are compared with those of a new runtime.
-        say: told now and then where it stands.
+        bagel: the runtime under test, used by nothing else.
+        requests: number of random requests, not counting those that run out of memory and the reference requests.
+        seed: of the requests.
+        keep: number of results to compare with a new runtime.
+        log: called with a progress line every 20 requests.
     """
-    found, begun, drawn = SoakReport(), time.monotonic(), RequestSampler(bagel, seed)
-    known = SoakRequest("generate", (PROMPTS[0],), {"seed": 1, "size": (4 * drawn._stride,) * 2, "num_timesteps": 4})
+    report, begun, sampler = SoakReport(), time.monotonic(), RequestSampler(bagel, seed)
+    known = SoakRequest("generate", (PROMPTS[0],), {"seed": 1, "size": (4 * sampler.stride,) * 2, "num_timesteps": 4})
     answer = SoakRequest("chat", (PROMPTS[2],), {"max_think_token_n": 8})
-    for asked in RequestSampler(bagel, seed + 1).one_of_each():
+    for request in RequestSampler(bagel, seed + 1).one_of_each():
         try:
-            asked.of(bagel)
-        except Exception as problem:
-            found.wrong.append(f"warm-up, {asked.method}: {type(problem).__name__}: {problem}")
-    wanted = [(asked, asked.of(bagel)) for asked in (known, answer)]
+            request.run(bagel)
+        except Exception as error:
+            report.wrong.append(f"warm-up, {request.method}: {type(error).__name__}: {error}")
+    references = [(request, request.run(bagel)) for request in (known, answer)]
     before = allocated(bagel)
 
-    def verify(behind: str) -> None:
-        for asked, want in wanted:
+    def verify(after: str) -> None:
+        for request, want in references:
             try:
-                same, error = _compare(asked.of(bagel), want)
-            except Exception as problem:
-                found.wrong.append(f"{asked.method} behind {behind}: {type(problem).__name__}: {problem}")
+                same, error = _compare(request.run(bagel), want)
+            except Exception as error:
+                report.wrong.append(f"{request.method} after {after}: {type(error).__name__}: {error}")
                 continue
             if not (same or error <= TOLERANCE[bagel.model.dtype]):
-                found.wrong.append(f"{asked.method} behind {behind} gives another result than before, by {error:.1e}")
+                report.wrong.append(f"{request.method} after {after} differs from its earlier result by {error:.1e}")
 
-    def run(number: int, asked: SoakRequest):
-        """The result; None if there is none."""
+    def run(number: int, request: SoakRequest):
+        """Run a random request; returns its result, or None if it was cancelled or failed."""
         try:
-            result = asked.of(bagel)
+            result = request.run(bagel)
         except Cancelled:
-            found.requests["cancelled"] += 1
-            if found.requests["cancelled"] % 3 == 1:
+            report.requests["cancelled"] += 1
+            if report.requests["cancelled"] % 3 == 1:
                 verify(f"cancelled request {number}")
             return None
-        except Exception as problem:
-            found.wrong.append(f"request {number}, {asked.method}: {type(problem).__name__}: {problem}")
+        except Exception as error:
+            report.wrong.append(f"request {number}, {request.method}: {type(error).__name__}: {error}")
             return None
-        found.requests[asked.method] += 1
+        report.requests[request.method] += 1
         return result
 
-    exhausted = {requests // 3: known, 2 * requests // 3: answer}
+    out_of_memory = {requests // 3: known, 2 * requests // 3: answer}
+    # Keep at most one completed result per ``every`` requests, so that memory for samples is bounded.
     sample, every = [], max(1, requests // max(keep, 1))
     for number in range(requests):
-        if number in exhausted:
-            _run_out_of_memory(bagel, exhausted[number], found)
-            verify(f"exhausted memory in {exhausted[number].method}")
-        asked = drawn.draw()
-        sample.append((asked, run(number, asked)))
-        if sample[-1][1] is None or asked.stop is not None or len(sample) > number // every + 1:
+        if number in out_of_memory:
+            _run_out_of_memory(bagel, out_of_memory[number], report)
+            verify(f"out of memory in {out_of_memory[number].method}")
+        request = sampler.sample()
+        sample.append((request, run(number, request)))
+        if sample[-1][1] is None or request.stop is not None or len(sample) > number // every + 1:
             sample.pop()
         if number % 20 == 19:
-            say(f"{number + 1} of {requests}, {len(found.wrong)} wrong")
-    verify("all")
+            log(f"{number + 1} of {requests}, {len(report.wrong)} failures")
+    verify("all requests")
 
     fresh = Bagel(bagel.model, bagel.tokenizer, graphs=False)
-    for asked, result in sample:
-        same, error = _compare(asked.of(fresh), result)
-        found.compared, found.equal, found.worst = found.compared + 1, found.equal + same, max(found.worst, error)
+    for request, result in sample:
+        same, error = _compare(request.run(fresh), result)
+        report.compared, report.equal, report.worst = report.compared + 1, report.equal + same, max(report.worst, error)
         if not (same or error <= TOLERANCE[bagel.model.dtype]):
-            found.wrong.append(f"{asked.method} {asked.options} differs from a new runtime's by {error:.1e}")
+            report.wrong.append(f"{request.method} {request.options} differs from a new runtime by {error:.1e}")
     fresh.release_memory()
     del fresh, sample
-    _check_final_state(bagel, before, found)
-    found.seconds = time.monotonic() - begun
-    return found
+    _check_final_state(bagel, before, report)
+    report.seconds = time.monotonic() - begun
+    return report
 
 
-def _check_final_state(bagel: Bagel, before: int, found: SoakReport) -> None:
-    found.captures = bagel.engine.graphs.captures
+def _check_final_state(bagel: Bagel, before: int, report: SoakReport) -> None:
+    report.captures = bagel.engine.graphs.captures
     gc.collect()
-    found.taken = bagel.cache.slots - bagel.cache.free_slots
-    found.memory = (before, allocated(bagel))
-    if found.taken:
-        found.wrong.append(f"{found.taken} slots are still taken")
-    if abs(found.memory[1] - before) > SLACK:
-        found.wrong.append(f"{found.memory[1] - before:+,} bytes are allocated since the warm-up")
+    report.taken = bagel.cache.slots - bagel.cache.free_slots
+    report.memory = (before, allocated(bagel))
+    if report.taken:
+        report.wrong.append(f"{report.taken} slots are still in use")
+    if abs(report.memory[1] - before) > SLACK:
+        report.wrong.append(f"allocated memory changed by {report.memory[1] - before:+,} bytes since the warm-up")
 
 
 def allocated(bagel: Bagel) -> int:
-    """Bytes of device memory in use when all that is only kept has been given back."""
+    """Bytes of device memory in use after dropping all caches."""
     bagel.release_memory()
     gc.collect()
     if bagel.model.device.type == "cuda":
         torch.cuda.synchronize(bagel.model.device)
-        torch._C._cuda_clearCublasWorkspaces()  # one for each stream that multiplied
+        torch._C._cuda_clearCublasWorkspaces()  # cuBLAS keeps one workspace per stream
         return torch.cuda.memory_allocated(bagel.model.device)
     storages = {}
     for tensor in gc.get_objects():
-        # Other classes may have no storage: the fake ones of a compiler that ran in this process.
+        # Exact types only: subclasses such as FakeTensor may have no storage.
         if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
-def _run_out_of_memory(bagel: Bagel, asked: SoakRequest, found: SoakReport) -> None:
-    """Run a request while there is no memory; it must say so."""
-    bagel.release_memory()  # what is only kept could serve it
+def _run_out_of_memory(bagel: Bagel, request: SoakRequest, report: SoakReport) -> None:
+    """Run a request without free memory; it must raise OutOfMemoryError with a message."""
+    bagel.release_memory()  # otherwise cached buffers could satisfy the request
     try:
         with no_memory(bagel):
-            asked.of(bagel)
+            request.run(bagel)
     except torch.OutOfMemoryError as error:
-        found.requests["out of memory"] += 1
+        report.requests["out of memory"] += 1
         if not str(error):
-            found.wrong.append(f"{asked.method} without memory: the error says nothing")
-    except Exception as problem:
-        found.wrong.append(f"{asked.method} without memory: {type(problem).__name__}: {problem}")
+            report.wrong.append(f"{request.method} without memory: the error has no message")
+    except Exception as error:
+        report.wrong.append(f"{request.method} without memory: {type(error).__name__}: {error}")
     else:
-        found.wrong.append(f"{asked.method} without memory: it did not run out")
+        report.wrong.append(f"{request.method} without memory: no OutOfMemoryError")
 
 
 @contextmanager
 def no_memory(bagel: Bagel) -> Iterator[None]:
-    """No allocation succeeds meanwhile: on CUDA all memory is held, on a CPU the KV cache refuses to grow."""
+    """Context in which allocations fail: on CUDA all memory is held, on a CPU the KV cache refuses to grow."""
     device = bagel.model.device
     if device.type != "cuda":
 
         def refuse(length):
             if length > 0:
-                raise torch.OutOfMemoryError(f"KV cache: {length} more slots are refused, to see what follows")
+                raise torch.OutOfMemoryError(f"KV cache: growth by {length} slots refused by the soak test")
 
         bagel.cache._grow = refuse
         try:
@@ -333,6 +340,7 @@ def no_memory(bagel: Bagel) -> Iterator[None]:
         return
     gc.collect()
     torch.cuda.empty_cache()
+    # Cap the process at its reserved memory, then occupy the free blocks inside it.
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, torch.cuda.memory_reserved(device) / total), device)
     held, size = [], 1 << 30
@@ -349,7 +357,7 @@ def no_memory(bagel: Bagel) -> Iterator[None]:
 
 
 def _compare(got, want) -> tuple[bool, float]:
-    """Whether two results are equal, and the relative L2 between their latents; infinite where texts differ."""
+    """Whether two results are equal, and the relative L2 between their latents (infinite if texts differ)."""
     if isinstance(want, list):
         parts = [_compare(a, b) for a, b in zip(got, want, strict=False)]
         complete = len(got) == len(want)
@@ -363,27 +371,27 @@ def _compare(got, want) -> tuple[bool, float]:
 
 
 def main() -> None:
-    """Run it, print the summary, and write it as JSON if asked to."""
+    """Run the soak test, print the summary and optionally write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="default: 200")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the requests; default: 0")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the model that the package carries")
-    parser.add_argument("--full-size", action="store_true", help="BAGEL-7B-MoT with random weights, on CUDA")
-    parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the requests; default: 0")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the embedded model")
+    parser.add_argument("--full-size", action="store_true", help="use BAGEL-7B-MoT with random weights, on CUDA")
+    parser.add_argument("--device", help="default: cuda if available")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary to this file")
     arguments = parser.parse_args()
     if arguments.requests < 3:
-        parser.error(f"--requests is {arguments.requests}: allowed are numbers from 3, for two must run out of memory")
+        parser.error(f"--requests must be at least 3, got {arguments.requests}.")
     if arguments.full_size:
         bagel = Bagel(*random_model(BAGEL_7B_MOT, torch.device(arguments.device or "cuda"), torch.bfloat16))
     else:
         bagel = Bagel.from_pretrained(arguments.model, arguments.device)
-    found = soak(bagel, arguments.requests, arguments.seed, say=lambda line: print(line, flush=True))
+    report = soak(bagel, arguments.requests, arguments.seed, log=lambda line: print(line, flush=True))
     if arguments.json:
-        told = {"about": machine(bagel.model.device), **finite(vars(found)), "requests": dict(found.requests)}
-        arguments.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(found.summary())
-    parser.exit(bool(found.wrong))
+        results = {"about": machine(bagel.model.device), **finite(vars(report)), "requests": dict(report.requests)}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(report.summary())
+    parser.exit(bool(report.wrong))
 
 
 if __name__ == "__main__":

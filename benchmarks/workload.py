@@ -1,7 +1,7 @@
-"""What a workload is: one call of an op, made at the sizes of BAGEL-7B-MoT.
+"""The type of an op workload, and the sizes of BAGEL-7B-MoT.
 
-A layer has hidden size 3584, 28 query heads and 4 key/value heads of 128 channels, SwiGLU width 18944; its vision tower
-16 heads of 72.
+A layer has hidden size 3584, 28 query heads and 4 key/value heads of 128 channels, and SwiGLU width 18944. The vision
+tower has 16 heads of 72 channels.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class OpWorkload:
-    """One call of an op.
+    """One call of an op with given sizes.
 
     Attributes:
         name: op and size, unique.
-        op: the public op's name; "attention_backward" is attention and its gradients.
-        flops: multiplications and additions of the formula; 0 where memory is the limit.
-        bytes: least traffic in ``dtype``, each input read and each output written once.
+        op: name of the public op; "attention_backward" is attention and its gradients.
+        flops: floating-point operations; 0 if the op is memory-bound.
+        bytes: minimum memory traffic: each input read once, each output written once.
         build: Values -> (public function, arguments, keyword arguments).
-        dtype: what the model runs it in.
+        dtype: dtype of the inputs.
     """
 
     name: str
@@ -38,11 +38,11 @@ class OpWorkload:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The ops of the table of tiles (``bagel_rt.kernels.configs``) that the workload is about.
+        """Ops of the table of tiles (``bagel_rt.kernels.configs``) that this workload tunes.
 
-        None for ops whose kernels are CUDA: what runs in their place has workloads of its own.
+        Empty for ops with CUDA kernels. Their Triton fallbacks have separate workloads.
         """
-        others = {
+        exceptions = {
             "decode_linear": (),
             "decode_qkv": (),
             "sample": (),
@@ -50,4 +50,4 @@ class OpWorkload:
             "attention_backward": ("attention_dq", "attention_dk_dv"),
             "group_norm": ("group_norm_moments", "group_norm"),
         }
-        return others.get(self.op, (self.op,))
+        return exceptions.get(self.op, (self.op,))

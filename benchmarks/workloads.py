@@ -1,6 +1,6 @@
-"""Calls of the ops at the sizes of BAGEL-7B-MoT: what is inspected, tuned and measured.
+"""Op workloads at the sizes of BAGEL-7B-MoT, used by the inspect, tune and kernels benchmarks.
 
-A 1024 x 1024 image is 4096 latents and two markers, its guidance branches share one forward.
+A 1024x1024 image has 4096 latents and two markers. Its guidance branches share one forward.
 """
 
 from collections.abc import Callable
@@ -29,20 +29,25 @@ from benchmarks.workloads_decode import decode_workloads
 
 
 def _denoise(latents: int, branches: list[tuple[int, int, bool]]) -> Plan:
-    """Branches (first slot of the context, its length, whether the latents' slots are right behind it)."""
+    """The plan of a denoising step.
+
+    Args:
+        latents: number of latents of the image.
+        branches: (first slot of the context, its length, whether the latents' slots directly follow it).
+    """
     rows = latents + 2
     gen = np.ones(rows, bool)
     gen[[0, -1]] = False
-    end = max(start + length + rows * behind for start, length, behind in branches)
+    end = max(start + length + rows * follows for start, length, follows in branches)
     segments = []
-    for start, length, behind in branches:
-        segments.append(Segment("full", gen, start, length, start + length if behind else end))
-        end += 0 if behind else rows
+    for start, length, follows in branches:
+        segments.append(Segment("full", gen, start, length, start + length if follows else end))
+        end += 0 if follows else rows
     return build_plan(segments)
 
 
 def _prefill(*segments: tuple[str, int]) -> Plan:
-    """Contents (text, vit or vae, rows) appended to an empty context."""
+    """The plan of a prefill of (kind, rows) contents into an empty context; kind is "text", "vit" or "vae"."""
     packed, visible = [], 0
     for kind, rows in segments:
         gen = np.full(rows, kind == "vae")
@@ -53,7 +58,7 @@ def _prefill(*segments: tuple[str, int]) -> Plan:
 
 
 def training_plan() -> Plan:
-    """A packed batch of 16,600 rows: an edit, a text-to-image pair, a question about a picture."""
+    """A packed training batch of 16,600 rows: an edit, a text-to-image pair, a question about an image."""
     samples = [
         [("full", 2502, False), ("full", 4098, True), ("causal", 120, False), ("noise", 4098, True)],
         [("causal", 200, False), ("noise", 4098, True)],
@@ -78,7 +83,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "text prefill 256": partial(_prefill, ("text", 256)),
     "text prefill 64": partial(_prefill, ("text", 64)),
 }
-"""Forwards of the model -> their plans. Together with decoding one token they are all that a request runs."""
+"""Name of a forward -> its plan. With the decoding of one token, these cover all forwards of a request."""
 
 
 def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str):
@@ -123,10 +128,12 @@ def _qk_norm_rope(values: Values, T: int, G: int, q_heads: int = HEADS, kv_heads
 
 
 def _row_ops(forward: str, T: int, G: int) -> list[OpWorkload]:
-    """The linear layers and the memory-bound ops of a forward of T rows."""
+    """Linear layers and memory-bound ops of a forward of T rows, G of them generation rows."""
     norms = [
-        OpWorkload(f"{name}, {forward}", "rms_norm", 0, moved * T * HIDDEN * 2, partial(_rms_norm, T=T, G=G, adds=adds))
-        for name, moved, adds in (("rms_norm", 2, False), ("rms_norm with residual", 4, True))
+        OpWorkload(
+            f"{name}, {forward}", "rms_norm", 0, passes * T * HIDDEN * 2, partial(_rms_norm, T=T, G=G, adds=adds)
+        )
+        for name, passes, adds in (("rms_norm", 2, False), ("rms_norm with residual", 4, True))
     ]
     columns = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     traffic = T * (2 * columns * 2 + 2 * HEAD_DIM // 2 * 4 + 8)
@@ -157,7 +164,7 @@ def _attention_gradients(values: Values, make_plan, heads=HEADS, kv_heads=KV_HEA
 
 
 def visible_pairs(plan: Plan) -> int:
-    """How many keys all rows of ``plan`` see together."""
+    """Number of (query row, visible key) pairs of a plan."""
     rows = plan.blocks[:, 1] - plan.blocks[:, 0]
     return int(plan.limits.sum(dtype=np.int64) + (rows * (plan.blocks[:, 6] - plan.blocks[:, 5])).sum(dtype=np.int64))
 
@@ -181,7 +188,11 @@ def _attention_workload(
 def _gradients_workload(
     name: str, make_plan: Callable[[], Plan], shape: Heads = BAGEL_HEADS, dtype=torch.bfloat16
 ) -> OpWorkload:
-    """Products for each visible pair: 2 forward, 5 backward, reading q, k, v, out, dout, writing dq, dk, dv."""
+    """Attention forward and backward.
+
+    Each visible pair takes 2 dot products forward and 5 backward. The traffic is that of q, k, v, out and dout (reads)
+    and of dq, dk and dv (writes).
+    """
     forward, (heads, kv_heads, head_dim) = _attention_workload(name, make_plan, shape, dtype), shape
     build = partial(_attention_gradients, make_plan=make_plan, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     return OpWorkload(name, "attention_backward", forward.flops * 7 // 2, 3 * forward.bytes, build, dtype)
@@ -202,15 +213,15 @@ def _attention_workloads() -> list[OpWorkload]:
 
 
 def _guided_step(values: Values, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
-    """Every branch of all images, then the next one. As dt is 1, velocities weigh in the result as the state does."""
+    """Rows are ordered by branch, then image. With dt = 1, state and velocities contribute equally to the result."""
     rows = images * latents
     state, velocities = values(rows, features, dtype=torch.float32), values(branches * rows, features)
     first = np.arange(images) * latents
-    of_branches = [first + min(branch, branches - 1) * rows for branch in range(3)]
-    places = np.stack([first, np.full(images, latents), *of_branches], 1).astype(np.int32)
+    branch_rows = [first + min(branch, branches - 1) * rows for branch in range(3)]
+    image_table = np.stack([first, np.full(images, latents), *branch_rows], 1).astype(np.int32)
     row = [1.0, 4.0, 2.0 if branches > 2 else 1.0, 0.0, RENORMS.index(renorm)]
     cfg_table = np.array([row] * images, np.float32)
-    return cfg_euler_step, (state, velocities, values.of(places), values.of(cfg_table), latents, branches > 1), {}
+    return cfg_euler_step, (state, velocities, values.of(image_table), values.of(cfg_table), latents, branches > 1), {}
 
 
 def _guided_step_workload(name: str, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
@@ -230,22 +241,22 @@ def _group_norm_workload(channels: int, side: int, dtype=torch.float32) -> OpWor
 
 
 def _workloads() -> list[OpWorkload]:
-    found = []
+    workloads = []
     for name, make_plan in PLANS.items():
         plan = make_plan()
-        found += _row_ops(name, len(plan.limits), plan.G)
-    found += _row_ops("decode", 1, 0)
-    found += _attention_workloads()
-    found += decode_workloads()
-    found += [_group_norm_workload(*sizes) for sizes in ((128, 1024), (256, 1024), (512, 512), (512, 128))]
+        workloads += _row_ops(name, len(plan.limits), plan.G)
+    workloads += _row_ops("decode", 1, 0)
+    workloads += _attention_workloads()
+    workloads += decode_workloads()
+    workloads += [_group_norm_workload(*sizes) for sizes in ((128, 1024), (256, 1024), (512, 512), (512, 128))]
     for size, latents in ((1024, 4096), (512, 1024)):
         for renorm, branches in (("global", 2), ("channel", 2), ("text_channel", 3), ("global", 3)):
             name = f"cfg_euler_step {renorm} of {branches} branches, {size}"
-            found.append(_guided_step_workload(name, latents, renorm, branches))
-    found.append(_guided_step_workload("cfg_euler_step without guidance, 1024", 4096, "global", 1))
+            workloads.append(_guided_step_workload(name, latents, renorm, branches))
+    workloads.append(_guided_step_workload("cfg_euler_step without guidance, 1024", 4096, "global", 1))
     name = "cfg_euler_step global of 3 branches, four images of 1024"
-    found.append(_guided_step_workload(name, 4096, "global", 3, images=4))
-    return found
+    workloads.append(_guided_step_workload(name, 4096, "global", 3, images=4))
+    return workloads
 
 
 WORKLOADS = _workloads()
@@ -278,6 +289,6 @@ def _other_sizes() -> list[OpWorkload]:
 
 
 OTHER_SIZES = _other_sizes()
-"""For the classes of shapes that BAGEL in bfloat16 does not reach: other models, other dtypes."""
+"""Workloads for the shape classes that BAGEL in bfloat16 does not use: other models and dtypes."""
 
 ALL_WORKLOADS = WORKLOADS + OTHER_SIZES

@@ -1,4 +1,4 @@
-"""Calls of the ops of the one-token path: every decoded token runs all of them, most in each layer."""
+"""Workloads of the decode ops, which run for every decoded token, most of them in each layer."""
 
 from functools import partial
 
@@ -51,15 +51,15 @@ def _decode_qkv_workload(name: str, B: int) -> OpWorkload:
 
 
 def _sample(values: Values, B: int, settings: tuple[float, float, float] | None):
-    """Logits are spread as a language model's are, or top-k and top-p would have next to everything to keep."""
+    """Logits have the spread of a language model's. With less, top-p would keep nearly all tokens."""
     logits, number = values(B, VOCABULARY, deviation=3.0), values.of(np.arange(B))
     if settings is None:
         return sample, (logits,), {}
     return sample, (logits, values.of(np.array([settings] * B, np.float32)), number, number), {}
 
 
-def _of_texts(B: int) -> list[OpWorkload]:
-    """What a token of B texts takes beside attention."""
+def _per_token_workloads(B: int) -> list[OpWorkload]:
+    """All decode ops except attention for a batch of B texts."""
     forward = f"decode, {B} text{'s' * (B > 1)}"
     products = {
         "o": (HEADS * HEAD_DIM, HIDDEN, False, "residual"),
@@ -67,19 +67,19 @@ def _of_texts(B: int) -> list[OpWorkload]:
         "down": (FEED_FORWARD, HIDDEN, False, "residual"),
         "lm_head": (HIDDEN, VOCABULARY, True, "none"),
     }
-    found = [_decode_qkv_workload(f"decode_qkv, {forward}", B)]
-    found += [_decode_linear_workload(f"decode_linear {name}, {forward}", B, *to) for name, to in products.items()]
+    workloads = [_decode_qkv_workload(f"decode_qkv, {forward}", B)]
+    workloads += [_decode_linear_workload(f"decode_linear {name}, {forward}", B, *to) for name, to in products.items()]
     for name, settings in (("the most likely token", None), ("top-k and top-p", (0.7, 50, 0.9))):
         build = partial(_sample, B=B, settings=settings)
-        found.append(OpWorkload(f"sample {name}, {forward}", "sample", 0, 2 * B * VOCABULARY, build))
-    return found
+        workloads.append(OpWorkload(f"sample {name}, {forward}", "sample", 0, 2 * B * VOCABULARY, build))
+    return workloads
 
 
 def decode_workloads() -> list[OpWorkload]:
-    """Attention to contexts of some lengths, then everything else for some numbers of texts."""
-    found = []
+    """Attention for each length of ``CONTEXTS``, then the other ops for each batch size of ``TEXTS``."""
+    workloads = []
     for length in CONTEXTS:
         flops, traffic = 4 * HEADS * HEAD_DIM * length, 4 * HEAD_DIM * (length * KV_HEADS + HEADS)
         build = partial(_decode_attention, length=length)
-        found.append(OpWorkload(f"decode_attention, {length} keys", "decode_attention", flops, traffic, build))
-    return found + [workload for texts in TEXTS for workload in _of_texts(texts)]
+        workloads.append(OpWorkload(f"decode_attention, {length} keys", "decode_attention", flops, traffic, build))
+    return workloads + [workload for texts in TEXTS for workload in _per_token_workloads(texts)]

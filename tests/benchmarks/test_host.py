@@ -1,4 +1,4 @@
-"""The operator calls of a step and of a token stay under a quarter of the official code's. Times are not asserted."""
+"""Operator calls per step and per token are at most a quarter of the official code's. Times are not asserted."""
 
 from dataclasses import replace
 
@@ -8,19 +8,19 @@ from conftest import CHECKPOINT
 
 from bagel_rt.kernels import rms_norm, sample
 from bagel_rt.models.bagel.config import BagelConfig
-from benchmarks.host import OFFICIAL, calls, measure, model_as_recorded, table
+from benchmarks.host import OFFICIAL, calls, measure, recorded_model, table
 from benchmarks.random_model import THREE_LAYERS
 
 
-def test_the_model_has_the_shapes_of_the_recorded_one():
+def test_model_has_the_recorded_shapes():
     recorded = BagelConfig.from_folder(CHECKPOINT)
     assert replace(THREE_LAYERS, llm=replace(THREE_LAYERS.llm, vocab_size=recorded.llm.vocab_size)) == recorded
 
 
 def test_operator_calls_are_under_a_quarter_of_the_official_code():
-    results = measure(model_as_recorded(), repeats=3)
+    results = measure(recorded_model(), repeats=3)
     assert list(results) == list(OFFICIAL)
-    print(table(results))  # pytest -s shows it
+    print(table(results))  # visible with pytest -s
     for name, (count, _) in results.items():
         official = OFFICIAL[name][0]
         assert official is None or 0 < count < official / 4, name
@@ -36,9 +36,9 @@ def test_operator_calls_are_under_a_quarter_of_the_official_code():
         (lambda x: sample(x), 1),
         (lambda x: rms_norm(x, None, x[0], x[0], 1, 1e-6), 3),
     ],
-    ids=["an operator", "views", "in place", "out=", "inside an op", "several inside an op"],
+    ids=["operator", "views", "in place", "out=", "custom op", "custom op with several operators"],
 )
-def test_calls_are_counted(work, count):
+def test_operator_calls_are_counted(work, count):
     with torch.inference_mode():
         x = torch.ones(2, 2)
         assert calls(lambda: work(x)) == count

@@ -1,4 +1,4 @@
-"""The official composition that benchmarks measure beside the runtime gives the runtime's results."""
+"""The official composition used as a baseline gives the same results as the runtime."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 
 from bagel_rt import Cancelled, Progress
 from bagel_rt.models.bagel.settings import TASKS
-from benchmarks.official import Official, attend, guide
+from benchmarks.official import OfficialInferencer, attend, guide
 
 PROMPT = "a small red boat"
 SHORT = {"seed": 3, "num_timesteps": 8}
@@ -15,7 +15,7 @@ SHORT = {"seed": 3, "num_timesteps": 8}
 
 @pytest.fixture(scope="module")
 def official(bagel):
-    return Official(bagel.model, bagel.tokenizer)
+    return OfficialInferencer(bagel.model, bagel.tokenizer)
 
 
 def close(got, want):
@@ -33,9 +33,9 @@ def close(got, want):
         {"cfg_text_scale": 1.0},
         {"think": True, "max_think_token_n": 8},
     ],
-    ids=["defaults", "channel", "text_channel", "no image guidance", "no guidance", "a thought before"],
+    ids=["defaults", "channel", "text_channel", "no image guidance", "no guidance", "think"],
 )
-def test_pictures_of_texts_are_the_runtimes(bagel, official, options):
+def test_generate_matches_the_runtime(bagel, official, options):
     ours = bagel.generate(PROMPT, size=(32, 64), **SHORT, **options)
     theirs = official.generate(PROMPT, size=(32, 64), **SHORT, **options)
     close(theirs.latents, ours.latents)
@@ -43,37 +43,39 @@ def test_pictures_of_texts_are_the_runtimes(bagel, official, options):
     assert theirs.parameters["cfg_interval"] == ours.parameters["cfg_interval"]
 
 
-def test_edits_are_the_runtimes(bagel, official, photo):
-    ours, theirs = (runs.edit(photo, "make it night", **SHORT) for runs in (bagel, official))
+def test_edit_matches_the_runtime(bagel, official, photo):
+    ours, theirs = (pipeline.edit(photo, "make it night", **SHORT) for pipeline in (bagel, official))
     close(theirs.latents, ours.latents)
     assert theirs.image.size == ours.image.size == (96, 64)
 
 
-@pytest.mark.parametrize("think", [False, True], ids=["plain", "reasoning first"])
-def test_answers_are_the_runtimes(bagel, official, photo, think):
+@pytest.mark.parametrize("think", [False, True], ids=["plain", "think"])
+def test_chat_matches_the_runtime(bagel, official, photo, think):
     options = {"max_think_token_n": 16, "think": think}
     for images in ((), photo, [photo, photo]):
         assert official.chat("what is this?", images, **options) == bagel.chat("what is this?", images, **options)
 
 
-def test_a_list_of_prompts_is_drawn_one_after_another(official):
-    together = official.generate(["a", "b"], size=(16, 16), **SHORT)
-    alone = official.generate("b", size=(16, 16), seed=SHORT["seed"] + 1, num_timesteps=8)
-    assert torch.equal(together[1].latents, alone.latents) and len(together) == 2
+def test_list_of_prompts_runs_sequentially(official):
+    batch = official.generate(["a", "b"], size=(16, 16), **SHORT)
+    single = official.generate("b", size=(16, 16), seed=SHORT["seed"] + 1, num_timesteps=8)
+    assert torch.equal(batch[1].latents, single.latents) and len(batch) == 2
 
 
-def test_all_official_branches_run(official, photo, monkeypatch):
+def test_runs_all_branches_of_the_official_code(official, photo, monkeypatch):
     counted = []
-    forward = Official.forward
-    monkeypatch.setattr(Official, "forward", lambda self, *a, **k: counted.append(k) or forward(self, *a, **k))
+    forward = OfficialInferencer.forward
+    monkeypatch.setattr(
+        OfficialInferencer, "forward", lambda self, *a, **k: counted.append(k) or forward(self, *a, **k)
+    )
     official.generate(PROMPT, size=(16, 16), seed=0, num_timesteps=3, cfg_interval=(0.0, 1.0))
-    assert sum("keep" not in options for options in counted) == 2 * 3
+    assert sum("append" not in options for options in counted) == 2 * 3
     counted.clear()
     official.generate(PROMPT, size=(16, 16), seed=0, num_timesteps=3, cfg_interval=(0.0, 0.0))
-    assert sum("keep" not in options for options in counted) == 2
+    assert sum("append" not in options for options in counted) == 2
 
 
-def test_progress_is_told_and_may_cancel(official):
+def test_progress_is_reported_and_can_cancel(official):
     seen = []
 
     def stop(progress):
@@ -89,14 +91,16 @@ def test_progress_is_told_and_may_cancel(official):
 
 
 def test_layers_can_be_compiled(bagel, official):
-    compiled = Official(bagel.model, bagel.tokenizer, functools.partial(torch.compile, backend="eager", fullgraph=True))
+    compiled = OfficialInferencer(
+        bagel.model, bagel.tokenizer, functools.partial(torch.compile, backend="eager", fullgraph=True)
+    )
     options = {"size": (16, 32), "seed": 0, "num_timesteps": 3}
     close(compiled.generate(PROMPT, **options).latents, official.generate(PROMPT, **options).latents)
     assert compiled.chat(PROMPT, max_think_token_n=6) == official.chat(PROMPT, max_think_token_n=6)
 
 
 @pytest.mark.parametrize("n, m, causal", [(3, 3, False), (3, 3, True), (3, 7, True), (1, 5, True), (4, 9, False)])
-def test_attention_sees_what_it_should(n, m, causal):
+def test_attend_matches_dense_attention(n, m, causal):
     q, k, v = (torch.randn(rows, heads, 4, dtype=torch.float64) for rows, heads in ((n, 4), (m, 2), (m, 2)))
     k_of_query, v_of_query = (x.repeat_interleave(2, 1) for x in (k, v))
     scores = torch.einsum("nhd,mhd->hnm", q, k_of_query) / 2
@@ -107,7 +111,7 @@ def test_attention_sees_what_it_should(n, m, causal):
 
 
 @pytest.mark.parametrize("task", ["generate", "edit"])
-def test_guidance_is_renormalised_but_never_amplified(task):
+def test_guide_renormalises_without_amplifying(task):
     settings = TASKS[task].image
     cond, no_text, no_img = torch.randn(3, 5, 8).unbind(0)
     guided = guide(cond, no_text, no_img, settings)

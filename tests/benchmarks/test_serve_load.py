@@ -1,4 +1,4 @@
-"""A small load test passes, and failures are report."""
+"""A small load test passes, and failures are reported."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from benchmarks.serve_load import CHAT, DRAW, KnownRequest, Report, same  # noqa
 
 
 @pytest.mark.slow
-def test_concurrent_clients_get_correct_answers():
+def test_load_test_passes():
     report = serve_load.load(CHECKPOINT, requests=40, clients=8, seed=0)
     assert report.wrong == [], report.table()
     assert sum(report.answered.values()) + report.left + report.refused == 40
@@ -25,18 +25,18 @@ def test_concurrent_clients_get_correct_answers():
     assert report.table().endswith("passed")
 
 
-def test_responses_are_compared_part_by_part():
+def test_same_compares_texts_and_images():
     image = np.zeros((2, 3, 3), np.uint8)
     assert same(["a", image], ["a", image + 1])
     for got in (["b", image], ["a", image + 2], ["a"], ["a", image[:1]], [image, "a"], ["a", "a"]):
         assert not same(got, ["a", image])
 
 
-def test_broken_stream_is_no_answer():
+def test_incomplete_stream_is_detected():
     events = 'data: {"choices": [{"delta": {"content": "hel"}}]}\n\ndata: {"error": {"message": "late"}}\n\n'
-    answer = httpx.Response(200, text=events)
-    [read] = serve_load.read(KnownRequest("stream", CHAT, {}, ["hello"]), answer)
-    assert "a stream that ends with" in read and "late" in read
+    response = httpx.Response(200, text=events)
+    [content] = serve_load.read(KnownRequest("stream", CHAT, {}, ["hello"]), response)
+    assert "incomplete stream" in content and "late" in content
     assert serve_load.read(
         KnownRequest("stream", CHAT, {}, []), httpx.Response(200, text=events[:51] + "data: [DONE]\n\n")
     ) == ["hel"]
@@ -58,17 +58,17 @@ def load(monkeypatch):
     return load
 
 
-def test_wrong_answers_and_growth_are_found(load):
+def test_wrong_responses_and_memory_growth_are_reported(load):
     report = load(200, {"choices": [{"message": {"content": "no"}}]})
     lines = "\n".join(report.wrong)
-    assert "not the library's" in lines and "the server grew by" in lines
+    assert "differs from the library's result" in lines and "memory grew by" in lines
     assert any(line.startswith((DRAW, CHAT, serve_load.EDIT)) and ": 200" in line for line in report.wrong)
     assert not report.answered
     assert "chat: 500" in "\n".join(load(500, {}).wrong)
 
 
-@pytest.mark.parametrize("wrong", [[], ["it leaks"]], ids=["right", "wrong"])
-def test_the_command_tells_and_returns_what_came_of_it(tmp_path, monkeypatch, capsys, wrong):
+@pytest.mark.parametrize("wrong", [[], ["it leaks"]], ids=["passed", "failed"])
+def test_command_writes_results_and_sets_exit_code(tmp_path, monkeypatch, capsys, wrong):
     report = Report(wrong=wrong)
     report.answered["chat"] += 3
     report.seconds["chat"] = [0.1, 0.2, 0.3]
@@ -76,8 +76,8 @@ def test_the_command_tells_and_returns_what_came_of_it(tmp_path, monkeypatch, ca
     file = tmp_path / "load.json"
     options = ["--requests", "7", "--clients", "2", "--seed", "5", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["serve_load", *options])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         serve_load.main()
-    assert ended.value.code == len(wrong) and "3 responses in" in capsys.readouterr().out
+    assert exit_info.value.code == len(wrong) and "3 responses in" in capsys.readouterr().out
     data = json.loads(file.read_text())
     assert data["wrong"] == wrong and data["answered"] == {"chat": 3} and data["clients"] == 2
