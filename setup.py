@@ -1,12 +1,12 @@
-"""Packages, and the optional compiled extension bagel_rt._C. Everything else is in pyproject.toml.
+"""Packages and the optional compiled extension bagel_rt._C. All other metadata is in pyproject.toml.
 
 Environment variables of the build:
 
-    BAGEL_RT_CUDA=0                  leave the CUDA kernels out, though there is a compiler for them
-    BAGEL_RT_CUDA_ARCHITECTURES      GPUs to compile for, as CMake names them, e.g. "90a-real"; by default those that
-                                     nvidia-smi reports, and where it reports none, all that the compiler knows;
-                                     for newer ones than it knows, PTX
-    CUDACXX, CUDA_HOME               where nvcc is, if not on PATH
+    BAGEL_RT_CUDA=0                  do not build the CUDA kernels
+    BAGEL_RT_CUDA_ARCHITECTURES      value of CMAKE_CUDA_ARCHITECTURES, e.g. "90a-real". Default: the GPUs that
+                                     nvidia-smi reports, or all supported ones if it reports none; PTX for GPUs that
+                                     the compiler does not support yet
+    CUDACXX, CUDA_HOME               location of nvcc if it is not on PATH
 """
 
 import os
@@ -26,16 +26,16 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, or None."""
-    if named := os.environ.get("CUDACXX"):
-        return named
+    """Path of the CUDA compiler, or None."""
+    if compiler := os.environ.get("CUDACXX"):
+        return compiler
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    return next(filter(None, map(shutil.which, places)), None)
+    candidates = ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next(filter(None, map(shutil.which, candidates)), None)
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; nothing if it cannot run."""
+    """Standard output of a command; empty if it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -43,24 +43,28 @@ def output_of(*command: str) -> str:
 
 
 def cuda_architectures(nvcc: str) -> str:
-    """The GPUs to compile for; empty if those of this machine are all older than sm_80."""
-    if named := os.environ.get("BAGEL_RT_CUDA_ARCHITECTURES"):
-        return named
-    known = sorted(map(int, re.findall(r"^sm_(\d+)$", output_of(nvcc, "--list-gpu-code"), re.MULTILINE))) or [80, 90]
+    """CMAKE_CUDA_ARCHITECTURES for this machine; empty if all its GPUs are older than sm_80."""
+    if architectures := os.environ.get("BAGEL_RT_CUDA_ARCHITECTURES"):
+        return architectures
+    supported = sorted(map(int, re.findall(r"^sm_(\d+)$", output_of(nvcc, "--list-gpu-code"), re.MULTILINE))) or [
+        80,
+        90,
+    ]
     reported = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    here = {10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", reported, re.MULTILINE)}
-    # Without a GPU for all there are: sm_86 and sm_89 run the code of sm_80, sm_103 that of sm_100, sm_121 of sm_120.
-    wanted = {number for number in here if number >= 80} if here else {80, 90, 100, 120}
-    code = [f"{number}a-real" if number == 90 else f"{number}-real" for number in sorted(wanted & set(known))]
-    if not here or wanted - set(known):  # newer GPUs: their driver compiles PTX when it first loads a kernel
-        code.append(f"{max(number for number in known if number <= max(wanted))}-virtual")
+    installed = {10 * int(major) + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", reported, re.MULTILINE)}
+    # Without a GPU, build for all generations: sm_86 and sm_89 run sm_80 code, sm_103 sm_100 code, sm_121 sm_120 code.
+    targets = {number for number in installed if number >= 80} if installed else {80, 90, 100, 120}
+    # 90a is the target with Hopper's architecture-specific instructions.
+    code = [f"{number}a-real" if number == 90 else f"{number}-real" for number in sorted(targets & set(supported))]
+    if not installed or targets - set(supported):  # the driver of a newer GPU compiles PTX when a kernel is loaded
+        code.append(f"{max(number for number in supported if number <= max(targets))}-virtual")
     return ";".join(code)
 
 
 class CMakeBuild(build_ext):
-    """Builds the extension with CMake. Where that fails the install goes on without it, or without its CUDA kernels.
+    """Builds the extension with CMake. If that fails, the install continues without CUDA kernels or without extension.
 
-    The reason is then printed, and kept in _C.log beside the module or where it would be (``bagel-rt info`` shows it).
+    The reason is printed and written to _C.log next to the module, where ``bagel-rt info`` reads it.
     """
 
     failure = ""
@@ -68,7 +72,7 @@ class CMakeBuild(build_ext):
     def run(self):
         super().run()
         for extension in self.extensions:
-            module = Path(self.get_ext_fullpath(extension.name))  # an editable install's is in the source tree
+            module = Path(self.get_ext_fullpath(extension.name))  # in the source tree for an editable install
             log = module.with_name("_C.log")
             log.unlink(missing_ok=True)
             if self.failure:
@@ -76,37 +80,39 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, extension):
         module = Path(self.get_ext_fullpath(extension.name)).resolve()
-        module.unlink(missing_ok=True)  # from an earlier build, of other sources
+        module.unlink(missing_ok=True)  # a stale build must not survive a failure
         nvcc = None if os.environ.get("BAGEL_RT_CUDA") == "0" else find_nvcc()
         architectures = cuda_architectures(nvcc) if nvcc else ""
         if nvcc and not architectures:
-            self.failure = "built without CUDA kernels, as all GPUs here are older than sm_80"
+            self.failure = "built without CUDA kernels: they require sm_80 or newer, and all GPUs here are older"
         if architectures:
             compiler = f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"
             try:
                 return self.cmake(module, "-DBAGEL_RT_CUDA=ON", *compiler)
             except (OSError, subprocess.CalledProcessError) as error:
-                what = f"with {nvcc} for {architectures}"
-                self.failure = f"the CUDA kernels did not build {what}: {getattr(error, 'output', error)}"
-                print(f"{self.failure}\nInstalling without them: Triton decodes text, slower.", flush=True)
+                target = f"with {nvcc} for {architectures}"
+                self.failure = f"the CUDA kernels did not build {target}: {getattr(error, 'output', error)}"
+                print(f"{self.failure}\nInstalling without them. Triton decodes text, more slowly.", flush=True)
         try:
             self.cmake(module)
         except (OSError, subprocess.CalledProcessError) as error:
-            self.failure = f"not built (it needs a C++17 compiler): {getattr(error, 'output', error)}"
-            raise CompileError(f"{self.failure}\nInstalling without it: numpy makes the plans, slower.") from error
+            self.failure = f"not built (requires a C++17 compiler): {getattr(error, 'output', error)}"
+            raise CompileError(
+                f"{self.failure}\nInstalling without it. NumPy builds attention plans, more slowly."
+            ) from error
 
     def cmake(self, module, *options):
-        """Configure and build the module; raises OSError or CalledProcessError, with what was printed."""
+        """Configure and build the module. Raises OSError, or CalledProcessError with the output of CMake."""
         build = Path(self.build_temp).resolve()
         configure = [
             "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
         ]  # fmt: skip
-        # cmake and ninja are build requirements: in a virtual environment that is not activated, its scripts.
+        # cmake and ninja are build requirements. Their scripts are not on PATH in an environment that is not activated.
         path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
         for command in (configure, ["cmake", "--build", str(build)]):
-            done = subprocess.run(
+            result = subprocess.run(
                 command,
                 env=os.environ | {"PATH": path},
                 stdout=subprocess.PIPE,
@@ -114,11 +120,11 @@ class CMakeBuild(build_ext):
                 text=True,
                 check=True,
             )
-            print(done.stdout, flush=True)
+            print(result.stdout, flush=True)
 
 
 def sources(*patterns: str) -> list[str]:
-    """Files of the repository, relative to it."""
+    """Files that match the patterns, relative to the repository."""
     return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
 
 

@@ -1,6 +1,6 @@
-"""What pages take from the code when the documentation is built: a hook of MkDocs, and an extension of mkdocstrings.
+"""Documentation generated from the code: a MkDocs hook and a griffe extension for mkdocstrings.
 
-A line ``{{ name arguments }}`` of a page becomes what the function of that name in ``PARTS`` returns for them.
+A line ``{{ name arguments }}`` of a page is replaced by the result of the function ``PARTS[name]``.
 """
 
 import pydoc
@@ -18,7 +18,7 @@ from bagel_rt.models.bagel.config import BAGEL_7B_MOT
 from bagel_rt.models.bagel.memory import expected_memory
 from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, Task
 
-CARDS = (24, 32, 40, 48, 80, 141)  # GB
+GPU_MEMORY = (24, 32, 40, 48, 80, 141)  # GB
 REQUESTS = {
     "an answer about a 980x980 image": {"task": "chat", "images": [(980, 980)]},
     "a 512x512 image": {"size": (512, 512)},
@@ -36,13 +36,13 @@ NAMES = re.compile(r"^( +)(\w+(?:, \w+)+): ", re.MULTILINE)
 
 
 def command_help(*command: str) -> str:
-    """What ``bagel-rt COMMAND --help`` prints, as a block."""
-    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).output
-    return "\n".join(["```text", *(line.rstrip() for line in shown.strip("\n").splitlines()), "```"])
+    """Output of ``bagel-rt COMMAND --help`` as a code block."""
+    output = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).output
+    return "\n".join(["```text", *(line.rstrip() for line in output.strip("\n").splitlines()), "```"])
 
 
 def hyperparameter_table() -> str:
-    """Every hyper-parameter with its default in each task and what is allowed."""
+    """All hyper-parameters with their default in each task and their allowed values."""
     rows = []
     for name, field in HYPERPARAMETERS.items():
         defaults = (_default(settings, name) for settings in TASKS.values())
@@ -55,33 +55,33 @@ def _default(task: Task, name: str) -> str:
 
 
 def hyperparameter_help(name: str) -> str:
-    """What a hyper-parameter does."""
+    """The help text of a hyper-parameter."""
     return HYPERPARAMETERS[name].metadata["help"]
 
 
 def memory_table() -> str:
-    """What requests of BAGEL-7B-MoT in bfloat16 take in all, and the cards on which that fits."""
+    """Total memory of BAGEL-7B-MoT requests in bfloat16, and the GPU sizes that fit them."""
     rows = []
-    for said, workload in REQUESTS.items():
+    for description, workload in REQUESTS.items():
         estimate = expected_memory(BAGEL_7B_MOT, **workload)
-        fits = ("fits" if estimate.fits(card * 10**9) else "no" for card in CARDS)
-        rows.append((said, f"{estimate.total / 1e9:.1f} GB", *fits))
-    return table(("request", "total", *(f"{card} GB" for card in CARDS)), rows)
+        fits = ("fits" if estimate.fits(size * 10**9) else "no" for size in GPU_MEMORY)
+        rows.append((description, f"{estimate.total / 1e9:.1f} GB", *fits))
+    return table(("request", "total", *(f"{size} GB" for size in GPU_MEMORY)), rows)
 
 
 def op_table() -> str:
-    """Every registered op, and what its kernel is written in."""
+    """All registered ops and the languages of their kernels."""
     return table(("op", "kernel"), [(f"`bagel_rt::{op}`", kernel) for op, kernel in sorted(OPS.items())])
 
 
-def table(heads, rows) -> str:
-    """A table in Markdown; all but the first column to the right."""
-    marks = ("---", *("---:" for _ in heads[1:]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
+def table(header, rows) -> str:
+    """A Markdown table with all but the first column right-aligned."""
+    alignment = ("---", *("---:" for _ in header[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, alignment, *rows))
 
 
 def op_pages() -> str:
-    """The public functions of every file of ``kernels/``, for mkdocstrings."""
+    """mkdocstrings directives for the public functions of each file of ``kernels/``."""
     functions: dict[str, list[str]] = {}
     for name in kernels.__all__:
         functions.setdefault(getattr(kernels, name).__module__.removeprefix("bagel_rt."), []).append(name)
@@ -99,7 +99,7 @@ PARTS = {
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Called by MkDocs for every page."""
+    """MkDocs hook: expand the ``{{ }}`` lines of a page."""
     return PART.sub(lambda part: PARTS[part[1]](*part[2].split()), markdown)
 
 
@@ -107,12 +107,12 @@ class Docstrings(griffe.Extension):
     """Adapts docstrings to griffe: Sphinx roles, several names on one line, and the fields of checked dataclasses."""
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
-        """Called by griffe for every object that it has found."""
+        """griffe hook: convert the docstring of an object."""
         if obj.docstring:
-            obj.docstring.value = NAMES.sub(_joined, ROLE.sub(_plain, obj.docstring.value))
+            obj.docstring.value = NAMES.sub(_join_names, ROLE.sub(_role_to_code, obj.docstring.value))
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_) -> None:
-        """Show a checked field with its default and help instead of the call that makes it."""
+        """griffe hook: show a checked field with its default and help instead of the call that creates it."""
         if str(attr.value).startswith(("checked(", "_hyperparameter(")):
             field = pydoc.locate(attr.parent.path).__dataclass_fields__[attr.name]
             attr.value = None if field.default is MISSING else repr(field.default)
@@ -121,12 +121,12 @@ class Docstrings(griffe.Extension):
                 attr.docstring = griffe.Docstring(text, parent=attr)
 
 
-def _plain(role: re.Match) -> str:
-    """``:class:`~a.b.C``` as the code ``C``."""
+def _role_to_code(role: re.Match) -> str:
+    """Convert a Sphinx role to inline code: ``:class:`~a.b.C``` to ``C``."""
     shortened, target = role.groups()
     return f"`{target.rpartition('.')[2] if shortened else target.lstrip('.')}`"
 
 
-def _joined(line: re.Match) -> str:
-    """The names of a line, without a space at which one would be taken for a type."""
+def _join_names(line: re.Match) -> str:
+    """Join several names with non-breaking spaces; griffe would parse the text after a plain space as a type."""
     return f"{line[1]}{line[2].replace(', ', ',' + chr(0xA0))}: "

@@ -1,8 +1,8 @@
-"""What each hyper-parameter does, in images of the embedded model: ``python docs/hyperparameters.py [NAME...]``.
+"""Contact sheets that show the effect of each hyper-parameter: ``python docs/hyperparameters.py [NAME...]``.
 
-One contact sheet per parameter, ``docs/hyperparameters/NAME.webp``: a row for each request, a tile for each value. The
-seed is the same, and all else the default except what is in ``CHANGED``. ``--timesteps N`` makes quick ones of few
-steps, to see that the script works.
+Writes ``docs/hyperparameters/NAME.webp`` with the embedded model: one row per request, one tile per value. The seed is
+fixed, and the other parameters have their defaults except for those in ``OTHER_SETTINGS``. ``--timesteps N`` makes
+quick sheets to test the script.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from bagel_rt.tiny.contact_sheet import FAINT, INK, Section, Tile, contact_sheet
 
 FOLDER = Path(__file__).parent / "hyperparameters"
 SEED = 0
-DRAWN = ("a large blue star in the center on white", "a blue square left of a red triangle")
-EDITED = (
+PROMPTS = ("a large blue star in the center on white", "a blue square left of a red triangle")
+EDITS = (
     ("three orange triangles at the bottom", "turn the triangles into stars"),
     ("a blue square left of a red triangle on white", "remove the square"),
 )
-ASKED = (("a large yellow circle above a blue star on grey", "what is in the picture"),)
-LONGEST = 48  # tokens of an answer; those of this world are shorter
-SEEDS = 4  # answers of a tile where tokens are sampled
+QUESTIONS = (("a large yellow circle above a blue star on grey", "what is in the picture"),)
+MAX_TOKENS = 48  # more than any answer of the embedded model has
+SEEDS = 4  # number of answers per tile with sampling
 
-DRAWING = {
+IMAGE_VALUES = {
     "seed": (0, 1, 2, 3, 4, 5, 6, 7),
     "cfg_text_scale": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0),
     "cfg_interval": ((0.0, 1.0), (0.2, 1.0), (0.4, 1.0), (0.6, 1.0), (0.8, 1.0), (0.0, 0.4), (0.0, 0.8), (1.0, 1.0)),
@@ -34,16 +34,16 @@ DRAWING = {
     "num_timesteps": (2, 3, 5, 10, 20, 30, 50, 100),
     "negative_prompt": (None, "a blue star", "a star", "white", "a red circle"),
 }
-EDITING = {"cfg_img_scale": (1.0, 1.5, 2.0, 4.0)}
-ANSWERING = {
+EDIT_VALUES = {"cfg_img_scale": (1.0, 1.5, 2.0, 4.0)}
+TEXT_VALUES = {
     "max_think_token_n": (2, 4, 8, 16, 32),
     "do_sample": (False, True),
     "text_temperature": (0.3, 1.0, 2.0, 3.0, 5.0),
     "top_k": (1, 2, 5, 20, 0),
     "top_p": (0.1, 0.5, 0.9, 1.0),
 }
-# Set beside a parameter that would show little at the defaults, where this model is sure of its answers and steps.
-CHANGED = {
+# Other parameters to change: at the defaults, the embedded model is so certain that these would show no effect.
+OTHER_SETTINGS = {
     "cfg_interval": {"cfg_text_scale": 16.0},
     "cfg_renorm_type": {"cfg_text_scale": 16.0},
     "cfg_renorm_min": {"cfg_text_scale": 16.0},
@@ -57,9 +57,11 @@ CHANGED = {
 
 def drawings(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
     """Images of the same prompts under several values."""
-    values = DRAWING[name]
-    settings = {"seed": [SEED] * len(values), "num_timesteps": timesteps} | CHANGED.get(name, {}) | {name: list(values)}
-    for prompt in DRAWN:
+    values = IMAGE_VALUES[name]
+    settings = (
+        {"seed": [SEED] * len(values), "num_timesteps": timesteps} | OTHER_SETTINGS.get(name, {}) | {name: list(values)}
+    )
+    for prompt in PROMPTS:
         results = bagel.generate([prompt] * len(values), **settings)
         tiles = [Tile((result.image,), _label(name, value)) for result, value in zip(results, values, strict=True)]
         yield Section(prompt, "", tiles)
@@ -68,21 +70,21 @@ def drawings(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
 def edits(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
     """Edits of the same images under several values."""
     settings = {"seed": SEED, "num_timesteps": timesteps}
-    for prompt, instruction in EDITED:
+    for prompt, instruction in EDITS:
         source = bagel.generate(prompt, **settings).image
-        results = [(bagel.edit(source, instruction, **settings, **{name: value}), value) for value in EDITING[name]]
+        results = [(bagel.edit(source, instruction, **settings, **{name: value}), value) for value in EDIT_VALUES[name]]
         yield Section(instruction, "", [Tile((source, result.image), _label(name, value)) for result, value in results])
 
 
 def answers(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
     """Answers to the same question under several values; with sampling, one per seed."""
-    for prompt, question in ASKED:
+    for prompt, question in QUESTIONS:
         image = bagel.generate(prompt, seed=SEED, num_timesteps=timesteps).image
         tiles = []
-        for value in ANSWERING[name]:
-            given = {"max_think_token_n": LONGEST} | CHANGED.get(name, {}) | {name: value}
-            seeds = range(SEEDS if given.get("do_sample") else 1)
-            texts = [bagel.chat(question, [image], seed=seed, **given) for seed in seeds]
+        for value in TEXT_VALUES[name]:
+            settings = {"max_think_token_n": MAX_TOKENS} | OTHER_SETTINGS.get(name, {}) | {name: value}
+            seeds = range(SEEDS if settings.get("do_sample") else 1)
+            texts = [bagel.chat(question, [image], seed=seed, **settings) for seed in seeds]
             lines = [f"{seed}: {text}" if len(texts) > 1 else text for seed, text in enumerate(texts)]
             tiles.append(Tile((image,), (*_label(name, value), *((line, INK) for line in lines))))
         yield Section(question, "", tiles)
@@ -94,37 +96,39 @@ def _label(name: str, value) -> tuple[tuple[str, str], ...]:
 
 
 def _subtitle(name: str, timesteps: int) -> str:
-    """The task of a sheet, and what is not the default in it."""
-    changed = [f"{other} {value}" for other, value in CHANGED.get(name, {}).items()]
-    if name in ANSWERING:
+    """The task of a sheet, its defaults and its changed parameters."""
+    changed = [f"{other} {value}" for other, value in OTHER_SETTINGS.get(name, {}).items()]
+    if name in TEXT_VALUES:
         return ", ".join([f"one answer per seed, 0 to {SEEDS - 1}, with sampling", *changed])
-    task, title = ("edit", "editing") if name in EDITING else ("generate", "text-to-image")
+    task, title = ("edit", "editing") if name in EDIT_VALUES else ("generate", "text-to-image")
     parts = [title] + ([f"seed {SEED}"] if name != "seed" else [])
     if name in HYPERPARAMETERS:
         parts.append(f"default {getattr(TASKS[task].image, name)}")
-    if "num_timesteps" not in (name, *CHANGED.get(name, {})):
+    if "num_timesteps" not in (name, *OTHER_SETTINGS.get(name, {})):
         parts.append(f"{timesteps} timesteps")
     return ", ".join([*parts, *changed])
 
 
 def sheets() -> dict[str, Callable[[Bagel, str, int], Iterator[Section]]]:
-    """Parameter -> what makes the sections of its sheet."""
-    return dict.fromkeys(DRAWING, drawings) | dict.fromkeys(EDITING, edits) | dict.fromkeys(ANSWERING, answers)
+    """Parameter -> the function that generates the sections of its sheet."""
+    return (
+        dict.fromkeys(IMAGE_VALUES, drawings) | dict.fromkeys(EDIT_VALUES, edits) | dict.fromkeys(TEXT_VALUES, answers)
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of parameters; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parameter names; default: all")
     parser.add_argument("--timesteps", type=int, default=50, metavar="N", help="default: 50")
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="default: %(default)s")
     arguments = parser.parse_args()
-    made = sheets()
-    if unknown := sorted(set(arguments.names) - set(made)):
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(made)}")
+    generators = sheets()
+    if unknown := sorted(set(arguments.names) - set(generators)):
+        parser.error(f"NAME must be from {', '.join(generators)}, got {', '.join(unknown)}.")
     bagel = Bagel.from_pretrained(device="cpu")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in arguments.names or made:
-        sections = list(made[name](bagel, name, arguments.timesteps))
+    for name in arguments.names or generators:
+        sections = list(generators[name](bagel, name, arguments.timesteps))
         sheet = contact_sheet(name, _subtitle(name, arguments.timesteps), sections)
         sheet.save(arguments.output / f"{name}.webp", quality=90, method=6)
         print(name, flush=True)

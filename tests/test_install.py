@@ -156,12 +156,12 @@ def test_install_without_a_compiler_works_and_reports_the_reason(tmp_path):
     tree, site = copy_sources(tmp_path / "tree"), tmp_path / "site"
     environment = {"CXX": "/nonexistent/c++", "PATH": sysconfig.get_path("scripts"), "BAGEL_RT_CUDA": "0"}
     output = pip("install", tree, "--target", str(site), **environment)
-    assert "Installing without it: numpy makes the plans" in output
+    assert "Installing without it. NumPy builds attention plans" in output
     assert not list(site.rglob("_C*.so"))
 
     path, missing, error = installed(site, tmp_path, "[plan.__file__, plan.EXTENSION, plan.EXTENSION_ERROR]")
     assert (path, missing) == (str(site / "bagel_rt/runtime/plan.py"), None)
-    assert error.startswith("not built (it needs a C++17 compiler): ") and "/nonexistent/c++" in error
+    assert error.startswith("not built (requires a C++17 compiler): ") and "/nonexistent/c++" in error
     assert installed(site, tmp_path, "e.cuda_error()") == error.strip()
 
 

@@ -33,36 +33,19 @@ MARKERS = {  # phrase: what to write instead
     r"\d+ x \d+ (pixels|images?)": "WIDTHxHEIGHT",
 }
 TO_DO: dict[str, list[str]] = {
-    r"allowed are": [
-        "benchmarks/soak.py",
-        "tests/benchmarks/test_soak.py",
-    ],
-    r"giv(es?|en|ing) back|given up": [
-        "benchmarks/soak.py",
-    ],
     r"pictures?\b": [
         "bagel_rt/check/cases.py",
-        "benchmarks/official.py",
-        "benchmarks/soak.py",
-        "benchmarks/workloads.py",
         "tests/conformance/bagel/README.md",
     ],
     r"that hurt": [
         "bagel_rt/check/cases.py",
         "bagel_rt/check/cases_decode.py",
     ],
-    r"(is|are) told (?!apart)|what (is|was|can be) (said|told|given|taken)": [
-        "benchmarks/official.py",
-    ],
     r"anew": [
         "bagel_rt/check/case.py",
         "bagel_rt/models/bagel/contents.py",
         "bagel_rt/runtime/context.py",
         "bagel_rt/runtime/denoise.py",
-        "benchmarks/official.py",
-    ],
-    r"\d+ x \d+ (pixels|images?)": [
-        "benchmarks/workloads.py",
     ],
 }
 

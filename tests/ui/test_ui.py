@@ -26,7 +26,7 @@ from bagel_rt.models.bagel.settings import MAX_INPUTS, TASKS, resolve_settings  
 from bagel_rt.request import ImageResult  # noqa: E402
 from bagel_rt.ui import gallery as gallery_module  # noqa: E402
 from bagel_rt.ui.chat_tab import _problem  # noqa: E402
-from bagel_rt.ui.controls import EXPLAINED, Controls, chosen_seed, sizes  # noqa: E402
+from bagel_rt.ui.controls import CONTROL_TEXTS, Controls, preset_sizes, resolve_seed  # noqa: E402
 from bagel_rt.ui.examples import EDITED, FOLDER, GENERATED, Examples  # noqa: E402
 from bagel_rt.ui.gallery import Gallery  # noqa: E402
 from bagel_rt.ui.image_tab import open_upload  # noqa: E402
@@ -45,7 +45,7 @@ def test_every_hyperparameter_has_a_control_with_its_default_and_an_explanation(
         {"from", "to"} if "cfg_interval" in names else set()
     )
     for name in names:
-        title, info = EXPLAINED[name]
+        title, info = CONTROL_TEXTS[name]
         control = controls.components["from" if name == "cfg_interval" else name]
         assert info == control.info and title in control.label and name in control.label
     values = {control: control.preprocess(control.value) for control in controls.components.values()}
@@ -54,12 +54,12 @@ def test_every_hyperparameter_has_a_control_with_its_default_and_an_explanation(
 
 def test_shapes_equal_the_official_app():
     official = {"1:1": (1024, 1024), "4:3": (768, 1024), "3:4": (1024, 768), "16:9": (576, 1024), "9:16": (1024, 576)}
-    assert sizes(BAGEL_7B_MOT) == official
+    assert preset_sizes(BAGEL_7B_MOT) == official
 
 
 def test_missing_or_negative_seed_is_random():
-    assert chosen_seed(7) == 7 and chosen_seed(0) == 0
-    assert len({chosen_seed(given) for given in (-1, None, -1.0)}) == 3
+    assert resolve_seed(7) == 7 and resolve_seed(0) == 0
+    assert len({resolve_seed(given) for given in (-1, None, -1.0)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from bagel_rt.models.bagel.prompts import IMAGE_REQUEST  # noqa: E402
 from bagel_rt.models.bagel.settings import TASKS  # noqa: E402
 from bagel_rt.runtime.denoise import Denoiser  # noqa: E402
 from bagel_rt.ui.app import Page  # noqa: E402
-from bagel_rt.ui.controls import EXPLAINED  # noqa: E402
+from bagel_rt.ui.controls import CONTROL_TEXTS  # noqa: E402
 from bagel_rt.ui.examples import EDITED  # noqa: E402
 
 pytestmark = [
@@ -331,10 +331,10 @@ def test_every_explanation_is_on_the_page(browser):
         browser.shown(f"#{task}-seed")
         words = browser.says("body")
         for name in names:
-            title, info = EXPLAINED[name]
+            title, info = CONTROL_TEXTS[name]
             assert title in words and info in words, (task, name)
         found |= names
-    assert found == EXPLAINED.keys()
+    assert found == CONTROL_TEXTS.keys()
 
 
 def test_page_contacts_no_other_host(browser, driver, page, looked_up):
