@@ -117,7 +117,7 @@ INVALID_CALLS = {
         FileNotFoundError,
         "no-such-folder",
     ),
-    "unknown backend": (lambda b: Bagel.from_pretrained(backend="fast"), ValueError, "backend='fast'"),
+    "unknown backend": (lambda b: Bagel.from_pretrained(backend="fast"), ValueError, "backend must be .* got 'fast'"),
     "missing GPU": (
         lambda b: Bagel.from_pretrained(device="cuda:99"),
         ValueError,

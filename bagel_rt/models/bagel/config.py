@@ -1,9 +1,9 @@
-"""The model's configuration: read from the JSON files of its folder, checked before anything is allocated.
+"""The model's configuration, read from the JSON files of its folder and checked before any allocation.
 
 The official code reads ``llm_config.json`` and ``vit_config.json`` and hard-codes everything else: QK-norm on, untied
-output head, no rotary positions in the vision tower, one vision layer fewer than the file says, the shape of the
-autoencoder, the sizes of the position tables and of the input images. Here ``config.json`` may state these sizes; the
-official values are the defaults. Unknown keys are ignored; a key that requests an unsupported computation is refused.
+output head, no rotary positions in the vision tower, one vision layer fewer than in the file, the shape of the
+autoencoder, the sizes of the position tables and of the input images. Here ``config.json`` can set these sizes; the
+official values are the defaults. Unknown keys are ignored; a value that requires unsupported computation is an error.
 """
 
 import json
@@ -100,7 +100,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class BagelConfig:
-    """All of BAGEL; the defaults are the official hard-coded values. ValueError if values do not fit together."""
+    """The whole model; the defaults are the values that the official code hard-codes. ValueError if values conflict."""
 
     llm: TransformerConfig
     vit: ViTConfig
@@ -138,11 +138,11 @@ class BagelConfig:
 
     @property
     def largest_side(self) -> int:
-        """Pixels per side of the largest image that the position table holds."""
+        """Pixels per side of the largest image that fits the position table."""
         return self.max_latent_size * self.latent_stride
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError unless the model can draw an image of this size."""
+        """Raise ValueError unless the model can generate an image of this size."""
         stride, largest = self.latent_stride, self.largest_side
         if any(side % stride or not stride <= side <= largest for side in (height, width)):
             raise ValueError(
@@ -151,29 +151,29 @@ class BagelConfig:
 
     @property
     def default_resolution(self) -> int:
-        """Pixels per side of an image by default: the official 1024."""
+        """Pixels per side of a generated image by default: 1024 for the published model."""
         return min(self.vae_transform.max_size // self.latent_stride * self.latent_stride, self.largest_side)
 
     @property
     def latent_features(self) -> int:
-        """Numbers in one latent token."""
+        """Number of features of a latent token."""
         return self.vae.z_channels * self.latent_patch_size**2
 
     @property
     def patch_features(self) -> int:
-        """Numbers in one ViT patch."""
+        """Number of features of a ViT patch."""
         return self.vit.num_channels * self.vit.patch_size**2
 
     @classmethod
     def from_folder(cls, path: Path | str) -> "BagelConfig":
-        """Read a model folder as published. CheckpointError names the file, the key, what is allowed and the remedy."""
+        """Read an official model folder. CheckpointError names the file, the key, the allowed values and the remedy."""
         folder = Path(path)
         if not os.path.isdir(folder):
-            raise CheckpointError(f"{folder} is not a folder. Give the folder that holds llm_config.json.")
+            raise CheckpointError(f"{folder} is not a folder. Give the folder that contains llm_config.json.")
         main_file, llm_file, vit_file = (folder / f"{name}.json" for name in ("config", "llm_config", "vit_config"))
         llm, vit = _read_required(llm_file), _read_required(vit_file)
         main = read_json(main_file) if os.path.lexists(main_file) else {}
-        _only(main, "connector_act", _ACTIVATION, main_file)
+        _require_value(main, "connector_act", _ACTIVATION, main_file)
         return _build(
             cls,
             main,
@@ -189,35 +189,35 @@ def _uneven_heads(hidden_size: int, heads: int) -> ValueError:
     return invalid("hidden_size", hidden_size, f"a multiple of num_attention_heads, {heads}")
 
 
-def _refusal(source, error: ValueError) -> CheckpointError:
-    """The error of a file whose value is not allowed."""
+def _file_error(source, error: ValueError) -> CheckpointError:
+    """The error for an invalid value in a file."""
     return CheckpointError(f"{source}: {error} {REMEDY}.")
 
 
 def _read_required(path: Path) -> dict:
     if not os.path.lexists(path):
         raise CheckpointError(
-            f"{path} is missing. Take it from the published model folder; a copy inside config.json is not enough."
+            f"{path} is missing. Download it from the published model folder; a copy inside config.json is not enough."
         )
     return read_json(path)
 
 
 def _section(values: dict, key: str, source) -> dict:
-    """The object under ``key``; nothing and null count as an empty one."""
+    """The object under ``key``; empty if the key is missing or null."""
     section = values.get(key)
     if section is not None and not isinstance(section, dict):
-        raise _refusal(source, invalid(key, section, "an object"))
+        raise _file_error(source, invalid(key, section, "an object"))
     return section or {}
 
 
-def _only(values: dict, key: str, allowed, source) -> None:
-    """Refuse a value that asks for another computation than this model's."""
+def _require_value(values: dict, key: str, allowed, source) -> None:
+    """Raise CheckpointError if the key is present with another value than the only supported one."""
     if values.get(key, allowed) != allowed:
-        raise _refusal(source, invalid(key, values[key], json.dumps(allowed)))
+        raise _file_error(source, invalid(key, values[key], json.dumps(allowed)))
 
 
 def _build(kind, values: dict, source, **given):
-    """A ``kind`` from the JSON object ``values``; ``given`` are the fields that do not come from there."""
+    """Create a ``kind`` from the JSON object ``values``, except for the fields in ``given``."""
     for item in fields(kind):
         key = item.metadata.get("key", item.name)
         if item.name in given or not item.metadata:
@@ -230,25 +230,25 @@ def _build(kind, values: dict, source, **given):
     try:
         return kind(**given)
     except ValueError as error:
-        raise _refusal(source, error) from None
+        raise _file_error(source, error) from None
 
 
 def _read_llm(values: dict, source: Path) -> TransformerConfig:
-    _only(values, "hidden_act", "silu", source)
-    _only(values, "rope_scaling", None, source)
+    _require_value(values, "hidden_act", "silu", source)
+    _require_value(values, "rope_scaling", None, source)
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-    head_dim = None  # where one of the two is no number, it is refused before this is looked at
+    head_dim = None  # if one of them is not a valid number, its own check fails first
     if type(hidden) is int and type(heads) is int and heads > 0:
         if hidden % heads:
-            raise _refusal(source, _uneven_heads(hidden, heads))
+            raise _file_error(source, _uneven_heads(hidden, heads))
         head_dim = hidden // heads
-        _only(values, "head_dim", head_dim, source)
+        _require_value(values, "head_dim", head_dim, source)
     return _build(TransformerConfig, values, source, head_dim=head_dim)
 
 
 def _read_vit(values: dict, source: Path, main: dict, main_source: Path) -> ViTConfig:
-    """``vit_config.json`` less its last layer; the size of the position table comes from ``config.json``."""
-    _only(values, "hidden_act", _ACTIVATION, source)
+    """Read ``vit_config.json`` without its last layer, and the size of the position table from ``config.json``."""
+    _require_value(values, "hidden_act", _ACTIVATION, source)
     layers = values.get("num_hidden_layers")
     used = values | {"num_hidden_layers": layers - 1} if type(layers) is int else values
     own = vars(_build(ViTConfig, used, source))
@@ -258,12 +258,12 @@ def _read_vit(values: dict, source: Path, main: dict, main_source: Path) -> ViTC
 def _read_vae(main: dict, main_source: Path) -> VAEConfig:
     values, source = _section(main, "vae_config", main_source), f"{main_source}, vae_config"
     vae = _build(VAEConfig, values, source)
-    _only(values, "downsample", vae.downsample, source)
+    _require_value(values, "downsample", vae.downsample, source)
     return vae
 
 
 def _read_transforms(main: dict, source) -> dict[str, ResizeRule]:
-    """Resize rules that ``config.json`` states as {"vae": [max, min, stride], "vit": [max, min, stride]}."""
+    """Read the resize rules in ``config.json``: {"vae": [max, min, stride], "vit": [max, min, stride]}."""
     key = "oracle_image_transforms" if "oracle_image_transforms" in main else "image_transforms"
     rules = {}
     for name, sizes in _section(main, key, source).items():
@@ -276,7 +276,7 @@ def _read_transforms(main: dict, source) -> dict[str, ResizeRule]:
             and sizes[2] <= sizes[1] <= sizes[0]
         ):
             allowed = "[max, min, stride], integers with 16384 >= max >= min >= stride >= 1"
-            raise _refusal(source, invalid(f"{key}.{name}", sizes, allowed))
+            raise _file_error(source, invalid(f"{key}.{name}", sizes, allowed))
         rules[f"{name}_transform"] = ResizeRule(*sizes)
     return rules
 

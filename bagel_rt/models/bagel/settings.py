@@ -1,9 +1,9 @@
 """The table of hyper-parameters: official names, types, ranges, defaults for each task, and a line of help.
 
-The fields of :class:`ImageSettings` and :class:`TextSettings` are the table. Request checks, command line, server, web
-page and documentation read it. Defaults are those of the official app: text-to-image does not pass ``cfg_img_scale``
-there, so the inferencer's 1.5 applies although no image is in the context (the effective text scale is then
-1 + 1.5 * (4 - 1) = 5.5).
+The table consists of the fields of :class:`ImageSettings` and :class:`TextSettings`. Request checks, command line,
+server, web page and documentation are generated from it. The defaults are those of the official app. There,
+text-to-image does not pass ``cfg_img_scale``, so the inferencer's 1.5 applies although the context has no image; the
+effective text scale is then 1 + 1.5 * (4 - 1) = 5.5.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,7 +26,7 @@ def check_seed(seed) -> None:
 
 
 def _hyperparameter(default, spec: Spec, title: str, slider: tuple | None, help: str):
-    """A row of the table; ``slider`` is (low, high, step) of the recommended values, within the allowed ones."""
+    """A row of the table; ``slider`` is the recommended range as (low, high, step), within the allowed one."""
     return checked(spec, default, title=title, slider=slider, help=help)
 
 
@@ -42,7 +42,7 @@ _RENORM_TYPE = one_of(get_args(RenormType), "The official app lists 'local' too,
 # fmt: off
 @dataclass(frozen=True)
 class ImageSettings:
-    """How an image is denoised. ValueError if a value is out of range."""
+    """Hyper-parameters of denoising. ValueError if a value is out of range."""
 
     cfg_text_scale: float = _hyperparameter(
         4.0, number(0, 100, "1 or less turns all guidance off"), "Text guidance", (0, 20, 0.1),
@@ -76,7 +76,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How text is decoded. ValueError if a value is out of range. The official code has no top_k and top_p."""
+    """Hyper-parameters of text decoding; top_k and top_p are additions to the official ones. ValueError if out of range."""
 
     max_think_token_n: int = _hyperparameter(
         1024, integer(1, 32768, "A longer text exceeds the model"), "Maximum text length", (1, 4096, 1),
@@ -103,13 +103,13 @@ HYPERPARAMETERS = {field.name: field for part in (ImageSettings, TextSettings) f
 
 
 class Task(NamedTuple):
-    """The hyper-parameters of a task; ``image`` is None where no image is drawn."""
+    """The hyper-parameters of a task; ``image`` is None if the task generates no image."""
 
     image: ImageSettings | None
     text: TextSettings
 
 
-TASKS = {  # the defaults
+TASKS = {  # default settings
     "generate": Task(ImageSettings(), TextSettings()),
     "edit": Task(
         ImageSettings(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"), TextSettings()
@@ -120,10 +120,10 @@ TASKS = {  # the defaults
 
 
 def resolve_settings(task: str, given: dict) -> Task:
-    """The hyper-parameters of a task: the given ones, else its defaults.
+    """The hyper-parameters of a task: its defaults, overridden by ``given``.
 
     Raises:
-        TypeError: a name is no hyper-parameter of this task.
+        TypeError: a name is not a hyper-parameter of this task.
         ValueError: a value is out of range.
     """
     defaults = TASKS[task]
