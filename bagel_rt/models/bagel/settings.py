@@ -76,7 +76,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Hyper-parameters of text decoding; top_k and top_p are additions to the official ones. ValueError if out of range."""
+    """Hyper-parameters of text decoding; the official code has no top_k and top_p. ValueError if out of range."""
 
     max_think_token_n: int = _hyperparameter(
         1024, integer(1, 32768, "A longer text exceeds the model"), "Maximum text length", (1, 4096, 1),
