@@ -31,7 +31,7 @@ from bagel_rt.tiny.curves import draw_curves
 from bagel_rt.tiny.data import TaskMixture, TaskSampler, encode_pool
 from bagel_rt.tiny.examples import texts
 from bagel_rt.tiny.model import initialize_, tiny_config
-from bagel_rt.tiny.tokenizer import learn_tokenizer, write_tokenizer
+from bagel_rt.tiny.tokenizer import train_tokenizer, write_tokenizer
 from bagel_rt.tiny.train_autoencoder import load_autoencoder, save_autoencoder, train_autoencoder
 from bagel_rt.train.autoencoder import AutoencoderSettings
 from bagel_rt.train.export import save_checkpoint
@@ -115,7 +115,7 @@ class RecipeRun:
         folder, rng = self.folder / "tokenizer", np.random.default_rng(self.recipe.seed)
         if not (folder / "generation_config.json").exists():  # the last file written
             folder.mkdir(parents=True, exist_ok=True)
-            write_tokenizer(folder, learn_tokenizer(texts(rng, self.recipe.texts), self.recipe.vocabulary))
+            write_tokenizer(folder, train_tokenizer(texts(rng, self.recipe.texts), self.recipe.vocabulary))
         return True
 
     def _autoencoder(self, seconds: float | None) -> bool:
@@ -166,12 +166,12 @@ class RecipeRun:
 
     def _report(self, stage: str, seconds: float) -> None:
         """Update ``report.json`` (adding the time of a stage) and the loss curves."""
-        file, eval_images = self.folder / "report.json", self.folder / "autoencoder" / "ae.json"
+        file, figures = self.folder / "report.json", self.folder / "autoencoder" / "ae.json"
         report = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
         report["recipe"] = repr(self.recipe)
         report["seconds"][stage] = round(report["seconds"].get(stage, 0.0) + seconds, 1)
-        if eval_images.exists():
-            report["autoencoder"] = json.loads(eval_images.read_text())
+        if figures.exists():
+            report["autoencoder"] = json.loads(figures.read_text())
         report["bytes"] = {path.name: path.stat().st_size for path in sorted(self.folder.glob("model/*"))}
         with atomic_write(file) as partial:
             partial.write(json.dumps(report, indent=2).encode())

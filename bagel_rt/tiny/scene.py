@@ -1,9 +1,9 @@
 """Scenes of coloured shapes, their random generation, and the train/test split.
 
-A scene is a plain background with one or two groups of things. A group is one to three things of the same shape, colour
-and size, in a row or a column. A single group is at a named place (the center, a side, a corner); of two groups, one is
-above or left of the other. Two groups always differ in colour or shape, so "the red circle" is unambiguous. Counts,
-sizes and the place or relation determine every position.
+A scene is a plain background with one or two groups of objects, which are called things, as in the texts of the world.
+A group is one to three things of the same shape, colour and size, in a row or a column. A single group is at a named
+place (the center, a side, a corner); of two groups, one is above or left of the other. Two groups always differ in
+colour or shape, so "the red circle" is unambiguous. Counts, sizes and the place or relation determine every position.
 
 Lengths are fractions of the image side; x points right and y down. Things are aligned to a grid of 8 x 8 cells: a small
 thing covers 2 x 2 cells, a large one 3 x 3. A model whose patches are cells has to learn few different patches, and can

@@ -34,7 +34,7 @@ SPECIAL_TOKENS = (
 _MIN_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
-def learn_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
+def train_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
     """Train a tokenizer with at most ``size`` tokens, including special tokens.
 
     The vocabulary is smaller if no pair of tokens occurs twice in the texts any more.
@@ -64,7 +64,7 @@ def write_tokenizer(folder: Path | str, backend: tokenizers.Tokenizer) -> None:
 
     Args:
         folder: an existing folder.
-        backend: a tokenizer from :func:`learn_tokenizer`.
+        backend: a tokenizer from :func:`train_tokenizer`.
     """
     folder = Path(folder)
     backend.save(str(folder / "tokenizer.json"))

@@ -115,7 +115,7 @@ def test_every_kind_of_edit_and_question_has_its_own_category():
     "arguments, message",
     [
         pytest.param({"count": 0}, "count must be an integer >= 1, got 0", id="no examples"),
-        pytest.param({"tasks": ["draw"]}, "task must be generate, edit or ask, got 'draw'", id="an unknown task"),
+        pytest.param({"tasks": ["draw"]}, "task must be generate, edit or ask, got 'draw'", id="unknown task"),
     ],
 )
 def test_choose_problems_rejects_invalid_arguments(arguments, message):
@@ -162,7 +162,7 @@ def test_images_of_another_size_are_resized_and_judged(problems, side):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        pytest.param({"batch": 65}, "batch must be an integer from 1 to 64, got 65", id="too large a batch"),
+        pytest.param({"batch": 65}, "batch must be an integer from 1 to 64, got 65", id="batch too large"),
         pytest.param({"num_timesteps": 1}, "num_timesteps must be", id="no steps"),
     ],
 )
@@ -298,20 +298,18 @@ def test_eval_writes_nothing_without_results(monkeypatch, tmp_path):
     "arguments, message",
     [
         pytest.param(("--prompts", 0), "--prompts", id="no examples"),
-        pytest.param(("--seed", -1), "seed must be an integer from 0", id="a seed below zero"),
-        pytest.param(
-            ("--task", "draw"), "task must be generate, edit or ask, got 'draw'", id="a task that does not exist"
-        ),
-        pytest.param(("--batch", 65), "--batch", id="too large a batch"),
+        pytest.param(("--seed", -1), "seed must be an integer from 0", id="negative seed"),
+        pytest.param(("--task", "draw"), "task must be generate, edit or ask, got 'draw'", id="unknown task"),
+        pytest.param(("--batch", 65), "--batch", id="batch too large"),
         pytest.param(("--num-timesteps", 1), "num_timesteps must be an integer from 2", id="no steps"),
         pytest.param(
             ("--cfg-img-scale", "nan"),
             "from 0 to 100, got nan",
-            id="a scale that is not finite",
+            id="NaN scale",
         ),
-        pytest.param(("--sheet", "sheet.jpg"), "a name that ends in .png", id="a sheet that is no PNG"),
-        pytest.param(("--report", "/no/report.json"), "cannot write a file there", id="a report in no folder"),
-        pytest.param(("--model", "/no"), "no such folder", id="no model"),
+        pytest.param(("--sheet", "sheet.jpg"), "a name that ends in .png", id="sheet is not a PNG"),
+        pytest.param(("--report", "/no/report.json"), "cannot write a file there", id="report in a missing folder"),
+        pytest.param(("--model", "/no"), "no such folder", id="missing model"),
     ],
 )
 def test_eval_reports_usage_errors_in_one_line(arguments, message):

@@ -82,9 +82,9 @@ def claims_of(rng, scene):
 @pytest.mark.parametrize(
     ("things", "background", "failure"),
     [
-        pytest.param((RED, BLUE), "white", "expected 2 red circles, found 1", id="one too few"),
-        pytest.param((RED, OTHER_RED), "white", "expected 1 blue square, found 0", id="one kind missing"),
-        pytest.param((), "white", "expected 2 red circles, found 0", id="nothing there"),
+        pytest.param((RED, BLUE), "white", "expected 2 red circles, found 1", id="missing thing"),
+        pytest.param((RED, OTHER_RED), "white", "expected 1 blue square, found 0", id="missing group"),
+        pytest.param((), "white", "expected 2 red circles, found 0", id="empty image"),
         pytest.param(
             (RED, OTHER_RED, replace(BLUE, color="green")),
             "white",
@@ -109,10 +109,10 @@ def claims_of(rng, scene):
             (*SCENE.things, Thing("star", "pink", "small", 0.75, 0.85)),
             "white",
             "unexpected small pink star",
-            id="one thing more",
+            id="extra thing",
         ),
         pytest.param(
-            (*SCENE.things, replace(BLUE, y=0.8)), "white", "expected 1 blue square, found 2", id="one square too many"
+            (*SCENE.things, replace(BLUE, y=0.8)), "white", "expected 1 blue square, found 2", id="extra square"
         ),
     ],
 )
@@ -157,7 +157,7 @@ def test_judges_place(place, x, y, right):
     ("after", "right"),
     [
         pytest.param((RED, OTHER_RED, replace(BLUE, color="green")), True, id="nothing else changed"),
-        pytest.param((replace(RED, x=0.31), OTHER_RED, replace(BLUE, color="green")), True, id="one a little away"),
+        pytest.param((replace(RED, x=0.31), OTHER_RED, replace(BLUE, color="green")), True, id="one shifted slightly"),
         pytest.param((replace(RED, x=0.37), OTHER_RED, replace(BLUE, color="green")), False, id="one moved"),
         pytest.param((RED, OTHER_RED, replace(BLUE, color="green", y=0.65)), False, id="the changed one moved"),
         pytest.param((RED, OTHER_RED, replace(BLUE, color="green", size="large")), False, id="size changed too"),

@@ -37,7 +37,7 @@ from bagel_rt.tiny.model import initialize_, tiny_config
 from bagel_rt.tiny.recipe import Recipe, RecipeRun, untrained_model
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import split_of
-from bagel_rt.tiny.tokenizer import learn_tokenizer, write_tokenizer
+from bagel_rt.tiny.tokenizer import train_tokenizer, write_tokenizer
 from bagel_rt.train.autoencoder import AutoencoderSettings
 from bagel_rt.train.objective import training_losses
 from bagel_rt.train.packing import Clean, Noised, Sample, SpecialTokens, ViT, pack
@@ -52,7 +52,7 @@ T = 0.5  # the timestep of a raw value of 0
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, learn_tokenizer(texts(np.random.default_rng(0), 300), 320))
+    write_tokenizer(folder, train_tokenizer(texts(np.random.default_rng(0), 300), 320))
     return Tokenizer.from_folder(folder)
 
 

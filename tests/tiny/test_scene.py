@@ -110,7 +110,7 @@ def test_combination_of_one_group_has_place_size_and_background():
     "things",
     [
         pytest.param((), id="no things"),
-        pytest.param((RED_CIRCLE, Thing("star", "blue", "small", 0.3, 0.5)), id="two groups nearly in one place"),
+        pytest.param((RED_CIRCLE, Thing("star", "blue", "small", 0.3, 0.5)), id="two groups without a relation"),
         pytest.param((RED_CIRCLE, BLUE_STAR, Thing("star", "red", "small", 0.5, 0.1)), id="three groups"),
     ],
 )
@@ -164,7 +164,7 @@ def test_rendered_thing_has_the_area_and_box_of_its_outline(shape):
     corners = np.array(OUTLINES[shape]) * SIZES["large"] * 128
     x, y = corners[:, 0], corners[:, 1]
     area = abs(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
-    assert covered.sum() == pytest.approx(area, rel=0.06)  # Pillow's polygons are half a fine pixel larger all round
+    assert covered.sum() == pytest.approx(area, rel=0.06)  # Pillow grows polygons by half a canvas pixel
     rows, columns = np.nonzero(covered > 0.3)
     box = [(columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2]
     np.testing.assert_allclose(box, [0.41 * 128, 0.57 * 128], atol=0.8)

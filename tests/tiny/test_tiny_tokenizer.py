@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.tiny.examples import texts
-from bagel_rt.tiny.tokenizer import SPECIAL_TOKENS, learn_tokenizer, write_tokenizer
+from bagel_rt.tiny.tokenizer import SPECIAL_TOKENS, train_tokenizer, write_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, learn_tokenizer(texts(np.random.default_rng(0), 2000), 600))
+    write_tokenizer(folder, train_tokenizer(texts(np.random.default_rng(0), 2000), 600))
     return folder
 
 
@@ -53,7 +53,7 @@ def test_vocab_and_merges_match_tokenizer_json(folder, tokenizer, tmp_path):
 
 def test_order_of_texts_does_not_matter():
     corpus = list(texts(np.random.default_rng(1), 500))
-    assert learn_tokenizer(corpus, 400).to_str() == learn_tokenizer(corpus[::-1], 400).to_str()
+    assert train_tokenizer(corpus, 400).to_str() == train_tokenizer(corpus[::-1], 400).to_str()
 
 
 def test_config_files_agree_on_the_eos_token(folder, tokenizer):
@@ -65,5 +65,5 @@ def test_config_files_agree_on_the_eos_token(folder, tokenizer):
 
 def test_rejects_vocabulary_smaller_than_the_bytes():
     with pytest.raises(ValueError, match="size must be an integer >= 270, got 269"):
-        learn_tokenizer([], 269)
-    assert learn_tokenizer([], 270).get_vocab_size() == 270
+        train_tokenizer([], 269)
+    assert train_tokenizer([], 270).get_vocab_size() == 270

@@ -83,7 +83,7 @@ def test_packs_like_the_official_loader(case):
     )
     samples = recorded_samples(packing, golden)
     raw = golden["batch.packed_timesteps"]
-    raws = torch.tensor(list(dict.fromkeys(raw[raw > -torch.inf].tolist())))  # one a split, all different
+    raws = torch.tensor(list(dict.fromkeys(raw[raw > -torch.inf].tolist())))  # one per split, all distinct
     batch, clean = pack(samples, CONFIG, TOKENS, raws)
     assert len(batch) == packing["sequence_length"]
     assert batch.sample_lens == packing["sample_lens_with_pad"][:-1]

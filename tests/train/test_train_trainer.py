@@ -248,7 +248,7 @@ def test_export_has_averaged_weights_in_bfloat16(model, tmp_path):
     with safe_open(tmp_path / "model" / "ema.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     assert not torch.equal(read.weights.lm_head, model.weights.lm_head)
-    save_checkpoint(read, tmp_path / "model", tmp_path / "model")  # over itself
+    save_checkpoint(read, tmp_path / "model", tmp_path / "model")  # overwrites its own folder
 
 
 def test_export_rejects_missing_tokenizer_files(model, tmp_path):

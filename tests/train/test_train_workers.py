@@ -1,4 +1,4 @@
-"""Processes that compute the parts of a step: what they give, raise and leave behind."""
+"""Worker processes: results, errors, shared memory and shutdown."""
 
 import os
 import signal

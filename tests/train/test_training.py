@@ -69,8 +69,8 @@ def test_noise_split_at_the_end_of_a_sample_is_contiguous():
         ([2], ["causal"], [2], 3, "gen must have 2 entries, one per row in sample_lens, got 3"),
     ],
     ids=[
-        "an empty split", "a negative sample", "a mode too many", "an unknown mode", "lengths that do not add up",
-        "a split across samples", "experts for more rows",
+        "an empty split", "a negative sample", "too many modes", "an unknown mode", "different sums of lengths",
+        "a split across samples", "gen with too many rows",
     ],
 )  # fmt: skip
 def test_training_segments_rejects(split_lens, attn_modes, sample_lens, rows, message):
@@ -170,7 +170,7 @@ BATCH = TrainingBatch(
 LATENTS = torch.zeros(2, 64)
 
 INCONSISTENT = {
-    "a row past the end": ("packed_text_indexes", lambda x: changed(x, 0, 11), "got 11. There are 11 rows"),
+    "a row out of range": ("packed_text_indexes", lambda x: changed(x, 0, 11), "got 11. There are 11 rows"),
     "a negative row": ("packed_vae_token_indexes", lambda x: changed(x, 0, -1), "got -1. There are 11 rows"),
     "a row in two indexes": (
         "packed_vit_token_indexes",
@@ -182,12 +182,12 @@ INCONSISTENT = {
         lambda x: changed(x, 0, 1),
         r"row 0 must be in the token indexes once, got 0 times\.",
     ),
-    "samples that end early": (
+    "sample_lens too short": (
         "sample_lens",
         lambda x: [10],
         "packed_position_ids must have 10 entries, one per row in sample_lens, got 11",
     ),
-    "splits that end early": (
+    "split_lens too short": (
         "split_lens",
         lambda x: [3, 4, 3],
         "split_lens must add up to 11, the sum of sample_lens, got 10",
@@ -197,41 +197,41 @@ INCONSISTENT = {
         lambda x: ["causal", "full", "noisy"],
         r"attn_modes\[2\] must be causal, full or noise, got 'noisy'",
     ),
-    "a position too few": (
+    "a missing position": (
         "packed_position_ids",
         lambda x: x[1:],
         "must have 11 entries, one per row in sample_lens, got 10",
     ),
-    "a text id too few": (
+    "a missing text id": (
         "packed_text_ids",
         lambda x: x[1:],
         "must have 7 entries, one per packed_text_indexes, got 6",
     ),
-    "a patch too few": (
+    "a missing patch": (
         "packed_vit_tokens",
         lambda x: x[1:],
         "must have 2 entries, one per packed_vit_token_indexes, got 1",
     ),
-    "patches flattened": ("packed_vit_tokens", lambda x: x.flatten(), "must be a 2-D floating-point tensor, got"),
-    "image lengths that do not add up": ("vit_token_seqlens", lambda x: [1], r"and add up to 2, .* got \[1\]"),
-    "an image of no patches": ("vit_token_seqlens", lambda x: [2, 0], r"must be positive and .* got \[2, 0\]"),
-    "a timestep too many": (
+    "flattened patches": ("packed_vit_tokens", lambda x: x.flatten(), "must be a 2-D floating-point tensor, got"),
+    "wrong sum of image lengths": ("vit_token_seqlens", lambda x: [1], r"and add up to 2, .* got \[1\]"),
+    "an image without patches": ("vit_token_seqlens", lambda x: [2, 0], r"must be positive and .* got \[2, 0\]"),
+    "too many timesteps": (
         "packed_timesteps",
         lambda x: x.repeat(2),
         "must have 2 entries, one per packed_vae_token_indexes, got 4",
     ),
-    "a timestep that is no number": (
+    "a NaN timestep": (
         "packed_timesteps",
         lambda x: x * torch.nan,
         "must be finite, or -inf for clean tokens, got NaN",
     ),
     "indexes in int32": ("mse_loss_indexes", lambda x: x.int(), r"must be a 1-D int64 tensor, got \(2,\) torch.int32"),
     "ids in floating point": ("packed_text_ids", lambda x: x.float(), "must be a 1-D int64 tensor, got"),
-    "a label too few": ("packed_label_ids", lambda x: x[1:], "must have 2 entries, one per ce_loss_indexes, got 1"),
+    "a missing label": ("packed_label_ids", lambda x: x[1:], "must have 2 entries, one per ce_loss_indexes, got 1"),
     "a label at a patch": ("ce_loss_indexes", lambda x: changed(x, 1, 4), "must be rows of text tokens, got 4"),
     "two labels of one row": ("ce_loss_indexes", lambda x: x * 0, "must be unique, got the same row twice"),
     "a weight of zero": ("ce_loss_weights", lambda x: torch.tensor([1.0, 0.0]), "must be > 0, got 0.0"),
-    "a weight too many": (
+    "too many weights": (
         "ce_loss_weights",
         lambda x: torch.ones(3),
         "must have 2 entries, one per ce_loss_indexes, got 3",
@@ -245,16 +245,20 @@ INCONSISTENT = {
 }
 
 UNFIT = {
-    "a token past the vocabulary": ("packed_text_ids", lambda x: changed(x, 0, 384), ".* got 384. There are 384"),
+    "a token out of range": ("packed_text_ids", lambda x: changed(x, 0, 384), ".* got 384. There are 384"),
     "a negative label": ("packed_label_ids", lambda x: -1 - x, ".* got -6. There are 384 tokens of the vocabulary"),
-    "a patch off the table": ("packed_vit_position_ids", lambda x: x + 100, ".* got 100. There are 100 ViT positions"),
-    "a latent off the table": (
+    "a ViT position out of range": (
+        "packed_vit_position_ids",
+        lambda x: x + 100,
+        ".* got 100. There are 100 ViT positions",
+    ),
+    "a latent position out of range": (
         "packed_latent_position_ids",
         lambda x: x + 256,
         ".* got 256. There are 256 latent positions",
     ),
-    "a negative position": ("packed_position_ids", lambda x: x - 1, ".* got -1. There are 32768 RoPE positions"),
-    "patches of another size": (
+    "a negative RoPE position": ("packed_position_ids", lambda x: x - 1, ".* got -1. There are 32768 RoPE positions"),
+    "patches of another patch size": (
         "packed_vit_tokens",
         lambda x: x[:, 1:],
         r"must be of shape \(2, 588\), got \(2, 587\)",
