@@ -49,7 +49,7 @@ TESTS = ("conformance_kernels", "attention*", "decode_*", "group_norm", "guidanc
          "sample", "graphs", "ops_registration", "backend")  # fmt: skip
 SANITIZED = ("decode_linear", "decode_qkv", "decode_attention", "sample")
 TIME_SHARES = {"build": 0.25, "check": 0.17, "tests": 0.25, "kernels": 0.45, "forward": 0.3, "end_to_end": 0.75,
-          "sanitize": 0.6, "tune": 0.9}  # fmt: skip
+               "sanitize": 0.6, "tune": 0.9}  # fmt: skip
 """Stage -> maximum share of the time that remains when it starts."""
 OUT_OF_TIME = "stopped: time limit reached"
 TUNE_EXIT_GRACE = 15.0

@@ -29,22 +29,24 @@ def problems(kernel: Kernel) -> list[str]:
     """Violations of the rules for shipped configurations, one sentence each."""
     if kernel.error:
         return [kernel.error]
-    found = []
+    violations = []
     limit = DEVICE_LIMITS[kernel.architecture].shared_per_block
     if kernel.shared_bytes > limit:
-        found.append(f"shared memory must be at most {limit} bytes, got {kernel.shared_bytes}: the launch would fail")
+        violations.append(
+            f"shared memory must be at most {limit} bytes, got {kernel.shared_bytes}: the launch would fail"
+        )
     if kernel.spill_bytes:
-        found.append(f"spills {kernel.spill_bytes} bytes")
+        violations.append(f"spills {kernel.spill_bytes} bytes")
     if kernel.serialised:
-        found.append(f"{kernel.serialised} wgmma are serialised")
+        violations.append(f"{kernel.serialised} wgmma are serialised")
     in_16_bits = any(dtype in _SIXTEEN_BITS for *_, dtype in kernel.dots)
     if in_16_bits and kernel.shape_class != "unaligned" and not (kernel.cp_async or kernel.tma_loads):
-        found.append("a dot without pipelined loads: neither cp.async nor TMA")
+        violations.append("a dot without pipelined loads: neither cp.async nor TMA")
     if kernel.architecture in _WARPGROUP_PRODUCTS:
-        found += _warpgroup_problems(kernel)
+        violations += _warpgroup_problems(kernel)
     elif in_16_bits and not kernel.mma:
-        found.append("a dot without mma.sync")
-    return found
+        violations.append("a dot without mma.sync")
+    return violations
 
 
 _SIXTEEN_BITS = ("bf16", "f16")
@@ -53,20 +55,20 @@ _WARPGROUP_PRODUCTS = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
 def _warpgroup_problems(kernel: Kernel) -> list[str]:
     """Dots without warpgroup instructions, and TMA that the tiles request but the kernel lacks."""
-    found, instruction = [], _WARPGROUP_PRODUCTS[kernel.architecture]
+    violations, instruction = [], _WARPGROUP_PRODUCTS[kernel.architecture]
     if kernel.dots and kernel.registers >= 255:  # at 255 ptxas is about to spill
-        found.append("uses all 255 registers")
+        violations.append("uses all 255 registers")
     rows = [rows for rows, *_, dtype in kernel.dots if dtype in _SIXTEEN_BITS]
     if rows and max(rows) >= 64 and not getattr(kernel, instruction):
-        found.append(f"a dot without {instruction}")
+        violations.append(f"a dot without {instruction}")
     if rows and min(rows) >= 64 and kernel.mma:  # tiles of fewer rows must use mma.sync
-        found.append(f"{kernel.mma} mma.sync, at half the rate of {instruction}")
+        violations.append(f"{kernel.mma} mma.sync, at half the rate of {instruction}")
     tma = [value for value in (kernel.tiles or {}).values() if value in _TMA]
     if tma and not kernel.tma_loads:
-        found.append(f"no TMA load, although the tiles request {tma[0]!r}")
+        violations.append(f"no TMA load, although the tiles request {tma[0]!r}")
     if (kernel.tiles or {}).get("TMA_STORE") and not kernel.tma_stores:
-        found.append("no TMA store, although the tiles request TMA_STORE")
-    return found
+        violations.append("no TMA store, although the tiles request TMA_STORE")
+    return violations
 
 
 _TMA = ("host", "device", "host descriptors", "device descriptors")

@@ -80,7 +80,7 @@ PEERS: dict[str, dict[str, Callable]] = {
     },
     "decode_qkv": {"torch": peers_decode.torch_qkv, WITHOUT_EXTENSION: peers_decode.triton_qkv},
     "sample": {"torch": peers_decode.torch_sample, "official, multinomial": peers_decode.official_sample},
-    "cfg_euler_step": {"official": peers.official_guided_step},
+    "cfg_euler_step": {"official": peers.official_cfg_euler_step},
     "group_norm": {"official": peers.official_group_norm, "official, channels first": peers.channels_first_group_norm},
 }
 """Name of the public function -> name of a peer -> factory that takes the function's arguments."""
@@ -94,7 +94,7 @@ COMPILED_PEERS: dict[str, dict[str, Callable]] = {
     "decode_linear": {"torch.compile": peers_decode.torch_linear},
     "decode_qkv": {"torch.compile": peers_decode.torch_qkv},
     "sample": {"torch.compile": peers_decode.torch_sample},
-    "cfg_euler_step": {"official, torch.compile": peers.official_guided_step},
+    "cfg_euler_step": {"official, torch.compile": peers.official_cfg_euler_step},
     "group_norm": {"official, torch.compile": peers.official_group_norm},
 }
 """Same for peers that take seconds to compile. Their factories also take ``wrap``, which compiles a function."""

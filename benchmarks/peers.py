@@ -294,7 +294,7 @@ def channels_first_group_norm(x, weight, bias, groups, eps, silu):
     return official_group_norm(x.contiguous(), weight, bias, groups, eps, silu)
 
 
-def official_guided_step(x, v, image_table, cfg_table, max_rows, guided=True, wrap=lambda f: f):
+def official_cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided=True, wrap=lambda f: f):
     """The formula in about ten operators per image. The tables are read on the host beforehand."""
     calls = []
     for (first, rows, *branches), scalars in zip(image_table.tolist(), cfg_table.tolist(), strict=True):

@@ -16,21 +16,21 @@ def problems(stage) -> list[str]:
 
     Failures of peers, time limits and failures of ``tune`` (which reports its own results) do not count.
     """
-    found = list(stage.notes) if stage.name != "tune" else []
+    lines = list(stage.notes) if stage.name != "tune" else []
     for row in stage.rows:
         if stage.name == "check" and row["result"] != "pass":
-            found.append(f"{row['op']}, {row['case']}, {row['dtype']}: {row['result']}")
+            lines.append(f"{row['op']}, {row['case']}, {row['dtype']}: {row['result']}")
         elif stage.name == "tests" and row["status"] not in (0, None):
-            found.append(f"{row['file']}: status {row['status']}")
+            lines.append(f"{row['file']}: status {row['status']}")
         elif stage.name == "kernels" and row.get("who") == kernels.OURS and row["note"]:
-            found.append(f"{row['workload']}: {row['note']}")
+            lines.append(f"{row['workload']}: {row['note']}")
         elif stage.name == "forward" and row["note"]:
-            found.append(f"{row['forward']}: {row['note']}")
+            lines.append(f"{row['forward']}: {row['note']}")
         elif stage.name == "end_to_end" and row["note"].startswith("WRONG"):
-            found.append(f"{row['case']}, batch {row['batch']}, {row['who']}: {row['note']}")
+            lines.append(f"{row['case']}, batch {row['batch']}, {row['who']}: {row['note']}")
         elif stage.name == "sanitize" and row["status"] not in (0, None):
-            found.append(f"{row['file']}: {row['result']}")
-    return found
+            lines.append(f"{row['file']}: {row['result']}")
+    return lines
 
 
 def summary(stage) -> str:

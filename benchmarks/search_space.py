@@ -20,14 +20,14 @@ def candidates(op: str, shape_class: str, architecture: str) -> list[dict]:
         KeyError: the op, architecture or class is not in the table.
     """
     shipped = configs.TABLE[op][architecture][shape_class]["tiles"]
-    found = [] if shipped is None else [shipped]
+    result = [] if shipped is None else [shipped]
     if op not in _SPACES:
-        return found + [tiles for tiles in _neighbours(shipped) if tiles != shipped]
+        return result + [tiles for tiles in _neighbours(shipped) if tiles != shipped]
     space, shared_memory = _SPACES[op]
     for tiles in space(shape_class, architecture in ("sm_90", "sm_100")):
-        if tiles not in found and shared_memory(tiles, shape_class) <= DEVICE_LIMITS[architecture].shared_per_block:
-            found.append(tiles)
-    return found
+        if tiles not in result and shared_memory(tiles, shape_class) <= DEVICE_LIMITS[architecture].shared_per_block:
+            result.append(tiles)
+    return result
 
 
 def _neighbours(tiles: dict) -> Iterator[dict]:

@@ -212,7 +212,7 @@ def _attention_workloads() -> list[OpWorkload]:
     ]
 
 
-def _guided_step(values: Values, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
+def _cfg_euler_step(values: Values, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
     """Rows are ordered by branch, then image. With dt = 1, state and velocities contribute equally to the result."""
     rows = images * latents
     state, velocities = values(rows, features, dtype=torch.float32), values(branches * rows, features)
@@ -224,8 +224,10 @@ def _guided_step(values: Values, latents: int, renorm: str, branches: int, featu
     return cfg_euler_step, (state, velocities, values.of(image_table), values.of(cfg_table), latents, branches > 1), {}
 
 
-def _guided_step_workload(name: str, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
-    build = partial(_guided_step, latents=latents, renorm=renorm, branches=branches, features=features, images=images)
+def _cfg_euler_step_workload(name: str, latents: int, renorm: str, branches: int, features: int = 64, images: int = 1):
+    build = partial(
+        _cfg_euler_step, latents=latents, renorm=renorm, branches=branches, features=features, images=images
+    )
     return OpWorkload(name, "cfg_euler_step", 0, images * latents * features * (8 + 2 * branches), build)
 
 
@@ -236,7 +238,7 @@ def _group_norm(values: Values, channels: int, side: int):
 
 def _group_norm_workload(channels: int, side: int, dtype=torch.float32) -> OpWorkload:
     build = partial(_group_norm, channels=channels, side=side)
-    name = f"group_norm, {channels} channels of {side} x {side}"
+    name = f"group_norm, {channels} channels of {side}x{side}"
     return OpWorkload(name, "group_norm", 0, 2 * dtype.itemsize * channels * side**2, build, dtype)
 
 
@@ -252,10 +254,10 @@ def _workloads() -> list[OpWorkload]:
     for size, latents in ((1024, 4096), (512, 1024)):
         for renorm, branches in (("global", 2), ("channel", 2), ("text_channel", 3), ("global", 3)):
             name = f"cfg_euler_step {renorm} of {branches} branches, {size}"
-            workloads.append(_guided_step_workload(name, latents, renorm, branches))
-    workloads.append(_guided_step_workload("cfg_euler_step without guidance, 1024", 4096, "global", 1))
+            workloads.append(_cfg_euler_step_workload(name, latents, renorm, branches))
+    workloads.append(_cfg_euler_step_workload("cfg_euler_step without guidance, 1024", 4096, "global", 1))
     name = "cfg_euler_step global of 3 branches, four images of 1024"
-    workloads.append(_guided_step_workload(name, 4096, "global", 3, images=4))
+    workloads.append(_cfg_euler_step_workload(name, 4096, "global", 3, images=4))
     return workloads
 
 
@@ -276,7 +278,7 @@ def _other_sizes() -> list[OpWorkload]:
     return [
         *norms,
         OpWorkload("qk_norm_rope, 64 heads", "qk_norm_rope", 0, rope_bytes, rope),
-        _guided_step_workload("cfg_euler_step global, 16384 features", 256, "global", 2, features=16384),
+        _cfg_euler_step_workload("cfg_euler_step global, 16384 features", 256, "global", 2, features=16384),
         _group_norm_workload(96, 512, torch.bfloat16),
         _linear_workload("linear in float32", 256, 128, 1024, 1024, "bias", torch.float32),
         _linear_workload("linear of 3588 columns", 4096, 2048, 3588, 3584, "bias"),

@@ -95,8 +95,8 @@ def test_random_model_is_stable_and_texts_reach_their_length(tiny):
     + [(name, who) for name in ("text-to-image", "chat with an image") for who in RUNNERS[1:]],
 )
 def test_every_runner_and_case_is_measured(runs, name, who):
-    *heartbeats, found = runs.measure(("task", who, 1, SMALL[name]))
-    row = EndToEndRow(**found)
+    *heartbeats, result = runs.measure(("task", who, 1, SMALL[name]))
+    row = EndToEndRow(**result)
     draws, writes = "chat" not in name, bool(SMALL[name].tokens)
     assert heartbeats and not any(heartbeats) and (row.case, row.batch, row.who) == (name, 1, who)
     assert row.seconds > row.limit > 0 and "measured in full" in row.note and "WRONG" not in row.note
@@ -111,8 +111,8 @@ def test_every_runner_and_case_is_measured(runs, name, who):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["text-to-image", "edit", "think then draw"])
 def test_batches_are_measured(runs, name):
-    *_, found = runs.measure(("task", "graphs", 2, SMALL[name]))
-    assert (found["batch"], found["error"]) == (2, 0.0) and found["launches"] > 50
+    *_, result = runs.measure(("task", "graphs", 2, SMALL[name]))
+    assert (result["batch"], result["error"]) == (2, 0.0) and result["launches"] > 50
 
 
 def test_long_requests_are_extrapolated(tiny, monkeypatch):
@@ -120,17 +120,17 @@ def test_long_requests_are_extrapolated(tiny, monkeypatch):
     call = Runner.__call__
     monkeypatch.setattr(Runner, "__call__", lambda *a, **options: calls.append(options) or call(*a, **options))
     for options in (replace(QUICK, seconds=0.0), replace(QUICK, whole=("graphs",))):
-        *_, found = EndToEnd(*tiny, options).measure(("task", "eager", 1, case))
-        assert found["note"] == "extrapolated from steps and tokens" and found["seconds"] > 0
+        *_, result = EndToEnd(*tiny, options).measure(("task", "eager", 1, case))
+        assert result["note"] == "extrapolated from steps and tokens" and result["seconds"] > 0
     assert all("num_timesteps" in options for options in calls), "the full request was run"
 
 
 def test_noisy_short_runs_give_no_rates(tiny, monkeypatch):
     ticks = iter(range(1000, 0, -1))  # every run takes less time than the previous one
     monkeypatch.setattr(Runner, "seconds", lambda *_, **__: float(next(ticks)))
-    *_, found = EndToEnd(*tiny, QUICK).measure(("task", "eager", 1, SMALL["think then draw"]))
-    assert (found["step"], found["denoising"], found["token"]) == (0, 0, 0) and found["seconds"] > 0
-    assert "-" not in table([EndToEndRow(**found)]).splitlines()[2]
+    *_, result = EndToEnd(*tiny, QUICK).measure(("task", "eager", 1, SMALL["think then draw"]))
+    assert (result["step"], result["denoising"], result["token"]) == (0, 0, 0) and result["seconds"] > 0
+    assert "-" not in table([EndToEndRow(**result)]).splitlines()[2]
 
 
 def test_cost_of_a_request_is_the_sum_of_its_parts():
@@ -168,13 +168,13 @@ def test_only_own_results_that_differ_from_eager_are_wrong():
 
 
 def test_tasks_are_sorted_by_importance():
-    found = tasks(CASES)
-    names = [name for name, *_ in found]
+    result = tasks(CASES)
+    names = [name for name, *_ in result]
     assert len(names) == len(set(names)) == 4 * 3 + 3 * 2 + 4
     assert names[0] == "text-to-image, batch 1: graphs"
     compiled = ["compiled" in name for name in names]
     assert compiled == sorted(compiled), "compiled runners come last"
-    assert {batch for _, who, batch, case in found if "official" in who or case.task == "chat"} == {1}
+    assert {batch for _, who, batch, case in result if "official" in who or case.task == "chat"} == {1}
 
 
 # Timelines
@@ -228,8 +228,8 @@ def test_profiler_failure_keeps_other_measurements(runs, monkeypatch):
         raise RuntimeError("CUPTI is taken")
 
     monkeypatch.setattr(timeline, "profile", fail)
-    *_, found = runs.measure(("task", "graphs", 1, SMALL["text-to-image"]))
-    assert found["launches"] is None and "no timeline: RuntimeError: CUPTI is taken" in found["note"]
+    *_, result = runs.measure(("task", "graphs", 1, SMALL["text-to-image"]))
+    assert result["launches"] is None and "no timeline: RuntimeError: CUPTI is taken" in result["note"]
 
 
 # Command line
@@ -249,13 +249,13 @@ def test_command_prints_table_and_writes_rows(tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.json"
     options = ("--cases", "text-to-image, edit", "--who", "graphs,official", "--batches", "1")
     assert run_main(monkeypatch, "--tiny", "--json", str(file), *options) == 0
-    output, found = capsys.readouterr().out, json.loads(file.read_text())
-    assert [(row["case"], row["who"]) for row in found["rows"]] == [
+    output, result = capsys.readouterr().out, json.loads(file.read_text())
+    assert [(row["case"], row["who"]) for row in result["rows"]] == [
         (case, who) for case in ("text-to-image", "edit") for who in ("graphs", "official")
     ]
-    assert found["failed"] == [] and {"commit", "machine", "versions"} <= set(found["about"])
+    assert result["failed"] == [] and {"commit", "machine", "versions"} <= set(result["about"])
     assert output.count("| text-to-image | 1 |") == 2 and "measured in full" in output
-    assert all(row["who"] in output for row in found["rows"])
+    assert all(row["who"] in output for row in result["rows"])
 
 
 def test_failing_runner_does_not_stop_the_others(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from bagel_rt.check import run as check
 from bagel_rt.kernels import rms_norm
 from benchmarks import forward, gpu_check, kernels, measure, report, worker
 from benchmarks.gpu_check import Stage
-from benchmarks.workloads import WORKLOADS, OpWorkload, _guided_step
+from benchmarks.workloads import WORKLOADS, OpWorkload, _cfg_euler_step
 
 CPU = torch.device("cpu")
 
@@ -178,7 +178,7 @@ def norms(tensors):
 
 
 def steps(tensors):
-    return _guided_step(tensors, latents=6, renorm="global", branches=3)
+    return _cfg_euler_step(tensors, latents=6, renorm="global", branches=3)
 
 
 TINY = [

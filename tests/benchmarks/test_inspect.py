@@ -114,15 +114,15 @@ def test_bad_tiles_are_reported(tmp_path):
     path = tmp_path / "report.json"
     options = ["--arch", "sm_90", "--op", "linear", "--table", str(tmp_path / "table.json"), "--json", str(path)]
     done = run_inspect(*options)
-    found = {}
+    result = {}
     for kernel in json.loads(path.read_text())["kernels"]:
-        found.setdefault(kernel["shape_class"], []).extend(kernel["problems"])
+        result.setdefault(kernel["shape_class"], []).extend(kernel["problems"])
     assert done.returncode == 1
-    assert any("spills" in problem for problem in found["many bias"])
-    assert any("255 registers" in problem for problem in found["many bias"])
-    assert any("launch would fail" in problem for problem in found["many residual"])
-    assert any("power of 2" in problem for problem in found["some bias"])
-    assert found["some residual"] == []
+    assert any("spills" in problem for problem in result["many bias"])
+    assert any("255 registers" in problem for problem in result["many bias"])
+    assert any("launch would fail" in problem for problem in result["many residual"])
+    assert any("power of 2" in problem for problem in result["some bias"])
+    assert result["some residual"] == []
 
 
 def test_alignment_of_the_slot_does_not_specialise_the_kernel():
@@ -186,8 +186,8 @@ def kernel(architecture="sm_90", **facts):
     ],
 )
 def test_problems(facts, problem):
-    found = problems(kernel(**facts))
-    assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
+    result = problems(kernel(**facts))
+    assert (result == []) if problem is None else (len(result) == 1 and problem in result[0])
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_exception_and_timeout_of_a_job_are_reported(monkeypatch):
 
 
 def test_deadline_terminates_running_jobs_and_starts_no_others():
-    found = list(run_in_processes(sleep_or_raise, [(0,), (60,), (61,), (0.1,)], 2, time.monotonic() + 1))
-    assert found[0] == ((0,), 0) and [job for job, _ in found[1:]] == [(60,), (61,)]
-    assert {str(result) for _, result in found[1:]} == {"time limit reached"}
+    results = list(run_in_processes(sleep_or_raise, [(0,), (60,), (61,), (0.1,)], 2, time.monotonic() + 1))
+    assert results[0] == ((0,), 0) and [job for job, _ in results[1:]] == [(60,), (61,)]
+    assert {str(result) for _, result in results[1:]} == {"time limit reached"}
     assert multiprocessing.active_children() == []
 
 

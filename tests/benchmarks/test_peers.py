@@ -24,7 +24,7 @@ from bagel_rt.kernels.backend import backend
 from bagel_rt.models.bagel.config import TransformerConfig
 from bagel_rt.runtime.plan import Segment, build_plan
 from benchmarks import forward, kernels, measure, peers, peers_attention
-from benchmarks.workloads import WORKLOADS, OpWorkload, _guided_step, attention_gradients
+from benchmarks.workloads import WORKLOADS, OpWorkload, _cfg_euler_step, attention_gradients
 
 CPU = torch.device("cpu")
 HAS_LIGER, HAS_VLLM_OMNI = (importlib.util.find_spec(name) is not None for name in ("liger_kernel", "vllm_omni"))
@@ -99,7 +99,7 @@ def samples(tensors, settings):
 
 
 def steps(tensors):
-    return _guided_step(tensors, latents=6, renorm="global", branches=3)
+    return _cfg_euler_step(tensors, latents=6, renorm="global", branches=3)
 
 
 def group_norms(tensors):

@@ -35,11 +35,11 @@ def test_sampler_is_reproducible_and_covers_every_kind(runtime):
         requests = RequestSampler(runtime, seed)
         return [requests.sample() for _ in range(60)]
 
-    def shown(samples):
+    def fields_of(samples):
         return [(r.method, r.options, r.stop, r.abandons) for r in samples]
 
     first = sample(3)
-    assert shown(first) == shown(sample(3)) != shown(sample(4))
+    assert fields_of(first) == fields_of(sample(3)) != fields_of(sample(4))
     sizes = [request.options.get("size") for request in first if request.method == "generate"]
     assert any(isinstance(size, list) for size in sizes) and any(isinstance(size, tuple) for size in sizes)
     assert any(request.options.get("think") for request in first) and any(request.abandons for request in first)

@@ -26,21 +26,21 @@ ENTRIES = [
 
 @pytest.mark.parametrize("op, architecture, shape_class", ENTRIES)
 def test_candidates_have_the_arguments_of_the_shipped_entry(op, architecture, shape_class):
-    found = candidates(op, shape_class, architecture)
-    shipped = configs.TABLE[op][architecture][shape_class]["tiles"] or found[0]
-    assert found[0] == shipped and len(found) > 1
-    assert len({json.dumps(tiles, sort_keys=True) for tiles in found}) == len(found)
-    for tiles in found:
+    result = candidates(op, shape_class, architecture)
+    shipped = configs.TABLE[op][architecture][shape_class]["tiles"] or result[0]
+    assert result[0] == shipped and len(result) > 1
+    assert len({json.dumps(tiles, sort_keys=True) for tiles in result}) == len(result)
+    for tiles in result:
         assert tiles.keys() == shipped.keys()
         assert [type(tiles[name]) for name in tiles] == [type(shipped[name]) for name in tiles]
 
 
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
 def test_warp_specialisation_is_limited_to_supported_architectures(architecture):
-    found = [
+    result = [
         tiles for shape_class in configs.TABLE["linear"][architecture] for tiles in linear(shape_class, architecture)
     ]
-    specialised = [tiles for tiles in found if tiles["WARP_SPECIALIZE"]]
+    specialised = [tiles for tiles in result if tiles["WARP_SPECIALIZE"]]
     assert bool(specialised) == (architecture in ("sm_90", "sm_100"))
     assert all(
         tiles["DESCRIPTORS"] == "device" and tiles["num_warps"] == 4 and not tiles["FLATTEN"] for tiles in specialised
@@ -162,8 +162,8 @@ broken = OpWorkload("broken", "linear", 1, 1, no_inputs)
 
 def test_workloads_by_class_is_sorted_by_priority_and_size(choices):
     choices("qkv, text-to-image 1024", "o, edit 1024", "o, text-to-image 1024")
-    found = workloads_by_class("sm_90", ["linear"])
-    assert [(name, [workload.name for workload in workloads]) for name, workloads in found.items()] == [
+    result = workloads_by_class("sm_90", ["linear"])
+    assert [(name, [workload.name for workload in workloads]) for name, workloads in result.items()] == [
         (("linear", "many residual"), ["o, edit 1024", "o, text-to-image 1024"]),
         (("linear", "many bias"), ["qkv, text-to-image 1024"]),
     ]

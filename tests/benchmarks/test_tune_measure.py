@@ -44,11 +44,13 @@ def test_failing_and_wrong_candidates_have_a_reason_instead_of_a_time(monkeypatc
     architecture, before = configs.architecture(device), deepcopy(configs.TABLE)
     tiles = {index: {"ROWS": rows, "num_warps": 4} for index, rows in enumerate((1, 2, 3, 4, 1))}
     results = list(measure_candidates(("rms_norm", "wide"), workload, tiles, architecture, device))
-    found = {index: result for index, result in results if result is not None}
+    outcomes = {index: result for index, result in results if result is not None}
     assert [index for index, result in results if result is None] == [TORCH, 0, 1, 2, 3, 4]
-    assert found[TORCH] > 0 and found[0] > 0 and found[4] > 0
-    assert found[1].startswith("ValueError: relative error") and found[3].startswith("ValueError: relative error inf")
-    assert found[2] == "RuntimeError: out of resources"
+    assert outcomes[TORCH] > 0 and outcomes[0] > 0 and outcomes[4] > 0
+    assert outcomes[1].startswith("ValueError: relative error") and outcomes[3].startswith(
+        "ValueError: relative error inf"
+    )
+    assert outcomes[2] == "RuntimeError: out of resources"
     assert configs.TABLE == before and backend.backend() == "auto"
 
 
