@@ -39,7 +39,7 @@ def check_tasks(device: torch.device) -> Tasks:
     def run(case):
         for result in check.run(device, [case]):
             yield asdict(result)
-        if lost := check.lost(device):
+        if lost := check.device_error(device):
             raise kernels.DeviceLost(lost)
 
     return [(f"{case.op}: {case.name}", partial(run, case)) for case in CASES]

@@ -1,4 +1,4 @@
-"""One case of ``bagel-rt check``: the inputs, the call and its reference, and how far apart the two may be."""
+"""A case of ``bagel-rt check``: inputs, the kernel's call, its float64 reference, and the error bound."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from bagel_rt.kernels.triton_language import INTERPRETED
 
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
-"""Largest relative error of one rounding to the dtype; Triton's interpreter truncates to bfloat16."""
+"""Maximum relative error of one rounding to the dtype. Triton's interpreter truncates to bfloat16."""
 ROUNDINGS = {
     "rms_norm": 2,
     "add_rms_norm": 3,
@@ -22,24 +22,25 @@ ROUNDINGS = {
     "group_norm_moments": 0,
     "sample": 0,
 }
-"""How many of them an output has behind it at most; 1 of the others."""
+"""Maximum number of roundings behind an output, per op; 1 for the others."""
 FLOAT32_ARITHMETIC = 3e-5
-"""Allowed on top: what a few thousand float32 additions may lose."""
+"""Added to the bound: error of a few thousand float32 additions."""
 
-QUERY_DEVIATION = 2.0
-"""Of queries whose keys have 1: softmax is peaked, yet the keys of every tile weigh in some row."""
+QUERY_STD = 2.0
+"""Standard deviation of queries for keys of 1: softmax is peaked, yet the keys of every tile matter in some row."""
 
 EPS = 1e-6
 ALL = tuple(ROUNDING)
 HALF = (torch.bfloat16, torch.float16)
 BFLOAT16 = (torch.bfloat16,)
-SWIGLU = 4  # roundings where torch does it: the product, silu, times up
+SWIGLU = 4  # roundings of an unfused SwiGLU: gate, up, silu(gate), and their product
 
 
 class Values:
-    """Makes the tensors of a call on one device, floating ones in one dtype; the same whenever it is made anew.
+    """Creates the input tensors of a call on one device and in one dtype, reproducibly from a fixed seed.
 
-    ``random`` ones are normal. Others are left unwritten, so that gigabytes on the CPU take no memory.
+    ``random`` tensors are normally distributed. Otherwise they are left uninitialised, so that large ones on the CPU
+    commit no memory.
     """
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, random: bool = True):
@@ -51,7 +52,7 @@ class Values:
         return values.normal_(0.0, deviation, generator=self._generator) if self._random else values
 
     def of(self, values) -> torch.Tensor:
-        """An array or list on the device, in its own dtype."""
+        """Copy an array or list to the device in its own dtype."""
         return torch.as_tensor(values).to(self.device)
 
 
@@ -60,12 +61,12 @@ class Case:
     """One call of an op.
 
     Attributes:
-        op: a name in ``bagel_rt.kernels.registry.OPS``.
-        name: what is special about it.
-        build: Values -> (function giving the kernel's outputs, function giving the same in float64).
-        dtypes: of the inputs.
-        interpreted: whether Triton's interpreter runs it too.
-        roundings: where there may be more than ``ROUNDINGS``.
+        op: name in ``bagel_rt.kernels.registry.OPS``.
+        name: description of the inputs.
+        build: Values -> (function that returns the kernel's outputs, function that returns float64 references).
+        dtypes: input dtypes to run.
+        interpreted: whether the case also runs in Triton's interpreter.
+        roundings: overrides ``ROUNDINGS`` if not 0.
     """
 
     op: str
@@ -76,14 +77,14 @@ class Case:
     roundings: int = 0
 
     def allowed(self, dtype: torch.dtype) -> float:
-        """Largest |got - want| / (|want| + rms of its row) that passes."""
+        """Error bound: maximum |got - want| / (|want| + rms of its row)."""
         return (self.roundings or ROUNDINGS.get(self.op, 1)) * ROUNDING[dtype] + FLOAT32_ARITHMETIC
 
 
-def wide(value):
+def to_float64(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def both(call: Callable, reference: Callable, arguments: tuple):
-    """A case whose reference takes the arguments of the call."""
-    return lambda: call(*arguments), lambda: reference(*map(wide, arguments))
+def call_and_reference(call: Callable, reference: Callable, arguments: tuple):
+    """The pair that ``Case.build`` returns, for a reference with the arguments of the call."""
+    return lambda: call(*arguments), lambda: reference(*map(to_float64, arguments))

@@ -1,7 +1,7 @@
-"""The cases of ``bagel-rt check``: calls of every op that has a kernel, each beside its reference in float64.
+"""Cases of ``bagel-rt check``: calls of every op with a kernel, each with a float64 reference.
 
-Cases that hurt come first: one row, one expert empty, sizes that no tile divides, keys that only some rows of a block
-see. Then BAGEL's own widths and heads, which only a GPU runs: the interpreter would take minutes.
+Edge cases come first: one row, an empty expert, sizes that are no multiple of a tile, keys that only some rows of a
+block attend to. Then BAGEL's own sizes, which run only on a GPU: the interpreter would take minutes.
 """
 
 from functools import partial
@@ -9,7 +9,18 @@ from functools import partial
 import numpy as np
 import torch
 
-from bagel_rt.check.case import ALL, BFLOAT16, EPS, HALF, QUERY_DEVIATION, SWIGLU, Case, Values, both, wide
+from bagel_rt.check.case import (
+    ALL,
+    BFLOAT16,
+    EPS,
+    HALF,
+    QUERY_STD,
+    SWIGLU,
+    Case,
+    Values,
+    call_and_reference,
+    to_float64,
+)
 from bagel_rt.check.cases_decode import DECODE_CASES
 from bagel_rt.kernels import (
     attention,
@@ -31,7 +42,7 @@ from bagel_rt.runtime.plan import Segment, build_plan, visibility
 
 def _rms_norm(values: Values, T: int, G: int, H: int, adds: bool = False):
     x, weights = values(T, H, deviation=3), (values(H), values(H))
-    return both(rms_norm, rms_norm_reference, (x, values(T, H) if adds else None, *weights, G, EPS))
+    return call_and_reference(rms_norm, rms_norm_reference, (x, values(T, H) if adds else None, *weights, G, EPS))
 
 
 def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str = "none"):
@@ -45,7 +56,7 @@ def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str = "non
     def reference(*arguments):
         return (linear_reference(*arguments),)
 
-    return both(call, reference, (x, *weights, *biases, residual, G, epilogue == "swiglu"))
+    return call_and_reference(call, reference, (x, *weights, *biases, residual, G, epilogue == "swiglu"))
 
 
 def _qk_norm_rope(values: Values, T: int, G: int, heads: int, kv_heads: int, D: int):
@@ -59,18 +70,18 @@ def _qk_norm_rope(values: Values, T: int, G: int, heads: int, kv_heads: int, D: 
         arguments = tuple(map(convert, arguments))
         return function(*arguments, G, EPS), *arguments[-2:]  # the caches, other slots untouched
 
-    return (partial(outputs, qk_norm_rope, lambda value: value), partial(outputs, qk_norm_rope_reference, wide))
+    return (partial(outputs, qk_norm_rope, lambda value: value), partial(outputs, qk_norm_rope_reference, to_float64))
 
 
 def _segment(mode: str, rows: int, start: int, visible: int, write: int | None = None, gen: bool = False) -> Segment:
-    """Rows in a context that begins at slot ``start``; with ``gen`` all but the first and the last are generation's."""
+    """A segment of a context at slot ``start``; with ``gen`` all rows but the first and last are generation rows."""
     routed = np.full(rows, gen)
     routed[[0, -1]] = False
     return Segment(mode, routed, start, visible, start + visible if write is None else write)
 
 
-def _attention_inputs(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int, peak=QUERY_DEVIATION):
-    """q, k, v, limits, blocks and the mask; slots that nobody sees hold NaN, which shows if it is read."""
+def _attention_inputs(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int, peak=QUERY_STD):
+    """q, k, v, limits, blocks and mask. Slots that no row attends to hold NaN, so that a read shows."""
     plan = build_plan(segments)
     mask = visibility(plan)
     T, slots = mask.shape
@@ -99,7 +110,7 @@ def _attention(values: Values, segments, heads: int, kv_heads: int, D: int):
 def _attention_lse(values: Values, segments, heads: int, kv_heads: int, D: int):
     q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D)
 
-    def sums(out, lse):  # of exponentials, each by itself: what a lost key takes from one, it takes from the other
+    def sums(out, lse):  # compare sums of exponentials, one per row: a lost key changes them in proportion
         return out, lse.double().exp().unsqueeze(-1)
 
     return (
@@ -110,15 +121,15 @@ def _attention_lse(values: Values, segments, heads: int, kv_heads: int, D: int):
 
 def _attention_backward(values: Values, segments, heads: int, kv_heads: int, D: int):
     q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D, 1.0)
-    k, v = k.nan_to_num(), v.nan_to_num()  # their gradient is zero, whatever they hold
+    k, v = k.nan_to_num(), v.nan_to_num()  # the gradient of unread slots is zero
     d_out = values(*q.shape)
 
     def gradients(function, d_out, *inputs):
         inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         with torch.enable_grad():
-            found = torch.autograd.grad(function(*inputs), inputs, d_out)
-        # One row each: rows are differences of nearly equal numbers, as right as the largest of them.
-        return [gradient.flatten() for gradient in found]
+            gradients = torch.autograd.grad(function(*inputs), inputs, d_out)
+        # Flatten to one row each: a row of a gradient may cancel, so errors are relative to the whole gradient.
+        return [gradient.flatten() for gradient in gradients]
 
     return (
         lambda: gradients(lambda *inputs: attention(*inputs, limits, blocks), d_out, q, k, v),
@@ -129,36 +140,38 @@ def _attention_backward(values: Values, segments, heads: int, kv_heads: int, D: 
 
 
 def _guided_step(values: Values, images: list[tuple[int, float, float, str]], guided: bool = True):
-    """Images of (latents, text scale, image scale, renorm), all conditional branches first, then those without text."""
+    """Images of (latents, text scale, image scale, renorm); v contains all images' branches, one kind after another."""
     rows = [latents for latents, *_ in images]
     first = np.cumsum([0, *rows[:-1]])
-    places = np.stack([first, rows, *(first + branch * sum(rows) for branch in range(3))], 1).astype(np.int32)
+    table = np.stack([first, rows, *(first + branch * sum(rows) for branch in range(3))], 1).astype(np.int32)
     scales = [[0.05, *scales, 0.0, RENORMS.index(renorm)] for _, *scales, renorm in images]
     x, v = values(sum(rows), 64, dtype=torch.float32), values(3 * sum(rows), 64)
-    tables = values.of(places), values.of(np.array(scales, np.float32))
+    tables = values.of(table), values.of(np.array(scales, np.float32))
 
     def outputs(function, convert):
-        moved = convert(x).clone()
-        function(moved, convert(v), *tables, max(rows), guided)
-        return (moved,)
+        stepped = convert(x).clone()
+        function(stepped, convert(v), *tables, max(rows), guided)
+        return (stepped,)
 
-    return partial(outputs, cfg_euler_step, lambda value: value), partial(outputs, cfg_euler_step_reference, wide)
+    return partial(outputs, cfg_euler_step, lambda value: value), partial(outputs, cfg_euler_step_reference, to_float64)
 
 
 _BATCH = [(37, 4.0, 1.5, "global"), (5, 1.0, 2.0, "channel"), (70, 3.0, 1.0, "global"), (1, 2.0, 2.0, "text_channel")]
 
 
 def _group_norm(values: Values, channels: int, height: int, width: int, rows: int | None = None):
-    """With statistics of its own, or of a map of so many rows of which it is a strip."""
+    """A whole map, or with ``rows`` a strip of a map of that many rows, normalised with the map's statistics."""
     x = values(2, rows or height, width, channels, deviation=3).permute(0, 3, 1, 2) + 1
     moments = None if rows is None else group_norm_moments(x, 32, EPS)
     arguments = (x[:, :, :height], values(channels), values(channels), 32, EPS, True, moments)
-    return both(lambda *a: (group_norm(*a),), lambda *a: (group_norm_reference(*a),), arguments)
+    return call_and_reference(lambda *a: (group_norm(*a),), lambda *a: (group_norm_reference(*a),), arguments)
 
 
 def _group_norm_moments(values: Values, channels: int, height: int, width: int):
     x = values(2, height, width, channels, deviation=3).permute(0, 3, 1, 2) + 1
-    return both(lambda *a: (group_norm_moments(*a),), lambda *a: (group_norm_moments_reference(*a),), (x, 32, EPS))
+    return call_and_reference(
+        lambda *a: (group_norm_moments(*a),), lambda *a: (group_norm_moments_reference(*a),), (x, 32, EPS)
+    )
 
 
 _MIXED = [
@@ -201,19 +214,19 @@ CASES = [
          partial(_attention, segments=_MIXED, heads=4, kv_heads=2, D=16), ALL, True),
     Case("attention", "two branches, 28 over 4 heads of 128",
          partial(_attention, segments=_DENOISING, heads=28, kv_heads=4, D=128), ALL),
-    Case("attention", "own keys apart from the context, 28 over 4 heads of 128",
+    Case("attention", "own span detached from the context, 28 over 4 heads of 128",
          partial(_attention, segments=_BRANCHES, heads=28, kv_heads=4, D=128)),
     Case("attention", "text then an image, 28 over 4 heads of 128",
          partial(_attention, segments=_TEXT_AND_IMAGE, heads=28, kv_heads=4, D=128)),
-    Case("attention", "two pictures, 16 heads of 72",
+    Case("attention", "two images, 16 heads of 72",
          partial(_attention, segments=_TOWER, heads=16, kv_heads=16, D=72), HALF),
     Case("attention_lse", "text, image, denoising, 4 over 2 heads of 16",
          partial(_attention_lse, segments=_MIXED, heads=4, kv_heads=2, D=16), BFLOAT16, True),
-    Case("attention_lse", "own keys apart from the context, 28 over 4 heads of 128",
+    Case("attention_lse", "own span detached from the context, 28 over 4 heads of 128",
          partial(_attention_lse, segments=_BRANCHES, heads=28, kv_heads=4, D=128)),
     Case("attention_backward", "text, image, denoising, 4 over 2 heads of 16",
          partial(_attention_backward, segments=_MIXED, heads=4, kv_heads=2, D=16), ALL, True),
-    Case("attention_backward", "own keys apart from the context, 28 over 4 heads of 128",
+    Case("attention_backward", "own span detached from the context, 28 over 4 heads of 128",
          partial(_attention_backward, segments=_BRANCHES, heads=28, kv_heads=4, D=128)),
     Case("cfg_euler_step", "no guidance, 6 latents",
          partial(_guided_step, images=[(6, 4.0, 1.5, "global")], guided=False), BFLOAT16, True),
@@ -221,9 +234,9 @@ CASES = [
          partial(_guided_step, images=[(37, 4.0, 1.5, "global")]), ALL, True),
     Case("cfg_euler_step", "norm per token, 37 latents",
          partial(_guided_step, images=[(37, 4.0, 1.0, "channel")]), BFLOAT16, True),
-    Case("cfg_euler_step", "norm per token of the text's, 37 latents",
+    Case("cfg_euler_step", "norm per token of the text guidance, 37 latents",
          partial(_guided_step, images=[(37, 4.0, 2.0, "text_channel")]), BFLOAT16, True),
-    Case("cfg_euler_step", "four images, each with guidance of its own",
+    Case("cfg_euler_step", "four images with different guidance",
          partial(_guided_step, images=_BATCH), ALL, True),
     Case("cfg_euler_step", "global norm, 4096 latents",
          partial(_guided_step, images=[(4096, 4.0, 1.5, "global")]), ALL),

@@ -1,7 +1,7 @@
-"""The cases of ``bagel-rt check`` for the ops of the one-token path.
+"""Cases of ``bagel-rt check`` for the decode ops.
 
-Cases that hurt come first, as in :mod:`bagel_rt.check.cases`. float16, and sizes that the CUDA kernels do not take, go
-to the Triton kernels behind them.
+Edge cases come first, as in :mod:`bagel_rt.check.cases`. float16 and sizes that the CUDA kernels do not support run the
+Triton fallback.
 """
 
 from functools import partial
@@ -9,14 +9,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from bagel_rt.check.case import ALL, EPS, QUERY_DEVIATION, SWIGLU, Case, Values, both, wide
+from bagel_rt.check.case import ALL, EPS, QUERY_STD, SWIGLU, Case, Values, call_and_reference, to_float64
 from bagel_rt.kernels import decode_attention, decode_linear, decode_qkv, sample
 from bagel_rt.kernels.decode_attention import decode_attention_reference
 from bagel_rt.kernels.decode_linear import decode_linear_reference
 from bagel_rt.kernels.decode_qkv import decode_qkv_reference
 from bagel_rt.kernels.sample import scores_reference
 
-DECODED = (torch.bfloat16, torch.float32)  # what the extension's kernels take
+DECODED = (torch.bfloat16, torch.float32)  # dtypes of the extension's kernels
 
 
 def _decode_linear(values: Values, B: int, K: int, N: int, norm: bool = False, epilogue: str = "none"):
@@ -29,7 +29,7 @@ def _decode_linear(values: Values, B: int, K: int, N: int, norm: bool = False, e
     def reference(*arguments):
         return (decode_linear_reference(*arguments, epilogue == "swiglu"),)
 
-    return both(call, reference, arguments)
+    return call_and_reference(call, reference, arguments)
 
 
 def _decode_qkv(values: Values, B: int, H: int, heads: int, kv_heads: int, D: int):
@@ -43,21 +43,23 @@ def _decode_qkv(values: Values, B: int, H: int, heads: int, kv_heads: int, D: in
         arguments = tuple(map(convert, arguments))
         return function(*arguments, EPS), *arguments[-2:]  # the caches, other slots untouched
 
-    return (partial(outputs, decode_qkv, lambda value: value), partial(outputs, decode_qkv_reference, wide))
+    return (partial(outputs, decode_qkv, lambda value: value), partial(outputs, decode_qkv_reference, to_float64))
 
 
 def _decode_attention(values: Values, lengths: list[int], heads: int, kv_heads: int, D: int):
     starts = np.cumsum([3, *lengths[:-1]])
     slots = 3 + sum(lengths)
-    q = values(len(lengths), heads, D, deviation=QUERY_DEVIATION)
+    q = values(len(lengths), heads, D, deviation=QUERY_STD)
     k, v = values(slots, kv_heads, D), values(slots, kv_heads, D)
-    k[:3] = v[:3] = torch.nan  # nobody's
+    k[:3] = v[:3] = torch.nan  # slots of no sequence
     arguments = (q, k, v, values.of(starts), values.of(np.array(lengths)), D**-0.5)
-    return both(lambda *a: (decode_attention(*a),), lambda *a: (decode_attention_reference(*a),), arguments)
+    return call_and_reference(
+        lambda *a: (decode_attention(*a),), lambda *a: (decode_attention_reference(*a),), arguments
+    )
 
 
 def _sample(values: Values, V: int, settings: list[tuple[float, float, float]] | None = None, B: int = 1):
-    """Whether the token drawn is kept and has the largest score, up to the last bits of a logarithm."""
+    """The score of the sampled token against the maximum: tokens may differ where scores tie to the last bits."""
     B = len(settings) if settings else B
     logits, number = values(B, V, deviation=3), values.of(np.arange(B))
     settings = settings and values.of(np.array(settings, np.float32))

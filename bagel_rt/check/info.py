@@ -23,10 +23,10 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", 
 
 
 def collect(model: Path | None = None) -> dict:
-    """The report as JSON-ready values.
+    """Collect the report as JSON-safe values.
 
     Args:
-        model: a checkpoint folder whose sizes are added; only its JSON files and the weights' headers are read.
+        model: checkpoint folder to describe; only its JSON files and the weights' headers are read.
 
     Raises:
         CheckpointError: the model folder's configuration cannot be read.
@@ -43,20 +43,20 @@ def collect(model: Path | None = None) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, of this package, Python and the dependencies that may affect results."""
-    found = {"bagel_rt": __version__, "python": platform.python_version()}
+    """Versions of this package, Python and the dependencies that may affect results."""
+    installed = {"bagel_rt": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def devices() -> list[dict]:
-    """The CPU, then every CUDA device: name, compute capability, memory in GiB."""
+    """Describe the CPU, then every CUDA device: name, compute capability, memory in GiB."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    found = [
+    entries = [
         {
             "device": "cpu",
             "name": _processor(),
@@ -67,7 +67,7 @@ def devices() -> list[dict]:
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(
+        entries.append(
             {
                 "device": f"cuda:{index}",
                 "name": properties.name,
@@ -76,20 +76,20 @@ def devices() -> list[dict]:
                 "memory_gib": _gib(properties.total_memory),
             }
         )
-    return found
+    return entries
 
 
 def cuda_kernels() -> str:
-    """Whether the extension's CUDA kernels run on the current GPU, or why not; without one, whether they are built."""
+    """Status of the extension's CUDA kernels: "compiled", or why they are not built or do not run here."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     error = cuda_error(device)
     return f"absent: {error}" if error else "compiled"
 
 
 def ops() -> dict[str, str]:
-    """Op -> its backend on the default device, "cuda", "triton" or "reference"; or the error that prevents all."""
+    """Op -> implementation on the default device: "cuda", "triton" or "reference"; {"none": error} if none can run."""
     try:
-        from bagel_rt.kernels.registry import OPS, implementation  # here: kernels may import what is not installed
+        from bagel_rt.kernels.registry import OPS, implementation  # here: imports optional packages
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return {op: implementation(op, device) for op in OPS}

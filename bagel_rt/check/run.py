@@ -1,4 +1,4 @@
-"""``bagel-rt check``: every kernel on small inputs, beside its reference in float64 on the same inputs."""
+"""``bagel-rt check``: compare every kernel with its float64 reference on small inputs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from bagel_rt.kernels.registry import OPS, implementation
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case in one dtype.
+    """Result of a case in one dtype.
 
     Attributes:
-        error: largest |got - want| / (|want| + rms of its row); None where nothing was computed.
-        allowed: the largest error that passes.
+        error: maximum |got - want| / (|want| + rms of its row); None if nothing was computed.
+        allowed: maximum error that passes.
         result: "pass", "FAIL" or "not run".
-        note: why there is no error.
+        note: the reason, if ``error`` is None.
     """
 
     op: str
@@ -36,26 +36,26 @@ class Result:
 
 
 def choose_cases(ops: Sequence[str] | None = None) -> list[Case]:
-    """The cases of some ops, by default of all.
+    """Select the cases of some ops, by default of all.
 
     Raises:
-        ValueError: a name is no op.
+        ValueError: a name is not an op.
     """
     for op in ops or ():
         if op not in OPS:
-            raise ValueError(f"--op must be one of {', '.join(sorted(OPS))}, got {op!r}")
+            raise ValueError(f"--op must be one of {', '.join(sorted(OPS))}, got {op!r}.")
     return [case for case in CASES if case.op in (ops or OPS)]
 
 
 def run(device: torch.device, cases: Sequence[Case] | None = None) -> Iterator[Result]:
-    """Run cases, all by default, with kernels on ``device``, one result per case and dtype.
+    """Run cases, by default all, with kernels on ``device``; yield one result per case and dtype.
 
-    On a CPU only those that the interpreter can do in a moment; of ops whose kernels are CUDA, those only where the
-    extension has them for this device. After an error that leaves the GPU unusable for this
-    process, which CUDA calls sticky, the rest is "not run".
+    A CPU runs only cases that are small enough for the interpreter. Ops with a CUDA kernel run only if the extension
+    supports this device. After a sticky CUDA error, which makes the GPU unusable for this process, the remaining cases
+    are "not run".
 
     Raises:
-        ValueError: no kernels on this device: an old GPU, or a CPU without the interpreter.
+        ValueError: no kernel runs on this device: an old GPU, or a CPU without the interpreter.
     """
     check_backend(device, "triton")
     configs.architecture(device)
@@ -63,7 +63,7 @@ def run(device: torch.device, cases: Sequence[Case] | None = None) -> Iterator[R
 
 
 def _run(device, cases):
-    gone = ""
+    device_lost = ""
     choose_backend("triton")
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -71,8 +71,8 @@ def _run(device, cases):
         for case in cases:
             runs = has_kernel[case.op] and (case.interpreted or device.type == "cuda")
             for dtype in case.dtypes if runs else ():
-                result = _result(case, dtype, note=gone) if gone else _check(case, dtype, device)
-                gone = gone or (result.note and lost(device))
+                result = _result(case, dtype, note=device_lost) if device_lost else _check(case, dtype, device)
+                device_lost = device_lost or (result.note and device_error(device))
                 yield result
     finally:
         choose_backend(None)
@@ -88,16 +88,16 @@ def _check(case: Case, dtype: torch.dtype, device: torch.device) -> Result:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             call, reference = case.build(Values(device, dtype))
             error = _error(call(), reference())
-    except Exception as problem:  # whatever a compiler or a driver has to say is the result
+    except Exception as problem:  # compiler and driver errors are results too
         return _result(case, dtype, None, "FAIL", _reason(problem))
     return _result(case, dtype, error, "pass" if error <= case.allowed(dtype) else "FAIL")
 
 
 def _error(got, want) -> float:
-    """The largest of all outputs; nan if there is one in ``got``.
+    """Maximum error over all outputs; nan if ``got`` contains one.
 
-    An element is judged by the scale of its row: over many keys attention is small, and all of it may be wrong by less
-    than a fraction of 1.
+    Errors are relative to the scale of the row, since outputs may be small: attention over many keys averages them out,
+    and an absolute error would accept wrong results.
     """
     errors = []
     for one, other in zip(got, want, strict=True):
@@ -110,33 +110,33 @@ def _error(got, want) -> float:
 
 
 def _reason(problem: Exception) -> str:
-    """The error in one line; of a compilation error, which begins with source code, the last line too."""
+    """The error in one line. A compilation error starts with source code, so its last line is appended."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or ["no reason given"]
     text = f"{lines[0]} ... {lines[-1]}" if len(lines) > 1 and lines[0].startswith("at ") else lines[0]
     return f"{type(problem).__name__}: {text}"
 
 
-def lost(device: torch.device) -> str:
-    """Why nothing more can run on ``device`` in this process; empty if it can."""
+def device_error(device: torch.device) -> str:
+    """Reason why this process can no longer use ``device`` after a sticky CUDA error; empty if it can."""
     if device.type != "cuda":
         return ""
     try:
         torch.cuda.synchronize(device)
     except Exception as problem:
-        return f"the GPU refuses this process any work after the failure above ({_reason(problem)}); use --op"
+        return f"the GPU is unusable for this process after the failure above ({_reason(problem)}). Use --op."
     return ""
 
 
-def machine(device: torch.device) -> dict:
-    """Device, the architecture whose tile sizes it uses, and versions, JSON-ready."""
+def describe_machine(device: torch.device) -> dict:
+    """Device, the architecture whose tile sizes it uses, and versions, as JSON-safe values."""
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
-    found = versions()
+    installed = versions()
     return {
         "device": f"{properties.name}, sm_{properties.major}{properties.minor}"
         if cuda
         else "cpu, Triton's interpreter",
         "table": configs.architecture(device),
-        "versions": {name: found[name] for name in ("bagel_rt", "python", "torch", "triton")}
+        "versions": {name: installed[name] for name in ("bagel_rt", "python", "torch", "triton")}
         | ({"cuda": torch.version.cuda} if cuda else {}),
     }

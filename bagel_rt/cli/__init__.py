@@ -1,7 +1,7 @@
 """The command line, ``bagel-rt``.
 
 Results go to stdout, progress bars and errors to stderr; with ``--json`` stdout is one JSON object and nothing else.
-Exit codes: 0 done; 1 the work failed; 2 wrong usage or bad input; 130 interrupted. Inputs are checked before a model is
+Exit codes: 0 success; 1 failure; 2 usage error or invalid input; 130 interrupted. Inputs are checked before a model is
 loaded. PyTorch is imported inside the commands only, so that ``--help`` and usage errors do not wait for it.
 """
 
@@ -34,7 +34,7 @@ class _Commands(TyperGroup):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that partial files are removed
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character of an answer
+            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
         try:
             code = super().main(*args, standalone_mode=False, **kwargs) or 0
         except (KeyboardInterrupt, typer.Abort):
@@ -65,13 +65,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage or bad input, 130 interrupted. "
+    epilog="Exit codes: 0 success, 1 failure, 2 usage error or invalid input, 130 interrupted. "
     "Set BAGEL_RT_DEBUG=1 for the traceback of an error.",
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"bagel_rt {__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""``bagel-rt check``, ``conformance`` and ``info``: what runs on this machine, and whether it is right."""
+"""``bagel-rt check``, ``conformance`` and ``info``: test and describe this installation."""
 
 import fnmatch
 import json
@@ -29,8 +29,8 @@ def check(
 ) -> None:
     """Compare every kernel with its reference on this machine's GPU; exit code 1 if one fails or differs.
 
-    Run this first on a GPU that nobody has tried. On a CPU the kernels run in Triton's interpreter, at small sizes, if
-    TRITON_INTERPRET=1 is in the environment.
+    Run this first on a new GPU model. With TRITON_INTERPRET=1 in the environment, a CPU runs the kernels in Triton's
+    interpreter, at small sizes.
     """
     import torch
 
@@ -39,7 +39,7 @@ def check(
     cases = checks.choose_cases(op)
     chosen = cli_options.read_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = checks.run(chosen, cases)
-    report = checks.machine(chosen)
+    report = checks.describe_machine(chosen)
     if not as_json:
         typer.echo(CHECK_LINE.format("result", "op", "dtype", "error", "allowed", "case"))
     done = []
@@ -48,15 +48,15 @@ def check(
         if not as_json:
             typer.echo(check_line(result))
     failed = sum(result.result == "FAIL" for result in done)
-    left_out = len(cases) - len({(result.op, result.case) for result in done})
+    skipped = len(cases) - len({(result.op, result.case) for result in done})
     if as_json:
-        found = [finite(asdict(result)) | {"result": result.result.lower()} for result in done]
-        typer.echo(json.dumps(report | {"failed": failed, "for_gpus_only": left_out, "cases": found}))
+        entries = [finite(asdict(result)) | {"result": result.result.lower()} for result in done]
+        typer.echo(json.dumps(report | {"failed": failed, "for_gpus_only": skipped, "cases": entries}))
     else:
         counts = {name: sum(result.result == name for result in done) for name in ("pass", "FAIL", "not run")}
         typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
-        if left_out:
-            typer.echo(f"{left_out} cases skipped: the model's own sizes need a GPU, CUDA kernels a built extension")
+        if skipped:
+            typer.echo(f"{skipped} cases skipped: the model's own sizes need a GPU, CUDA kernels the extension")
         typer.echo(f"{report['device']}, tile sizes of {report['table']}")
         typer.echo(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     if failed:
@@ -73,7 +73,7 @@ def conformance(
     dtype: Annotated[cli_options.DTypeName, typer.Option(help="Of the weights.")] = "float32",
     as_json: cli_options.Json = False,
 ) -> None:
-    """Compare with recorded behaviour of the official code; exit code 1 if anything differs."""
+    """Compare with recorded outputs of the official code; exit code 1 if anything differs."""
     from bagel_rt.conformance import find_cases, run_case
     from bagel_rt.pipeline import Bagel
 

@@ -88,7 +88,7 @@ def chat(
 
 @dataclass(frozen=True)
 class InterleaveOptions(RequestOptions):
-    """Interleaved generation reasons by default."""
+    """Request options with reasoning on by default."""
 
     think: Think = True
 
@@ -119,14 +119,14 @@ def interleave(
     request = options.request("interleave", settings)
     size = cli_options.read_size(options.folder, width, height)
     inputs = [cli_options.read_part(part) for part in parts]
-    names = [made if isinstance(made, str) else Path(part).name for part, made in zip(parts, inputs, strict=True)]
+    names = [item if isinstance(item, str) else Path(part).name for part, item in zip(parts, inputs, strict=True)]
     with Run("interleave", options) as run:
         images = 0
-        for made in run.bagel.interleave(inputs, max_rounds=max_rounds, size=size, progress=run.bars, **request):
-            if isinstance(made, str):
-                run.print(made)
-                run.add_text(made)
+        for output_part in run.bagel.interleave(inputs, max_rounds=max_rounds, size=size, progress=run.bars, **request):
+            if isinstance(output_part, str):
+                run.print(output_part)
+                run.add_text(output_part)
             else:
                 images += 1
-                run.write_image(made, numbered(output, images), parts=names, think=options.think)
+                run.write_image(output_part, numbered(output, images), parts=names, think=options.think)
         run.report |= {"seed": request.pop("seed"), "parameters": {"parts": names} | request}

@@ -95,7 +95,7 @@ Progress = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model to load, and where to."""
+    """The model to load, its device and its dtype."""
 
     model: Model = None
     device: Device = None
@@ -114,7 +114,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RunOptions(ModelOptions):
-    """The model, and how to report what it does."""
+    """The model, and how to report progress and results."""
 
     as_json: Json = False
     progress: Progress = None
@@ -122,7 +122,7 @@ class RunOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class RequestOptions(RunOptions):
-    """The model, the report, and what every request has."""
+    """The model, the report, and the options of every request."""
 
     seed: Seed = None
     think: Think = False

@@ -1,6 +1,6 @@
 """Reports as text and as JSON-safe values.
 
-Cases of ``check`` and ``conformance`` are printed one by one, as they end: their columns have fixed widths.
+Cases of ``check`` and ``conformance`` are printed as they finish, so their columns have fixed widths.
 """
 
 import math
@@ -20,8 +20,8 @@ def case_result(report) -> str:
 def case_lines(report, verbose: bool) -> str:
     """A line for a conformance case; if ``verbose``, one more for each of its comparisons."""
     worst = report.worst
-    found = (f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name) if worst else ("", "", report.skipped)
-    lines = [CASE_LINE.format(case_result(report), report.case, len(report.comparisons), *found)]
+    columns = (f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.name) if worst else ("", "", report.skipped)
+    lines = [CASE_LINE.format(case_result(report), report.case, len(report.comparisons), *columns)]
     for item in report.comparisons if verbose else ():
         verdict = "skipped" if math.isnan(item.error) and item.passed else "pass" if item.passed else "FAIL"
         lines.append(f"{verdict:>11}{item.error:44.1e}  {item.tolerance:7.0e}  {item.name}")
@@ -46,13 +46,13 @@ def info_text(report: dict) -> str:
             lines.append(f"{section}:" if content else f"{section}: none")
             width = max(map(len, content), default=0)
             for name, value in content.items():
-                lines.append(f"  {name:{width}}  {_described(value) if isinstance(value, dict) else value}")
+                lines.append(f"  {name:{width}}  {_format_entry(value) if isinstance(value, dict) else value}")
         else:
             lines.append(f"{section}: {content}")
     return "\n".join(lines)
 
 
-def _described(entry: dict) -> str:
+def _format_entry(entry: dict) -> str:
     shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in entry.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 

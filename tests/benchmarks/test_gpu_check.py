@@ -160,12 +160,12 @@ def test_lost_device_is_detected(monkeypatch):
     def fail(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nhints")
 
-    assert check.lost(CPU) == ""
+    assert check.device_error(CPU) == ""
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
-    assert check.lost(torch.device("cuda")) == ""
+    assert check.device_error(torch.device("cuda")) == ""
     kernels._check_alive(torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.synchronize", fail)
-    assert "an illegal memory access was encountered); use --op" in check.lost(torch.device("cuda"))
+    assert "an illegal memory access was encountered). Use --op" in check.device_error(torch.device("cuda"))
     with pytest.raises(kernels.DeviceLost, match="an illegal memory access was encountered$"):
         kernels._check_alive(torch.device("cuda"))
 

@@ -35,14 +35,14 @@ def good(*args):
     return result.stdout
 
 
-def rows(said):
-    """The columns of every line about a case."""
-    lines = (re.split(r" {2,}", line)[:2] for line in said.splitlines())
+def rows(output):
+    """Parse (result, op) from every case line."""
+    lines = (re.split(r" {2,}", line)[:2] for line in output.splitlines())
     return [line for line in lines if line[0] in ("pass", "FAIL", "not run")]
 
 
-def with_kernels():
-    """The ops that have a kernel here: without the extension not those of CUDA."""
+def ops_with_kernels():
+    """Ops with a kernel on this machine; CUDA ops count only if the extension is built."""
     choose_backend("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {op for op in OPS if implementation(op, device) != "reference"}
@@ -50,20 +50,20 @@ def with_kernels():
     return found
 
 
-def test_every_kernel_passes(monkeypatch):
+def test_all_kernels_pass(monkeypatch):
     monkeypatch.delenv("BAGEL_RT_BACKEND", raising=False)
     report = json.loads(good("check", *ON_DEVICE, "--json"))
     cases = report.pop("cases")
     assert report["failed"] == 0 and report["table"].startswith("sm_")
     assert report["versions"]["torch"] == torch.__version__
-    assert {case["op"] for case in cases} == with_kernels()
+    assert {case["op"] for case in cases} == ops_with_kernels()
     for case in cases:
         assert case["result"] == "pass" and 0 <= case["error"] <= case["allowed"] < 0.07, case
     assert {case["dtype"] for case in cases} == {"float32", "float16", "bfloat16"}
-    assert backend() == "auto", "the choice of kernels outlives the check"
+    assert backend() == "auto", "the backend override outlives the check"
 
 
-def test_every_kernel_of_the_extension_passes(emulated_extension):
+def test_all_extension_kernels_pass(emulated_extension):
     ops = [op for op, kernel in OPS.items() if "cuda" in kernel]
     chosen = [word for op in ops for word in ("--op", op)]
     cases = json.loads(good("check", "--device", "cpu", "--json", *chosen))["cases"]
@@ -71,12 +71,12 @@ def test_every_kernel_of_the_extension_passes(emulated_extension):
     assert all(case["result"] == "pass" for case in cases), cases
 
 
-def test_the_table_ends_with_the_machine():
-    said = good("check", *ON_DEVICE, "--op", "cfg_euler_step", "--op", "rms_norm")
-    assert {op for _, op in rows(said)} == {"rms_norm", "cfg_euler_step"}
-    *_, machine, versions = said.splitlines()
-    assert f"\n{len(rows(said))} pass, 0 FAIL, 0 not run\n" in said
-    assert ("\n2 cases skipped: the model's own sizes need a GPU" in said) == ("cpu" in ON_DEVICE)
+def test_table_ends_with_the_machine():
+    output = good("check", *ON_DEVICE, "--op", "cfg_euler_step", "--op", "rms_norm")
+    assert {op for _, op in rows(output)} == {"rms_norm", "cfg_euler_step"}
+    *_, machine, versions = output.splitlines()
+    assert f"\n{len(rows(output))} pass, 0 FAIL, 0 not run\n" in output
+    assert ("\n2 cases skipped: the model's own sizes need a GPU" in output) == ("cpu" in ON_DEVICE)
     assert machine.endswith(", tile sizes of sm_90") or "cuda" in ON_DEVICE
     assert f"torch {torch.__version__}" in versions
 
@@ -114,7 +114,7 @@ def does_not_compile(x, w_first, w_rest, G, eps):
         (does_not_compile, "", "RuntimeError: at 3:4: ... NameError('y is not defined')"),
     ],
 )
-def test_a_wrong_kernel_fails_and_the_others_are_still_checked(kernel, error, note, monkeypatch):
+def test_wrong_kernel_fails_and_the_others_still_run(kernel, error, note, monkeypatch):
     monkeypatch.setattr("bagel_rt.kernels.norm._rms_norm", kernel)
     chosen = ("check", *ON_DEVICE, "--op", "rms_norm", "--op", "cfg_euler_step")
     result = run(*chosen)
@@ -127,9 +127,9 @@ def test_a_wrong_kernel_fails_and_the_others_are_still_checked(kernel, error, no
     assert (isinstance(cases[0]["error"], float)) == (error == "number")
 
 
-def test_after_a_fatal_error_the_rest_was_not_run(monkeypatch):
+def test_cases_after_a_sticky_error_are_not_run(monkeypatch):
     monkeypatch.setattr("bagel_rt.kernels.norm._rms_norm", out_of_resources)
-    monkeypatch.setattr(check, "lost", lambda device: "the GPU is lost")
+    monkeypatch.setattr(check, "device_error", lambda device: "the GPU is lost")
     result = run("check", *ON_DEVICE)
     first, *others = rows(result.stdout)
     assert result.exit_code == 1 and first == ["FAIL", "rms_norm"]
@@ -137,7 +137,7 @@ def test_after_a_fatal_error_the_rest_was_not_run(monkeypatch):
     assert f"0 pass, 1 FAIL, {len(others)} not run" in result.stdout
 
 
-def test_a_cpu_is_told_about_the_interpreter():
+def test_cpu_without_interpreter_suggests_triton_interpret():
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "bagel_rt.cli", "check"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -145,16 +145,16 @@ def test_a_cpu_is_told_about_the_interpreter():
     assert re.fullmatch(r"bagel-rt: error: .*TRITON_INTERPRET=1.*\n", done.stderr)
 
 
-def test_an_old_gpu_is_told_about_the_references(monkeypatch):
+def test_old_gpu_suggests_the_reference_backend(monkeypatch):
     def too_old(device):
-        raise ValueError("it is sm_75; the kernels need sm_80. BAGEL_RT_BACKEND=reference runs without them")
+        raise ValueError("GPU must be sm_80. Set BAGEL_RT_BACKEND=reference to run without them.")
 
     monkeypatch.setattr("bagel_rt.kernels.configs.architecture", too_old)
     result = run("check", *ON_DEVICE)
     assert (result.exit_code, result.stdout) == (2, "") and "BAGEL_RT_BACKEND=reference" in result.stderr
 
 
-def test_what_is_no_op_is_refused():
+def test_rejects_unknown_op():
     result = run("check", "--op", "softmax")
     assert (result.exit_code, result.stdout) == (
         2,
@@ -167,26 +167,26 @@ LARGE = [case for case in CASES if not case.interpreted and not re.search("gate 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.op}: {case.name}")
-def test_sizes_that_only_a_gpu_runs_fit_their_references(case):
+def test_gpu_only_sizes_match_their_references(case):
     call, reference = case.build(Values(torch.device("cpu"), torch.bfloat16))
     assert check._error(call(), reference()) <= case.allowed(torch.bfloat16)
 
 
-def without_the_last_of_depth(x, w_first, w_rest, *others):
+def drop_last_k(x, w_first, w_rest, *others):
     return linear_reference(x[:, :-64], w_first[:, :-64], w_rest[:, :-64], *others)
 
 
-def without_the_last_of_9064_keys(q, k, v, starts, lengths, scale):
+def drop_last_of_9064_keys(q, k, v, starts, lengths, scale):
     return decode_attention_reference(q, k, v, starts, lengths - 64, scale)
 
 
-def without_the_last_keys(q, k, v, limits, blocks, scale):
+def drop_last_keys(q, k, v, limits, blocks, scale):
     blocks = blocks.clone()
     blocks[:, 6] = torch.maximum(blocks[:, 5], blocks[:, 6] - 32)  # where the second range of keys ends
     return attention_reference(q, k, v, limits, blocks, scale)
 
 
-def without_the_last_keys_in_the_sum(q, k, v, limits, blocks, scale):
+def drop_last_keys_in_lse(q, k, v, limits, blocks, scale):
     out, _ = attention_lse_reference(q, k, v, limits, blocks, scale)
     return out, attention_lse_reference(q, k, v, (limits - 32).clamp(min=1), blocks, scale)[1]
 
@@ -195,14 +195,14 @@ def without_the_last_keys_in_the_sum(q, k, v, limits, blocks, scale):
 @pytest.mark.parametrize(
     "launcher, kernel, name",
     [
-        ("linear._linear", without_the_last_of_depth, "BAGEL's qkv, one row"),
-        ("linear._linear", without_the_last_of_depth, "BAGEL's o, "),
-        ("decode_attention._decode_attention", without_the_last_of_9064_keys, "length 9064"),
-        ("attention._attention", without_the_last_keys, "own keys apart"),
-        ("attention._attention_lse", without_the_last_keys_in_the_sum, "own keys apart"),
+        ("linear._linear", drop_last_k, "BAGEL's qkv, one row"),
+        ("linear._linear", drop_last_k, "BAGEL's o, "),
+        ("decode_attention._decode_attention", drop_last_of_9064_keys, "length 9064"),
+        ("attention._attention", drop_last_keys, "own span detached"),
+        ("attention._attention_lse", drop_last_keys_in_lse, "own span detached"),
     ],
 )
-def test_a_kernel_that_loses_its_last_tile_fails(launcher, kernel, name, monkeypatch):
+def test_kernel_that_drops_its_last_tile_fails(launcher, kernel, name, monkeypatch):
     module, function = launcher.split(".")
     monkeypatch.setattr(import_module(f"bagel_rt.kernels.{module}"), function, kernel)
     op = "attention_lse" if function.endswith("lse") else module

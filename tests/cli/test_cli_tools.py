@@ -106,7 +106,7 @@ def test_conformance_verbose_lists_every_comparison():
         assert f" {comparison['name']}\n" in printed
 
 
-def test_conformance_fails_if_one_case_does(spoiled_pack):
+def test_conformance_fails_if_one_case_fails(spoiled_pack):
     result = run("conformance", spoiled_pack)
     assert (result.exit_code, result.stderr) == (1, "")
     rows = result.stdout.splitlines()[1:]
@@ -126,17 +126,17 @@ def test_conformance_json_has_null_for_nan(monkeypatch):
     result = run("conformance", PACK, "--case", "02*", "--json")
     assert result.exit_code == 1
 
-    def refuse(word):
+    def fail(word):
         raise AssertionError(word)
 
-    (case,) = json.loads(result.stdout, parse_constant=refuse)["cases"]
+    (case,) = json.loads(result.stdout, parse_constant=fail)["cases"]
     assert [item["error"] for item in case["comparisons"] if item["name"] == "t_embed"] == [None]
 
 
 # tables
 
 
-def test_tables_are_neither_coloured_nor_cut(monkeypatch):
+def test_tables_have_no_colour_and_full_width(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "20")
     table = Table("op", "note", box=None, pad_edge=False)

@@ -42,7 +42,7 @@ def check(device, limits, blocks, mask, Hq=4, Hkv=2, D=16, dtype=torch.float32, 
 
 
 def dense_lse(q, k, mask, scale):
-    """Log-sum-exp of the scores, [Hq, T]; -inf for rows that see nothing."""
+    """Log-sum-exp of the scores, [Hq, T]; -inf for rows with no visible slot."""
     k = k.nan_to_num().repeat_interleave(q.shape[1] // k.shape[1], 1)
     return (torch.einsum("thd,shd->hts", q, k) * scale).masked_fill(~mask, -torch.inf).logsumexp(-1)
 
@@ -54,7 +54,7 @@ def check_plan(device, segments, block_q=128, **shape):
 
 
 def segment(mode, rows, gen, key_start, visible, write=None):
-    """``rows`` rows of which those in the range ``gen`` are the generation expert's."""
+    """A routing of ``rows`` rows; those in the range ``gen`` belong to the generation expert."""
     routed = np.zeros(rows, bool)
     routed[slice(*gen)] = True
     return Segment(mode, routed, key_start, visible, key_start + visible if write is None else write)
@@ -106,7 +106,7 @@ def test_matches_dense_softmax_for_heads(device, Hq, Hkv, D, dtype):
 
 @st.composite
 def packed_segments(draw):
-    """A few contexts side by side in the cache, each with stored keys and then segments, in any order of contexts."""
+    """Segments of several contexts in one cache, each behind stored keys, with the contexts interleaved."""
     segments, slot = [], 0
     for _ in range(draw(st.integers(1, 3))):
         key_start, visible = slot, draw(st.integers(0, 9))

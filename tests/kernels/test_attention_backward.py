@@ -13,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, tor
 
 
 def gradients(function, inputs, *upstream):
-    """Of every input, under these gradients of the outputs; also the outputs."""
+    """Return (outputs, gradients of every input) for the given output gradients."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     outputs = function(*inputs)
     return outputs, torch.autograd.grad(outputs, inputs, upstream)

@@ -1,4 +1,4 @@
-"""What only the Triton kernels of attention have: tiles, descriptors, pairs of rows and heads that share a tile."""
+"""Tests specific to the Triton attention kernels: tile boundaries, descriptors, tiles of (row, head) pairs."""
 
 import sys
 
@@ -25,7 +25,7 @@ LOADS = ["pointers", "host descriptors", "device descriptors"]
 
 @pytest.fixture(params=LOADS)
 def small_tiles(request, monkeypatch):
-    """Tiles so small that a test of some rows has whole tiles of both spans, partial ones and several of queries."""
+    """Use small tiles, so that few rows give whole and partial tiles of both spans and several query tiles."""
     tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     walk = tiles | {"BLOCK_TAIL": 16, "LOADS": request.param}
     for op, chosen in (("attention", walk), ("attention_dq", walk), ("attention_dk_dv", tiles)):
@@ -62,7 +62,7 @@ def test_spans_that_end_at_or_next_to_a_tile_boundary(small_tiles, key_start, fu
 
 
 def strided(cache, dtype):
-    """Caches as views that a descriptor cannot address, and some that it can -> (name, k or v)."""
+    """Cache views that TMA descriptors can and cannot address."""
     S, heads, D = cache.shape
     wide = torch.full((S, heads, D + 8), torch.nan, dtype=dtype, device=DEVICE)
     wide[..., :D] = cache

@@ -1,4 +1,4 @@
-"""Which implementation runs where, and what says so."""
+"""Backend selection and the reported implementation of each op."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def left_to_the_environment(monkeypatch):
 
 
 def python(code, **environment):
-    """What ``code`` prints in a process of its own; a value of None takes a variable away."""
+    """Run ``code`` in a subprocess; an environment value of None removes the variable."""
     given = {name: value for name, value in (os.environ | environment).items() if value is not None}
     return subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=300)
 

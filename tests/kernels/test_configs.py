@@ -1,4 +1,4 @@
-"""The table of tile sizes: which GPU takes which part, and that none is left out."""
+"""The tile table: mapping of GPUs to architectures, and completeness."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CUDA = torch.device("cuda:0")
 
 @pytest.fixture
 def capability(monkeypatch):
-    """Sets the compute capability of a GPU that is not there."""
+    """Fake the compute capability of a GPU."""
 
     def set_to(*numbers):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: numbers)
@@ -58,7 +58,7 @@ def test_every_architecture_has_every_class_with_a_source():
 
 
 class Loaded(Exception):
-    """Raised in place of loading."""
+    """Raised instead of loading a model."""
 
 
 @pytest.mark.parametrize("device, chosen", [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])

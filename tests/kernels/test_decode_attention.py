@@ -28,14 +28,14 @@ def values(seed, *shape, dtype=torch.float32):
 
 @pytest.fixture(autouse=True)
 def _no_extension_unless_asked_for(request, monkeypatch):
-    """Without it the reference and the Triton kernel run."""
+    """Disable the extension, so that the reference or the Triton kernel runs."""
     if not {"emulated_extension", "extension_device"} & set(request.fixturenames):
         monkeypatch.setattr(extension, "EXTENSION", None)
 
 
 @pytest.fixture
 def cuda_kernel(extension_device, monkeypatch):
-    """The device on which the op runs the extension's kernel, and nothing else."""
+    """The device on which the op must run the extension's kernel, not a fallback."""
     for other in ("launch_kernel", "decode_attention_reference"):
         monkeypatch.setattr(op, other, lambda *_, **__: pytest.fail("the CUDA kernel was passed over"))
     yield extension_device
@@ -44,7 +44,7 @@ def cuda_kernel(extension_device, monkeypatch):
 
 
 def check(device, starts, lengths, Hq=4, Hkv=2, D=16, dtype=torch.float32, index=torch.int64, scale=None, slots=100):
-    """Equals dense attention in float64. Slots that no row attends to hold NaN, so that a read shows."""
+    """Compare with dense attention in float64. Slots that no row attends to hold NaN, so that a read shows."""
     mask = torch.zeros(len(starts), slots, dtype=torch.bool)
     for row, start, length in zip(mask, starts, lengths, strict=True):
         row[start : start + length] = True
@@ -115,7 +115,7 @@ def test_cuda_kernel_supports_more_than_8_sequences(cuda_kernel, B):
     ids=lambda number: str(number),
 )
 def test_cuda_kernel_matches_dense_softmax_for_heads(cuda_kernel, Hq, Hkv, D, dtype):
-    """Groups of 1, 2, 3, 7, 5, 8, 8, 16 and 11: some fill a kernel's registers, some do not, some need two runs."""
+    """Group sizes 1, 2, 3, 7, 5, 8, 8, 16 and 11: full and partial head tiles, and two tiles per group."""
     check(cuda_kernel, [5, 20, 0, 7], [60, 33, 200, 1], Hq, Hkv, D, dtype, slots=210)
 
 

@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def guarded(tensor, device):
-    """A copy in the midst of NaN, which shows in the result if it is read."""
+    """Copy a tensor into a larger one of NaN, so that an out-of-bounds read shows."""
     apart = 64  # elements: 16-byte alignment stays
     held = torch.full((tensor.numel() + 2 * apart,), torch.nan, dtype=tensor.dtype, device=device)
     inside = held[apart:-apart].view(tensor.shape)
@@ -38,7 +38,7 @@ def arguments(B, K, N, epilogue="none", norm=True, dtype=torch.bfloat16, device=
 
 
 def formula(x, w, norm, eps, residual, swiglu):
-    """In float64."""
+    """The formula in float64."""
     x, w = x.double(), w.double()
     if norm is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.double()

@@ -20,7 +20,7 @@ SHAPES = {
 
 
 def arguments(B, H, Hq, Hkv, D, dtype=torch.bfloat16, device="cpu"):
-    """What decode_qkv takes, without eps; the caches hold sevens."""
+    """Arguments of decode_qkv without eps; the caches are filled with 7."""
     generator = torch.Generator().manual_seed(B * 1000 + H + D)
 
     def values(*shape, deviation=1.0, dtype=dtype):
@@ -44,7 +44,7 @@ def assert_close(got, want, dtype):
 
 
 def check(given):
-    """q and the caches equal the formula in float64, slots of others stay; returns q."""
+    """Compare q and the caches with the formula in float64; other slots must be unchanged. Return q."""
     slots = given[7]
     expected = [None if tensor is None else tensor.clone() for tensor in wide(given)]
     q = decode_qkv(*given, EPS)

@@ -26,8 +26,8 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def by_the_book(x, weight, bias, groups, silu, eps=EPS):
-    """In float64, on the CPU, a image and a group at a time."""
+def expected(x, weight, bias, groups, silu, eps=EPS):
+    """The formula in float64 on the CPU, one image and group at a time."""
     x, weight, bias = (tensor.cpu().double() for tensor in (x, weight, bias))
     y = torch.empty_like(x)
     size = x.shape[1] // groups
@@ -54,7 +54,7 @@ def test_matches_the_formula_in_float64(batch, channels, groups, height, width, 
     weight, bias = (values(seed, channels, dtype=dtype, device=device) for seed in (2, 3))
     y = group_norm(x, weight, bias, groups, EPS, silu)
     assert y.dtype == dtype and y.stride() == x.stride()
-    close(y, by_the_book(x, weight, bias, groups, silu), dtype)
+    close(y, expected(x, weight, bias, groups, silu), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -76,14 +76,14 @@ def test_strips_of_rows_equal_the_whole_map(silu, device):
     strips = [group_norm(x[:, :, rows], weight, bias, 32, EPS, silu, moments)
               for rows in (slice(0, 5), slice(5, 12), slice(12, 13))]  # fmt: skip
     assert all(strip.stride(1) == 1 for strip in strips)
-    close(torch.cat(strips, 2), by_the_book(x, weight, bias, 32, silu), torch.float32)
+    close(torch.cat(strips, 2), expected(x, weight, bias, 32, silu), torch.float32)
 
 
 def test_large_mean_does_not_cancel(device):
     x = channels_last(values(1, 1, 32, 40, 30, device=device) + 1000)
     ones, zeros = torch.ones(32, device=device), torch.zeros(32, device=device)
     y = group_norm(x, ones, zeros, 8, EPS)
-    want = by_the_book(x, ones, zeros, 8, False)
+    want = expected(x, ones, zeros, 8, False)
     assert (y.cpu() - want).abs().max() < 1e-3  # E[x^2] - E[x]^2 in float32 is wrong by 0.06 of the variance
 
 
@@ -117,7 +117,7 @@ def test_inputs_are_not_modified(device):
     before = x.clone()
     y = group_norm(x, weight, bias, 8, EPS, True)
     assert torch.equal(x, before)
-    close(y, by_the_book(x, weight, bias, 8, True), torch.float32)
+    close(y, expected(x, weight, bias, 8, True), torch.float32)
 
 
 X, W = torch.zeros(1, 8, 2, 2), torch.ones(8)

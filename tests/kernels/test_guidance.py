@@ -209,7 +209,7 @@ BATCH = [  # rows, text scale, image scale, renorm, renorm_min, branches that al
 
 
 def batch(C, dtype, device):
-    """(x, v, image_table, cfg_table, max_rows) of ``BATCH``, with gaps between the image_table of x and branches of v.
+    """(x, v, image_table, cfg_table, max_rows) of ``BATCH``, with gaps between the images of x and the branches of v.
 
     The branches in v start with those of the last image and have gaps between them. Rows of no image are NaN.
     """
@@ -319,7 +319,7 @@ def test_first_launch_skips_images_without_global_norm(kernels):
 
 
 def test_number_of_images_does_not_recompile_or_synchronise():
-    """Under a driver that compiles and launches nothing, with tensors that have no values."""
+    """Uses a driver that compiles but does not launch, and tensors without values."""
     pytest.importorskip("triton")
     code = """
 import torch

@@ -21,7 +21,7 @@ def values(seed, *shape, dtype=torch.float32):
 
 
 def arguments(T, K, N, epilogue, dtype, device):
-    """x, w_first, w_rest with outputs of order one, and the keyword arguments of an epilogue."""
+    """x, w_first, w_rest for outputs of order 1, and the keyword arguments of an epilogue."""
     x, w_first, w_rest = values(1, T, K), values(2, N, K) / K**0.5, values(3, N, K) / K**0.5
     extra = {"swiglu": "swiglu" in epilogue}
     if "bias" in epilogue:
@@ -146,7 +146,7 @@ PATHS = {
 
 
 def launch(x, w_first, w_rest, G, bias_first=None, bias_rest=None, residual=None, swiglu=False, **tiles):
-    """Run the kernel on a frame of NaN; return the output and what is left of the frame, two rows above and below."""
+    """Run the kernel on an output framed by NaN; return the output and the two rows above and below it."""
     columns = len(w_first) // (2 if swiglu else 1)
     frame = x.new_full((len(x) + 4, columns), float("nan"))
     _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, frame[2:-2], G, swiglu, **(SMALL | tiles))
@@ -196,7 +196,7 @@ def test_output_is_independent_of_the_grid_size(kernels, monkeypatch):
 
 @pytest.fixture
 def asked(kernels, monkeypatch):
-    """The shape classes that :func:`linear` looks up, as a list that grows."""
+    """Record the shape classes that :func:`linear` looks up."""
     classes, look_up = [], configs.tiles
     monkeypatch.setattr(configs, "tiles", lambda *key: classes.append(key[1]) or look_up(*key))
     return classes

@@ -19,7 +19,7 @@ def rows(seed, *shape, dtype=torch.float32, device="cpu"):
 
 
 def by_the_book(x, w_first, w_rest, G, eps):
-    """In float64, on the CPU."""
+    """The formula in float64 on the CPU."""
     x, w_first, w_rest = x.cpu().double(), w_first.cpu().double(), w_rest.cpu().double()
     out = torch.empty_like(x)
     for r, row in enumerate(x):

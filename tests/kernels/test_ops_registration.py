@@ -1,4 +1,4 @@
-"""What holds for every op: registered, described to torch.compile, and frugal with operator calls."""
+"""Tests of every op: registration, fake implementation, torch.compile, and the number of operator calls."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ H, HQ, HKV, D, N, S = 64, 4, 2, 16, 96, 32
 
 
 def calls(T, G, dtype=torch.float32):
-    """Name -> (public function, args, kwargs): every op, in every form a forward uses, for T rows, G of them gen."""
+    """Name -> (public function, args, kwargs): every form of an op in a forward of T rows, G of them gen."""
     generator = torch.Generator().manual_seed(0)
 
     def values(*shape, dtype=dtype):
@@ -83,7 +83,7 @@ SMALL_CASES = [case for case in CASES if case.interpreted]
 
 
 class Record(TorchDispatchMode):
-    """Records the calls of our ops with their arguments, and the ops that make or write a tensor inside them.
+    """Record calls of registered ops with their arguments, and the aten ops inside them that create or write tensors.
 
     Of ops that are composed of others of ours, the outermost.
     """
@@ -113,7 +113,7 @@ class Record(TorchDispatchMode):
 
 
 def run(name, T, G, dtype=torch.float32):
-    """Call as a compiled caller does: through the registered op."""
+    """Call the registered op, as a compiled caller does."""
     function, args, kwargs = calls(T, G, dtype)[name]
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), Record() as record:
         dispatch_ops(patch)

@@ -27,7 +27,7 @@ def values(seed, *shape, device="cpu"):
 
 
 def arguments(T, Hq, Hkv, D, dtype, device="cpu", S=64):
-    """qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache; the caches hold sevens."""
+    """qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache; the caches are filled with 7."""
     angle = values(4, T, D // 2, device=device) * 3
     wide = torch.promote_types(dtype, torch.float32)
     slots = torch.randperm(S, generator=torch.Generator().manual_seed(5))[:T].to(device)

@@ -17,7 +17,7 @@ def int64(*numbers):
 
 
 def philox_in_integers(counter, key):
-    """Philox4x32-10 as published, on Python integers."""
+    """Philox4x32-10 as published, in Python integers."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -27,7 +27,7 @@ def philox_in_integers(counter, key):
 
 
 def kept_by_the_book(scaled, top_k, top_p):
-    """Whether each token is kept, of scaled logits as Python numbers."""
+    """Whether each token is kept, in Python numbers."""
     lowest = sorted(scaled, reverse=True)[int(top_k) - 1] if 1 <= top_k < len(scaled) else -math.inf
     weights = [math.exp(x - max(scaled)) if x >= lowest else 0.0 for x in scaled]
     if top_p < 1:
@@ -39,7 +39,7 @@ def kept_by_the_book(scaled, top_k, top_p):
 
 
 def by_the_book(logits, settings, seed, step):
-    """One row, in Python numbers."""
+    """Sample one row, in Python numbers."""
     temperature, top_k, top_p = settings
     scaled = [logit / temperature for logit in logits.tolist()]
     scores = []
@@ -51,7 +51,7 @@ def by_the_book(logits, settings, seed, step):
 
 
 def each(rows, temperature, top_k=0.0, top_p=1.0, device="cpu"):
-    """The same settings for all rows."""
+    """A settings tensor with the same values for all rows."""
     return torch.tensor([[temperature, top_k, top_p]], device=device).repeat(rows, 1)
 
 
@@ -101,7 +101,7 @@ SETTINGS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_samples_the_documented_token_with_top_k_and_top_p(settings, dtype):
-    """In bfloat16 there are equals among 50 logits; elsewhere they are made."""
+    """50 bfloat16 logits contain ties; for other dtypes the test creates them."""
     logits = torch.randn(30, 50, generator=torch.Generator().manual_seed(2)).mul(2)
     logits[:10] = logits[:10].round()
     logits, seeds, steps = logits.to(dtype), range(30), range(7, 37)
@@ -114,7 +114,7 @@ def test_samples_the_documented_token_with_top_k_and_top_p(settings, dtype):
 @pytest.mark.parametrize("top_k, top_p, kept", [(0, 1, 6), (3, 1, 4), (1, 1, 1), (2, 1, 4), (5, 1, 5), (0, 0.7, 1),
                                                 (0, 0.72, 4), (4, 0.95, 4), (0, 0.995, 5), (3, 0.0, 1)])  # fmt: skip
 def test_ties_are_kept_or_dropped_together(top_k, top_p, kept):
-    """Of shares 0.705, 3 x 0.0954, 0.0077 and 0.0008."""
+    """Probabilities are 0.705, 3 x 0.0954, 0.0077 and 0.0008."""
     logits = torch.tensor([1.0, 3.0, 1.0, -3.8, 1.0, -1.52])
     settings = each(1, 1.0, top_k, top_p)
     scores = scores_reference(logits[None], settings, int64(0), int64(0))
@@ -133,8 +133,7 @@ def test_noise_is_finite_at_extreme_words():
 
 
 def chi_square(drawn, shares):
-    """Of counts of tokens against their expected shares, over those expected more than five times; no other is drawn
-    without a share, or more than a few times."""
+    """Chi-squared statistic over tokens expected more than 5 times; others must be rare, impossible ones absent."""
     counts, expected = drawn.cpu().bincount(minlength=len(shares)), shares * len(drawn)
     seen = expected > 5
     assert counts[shares == 0].sum() == 0 and counts[~seen].sum() <= 20
@@ -143,7 +142,7 @@ def chi_square(drawn, shares):
 
 DRAWN = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -3.0])
 CHI_SQUARE = 20.5
-"""Above it once in a thousand at 5 degrees of freedom, less often at fewer."""
+"""Chi-squared threshold: exceeded with probability 0.001 at 5 degrees of freedom, less at fewer."""
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
@@ -178,11 +177,11 @@ def test_seeds_and_steps_are_independent_streams():
 
 MIXED = torch.tensor([[0.0, 0, 1], [1.0, 0, 1], [0.7, 50, 1], [1.0, 0, 0.9], [1.5, 40, 0.8], [0.9, 0, 0.0],
                       [-1.0, 3, 0.5], [3.0, 200, 0.5]])  # fmt: skip
-"""A request's settings each: temperature, top_k, top_p."""
+"""(temperature, top_k, top_p) per row."""
 
 
 def check_batch(device, dtype, V=300):
-    """A row of a batch is drawn as it is alone."""
+    """A row of a batch gets the token that it gets alone."""
     logits = torch.randn(8, V, generator=torch.Generator().manual_seed(1)).mul(3).to(device, dtype)
     inputs = logits, MIXED.to(device), torch.arange(8, device=device) * 1000, torch.arange(8, device=device)
     together = sample(*inputs)
@@ -258,7 +257,7 @@ def test_accepts_strided_arguments_and_does_not_modify_them():
 
 @pytest.fixture
 def cuda_kernel(extension_device, monkeypatch):
-    """The device on which the op runs the extension's kernel, and nothing else."""
+    """The device on which the op must run the extension's kernel, not a fallback."""
     monkeypatch.setattr(op, "sample_reference", lambda *_: pytest.fail("the CUDA kernel was passed over"))
     yield extension_device
     used = extension.counters(torch.empty(0, device=extension_device), extension.COUNTERS)
@@ -266,7 +265,7 @@ def cuda_kernel(extension_device, monkeypatch):
 
 
 def check_drawn(device, logits, settings, seeds, steps):
-    """The kernel's tokens are kept and have the largest score, but for the last bits of a logarithm."""
+    """The kernel's tokens are kept ones with the largest score, up to the last bits of a logarithm."""
     drawn = sample(*(given.to(device) for given in (logits, settings, seeds, steps))).cpu()
     scores = scores_reference(logits, settings, seeds, steps)
     found = scores.gather(1, drawn[:, None])
@@ -277,7 +276,7 @@ def check_drawn(device, logits, settings, seeds, steps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [1, 7, 31, 300, 2049, 20003])
 def test_cuda_kernel_matches_the_reference(cuda_kernel, V, dtype):
-    """20003 columns need several blocks a row; odd numbers make rows begin off 16 bytes."""
+    """20003 columns need several blocks per row; odd widths misalign the rows."""
     for seed in range(2):
         logits = torch.randn(8, V, generator=torch.Generator().manual_seed(seed)).mul(1 + 2 * seed).to(dtype)
         check_drawn(cuda_kernel, logits, MIXED, torch.arange(8) * 77 + seed, torch.arange(8) + 5)
@@ -308,7 +307,7 @@ FLAT = {"all-equal": lambda V: torch.zeros(V), "two-values": lambda V: torch.ara
 @pytest.mark.slow
 @pytest.mark.parametrize("row", FLAT.values(), ids=FLAT)
 def test_cuda_kernel_finds_kth_largest_without_a_short_candidate_list(cuda_kernel, row):
-    """k beyond the number of warps, thousands of equals, and all of the largest in a few warps."""
+    """k above the number of warps, thousands of ties, and all large logits in a few warps."""
     settings = torch.tensor([[1.0, k, p] for k in (1, 2, 600, 4500, 5998) for p in (1, 0.5)])
     logits = row(6001).float().expand(10, -1).contiguous()
     check_drawn(cuda_kernel, logits, settings, torch.arange(10), torch.arange(10))
