@@ -23,7 +23,7 @@ class ContentRows:
         positions: int64 [n], RoPE positions.
         causal: row i sees the rows up to i; otherwise every row sees all n. Both see the whole context.
         advance: RoPE positions by which the context moves on.
-        recomputed: bool [n], the rows that each step of a denoising embeds anew; None if there are none.
+        recomputed: bool [n], the rows that each denoising step embeds again; None if there are none.
     """
 
     gen: np.ndarray

@@ -31,7 +31,7 @@ class DenoisingTask:
     """One image to denoise.
 
     Attributes:
-        content: its rows in one branch; those marked ``recomputed`` are embedded anew at every step.
+        content: its rows in one branch; those marked ``recomputed`` are embedded again at every step.
         noise: float32 [n, ...], the state before the first step.
         branches: the contexts that guidance combines, the conditional one first.
     """
@@ -294,5 +294,5 @@ class Denoiser:
 
 
 def _recomputed(content: Content) -> np.ndarray:
-    """Which rows of a content are embedded anew at every step, bool [n]."""
+    """Which rows of a content are embedded again at every step, bool [n]."""
     return content.rows(0).recomputed

@@ -76,7 +76,7 @@ class AsyncJob(Job):
 
         try:
             self._loop.call_soon_threadsafe(arrive)
-        except RuntimeError:  # the loop is closed: nobody listens
+        except RuntimeError:  # the loop is closed: nothing receives it
             self.ended = True
 
     async def listen(self, silence: float | None = None) -> AsyncGenerator[tuple[str, object], None]:

@@ -55,7 +55,7 @@ class VAEImage:
 
 @dataclass(frozen=True)
 class NoisedImage:
-    """Latents being denoised: every step embeds them anew, and they never enter their context."""
+    """Latents being denoised: every step embeds them again, and they never enter their context."""
 
     grid_h: int
     grid_w: int
