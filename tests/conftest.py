@@ -32,6 +32,16 @@ settings.register_profile(
 settings.load_profile("bagel_rt")
 
 
+def pytest_configure(config):
+    """Let pytest-xdist run files in the order of collection.
+
+    By default the files with the fewest tests come last. The longest file has five tests and would run alone at the
+    end. The option exists only where pytest-xdist is installed.
+    """
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture(scope="session")
 def bagel():
     """The recorded small model of random weights, in float32 on the CPU."""
