@@ -1,4 +1,7 @@
-"""Requests end to end: prefill, think, denoise, decode. Arguments come checked; the model comes by its interface."""
+"""Requests end to end: prefill, think, denoise, decode.
+
+Arguments are already checked. The model is used only through its interface (``bagel_rt.models.interface``).
+"""
 
 import functools
 import weakref
@@ -19,7 +22,7 @@ from bagel_rt.runtime.graphs import GraphCache, run_pipelined
 from bagel_rt.runtime.interface import Guidance
 from bagel_rt.runtime.slots import KVCache, SlotRange
 
-Report = Callable[[int, Callable[[], list]], None]  # takes the steps done, and a function that gives the results so far
+Report = Callable[[int, Callable[[], list]], None]  # (steps done, function that returns the results so far)
 T = TypeVar("T")
 
 
@@ -40,7 +43,7 @@ class Engine:
     def run_images(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[ImageResult]:
         """One image for each request; stages of all requests are packed.
 
-        Inputs may be texts and images in any order. A request with a system prompt has its plan written first.
+        Inputs may be texts and images in any order. If a request has a system prompt, the model first writes a thought.
         """
 
         def run() -> list[ImageResult]:
@@ -81,9 +84,10 @@ class Engine:
             _release(ranges)
 
     def run_interleaved(self, request: Request, progress: ProgressCallback | None = None) -> list[str | ImageResult]:
-        """Text, and as long as it asks for an image, an image and more text.
+        """Generate text; if it requests an image, generate the image and continue, at most ``request.rounds`` times.
 
-        Guidance stays with the contexts of the inputs: neither the model's texts nor its images enter them.
+        The model's texts and images are appended to the conditional context alone. The other contexts of guidance hold
+        the inputs only.
         """
 
         def run() -> list[str | ImageResult]:
@@ -112,7 +116,7 @@ class Engine:
         return self._run_with_retry([request], run, weakref.WeakSet())
 
     def release_memory(self) -> None:
-        """Drop captured graphs, their buffers, and the KV cache if no context is in it."""
+        """Drop captured graphs, their buffers, and the KV cache if no context uses it."""
         self.graphs.clear()
         self.cache.trim()
         if self.model.device.type == "cuda":
@@ -138,7 +142,7 @@ class Engine:
         prefill: Prefill,
         progress: ProgressCallback | None,
     ) -> list[str | None]:
-        """The plan that each request with a system prompt has written first, decoded together and appended."""
+        """Decode a thought for each request with a system prompt and append it to its contexts; None for the others."""
         thoughts: list[str | None] = [None] * len(requests)
         thinking = [index for index, request in enumerate(requests) if request.system is not None]
         groups = list(_grouped(thinking, lambda i: requests[i].text.max_think_token_n, lambda i: 1, MAX_TEXTS))
@@ -155,7 +159,7 @@ class Engine:
     def _denoise(
         self, tasks: Sequence[DenoisingTask], requests: Sequence[Request], progress: ProgressCallback | None
     ) -> list[torch.Tensor]:
-        """The final state of every task. Tasks with equally many steps share them, as far as a forward has room."""
+        """The final state of every task. Tasks with equally many steps run together, up to MAX_ROWS rows a forward."""
         settings = [request.image for request in requests]
         alone = [self.model.guidance([task], [one]) for task, one in zip(tasks, settings, strict=True)]
 
@@ -176,20 +180,20 @@ class Engine:
     def _denoise_together(
         self, tasks: Sequence[DenoisingTask], guidance: Guidance, report: Report
     ) -> list[torch.Tensor]:
-        """The final state of every task, one packed forward a step for all. Their slots are free again on return."""
+        """Denoise all tasks with one packed forward per step, and return their final states."""
         with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
-            preview = functools.partial(self._preview, weakref.ref(denoiser))  # a kept preview holds no slots
+            preview = functools.partial(self._preview, weakref.ref(denoiser))  # weak: a preview must not hold slots
             work = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
             for done in run_pipelined(self.model.device, work):
                 report(done, preview)
-            with torch.inference_mode(False):  # the caller's tensors are ordinary ones
+            with torch.inference_mode(False):  # return ordinary tensors, not inference tensors
                 return [state.clone() for state in denoiser.images()]
 
     def _decode(self, tasks: Sequence[DenoisingTask], latents: Sequence[torch.Tensor]) -> list[Image.Image]:
-        """The images of clean states."""
+        """Decode final states to images."""
         return [self.model.decode_image(x, task.content, self.graphs) for x, task in zip(latents, tasks, strict=True)]
 
-    # What they are made of
+    # Parts of the stages
 
     def _open(self, request: Request, prefill: Prefill, draws: bool, written: int) -> RequestContexts:
         """Contexts holding the system prompt and the request's inputs, with room for ``written`` tokens."""
@@ -215,7 +219,7 @@ class Engine:
             for number, token in tokens:
                 counts[number] += 1
                 texts[number].append(streams[number].feed(token))
-                if counts[number] > max(counts[:number] + counts[number + 1 :]):  # the first text to get that far
+                if counts[number] > max(counts[:number] + counts[number + 1 :]):  # report each length once
                     report(counts[number], lambda: list(map("".join, texts)))
         return ["".join([*pieces, stream.finish()]) for pieces, stream in zip(texts, streams, strict=True)]
 
@@ -252,7 +256,7 @@ class Engine:
 
     @torch.inference_mode()
     def _preview(self, running: weakref.ref[Denoiser]) -> list[Image.Image]:
-        """What the images of a denoising are heading for."""
+        """The images predicted from the current step of a denoising."""
         denoiser = running()
         if denoiser is None or denoiser.closed:
             raise RuntimeError("preview() must be called within the progress callback, got a call after it")
@@ -266,22 +270,22 @@ class Engine:
         """``run()`` for requests. On out-of-memory, drop caches and retry once, if there was anything to drop.
 
         Raises:
-            torch.OutOfMemoryError: with the expected memory and advice; the caches are empty then.
+            torch.OutOfMemoryError: the last try failed. States the expected memory and advice; the caches are dropped.
         """
         if self.graphs.kept or self.cache.slots:
             with suppress(torch.OutOfMemoryError), self._guard(requests, ranges):
                 return run()
-        with self._guard(requests, ranges):  # outside of the block above, whose exception would hold tensors
+        with self._guard(requests, ranges):  # outside the block above: its exception would hold tensors
             return run()
 
     @contextmanager
     def _guard(self, requests: Sequence[Request], ranges: "weakref.WeakSet[SlotRange]") -> Iterator[None]:
         """Run work for requests and collect the slot ranges that it allocates.
 
-        If it fails they are freed at once: the frames of the exception would hold them as long as it lives.
+        If the work fails, free them at once: the exception's frames would hold them for as long as it is alive.
 
         Raises:
-            torch.OutOfMemoryError: in the place of one, with the expected memory and advice; the caches are dropped.
+            torch.OutOfMemoryError: replaces the original one, with the expected memory and advice; caches are dropped.
         """
         try:
             with torch.inference_mode(), self.cache.track(ranges):
@@ -301,7 +305,7 @@ class Engine:
 
 
 def _grouped(items: Iterable[int], key: Callable, weight: Callable, limit: int) -> Iterator[list[int]]:
-    """Items of equal key together, in their order, cut where their weights would exceed the limit."""
+    """Group items by key, in order. A group is split where its total weight would exceed the limit."""
     groups = {}
     for item in items:
         cuts = groups.setdefault(key(item), [[]])
@@ -319,12 +323,18 @@ def _reporter(
     number: int = 0,
     members: Sequence[int] = (0,),
 ) -> Report:
-    """Reports the steps of group ``number`` of a stage, whose groups have these lengths, for the requests in it."""
+    """Make a :data:`Report` for one group of requests in a stage.
+
+    Args:
+        lengths: number of steps of each group of the stage; progress counts through all of them.
+        number: index of this group.
+        members: indexes of its requests, by which results are returned.
+    """
     before, total = sum(lengths[:number]), sum(lengths)
 
     def report(step: int, results: Callable[[], list]) -> None:
         if progress:
-            with torch.inference_mode(False):  # the caller's code runs as outside
+            with torch.inference_mode(False):  # the callback runs in ordinary mode
                 progress(Progress(stage, before + step, total, lambda: dict(zip(members, results(), strict=True))))
 
     return report

@@ -1,7 +1,7 @@
 """The one thread that runs the model, and the bounded queue in front of it.
 
 A model's cache, buffers and CUDA graphs belong to one thread. The HTTP server and the web page both queue their
-requests here as jobs; jobs of equal ``batch_key`` run together. Each adds its own delivery in ``Job.deliver``.
+requests here as jobs; jobs of equal ``batch_key`` run together. Each overrides ``Job.deliver`` to receive the results.
 """
 
 import logging
@@ -34,7 +34,7 @@ class Job:
     """One request. It ends exactly once: with a result, or with an exception.
 
     Attributes:
-        deadline: by ``time.monotonic``.
+        deadline: when it expires, on the clock of ``time.monotonic``.
         batch_key: jobs of equal keys may run together; by default it runs alone.
         ended: whether it has its result or exception.
     """
@@ -79,7 +79,7 @@ class ModelThread:
     ):
         """
         Args:
-            bagel: used by this thread alone from now on, except for its checks.
+            bagel: from now on only this thread may use it, except for its checks.
             run: ``run(jobs, check)`` runs a batch and returns its results. It calls ``check()`` between steps, which
                 raises Cancelled once all jobs of the batch have ended.
             on_error: ``on_error(exception, jobs)`` returns the exception to deliver; ``jobs`` is the batch size.
@@ -108,13 +108,13 @@ class ModelThread:
         return len(self._running)
 
     def ahead(self, job: Job) -> int:
-        """Number of unfinished jobs that come before a waiting one."""
+        """Number of unfinished jobs ahead of ``job``, running ones included; 0 if it is not here."""
         with self._changed:
             jobs = [other for other in self._running + self._waiting if other is job or not other.ended]
             return jobs.index(job) if job in jobs else 0
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue all jobs or none. An empty queue takes any number: it will never have more room.
+        """Queue all jobs or none. An empty queue accepts any number, since waiting would not give it more room.
 
         Raises:
             Busy: the queue has no room.
@@ -138,8 +138,10 @@ class ModelThread:
             self._changed.notify()
 
     def stop(self, grace: float) -> None:
-        """End the thread. Jobs have ``grace`` seconds, then end with :class:`Stopping`. Blocks for at most ``grace``
-        seconds more, for the step that the model is at."""
+        """Stop the thread. Jobs that are unfinished after ``grace`` seconds end with :class:`Stopping`.
+
+        Then wait at most another ``grace`` seconds for the running step to finish.
+        """
         self.refuse()
         self._thread.join(grace)
         with self._changed:
@@ -166,7 +168,7 @@ class ModelThread:
             job.end(Stopping("the model takes no more requests"))
 
     def _check_device(self) -> None:
-        """Raise a pending CUDA error: after some of them every later call in this process fails too."""
+        """Raise a pending CUDA error. After some errors every later CUDA call fails too, so the thread must end."""
         if self._bagel.model.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -189,7 +191,7 @@ class ModelThread:
         return jobs
 
     def _drop_ended(self) -> None:
-        """Remove ended jobs from the queue: they would hold images and room."""
+        """Remove ended jobs from the queue, so that they hold neither images nor places in it."""
         self._waiting = [job for job in self._waiting if not job.expire()]
 
     def _work(self, jobs: list[Job]) -> None:

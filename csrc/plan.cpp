@@ -7,8 +7,8 @@
 namespace bagel_rt {
 namespace {
 
-// Visible keys of a row: the prefix from key_start up to the row's limit, and the own span, visible to the whole
-// segment.
+// The two key ranges of a row: the prefix, from key_start up to the row's limit, and the own span, which every row of
+// the segment sees in full.
 struct Spans {
   std::int64_t key_start, own_start, own_end;
 
@@ -23,19 +23,20 @@ struct Run {
   std::int64_t row_start, row_end;
 };
 
-// Whether the segment is not stored directly after its visible context. Context and segment then need a span each.
+// Whether the segment is stored elsewhere than directly after its visible context, so that each needs its own range.
 bool is_detached(const Segment& segment) { return segment.write != segment.key_start + segment.visible; }
 
 Spans spans_of(const Segment& segment) {
   if (!is_detached(segment)) return {segment.key_start, 0, 0};
   if (!segment.causal) return {segment.key_start, segment.write, segment.write + segment.rows};
-  // Causal rows need a limit each within the segment. Only the prefix has limits, so the segment becomes the prefix and
-  // the context, which all rows see in full, the own span.
+  // A causal row sees the segment only up to itself. Only the prefix has a limit per row, so the segment becomes the
+  // prefix. All rows see the context in full, so it becomes the own span.
   if (segment.visible == 0) return {segment.write, 0, 0};
   return {segment.write, segment.key_start, segment.key_start + segment.visible};
 }
 
-// Fill the packed rows from `packed` on with rows [begin, end) of a segment.
+// Write rows [begin, end) of a segment to the packed rows that start at `packed`. `segment_row` is the index of the
+// segment's first row before packing.
 void fill_rows(const Segment& segment, std::int64_t begin, std::int64_t end, std::int64_t segment_row,
                std::int64_t packed, RowArrays rows) {
   const std::int64_t count = end - begin;
@@ -95,7 +96,7 @@ std::vector<Block> build_plan(const std::vector<Segment>& segments, RowCounts co
     const Spans spans = spans_of(segment);
     for (std::int64_t begin = 0; begin < segment.rows;) {
       const bool is_und = segment.gen[begin] == 0;
-      std::int64_t end = begin + 1;  // of the consecutive rows of one expert
+      std::int64_t end = begin + 1;  // end of a run of rows of one expert
       while (end < segment.rows && (segment.gen[end] == 0) == is_und) ++end;
 
       const std::int64_t packed = next_packed[is_und];

@@ -14,9 +14,9 @@ rounded once to the input dtype; the reference also rounds ``z`` and ``silu``, a
 Work: 2 T K N flops; traffic: both weights once, x and y once.
 
 The kernel is one persistent launch over both groups. Each output tile belongs to one group and selects that group's
-weight descriptor (or pointer). Tiles of the second group are interleaved evenly with those of the first: the second is
-often a few text rows, limited by weight traffic, and the first an image, limited by arithmetic, so the two overlap.
-The gradient is in :mod:`.linear_backward`.
+weight descriptor (or pointer). Often the first group is an image, whose tiles are compute-bound, and the second a few
+text rows, whose tiles are bound by reading weights. Tiles of the two groups are interleaved evenly, so that they
+overlap. The gradient is in :mod:`.linear_backward`.
 """
 
 import torch
@@ -61,7 +61,7 @@ def group_of_tile(t, rest_tiles, tiles):
     """Whether tile t belongs to the first group, and how many tiles of the second group precede it.
 
     The persistent order distributes ``rest_tiles`` evenly over ``tiles``: floor(t * rest_tiles / tiles) tiles of the
-    second group precede tile t, and tile t belongs to the second group exactly if the next value is larger.
+    second group precede tile t. Tile t belongs to the second group if the same formula gives more for t + 1.
     """
     spread = t * rest_tiles.to(tl.int64)
     return spread % tiles + rest_tiles < tiles, (spread // tiles).to(tl.int32)
@@ -69,7 +69,7 @@ def group_of_tile(t, rest_tiles, tiles):
 
 @jit
 def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
-    """(m, n) of a group's tile in grouped order: bands of ``GROUP_M`` tile rows, column by column, for L2 reuse."""
+    """Map a tile number within a group to (m, n): bands of ``GROUP_M`` tile rows, column by column, for L2 reuse."""
     group = tile // (GROUP_M * n_tiles) * GROUP_M
     height = tl.minimum(m_tiles - group, GROUP_M)
     within = tile % (GROUP_M * n_tiles)
@@ -219,7 +219,7 @@ def _fits_tma(matrix):
 
 
 def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, swiglu, *, PROGRAMS, **tiles):
-    """Launch the kernel with tiles of the table, ``PROGRAMS`` persistent programs per multiprocessor."""
+    """Launch the kernel with an entry of the tile table: at most ``PROGRAMS`` programs per multiprocessor."""
     T, K = x.shape
     N = w_first.shape[0]
     height, width, depth = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
@@ -246,16 +246,16 @@ def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, sw
 
 
 def linear(x, w_first, w_rest=None, bias_first=None, bias_rest=None, *, G=None, residual=None, swiglu=False):
-    """Multiply packed rows by their group's weight, or all by one. Differentiable.
+    """Multiply each packed row by the weight of its group. Differentiable.
 
     Args:
         x: [T, K], floating point.
-        w_first, w_rest: [N, K], dtype of ``x``, for rows [0, G) and [G, T); with ``swiglu`` N is even and rows
-            alternate gate, up. Without ``w_rest`` all rows use ``w_first`` and ``bias_first``.
+        w_first, w_rest: weights of rows [0, G) and [G, T), [N, K], dtype of ``x``. Without ``w_rest`` all rows of
+            ``x`` use ``w_first`` and ``bias_first``. With ``swiglu`` N is even and weight rows alternate gate, up.
         bias_first, bias_rest: [N] like the weights, or both None. Not together with ``residual``.
         G: number of rows of the first group, 0 <= G <= T; ignored without ``w_rest``.
         residual: [T, N] like ``x``, added to the product, or None. Not together with ``swiglu``.
-        swiglu: fold pairs of columns into silu(gate) * up.
+        swiglu: combine each pair of columns into silu(gate) * up.
 
     Returns:
         [T, N], contiguous; [T, N // 2] with ``swiglu``.

@@ -1,11 +1,14 @@
-"""Gradient of QK-norm and RoPE. A head's gradient is rotated back, then passed through the norm:
+"""Gradient of QK-norm and RoPE. A head's gradient is rotated back, then passed through the norm.
 
-    (da, db) = (ga cos + gb sin, gb cos - ga sin)        g = (da, db), the gradient of n w, n = h / rms(h)
+h is a head before the norm, w the norm's weight, n = h / rms(h), and (ga, gb) are the halves of the output's gradient:
+
+    (da, db) = (ga cos + gb sin, gb cos - ga sin)        g = (da, db), the gradient of n w
     dh = s (g w - n (g w . n) / D), s = 1 / rms(h)       dw = sum of g n over the rows of its group, for each head
 
-With LayerNorm, n = (h - mean(h)) / std(h), dh = s (g w - mean(g w) - n (g w . n) / D), and dc = sum of g.
+With LayerNorm, n = (h - mean(h)) / std(h), s = 1 / std(h) and dh = s (g w - mean(g w) - n (g w . n) / D). The gradient
+of its bias is the sum of g over the same rows.
 
-Gradients of values are copied. Arithmetic is float32 or wider, rounded once. The forward saves the projection.
+Gradients of values are copied. Arithmetic is in float32 or wider and rounded once. The forward saves its input ``qkv``.
 """
 
 import torch
@@ -55,7 +58,7 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
     for part, norm in zip(torch.split(g, groups), (norm_first, norm_rest), strict=True):
         part.mul_(norm[0] if layer_norm else norm)
     if layer_norm:
-        g = g - g.mean(2, keepdim=True)  # keeps its dot product with normed, whose mean is 0
+        g = g - g.mean(2, keepdim=True)  # the dot product with normed stays the same: normed has mean 0
     normed.mul_(torch.linalg.vecdot(g, normed).div_(-D).unsqueeze(2))
     dqkv[:, :heads] = normed.add_(g).mul_(scale)
     return dqkv.view_as(qkv), *dnorm

@@ -1,4 +1,4 @@
-"""Registration of ops with PyTorch, and the implementation that runs each."""
+"""Register ops with PyTorch, and report which implementation of an op runs."""
 
 import functools
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from .backend import runs_kernel, wants_gradient
 from .extension import runs_extension
 
 OPS: dict[str, str] = {}
-"""Op of the ``bagel_rt`` namespace of ``torch.ops`` -> the languages of its kernels in order of preference.
+"""Name of an op in ``torch.ops.bagel_rt`` -> the languages of its kernels, in order of preference.
 
-"triton"; "cuda" for a kernel of the extension; or "cuda, triton" for an op whose Triton kernel is the fallback.
+"triton": a Triton kernel; "cuda": a kernel of the extension; "cuda, triton": both, with the Triton kernel as fallback.
 """
 
 
@@ -22,16 +22,17 @@ def op(
 ) -> Callable[[Callable], Callable]:
     """Register the decorated launcher as ``torch.ops.bagel_rt.NAME``.
 
-    The decorated function calls the registered op only under ``torch.compile`` or to apply ``gradient``. Otherwise it
-    calls the launcher directly: the dispatcher costs more host time than the rest of the op.
+    The returned function calls the registered op only under ``torch.compile`` or to apply ``gradient``. Otherwise it
+    calls the launcher directly, because PyTorch's dispatcher costs more host time than the rest of the op.
 
     Args:
         name: name of the op.
         schema: schema for ``torch.library.define``. Arguments are passed by position.
         kernel: languages of its kernels, as in ``OPS``.
         fake: returns empty outputs with the shapes, dtypes and strides of the real ones.
-        gradient: (backward, setup_context) for ``torch.library.register_autograd``. Without it PyTorch differentiates
-            the code of the launcher, which must then run the reference; ``runs_kernel`` takes care of that.
+        gradient: (backward, setup_context) for ``torch.library.register_autograd``. Without it, PyTorch differentiates
+            through the launcher, which must then run the reference: ``runs_kernel`` is False for tensors that require
+            a gradient.
     """
 
     def register(launch: Callable) -> Callable:

@@ -1,6 +1,6 @@
 """Shared CLI options, and the functions that check and convert their values.
 
-Values are checked before a model is loaded. An invalid one raises ValueError or typer.BadParameter with its name.
+Values are checked before a model is loaded. An invalid value raises ValueError or typer.BadParameter.
 """
 
 import inspect
@@ -122,13 +122,16 @@ class RunOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class RequestOptions(RunOptions):
-    """The model, the report, and the options of every request."""
+    """Options of the model and of reporting, and those that every request has."""
 
     seed: Seed = None
     think: Think = False
 
     def request(self, task: str, settings) -> dict:
-        """The keyword arguments of a request, checked. Without a seed a random one is drawn, so that it is reported."""
+        """Check the options and return them as keyword arguments of a request.
+
+        Without a seed, a random one is drawn here, so that it can be reported.
+        """
         resolve_settings(task, vars(settings))
         check_seed(self.seed)
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
@@ -158,7 +161,10 @@ _METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
 
 
 def checked_option(field, panel: str, default=None, show_default: bool | str = True):
-    """A field of a dataclass of options, made from a checked field; without a default it is None if not given."""
+    """Return (name, type, default) of an option for ``make_dataclass``, made from a field with a check and a help text.
+
+    Without a default, an omitted option is None.
+    """
     option = typer.Option(
         help=field.metadata["help"],
         metavar=_METAVARS.get(field.type),
@@ -169,7 +175,7 @@ def checked_option(field, panel: str, default=None, show_default: bool | str = T
 
 
 def hyperparameters(task: str) -> type:
-    """A dataclass of the hyper-parameters of a task as options, with the task's defaults."""
+    """Make a dataclass with one option for each hyper-parameter of a task. Defaults are the task's."""
     options = [
         checked_option(field, panel, getattr(part, field.name))
         for part, panel in zip(TASKS[task], ("Denoising", "Text"), strict=True)
@@ -179,7 +185,10 @@ def hyperparameters(task: str) -> type:
 
 
 def image_settings(*names: str) -> type:
-    """A dataclass of some hyper-parameters as options, for a command with several tasks, each with its defaults."""
+    """Make a dataclass with one option for each named hyper-parameter, for a command that runs several tasks.
+
+    An omitted option is None, so that each task uses its own default.
+    """
     chosen = [checked_option(HYPERPARAMETERS[name], "Denoising", show_default="the task's") for name in names]
     return make_dataclass("ImageSettings", chosen, frozen=True)
 
@@ -195,7 +204,10 @@ def shows_progress(progress: bool | None) -> bool:
 
 
 def read_size(model: Path, width: int | None, height: int | None) -> tuple[int, int] | None:
-    """(height, width); a missing side is that of the model's largest square. None if both are missing."""
+    """Return (height, width), or None if both are missing.
+
+    A single missing side defaults to the side of the model's largest square.
+    """
     from bagel_rt.models.bagel.config import BagelConfig
 
     if width is None and height is None:
@@ -207,7 +219,7 @@ def read_size(model: Path, width: int | None, height: int | None) -> tuple[int, 
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise ValueError if the address cannot be bound: before a model is loaded, which may take minutes."""
+    """Raise ValueError if the address cannot be bound. Call it before loading a model, which may take minutes."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -215,7 +227,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def read_device(name: str | None):
-    """The torch device, which must exist; None for the default."""
+    """Return the torch device, or None for the default. Raise ValueError if the device does not exist."""
     import torch
 
     if name is None:

@@ -11,7 +11,7 @@ import torch
 
 from bagel_rt.models.bagel.model import BagelModel
 
-_LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # model -> lock; models that share weights share one
+_LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # model -> lock; models that share weights share a lock
 
 
 def model_lock(model: BagelModel):
@@ -20,13 +20,16 @@ def model_lock(model: BagelModel):
 
 
 def share_lock(model: BagelModel, other: BagelModel) -> None:
-    """Use the lock of ``other``, which has the same weights, for ``model`` too."""
+    """Make ``model`` use the lock of ``other``, whose weights it shares."""
     _LOCKS[model] = model_lock(other)
 
 
 @contextmanager
 def exclusive(model: BagelModel) -> Iterator[None]:
-    """Hold the model's lock, with its GPU current (kernels launch on the thread's current GPU) and autocast off."""
+    """Hold the model's lock and disable autocast. On CUDA, also make the model's GPU the thread's current one.
+
+    Kernels launch on the current GPU.
+    """
     device = model.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with model_lock(model), on_device, torch.autocast(device.type, enabled=False):
@@ -34,7 +37,7 @@ def exclusive(model: BagelModel) -> Iterator[None]:
 
 
 def entry_point(method):
-    """Run a method inside its object's ``inference_scope()``."""
+    """Decorate a method to run inside ``self.inference_scope()``."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):

@@ -1,12 +1,12 @@
 """The denoising loop: packed forwards over guidance branches, on buffers that stay in place.
 
-All branches of a step run as one packed forward. Branches of one image whose contexts are equal are computed once: the
-official text-to-image defaults of BAGEL ask for three of which two are the same. Which branches a step needs is known
-before the first step, so buffers, positions and attention plans are made once and every step only overwrites them. A
-step is then the same launches on the same addresses: one CUDA graph for guided steps and one for the others (see
+All branches of a step run as one packed forward. Branches of one image with equal contexts are computed once. For
+example, two of the three branches of BAGEL's official text-to-image defaults are equal. The branches of every step are
+known before the first one, so buffers, positions and attention plans are made once. Every step then repeats the same
+launches on the same addresses and can be replayed: one CUDA graph for guided steps and one for the others (see
 ``bagel_rt.runtime.graphs``).
 
-The loop knows no schedule and no update rule: these are the model's guidance (``bagel_rt.runtime.interface``).
+The model's guidance defines the schedule and the update rule (``bagel_rt.runtime.interface``).
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from bagel_rt.runtime.plan import Plan, build_plan
 from bagel_rt.runtime.slots import KVCache
 
 Branch = tuple[int, Context, Context]
-"""(index of the image, context, holder of the slots for the rows, as :meth:`Context.borrow` gives it)."""
+"""(index of the image, context, holder of the slots for the rows: see :meth:`Context.borrow`)."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class PackedBranches:
     """One packed forward over branches, in buffers that keep their addresses when it is refilled.
 
     Attributes:
-        sizes, starts: for each branch, the number of its recomputed rows and the first of them in the output.
+        sizes, starts: for each branch, the number of its recomputed rows and its first row in the output.
         image_table: int32 [images, 2 + branches]: first state row of an image, number of its rows, first output row of
-            each branch. An absent branch repeats the image's first.
+            each branch. The column of an absent branch repeats the first branch of the image.
         max_rows: the largest number of rows of an image.
     """
 
@@ -62,8 +62,9 @@ class PackedBranches:
         """
         Args:
             contents: of every image of the batch.
-            branches: in the order of the outputs. The caller keeps the holders.
-            table: for each image its branches, as indexes into ``branches``; None or beyond its end for absent.
+            branches: in the order of the outputs. The caller must keep the holders alive.
+            table: for each image, the index of each of its branches in ``branches``. A branch is absent if its index
+                is None or past the end.
         """
         self.model, self.cache, self._contents = model, cache, contents
         plan, positions, recomputed = self._plan(branches)
@@ -76,27 +77,27 @@ class PackedBranches:
         self._batch = ForwardBatch.from_plan(plan, positions, model.rope)
         hidden = model.embed([contents[image] for image in images])
         self._hidden = hidden[torch.from_numpy(plan.order).to(model.device)]
-        # Where the recomputed rows of each branch, in turn, lie among the packed rows: an image of one expert is one
-        # range, which needs no index.
+        # Packed rows of the recomputed rows, branch by branch. If one expert takes them all they are contiguous, and a
+        # slice replaces the index tensor.
         packed = np.empty(len(plan.order), dtype=np.int64)
         packed[plan.order] = np.arange(len(packed))
         where = packed[recomputed]
         first = int(where[0])
         contiguous = bool((where == np.arange(first, first + len(where))).all())
         self._where = slice(first, first + len(where)) if contiguous else torch.from_numpy(where).to(model.device)
-        # Which row of the encoded state each of them takes; None if that is every row once, in order.
+        # Row of the encoded state that each of them is copied from; None if they are all rows once, in order.
         offsets = np.cumsum([0, *counts])
         source = np.concatenate([np.arange(offsets[image], offsets[image + 1]) for image in images])
         in_order = images == list(range(len(contents)))
         self._source = None if in_order else torch.from_numpy(source).to(model.device)
 
     def refill(self, branches: Sequence[Branch]) -> None:
-        """Take the same images' branches over other contexts."""
+        """Switch to other contexts of the same structure: overwrite the plan and positions in place."""
         plan, positions, _ = self._plan(branches)
         self._batch.copy_(ForwardBatch.from_plan(plan, positions, self.model.rope))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Encoded rows of all images [n, H] -> their last hidden states in all branches in turn, [R, H].
+        """Encoded rows of all images [n, H] -> their last hidden states, branch by branch, [R, H].
 
         Branch b has rows ``starts[b]`` to ``starts[b] + sizes[b]``.
         """
@@ -136,9 +137,9 @@ class _Buffers:
     """What the steps read and write.
 
     Attributes:
-        state: the tasks' noise, concatenated along its first dimension, and then what the steps make of it.
+        state: the tasks' states, concatenated along the first dimension: noise at first, then updated by each step.
         index: int64 [1], the step to run.
-        guided, plain: packed forwards of guided steps and of the others; the same object where they do not differ.
+        guided, plain: packed forwards of guided steps and of the others; one object if they run the same branches.
         step: the guidance's buffers.
     """
 
@@ -179,7 +180,7 @@ class Denoiser:
         branches, self._branch_of = self._distinct_branches(deduplicate)
         self._holders = [holder for _, _, holder in branches]
         first = branches[: len(tasks)]
-        apart = len(branches) > len(first) and not all(guidance.guided)  # some steps run the first branches alone
+        apart = len(branches) > len(first) and not all(guidance.guided)  # some steps run fewer branches
         key = ("denoise", guidance.key, tuple(map(tuple, self._branch_of)), apart)
         self._held = self._graphs.acquire(key, lambda: self._allocate(branches, first if apart else None), self)
         self._buffers: _Buffers = self._held.buffers
@@ -202,7 +203,7 @@ class Denoiser:
         self._graphs.run(self._held, "guided" if guided else "plain", lambda: self._step(guided))
 
     def close(self) -> None:
-        """Release the buffers; the state is no longer this denoising's."""
+        """Release the buffers. Do not read the state afterwards: another denoising may overwrite it."""
         self.closed = True
         self._held.release()
 
@@ -211,11 +212,11 @@ class Denoiser:
         return self.state.split([len(task.noise) for task in self.tasks])
 
     def estimates(self) -> list[torch.Tensor]:
-        """The clean states that the images are heading for; after a step, and before :meth:`close`."""
+        """The clean states predicted from the current ones. Call it after a step and before :meth:`close`."""
         return self.guidance.estimates(self.images(), [task.noise for task in self.tasks], self._next)
 
     def branch_outputs(self, index: int) -> list[tuple[torch.Tensor | None, ...]]:
-        """The model's outputs for each image at step ``index``, one per branch; None for one that it does not run."""
+        """The model's outputs for each image at step ``index``, one per branch; None if the step does not run it."""
         guided = self.guidance.guided[index]
         packed = self._buffers.guided if guided else self._buffers.plain
         outputs = self._evaluate(packed, index).split(packed.sizes)
@@ -225,7 +226,7 @@ class Denoiser:
         ]
 
     def outputs_of(self, contexts: Sequence[Context], index: int) -> list[torch.Tensor]:
-        """The model's output for each image at step ``index`` behind another context, whatever guidance uses."""
+        """The model's output for each image at step ``index``, with these contexts instead of the guidance branches."""
         branches = [self._borrow(image, context) for image, context in enumerate(contexts)]
         contents = [task.content for task in self.tasks]
         packed = PackedBranches(self.model, self.cache, contents, branches, [[image] for image in range(len(branches))])
@@ -238,7 +239,7 @@ class Denoiser:
         return buffers.step.outputs(packed.forward(rows), carry, packed)
 
     def _step(self, guided: bool) -> None:
-        """One step, on buffers alone."""
+        """Run one step. It reads and writes only static buffers, so that it can be captured."""
         buffers = self._buffers
         packed = buffers.guided if guided else buffers.plain
         rows, carry = buffers.step.encode(buffers.state, buffers.index)
@@ -262,7 +263,7 @@ class Denoiser:
         return _Buffers(state, index, guided, plain, self.guidance.allocate())
 
     def _fill(self, branches: list[Branch], first: list[Branch]) -> None:
-        """Put this run's numbers into the buffers."""
+        """Copy the noise, the guidance values and the plans of this denoising into the buffers."""
         buffers = self._buffers
         torch.cat([task.noise.to(buffers.state) for task in self.tasks], out=buffers.state)
         self.guidance.fill(buffers.step)
@@ -273,8 +274,10 @@ class Denoiser:
         self._next = 0
 
     def _distinct_branches(self, deduplicate: bool) -> tuple[list[Branch], list[list[int | None]]]:
-        """The branches to compute, the first of every image before the others, and for each image which of them are its
-        own, None for one that guidance does not use."""
+        """Return the branches to compute, and for each image the index of each of its branches among them.
+
+        The first branches of all images come first. The index is None for a branch that guidance does not use.
+        """
         branches, branch_of = [], [[] for _ in self.tasks]
         for number in range(max(len(task.branches) for task in self.tasks)):
             for image, task in enumerate(self.tasks):

@@ -1,6 +1,6 @@
 """Contact sheets: rows of small images with captions, optionally marked as right or wrong.
 
-All lengths are in pixels. Images are laid out in columns; a before/after pair takes two.
+All lengths are in pixels. Images are laid out in columns; a before/after pair takes two columns.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ class Tile:
 
     Attributes:
         images: one or two; shown as squares.
-        lines: (text, colour) of the caption, each wrap_lines to the tile's width.
-        correct: whether to mark the last image as right or wrong; None for no mark.
+        lines: (text, colour) of each paragraph of the caption, wrapped to the tile's width.
+        correct: True marks the last image as right, False as wrong; None draws no mark.
     """
 
     images: tuple[Image.Image, ...]
@@ -40,7 +40,7 @@ class Section:
     Attributes:
         title, note: the heading, and small text to its right.
         tiles: at least one.
-        share: (low, share, high), each in [0, 1]; None for no bar.
+        share: (low, share, high) in [0, 1], with the ends of the confidence interval; None for no bar.
     """
 
     title: str
@@ -65,7 +65,7 @@ def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.I
 
 
 def wrap_lines(text: str, font, width: int) -> list[str]:
-    """Wrap a text to lines of at most ``width``; longer words are broken."""
+    """Wrap a text to lines of at most ``width``; a word wider than that is broken."""
     lines, line = [], ""
     for word in text.split():
         while font.getlength(word) > width:

@@ -11,7 +11,7 @@ from bagel_rt.models.bagel.model import BagelModel
 
 SIDE = 128  # image side in pixels
 _GRID = 8  # image side in tokens, for the ViT and for latents
-_PREVIOUS_TOKEN_BIAS = 8.0  # large against the content-dependent part of queries and keys, about 1 per channel
+_PREVIOUS_TOKEN_BIAS = 8.0  # large: the content-dependent part of queries and keys is about 1 per channel
 _RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "out_proj", "fc2")  # modules that write to the residual stream
 
 
@@ -22,7 +22,7 @@ def tiny_config(
 
     Args:
         vocabulary: number of tokens; rounded up to a multiple of 8.
-        vae: an autoencoder with downsample 8 and measured scale and shift.
+        vae: configuration of an autoencoder with downsample 8, whose scale and shift have been measured.
         hidden, layers: size of the transformer. Heads have 32 channels; three query heads share a KV head.
         vit_hidden, vit_layers: size of the vision tower. Heads have 32 channels.
     """
@@ -63,16 +63,18 @@ def initialize_(model: BagelModel, seed: int) -> None:
     sqrt(2 layers) if they write to the residual stream (Radford et al. 2019). The velocity starts at 0, as in the
     official code; the vision tower's positions start as sines.
 
-    Vision inputs get a larger scale. AdamW updates all weights by similar amounts, so weights of a small scale lose
-    their initial signal. A vision tower trained to classify the four shapes was 98% correct after 8,000 images with
-    patches at 12 times the scale, and 43% without.
+    Vision inputs get a larger scale. AdamW updates all weights by similar amounts, so its first updates overwrite small
+    weights. A vision tower was trained to classify the four shapes: after 8,000 images it was 98% correct with the
+    patch embedding at 12 times the scale, and 43% correct without.
 
-    In the generation expert, one of the three query heads of each KV head starts equal to its key ("mimetic
-    initialization", Trockman and Kolter 2023, arXiv:2305.09828), and positions start at three times the scale. A latent
-    token then first attends to its own position, in the noised image and in the image to edit. With all three query
-    heads equal to the key, text has less influence: after 1,000 steps on images, swapping the two colours of a caption
-    raised the velocity error at t = 0.85 from 0.49 to 0.59, against 0.38 to 0.75 with one. (A model that ignores the
-    colours would have the same error after the swap.)
+    In the generation expert, one of the three query heads of each KV head starts with the weights of that head's key
+    ("mimetic initialization", Trockman and Kolter 2023, arXiv:2305.09828), and positions start at three times the
+    scale. At the start of training, a latent token therefore attends to its own position, in the noised image and in
+    the image to edit.
+
+    If all three query heads start like this, the model pays less attention to the text. To measure this, the two
+    colours of a caption were swapped after 1,000 steps on images. The velocity error at t = 0.85 rose from 0.38 to 0.75
+    with one such head, but only from 0.49 to 0.59 with three. (It would not rise if the model ignored the colours.)
 
     In the understanding expert, one head in each of the first two layers is a previous-token head, which binds a noun
     to its colour (``_initialize_previous_token_head_``).
@@ -115,8 +117,8 @@ def _initialize_previous_token_head_(query: torch.Tensor, key: torch.Tensor, the
     In the two channel pairs with the highest RoPE frequency, every key gets the same vector and every query gets this
     vector rotated back by one position. After RoPE they are aligned if the key is one position before the query.
 
-    After 700 steps on texts, 47 of 48 captions with two groups were paraphrased correctly with this head, and 31
-    without; most errors swapped the colours.
+    After 700 steps on texts, the model paraphrased 47 of 48 two-group captions correctly with this head, and 31 without
+    it. Most errors swapped the colours.
     """
     half = len(query) // 2
     for pair in range(2):

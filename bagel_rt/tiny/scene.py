@@ -1,13 +1,14 @@
 """Scenes of coloured shapes, their random generation, and the train/test split.
 
-A scene is a plain background with one or two groups of objects, which are called things, as in the texts of the world.
-A group is one to three things of the same shape, colour and size, in a row or a column. A single group is at a named
-place (the center, a side, a corner); of two groups, one is above or left of the other. Two groups always differ in
-colour or shape, so "the red circle" is unambiguous. Counts, sizes and the place or relation determine every position.
+A scene is a plain background with one or two groups of objects. Objects are called things, as in the texts that the
+model reads and writes. A group is one to three things of the same shape, colour and size, in a row or a column. A
+single group is at a named place (the center, a side, a corner). If there are two groups, one is above or left of the
+other. They always differ in colour or shape, so "the red circle" is unambiguous. Counts, sizes and the place or
+relation determine every position.
 
 Lengths are fractions of the image side; x points right and y down. Things are aligned to a grid of 8 x 8 cells: a small
-thing covers 2 x 2 cells, a large one 3 x 3. A model whose patches are cells has to learn few different patches, and can
-be small.
+thing covers 2 x 2 cells, a large one 3 x 3. With one patch per cell there are few different patches to learn, so a
+small model is enough.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ COLORS = {
     "pink": (255, 130, 190),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (18, 18, 22), "grey": (128, 128, 128), "beige": (232, 212, 172)}
-SIZES = {"small": 0.095, "large": 0.15}  # radius of a circle; other shapes relative to it are in render.OUTLINES
+SIZES = {"small": 0.095, "large": 0.15}  # radius of a circle; render.OUTLINES scales other shapes to it
 CELLS = {"small": 2, "large": 3}  # side of a thing in cells
 GRID = 8  # side of an image in cells
 PLACES = {  # name -> (column, row): 0 is left or top, 1 the middle, 2 right or bottom
@@ -111,8 +112,8 @@ def place_of(group) -> str:
 def relation_between(first, second) -> str | None:
     """The relation of ``first`` to ``second``, a key of OPPOSITE; None if the groups are not clearly separated.
 
-    The axis is the one along which the centres are further apart. All things of one group must be at least 0.08 past
-    all things of the other along it.
+    The groups are compared along the axis on which their centres are further apart. Along it, all things of one group
+    must be centred at least 0.08 before all things of the other.
     """
     (x, y), (other_x, other_y) = center_of(first), center_of(second)
     names = ("above", "below") if abs(y - other_y) > abs(x - other_x) else ("left of", "right of")
@@ -124,7 +125,7 @@ def relation_between(first, second) -> str | None:
 
 
 def fits(things: Group) -> bool:
-    """Whether the things are inside the border, do not overlap, and are at most MAX_THINGS."""
+    """Whether there are at most MAX_THINGS things, all inside the border and separated by at least the gap."""
     inside = all(
         min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) - thing.reach
         > _BORDER - 1e-6  # tolerance: large things touch the border
@@ -141,7 +142,7 @@ def fits(things: Group) -> bool:
 
 
 def combination(scene: Scene) -> tuple:
-    """The attributes that determine the split of a scene; the upper or left group comes first.
+    """The attributes that decide whether a scene is for training or testing; the upper or left group comes first.
 
     Raises:
         ValueError: the scene does not have one group, or two groups with a relation.
@@ -217,7 +218,7 @@ def _two_groups(rng: np.random.Generator) -> Group:
 
 
 def draw_scene(rng: np.random.Generator, groups: int | None = None) -> Scene:
-    """Draw a random scene with one or two groups; None draws the number too."""
+    """Draw a random scene with one or two groups. With ``groups=None`` the number is random too."""
     if groups is None:
         groups = 1 if rng.random() < 0.5 else 2
     check("groups", groups, one_of((1, 2)))
