@@ -129,6 +129,8 @@ class Bagel:
         Raises:
             ValueError, TypeError: an argument is invalid. Arguments are checked before any computation.
         """
+        if not isinstance(prompt, (str, list, tuple)):
+            raise invalid("prompt", prompt, f"a str or a list of 1 to {MAX_BATCH} str")
         batch = [prompt] if isinstance(prompt, str) else check_list("prompt", prompt, str, MAX_BATCH)
         count, single = len(batch), isinstance(prompt, str)
         if single:
