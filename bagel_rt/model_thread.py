@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 
 import torch
@@ -30,7 +31,7 @@ class DeadlineExceeded(Exception):
     """The request took longer than allowed."""
 
 
-class Job:
+class Job(ABC):
     """One request. It ends exactly once: with a result, or with an exception.
 
     Attributes:
@@ -44,9 +45,9 @@ class Job:
         self.batch_key = object() if batch_key is None else batch_key
         self._lock = threading.Lock()
 
+    @abstractmethod
     def deliver(self, outcome: object) -> None:
         """Take the result, or an exception made for this job alone. Called once, from any thread; must not block."""
-        raise NotImplementedError
 
     def end(self, outcome: object) -> None:
         """End the job unless it has ended, from any thread. A running model stops at its next step."""

@@ -226,7 +226,7 @@ async def _result(job: AsyncJob) -> ImageResult:
 
 @asynccontextmanager
 async def _cancel_on_disconnect(request: Request, jobs: list[AsyncJob]) -> AsyncIterator[None]:
-    """Cancel jobs if the client disconnects inside this block, and whatever is left of them at its end."""
+    """Cancel jobs if the client disconnects inside this block, and those still unfinished at its end."""
 
     async def watch():
         with suppress(Exception):  # of a client that sends more than its request
