@@ -129,7 +129,8 @@ def sources(*patterns: str) -> list[str]:
 
 
 setup(
-    packages=find_packages(include=["bagel_rt", "bagel_rt.*"])
+    # bagel_rt/kernels is a link to kernels/ for type checkers and editors; a checkout on Windows may lack it.
+    packages=find_packages(include=["bagel_rt", "bagel_rt.*"], exclude=["bagel_rt.kernels*"])
     + [f"bagel_rt.{name}" for name in find_packages(include=["kernels", "kernels.*"])],
     package_dir={"bagel_rt.kernels": "kernels"},
     ext_modules=[
