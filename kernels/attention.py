@@ -25,8 +25,11 @@ Work: 4 Hq D flops per visible pair. Each query block reads K and V of its conte
 The gradient is in :mod:`.attention_backward`.
 """
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import configs
 from .attention_backward import attention_lse_gradient
@@ -115,7 +118,7 @@ def attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale):
     return out, lse
 
 
-def attention_dense_reference(q, k, v, mask, scale=None):
+def attention_dense_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention under an explicit mask: the ground truth for every other implementation.
 
     Args:
@@ -250,7 +253,20 @@ def _attention_lse(q, k_cache, v_cache, limits, blocks, scale):
     return attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale)
 
 
-def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False):
+@overload
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float | None = None,
+    *, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attend packed query rows to the cache slots that the plan makes visible to each row.
 
     Differentiable in q, k_cache and v_cache.
@@ -282,7 +298,7 @@ def attention(q, k_cache, v_cache, limits, blocks, scale=None, return_lse=False)
     return _attention(q, k_cache, v_cache, limits, blocks, scale)
 
 
-def check_scale(op, scale, D):
+def check_scale(op: str, scale: float | None, D: int) -> float:
     """Return the scale to use, D ** -0.5 by default. Raise ValueError for one that is not positive and finite."""
     if scale is None:
         return D**-0.5
@@ -291,7 +307,7 @@ def check_scale(op, scale, D):
     return scale
 
 
-def check_heads(op, q, k_cache, v_cache):
+def check_heads(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     """Raise ValueError if the shapes or dtypes of queries and caches do not match."""
     _, Hq, D = q.shape
     S, Hkv, _ = k_cache.shape

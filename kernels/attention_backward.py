@@ -17,6 +17,7 @@ Work: 10 Hq D flops per visible pair, 14 with recomputation.
 """
 
 import torch
+from torch import Tensor
 
 from . import configs
 from .attention_tiles import (
@@ -249,7 +250,10 @@ def _launch_kernels(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, block
     return dq, dk, dv
 
 
-def _fake(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
+def _fake(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor,
+    limits: Tensor, blocks: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(k_cache.shape), q.new_empty(k_cache.shape)
 
 
@@ -260,7 +264,10 @@ def _fake(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
     kernel="triton",
     fake=_fake,
 )
-def attention_backward(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
+def attention_backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor,
+    limits: Tensor, blocks: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`.attention.attention`. Called by autograd.
 
     Args:

@@ -1,6 +1,7 @@
 """Backend selection: whether ops run their kernels or their PyTorch references."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -84,7 +85,7 @@ def runs_kernel(x: torch.Tensor, *others: torch.Tensor | None, float64: bool = F
     return True
 
 
-def wants_gradient(*arguments) -> bool:
+def wants_gradient(*arguments: object) -> bool:
     """Whether autograd is enabled and one of the tensors among ``arguments`` requires a gradient."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments)
 
@@ -102,7 +103,9 @@ def check_current_device(x: torch.Tensor) -> None:
         )
 
 
-def mismatch(op: str, name: str, tensor: torch.Tensor | None, shape, dtype) -> ValueError:
+def mismatch(
+    op: str, name: str, tensor: torch.Tensor | None, shape: Iterable[int | str], dtype: torch.dtype | str
+) -> ValueError:
     """Build the error for an argument of an op with the wrong shape or dtype."""
     got = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
     allowed = str(tuple(shape)).replace("'", "")  # a letter stands for a dimension of any size

@@ -13,11 +13,12 @@ Nothing is tuned at run time: a kernel compiles once per shape class in use, and
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PATH = Path(__file__).with_name("configs.json")
-TABLE = json.loads(PATH.read_text())
+TABLE: dict[str, dict[str, dict[str, dict[str, Any]]]] = json.loads(PATH.read_text())
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 # Architectures without entries of their own that have the shared memory of sm_89, and no wgmma.
@@ -60,7 +61,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def tiles(op: str, shape_class: str, device: torch.device) -> dict | None:
+def tiles(op: str, shape_class: str, device: torch.device) -> dict[str, Any] | None:
     """Launch arguments of ``op`` for a shape class on ``device``; None if torch is faster.
 
     Raises:

@@ -19,6 +19,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import extension
 from .attention import check_heads, check_scale, launch_kernel, runs_attention_kernel
@@ -107,7 +108,9 @@ def _decode_attention(q, k_cache, v_cache, starts, lengths, scale):
     return decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale)
 
 
-def decode_attention(q, k_cache, v_cache, starts, lengths, scale=None):
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
     """Attend one query row per sequence to its contiguous range of cache slots.
 
     Args:

@@ -13,6 +13,7 @@ Traffic: w once; memory-bound.
 """
 
 import torch
+from torch import Tensor
 
 from . import extension
 from .backend import check_devices, mismatch
@@ -85,7 +86,15 @@ def _decode_linear(x, w, norm, eps, residual, swiglu):
     return decode_linear_reference(x, w, norm, eps, residual, swiglu)
 
 
-def decode_linear(x, w, *, norm=None, eps=1e-6, residual=None, swiglu=False):
+def decode_linear(
+    x: Tensor,
+    w: Tensor,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
     """Multiply a few rows, optionally normalised, by a weight matrix.
 
     Args:

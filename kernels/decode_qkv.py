@@ -14,6 +14,7 @@ Traffic: w once; memory-bound.
 """
 
 import torch
+from torch import Tensor
 
 from . import extension
 from .backend import check_devices, mismatch
@@ -73,7 +74,10 @@ def _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, ep
     return decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps)
 
 
-def decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+def decode_qkv(
+    x: Tensor, norm: Tensor, w: Tensor, bias: Tensor | None, qk_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    slots: Tensor, k_cache: Tensor, v_cache: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
     """Compute one query row per sequence and store its key and value in the cache.
 
     Args:

@@ -11,6 +11,7 @@ normalises. An image's result does not depend on the rest of the batch. Traffic:
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import configs
 from .backend import mismatch, runs_kernel, wants_gradient
@@ -281,7 +282,9 @@ def _group_norm_moments(x, groups, eps):
     return (_run_moments_kernels if kernel else group_norm_moments_reference)(x, groups, eps)
 
 
-def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = False, moments: Tensor | None = None
+) -> Tensor:
     """Normalise the channel groups of each image. Differentiable in x, weight, bias and moments.
 
     Args:
@@ -311,7 +314,7 @@ def group_norm(x, weight, bias, groups, eps, silu=False, moments=None):
     return _group_norm(x, weight, bias, groups, eps, silu, moments)
 
 
-def group_norm_moments(x, groups, eps):
+def group_norm_moments(x: Tensor, groups: int, eps: float) -> Tensor:
     """Statistics of :func:`group_norm`.
 
     Args:

@@ -20,6 +20,7 @@ each [N, C]; memory-bound.
 """
 
 import torch
+from torch import Tensor
 
 from . import configs
 from .backend import check_devices, mismatch, runs_kernel
@@ -218,7 +219,10 @@ def _cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided):
     run(x, v, image_table, cfg_table, max_rows, guided)
 
 
-def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
+def guided_velocity(
+    v_cond: Tensor, v_no_text: Tensor | None, v_no_img: Tensor | None, text_scale: float, image_scale: float,
+    renorm: str, renorm_min: float,
+) -> Tensor:  # fmt: skip
     """Combine the velocities of one image's branches into the guided velocity.
 
     Args:
@@ -248,7 +252,9 @@ def guided_velocity(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm
     return guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min)
 
 
-def cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided=True):
+def cfg_euler_step(
+    x: Tensor, v: Tensor, image_table: Tensor, cfg_table: Tensor, max_rows: int, guided: bool = True
+) -> None:
     """Take one Euler step of every image along its guided velocity, in place: x becomes x - v dt.
 
     The values of both tables are not checked, since that would synchronise the host. Rows must lie inside ``x`` and

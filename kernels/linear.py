@@ -21,6 +21,7 @@ overlap. The gradient is in :mod:`.linear_backward`.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import configs
 from .backend import mismatch, runs_kernel, wants_gradient
@@ -245,7 +246,10 @@ def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, sw
     )  # fmt: skip
 
 
-def linear(x, w_first, w_rest=None, bias_first=None, bias_rest=None, *, G=None, residual=None, swiglu=False):
+def linear(
+    x: Tensor, w_first: Tensor, w_rest: Tensor | None = None, bias_first: Tensor | None = None,
+    bias_rest: Tensor | None = None, *, G: int | None = None, residual: Tensor | None = None, swiglu: bool = False,
+) -> Tensor:  # fmt: skip
     """Multiply each packed row by the weight of its group. Differentiable.
 
     Args:

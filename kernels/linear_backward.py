@@ -9,9 +9,12 @@ lets PyTorch differentiate SwiGLU.)
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def linear_backward(grad, x, w_first, w_rest, G, needs_dx=True):
+def linear_backward(
+    grad: Tensor, x: Tensor, w_first: Tensor, w_rest: Tensor, G: int, needs_dx: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """The formula, in PyTorch, for any device and dtype.
 
     Args:

@@ -10,6 +10,7 @@ and x + r, each [T, H]; memory-bound. The gradient is in :mod:`.norm_backward`.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import configs
 from .backend import mismatch, runs_kernel
@@ -25,7 +26,7 @@ def rms_norm_reference(x, residual, w_first, w_rest, G, eps):
     return scale_rows_(normed, w_first, w_rest, G), summed
 
 
-def scale_rows_(x, w_first, w_rest, G):
+def scale_rows_(x: Tensor, w_first: Tensor, w_rest: Tensor, G: int) -> Tensor:
     """Multiply rows [0, G) by ``w_first`` and the others by ``w_rest``, in place. Return ``x``."""
     if G == 0:
         return x.mul_(w_rest)
@@ -79,7 +80,7 @@ def _run_kernel(x, residual, w_first, w_rest, G, eps):
     return y, summed
 
 
-def rows_contiguous(x):
+def rows_contiguous(x: Tensor) -> Tensor:
     """Return ``x`` [T, H] if each of its rows is contiguous, else a contiguous copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -116,7 +117,10 @@ def _add_rms_norm(x, residual, w_first, w_rest, G, eps):
     return run(x, residual, w_first, w_rest, G, eps)
 
 
-def rms_norm(x, residual, w_first, w_rest=None, G=None, eps=1e-6):
+def rms_norm(
+    x: Tensor, residual: Tensor | None, w_first: Tensor, w_rest: Tensor | None = None, G: int | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Normalise packed rows with their group's weight, or all with one. Differentiable.
 
     Args:

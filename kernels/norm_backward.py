@@ -8,9 +8,12 @@ float32 or wider, rounded once. The forward saves only x and the weights.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def rms_norm_backward(grad, x, w_first, w_rest, G, eps):
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, w_first: Tensor, w_rest: Tensor, G: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The formula, in PyTorch, for any device and dtype.
 
     Args:

@@ -21,6 +21,7 @@ The kernel processes one row per program. Traffic: reads qkv, writes q, k and v;
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import configs
 from .backend import mismatch, runs_kernel, wants_gradient
@@ -178,7 +179,10 @@ class _Differentiable(torch.autograd.Function):
         return *gradients, None, None, None, *caches, None, None
 
 
-def qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+def qk_norm_rope(
+    qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor, sin: Tensor, slots: Tensor,
+    k_cache: Tensor, v_cache: Tensor, G: int | None, eps: float,
+) -> Tensor:  # fmt: skip
     """Normalise and rotate query and key heads; store keys and values in the cache.
 
     Differentiable, also through the caches unless they are leaves that require a gradient, or views.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import is_grad_enabled
@@ -9,6 +10,12 @@ from torch.compiler import is_compiling
 
 from .backend import runs_kernel, wants_gradient
 from .extension import runs_extension
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Gradient = tuple[Callable[..., Any], Callable[..., None]]
+"""(backward, setup_context) for ``torch.library.register_autograd``."""
 
 OPS: dict[str, str] = {}
 """Name of an op in ``torch.ops.bagel_rt`` -> the languages of its kernels, in order of preference.
@@ -18,8 +25,8 @@ OPS: dict[str, str] = {}
 
 
 def op(
-    name: str, schema: str, *, kernel: str, fake: Callable, gradient: tuple[Callable, Callable] | None = None
-) -> Callable[[Callable], Callable]:
+    name: str, schema: str, *, kernel: str, fake: Callable[P, R], gradient: Gradient | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated launcher as ``torch.ops.bagel_rt.NAME``.
 
     The returned function calls the registered op only under ``torch.compile`` or to apply ``gradient``. Otherwise it
@@ -29,13 +36,12 @@ def op(
         name: name of the op.
         schema: schema for ``torch.library.define``. Arguments are passed by position.
         kernel: languages of its kernels, as in ``OPS``.
-        fake: returns empty outputs with the shapes, dtypes and strides of the real ones.
-        gradient: (backward, setup_context) for ``torch.library.register_autograd``. Without it, PyTorch differentiates
-            through the launcher, which must then run the reference: ``runs_kernel`` is False for tensors that require
-            a gradient.
+        fake: has the launcher's signature; returns empty outputs with the shapes, dtypes and strides of the real ones.
+        gradient: without it, PyTorch differentiates through the launcher, which must then run the reference:
+            ``runs_kernel`` is False for tensors that require a gradient.
     """
 
-    def register(launch: Callable) -> Callable:
+    def register(launch: Callable[P, R]) -> Callable[P, R]:
         qualified = f"bagel_rt::{name}"
         torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(qualified, "default", launch)
@@ -43,16 +49,18 @@ def op(
         if gradient is not None:
             backward, setup_context = gradient
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-        registered, differentiable = getattr(torch.ops.bagel_rt, name).default, gradient is not None
+        registered: Callable[..., R] = getattr(torch.ops.bagel_rt, name).default
+        launcher: Callable[..., R] = launch
+        differentiable = gradient is not None
         OPS[name] = kernel
 
         @functools.wraps(launch)
-        def run(*arguments):
+        def run(*arguments: Any) -> R:
             if is_compiling() or (differentiable and is_grad_enabled() and wants_gradient(*arguments)):
                 return registered(*arguments)
-            return launch(*arguments)
+            return launcher(*arguments)
 
-        return run
+        return cast(Callable[P, R], run)  # ParamSpec cannot say that arguments are passed by position
 
     return register
 

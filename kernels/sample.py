@@ -29,6 +29,7 @@ Traffic: reads the logits once, with top-k or top-p a few times; memory-bound.
 """
 
 import torch
+from torch import Tensor
 
 from . import extension
 from .backend import check_devices, mismatch
@@ -119,7 +120,10 @@ def _sample(logits, settings, seed, step, noise):
     return sample_reference(logits, settings, seed, step, noise)
 
 
-def sample(logits, settings=None, seed=None, step=None, noise=None):
+def sample(
+    logits: Tensor, settings: Tensor | None = None, seed: Tensor | None = None, step: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sample one token per row from softmax(logits / temperature), or take the most likely one.
 
     Args:
