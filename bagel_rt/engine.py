@@ -61,7 +61,7 @@ class Engine:
 
         return self._run_with_retry(requests, run, weakref.WeakSet())
 
-    def run_answer(self, request: Request, progress: ProgressCallback | None = None) -> Iterator[str]:
+    def run_answer(self, request: Request, progress: ProgressCallback | None = None) -> Generator[str, None, None]:
         """Text about the request's inputs, piece by piece."""
         ranges: weakref.WeakSet[SlotRange] = weakref.WeakSet()
         length = request.text.max_think_token_n

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -114,7 +114,7 @@ class ModelThread:
             jobs = [other for other in self._running + self._waiting if other is job or not other.ended]
             return jobs.index(job) if job in jobs else 0
 
-    def submit(self, jobs: list[Job]) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all jobs or none. An empty queue accepts any number, since waiting would not give it more room.
 
         Raises:

@@ -8,7 +8,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 
@@ -72,7 +72,7 @@ def check(name: str, value, spec: Spec) -> None:
         raise invalid(name, value, spec.allowed, spec.remedy)
 
 
-def checked(spec: Spec, default=MISSING, **metadata) -> Field:
+def checked(spec: Spec, default: Any = MISSING, **metadata: Any) -> Any:
     """A dataclass field that :func:`check_fields` checks; further metadata is for its readers."""
     return field(default=default, metadata={"spec": spec, **metadata})
 

@@ -3,18 +3,20 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import FastAPI, Request, Response
 from PIL import Image
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import parse_options_header
 from starlette.responses import JSONResponse
 
+from bagel_rt.model_thread import ModelThread
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageResult
 from bagel_rt.serve import schema
@@ -22,14 +24,16 @@ from bagel_rt.serve.images import read_image, read_url, shrink_for_model
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
 from bagel_rt.serve.middleware import Gate, error_response_for, parse_body, release_body
-from bagel_rt.serve.responses import ChatResponse, EventStream, images_response
-from bagel_rt.serve.worker import AsyncJob, start_worker
+from bagel_rt.serve.responses import ChatResponse, EventStream, InThread, images_response
+from bagel_rt.serve.worker import AsyncJob, Completion, start_worker
 
 _EDIT_FILES = ("image", "image[]")
 _INTERVAL = "cfg_interval"  # a list in a form: JSON or, from OpenAI's client, fields named with []
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # of a form; some other codecs of Python take hours on hostile input
 _READERS = 4  # threads that decode requests; each may hold one image of the maximum size
 _WRITERS = 2  # threads that encode responses; separate, so that slow requests do not delay finished responses
+
+T = TypeVar("T")
 
 
 class Server:
@@ -40,6 +44,10 @@ class Server:
         metrics: counters of ``/metrics``.
     """
 
+    worker: ModelThread
+    _read: InThread
+    _write: InThread
+
     def __init__(self, bagel: Bagel, name: str, limits: Limits, hosts: frozenset[str] = frozenset()):
         """
         Args:
@@ -49,11 +57,11 @@ class Server:
             hosts: hosts that images may be fetched from.
         """
         self.bagel, self.name, self.limits, self.hosts = bagel, name, limits, hosts
-        self.metrics, self.worker, self.created = Metrics(), None, int(time.time())
-        self._read = self._write = self._ending = None  # the former run a function in their threads
+        self.metrics, self.created = Metrics(), int(time.time())
+        self._ending: threading.Thread | None = None  # stops the worker
 
     @asynccontextmanager
-    async def lifespan(self, _) -> AsyncIterator[None]:
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Run the model thread while the application runs."""
         self._read, self._write = (partial(_run_limited, anyio.CapacityLimiter(n)) for n in (_READERS, _WRITERS))
         self._ending = None
@@ -62,16 +70,20 @@ class Server:
         try:
             yield
         finally:
-            self.end()
-            await asyncio.to_thread(self._ending.join)
+            await asyncio.to_thread(self.end().join)
 
-    def end(self) -> None:
-        """Refuse new requests; running ones finish or, after ``limits.grace`` seconds, fail. Returns at once."""
+    def end(self) -> threading.Thread:
+        """Refuse new requests; running ones finish or, after ``limits.grace`` seconds, fail. Returns at once.
+
+        Returns:
+            a thread that ends when all of them have.
+        """
         if self._ending is None:
             self.worker.refuse()
             # A daemon, so that a second signal ends the process without waiting for it.
             self._ending = threading.Thread(target=self.worker.stop, args=(self.limits.grace,), daemon=True)
             self._ending.start()
+        return self._ending
 
     async def health(self) -> Response:
         """200 while requests are accepted, else 503."""
@@ -84,7 +96,7 @@ class Server:
         """Metrics in Prometheus' text format."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
-    async def models(self) -> dict:
+    async def models(self) -> dict[str, Any]:
         """The only model, as a list."""
         return {"object": "list", "data": [self._card()]}
 
@@ -93,7 +105,7 @@ class Server:
         self._check_model(model)
         return JSONResponse(self._card())
 
-    def _card(self) -> dict:
+    def _card(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "bagel_rt"}
 
     def _check_model(self, name: str | None) -> None:
@@ -119,7 +131,7 @@ class Server:
         release_body(request)
         return await self._draw(request, deadline, body, images)
 
-    async def _read_form(self, request: Request) -> tuple[list[bytes], dict]:
+    async def _read_form(self, request: Request) -> tuple[list[bytes], dict[str, Any]]:
         """(contents of the files, fields) of a form.
 
         Raises:
@@ -128,7 +140,8 @@ class Server:
         charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
         if charset.lower() not in _CHARSETS:
             raise ValueError(f"the form's charset must be UTF-8, got {charset[:40].decode('latin-1')!r}")
-        files, fields, interval = [], {}, []
+        files, interval = [], []
+        fields: dict[str, Any] = {}
         async with request.form(max_files=self.limits.images, max_fields=40) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
@@ -152,15 +165,18 @@ class Server:
     def _read_file(self, data: bytes) -> Image.Image:
         return shrink_for_model(read_image(data, self.limits), self.bagel.model.config.vae_transform)
 
-    async def _draw(self, request: Request, deadline: float, body: schema.ImageFields, images: list) -> Response:
+    async def _draw(
+        self, request: Request, deadline: float, body: schema.ImageFields, images: list[Image.Image]
+    ) -> Response:
         self._check_model(body.model)
         requests = await self._read(schema.image_requests, self.bagel, self.limits, body, images)
         first = requests[0]
-        batch_key = (schema.drawn_size(self.bagel, first), first.image.num_timesteps, first.system is None)
-        jobs = [AsyncJob(one, "image", deadline, batch_key) for one in requests]
+        steps = first.image and first.image.num_timesteps
+        batch_key = (schema.drawn_size(self.bagel, first), steps, first.system is None)
+        jobs = [AsyncJob[ImageResult](one, "image", deadline, batch_key) for one in requests]
         self.worker.submit(jobs)
         async with _cancel_on_disconnect(request, jobs):
-            results = [await _result(job) for job in jobs]
+            results = [await job.finish() for job in jobs]
         self.metrics.images.inc(len(results))
         prompt_tokens = schema.prompt_tokens(self.bagel, first)
         return JSONResponse(await self._write(images_response, results, body.output_format, prompt_tokens))
@@ -175,7 +191,7 @@ class Server:
         release_body(request)
         model_request = await self._read(schema.chat_request, self.bagel, self.limits, body, parts)
         prompt_tokens = sum(schema.prompt_tokens(self.bagel, model_request))
-        job = AsyncJob(model_request, "interleaved" if body.draws else "text", deadline)
+        job = AsyncJob[Completion](model_request, "interleaved" if body.draws else "text", deadline)
         self.worker.submit([job])
         response = ChatResponse(job, self.name, prompt_tokens, self._write)
         if body.stream:
@@ -196,7 +212,7 @@ class Server:
             self.metrics.tokens.inc(response.completion.tokens)
             self.metrics.images.inc(sum(isinstance(part, ImageResult) for part in response.completion.parts))
 
-    def _read_parts(self, body: schema.Chat) -> list:
+    def _read_parts(self, body: schema.ChatFields) -> list[str | Image.Image]:
         parts = [part for message in body.messages for part in message.parts]
         images = sum(part.type == "image_url" for part in parts)
         if images > self.limits.images:
@@ -210,7 +226,7 @@ class Server:
         ]
 
 
-async def _run_limited(limiter: anyio.CapacityLimiter, function: Callable, *arguments):
+async def _run_limited(limiter: anyio.CapacityLimiter, function: Callable[..., T], *arguments: Any) -> T:
     return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
 
 
@@ -219,16 +235,11 @@ async def _read_body(request: Request) -> bytes:
     return b"".join([chunk async for chunk in request.stream()])
 
 
-async def _result(job: AsyncJob) -> ImageResult:
-    async with aclosing(job.listen()) as events:
-        return [value async for _, value in events][-1]
-
-
 @asynccontextmanager
-async def _cancel_on_disconnect(request: Request, jobs: list[AsyncJob]) -> AsyncIterator[None]:
+async def _cancel_on_disconnect(request: Request, jobs: Sequence[AsyncJob]) -> AsyncIterator[None]:
     """Cancel jobs if the client disconnects inside this block, and those still unfinished at its end."""
 
-    async def watch():
+    async def watch() -> None:
         with suppress(Exception):  # of a client that sends more than its request
             while (await request.receive())["type"] != "http.disconnect":
                 pass
@@ -261,7 +272,7 @@ def create_app(
     app = FastAPI(title="bagel_rt", lifespan=server.lifespan, openapi_url=None, redirect_slashes=False)
     app.state.server = server
 
-    def counted(route: str, handle: Callable):
+    def counted(route: str, handle: Callable[[Request, float], Awaitable[Response]]) -> Callable[..., Any]:
         async def handler(request: Request) -> Response:
             begun = time.perf_counter()
             try:

@@ -12,7 +12,8 @@ import ipaddress
 import socket
 import ssl
 import time
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 from PIL import Image
 
@@ -38,7 +39,7 @@ def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> I
     if parts.scheme != "https" or parts.hostname is None or parts.hostname.lower() not in hosts:
         allowed = f" or an https URL on {', '.join(sorted(hosts))}" if hosts else ""
         raise ValueError(f"image_url must be a data: URL{allowed}, got {url[:60]!r}")
-    return read_image(_fetch(parts, limits.body), limits)
+    return read_image(_fetch(parts, parts.hostname, limits.body), limits)
 
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:
@@ -89,7 +90,7 @@ class _DeadlineSocket(ssl.SSLSocket):
 
     end = float("inf")
 
-    def recv_into(self, *arguments) -> int:
+    def recv_into(self, *arguments: Any) -> int:
         self.settimeout(_remaining(self.end))
         return super().recv_into(*arguments)
 
@@ -102,18 +103,20 @@ class _PinnedConnection(http.client.HTTPSConnection):
         context = ssl.create_default_context()
         context.sslsocket_class = _DeadlineSocket
         super().__init__(host, port, context=context)
-        self._address, self._end = address, end
+        self._tls, self._address, self._end = context, address, end
 
     def connect(self) -> None:
         raw = socket.create_connection((self._address, self.port), _remaining(self._end))
         raw.settimeout(_remaining(self._end))
-        self.sock = self._context.wrap_socket(raw, server_hostname=self.host)
-        self.sock.end = self._end
+        secure = self._tls.wrap_socket(raw, server_hostname=self.host)
+        assert isinstance(secure, _DeadlineSocket)  # the context's class
+        secure.end = self._end
+        self.sock = secure
 
 
-def _fetch(parts, limit: int) -> bytes:
+def _fetch(parts: SplitResult, host: str, limit: int) -> bytes:
     """Fetch the content of a URL on an allowed host."""
-    host, port = parts.hostname, parts.port or 443
+    port = parts.port or 443
     address = public_address(host, port)
     connection = _PinnedConnection(host, port, address, time.monotonic() + _FETCH_SECONDS)
     try:
@@ -149,7 +152,7 @@ def public_address(host: str, port: int) -> str:
         ValueError: an address is private, loopback or otherwise not public; or the host has none.
     """
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{host} has no address: {error}") from None
     for address in found:

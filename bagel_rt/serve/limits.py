@@ -29,7 +29,7 @@ class Limits:
         number(0, _DAY, above=True), 30.0, help="Seconds for running requests to finish when the server stops."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     @property

@@ -14,9 +14,10 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 class Metrics:
     """Counters of one server, in a registry of its own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        counter, gauge, histogram = (partial(kind, registry=self._registry) for kind in (Counter, Gauge, Histogram))
+        counter, gauge = partial(Counter, registry=self._registry), partial(Gauge, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
         self.requests = counter("bagel_rt_requests", "Requests by route and status", ["route", "status"])
         self.seconds = histogram("bagel_rt_request_seconds", "Latency of requests", ["route"], buckets=_SECONDS)
         self.waited = histogram("bagel_rt_queue_seconds", "Time in the queue", buckets=_SECONDS)

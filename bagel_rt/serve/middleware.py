@@ -128,7 +128,9 @@ def release_body(request: Request) -> None:
     request.scope["bagel_rt.release"]()
 
 
-def error_response(status: int, message: str, kind: str, code: str | None = None, param: str | None = None, **headers):
+def error_response(
+    status: int, message: str, kind: str, code: str | None = None, param: str | None = None, **headers: str
+) -> JSONResponse:
     """An error response in OpenAI's format."""
     body = {"error": {"message": message[:1000], "type": kind, "param": param, "code": code}}
     names = {name.replace("_", "-"): value for name, value in headers.items()}

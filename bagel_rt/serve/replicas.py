@@ -20,12 +20,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bagel_rt.serve.limits import Limits
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray sends usage statistics to its vendor otherwise
@@ -81,28 +86,28 @@ class Options(BaseModel):
     replicas: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    limits: dict[str, int | float] = {}
+    limits: dict[str, Any] = {}
     image_hosts: tuple[str, ...] = ()
 
 
 class ReplicaHeader:
     """ASGI middleware: adds the header ``X-Replica``, the id of the replica that responds."""
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp):
         from ray import serve
 
         self._app, self._name = app, serve.get_replica_context().replica_id.unique_id.encode()
 
-    async def __call__(self, scope, receive, send) -> None:
-        async def with_header(message):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_header(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", ()), (b"x-replica", self._name)]}
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-replica", self._name)]}
             await send(message)
 
         await self._app(scope, receive, with_header)
 
 
-def application(options: Options):
+def application(options: Options) -> "Application":
     """Build the ``ray.serve.Application``, for ``serve.run`` or the command ``serve run``.
 
     The API key is read from BAGEL_RT_API_KEY here.
@@ -125,7 +130,7 @@ def application(options: Options):
     hosts = frozenset(host.lower() for host in options.image_hosts)
     dtype = getattr(torch, options.dtype) if options.dtype else None
 
-    def build():
+    def build() -> FastAPI:
         from bagel_rt.pipeline import Bagel
         from bagel_rt.serve.app import create_app
 
@@ -139,6 +144,8 @@ def application(options: Options):
     class Replica:
         """One model on one GPU."""
 
+        app: FastAPI  # set by serve.ingress
+
         def check_health(self) -> None:
             """Called by Ray. End the process if the model thread has ended; Ray then starts another replica. Ray itself
             waits for three failed checks, and would meanwhile route most requests here, because refusals are fast."""
@@ -151,8 +158,7 @@ def application(options: Options):
             """Called when the server stops, before Ray waits for running requests."""
             self.app.state.server.end()
 
-    return serve.deployment(
-        Replica,
+    deploy = serve.deployment(
         name="bagel_rt",
         num_replicas=options.replicas,
         # CPUs are not counted: a replica should start wherever there is a GPU.
@@ -166,7 +172,8 @@ def application(options: Options):
         graceful_shutdown_timeout_s=limits.grace + _MARGIN,
         health_check_period_s=_HEALTH_SECONDS,
         max_constructor_retry_count=_ATTEMPTS,
-    ).bind()
+    )
+    return deploy(Replica).bind()
 
 
 def _listen_on_loopback() -> None:
@@ -175,8 +182,10 @@ def _listen_on_loopback() -> None:
     from ray.serve._private import replica
 
     if ray.util.get_node_ip_address() == LOOPBACK:
-        listen = replica.add_port_to_grpc_server
-        replica.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", LOOPBACK))
+        listen = replica.add_port_to_grpc_server  # type: ignore[attr-defined] # imported there, not exported
+        replica.add_port_to_grpc_server = (  # type: ignore[attr-defined]
+            lambda server, address: listen(server, address.replace("[::]", LOOPBACK))
+        )
 
 
 def _device(options: Options) -> str:
@@ -293,15 +302,15 @@ class ProxyErrors:
     started, it only closes the connection. The former become JSON, the latter an error event at the stream's end.
     """
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp):
         self._app = app
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray's own routes
             return await self._app(scope, receive, send)
         started = ended = streams = replaced = False
 
-        async def watched(message):
+        async def watched(message: Message) -> None:
             nonlocal started, ended, streams, replaced
             if message["type"] == "http.response.start":
                 kind = dict(message.get("headers", ())).get(b"content-type", b"")
@@ -315,14 +324,14 @@ class ProxyErrors:
                 await send(message)
 
         headers = [(name, value) for name, value in scope["headers"] if name.replace(b"_", b"-") not in _OBEYED]
-        await self._app(scope | {"headers": headers}, receive, watched)
+        await self._app({**scope, "headers": headers}, receive, watched)
         if not started:
             await _refuse(send, *_LOST)
         elif streams and not ended:
             await send({"type": "http.response.body", "body": b"data: " + _error(*_LOST[1:4]) + b"\n\n"})
 
 
-async def _refuse(send, status: int, message: str, kind: str, code: str, retry_after: int | None) -> None:
+async def _refuse(send: Send, status: int, message: str, kind: str, code: str, retry_after: int | None) -> None:
     retry = (b"x-should-retry", b"false") if retry_after is None else (b"retry-after", str(retry_after).encode())
     await send({"type": "http.response.start", "status": status, "headers": [_JSON, retry]})
     await send({"type": "http.response.body", "body": _error(message, kind, code)})

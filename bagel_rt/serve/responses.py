@@ -3,10 +3,12 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from bagel_rt.request import ImageResult
 from bagel_rt.serve.images import encode
@@ -17,6 +19,9 @@ from bagel_rt.serve.worker import AsyncJob, Completion
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer the stream
 _SILENCE = 15.0  # seconds until a keep-alive comment: proxies close connections on which nothing is sent
 _WAIT = ": wait\n\n"  # a comment, which clients ignore
+
+InThread = Callable[..., Awaitable[Any]]
+"""An async function that runs a function with its arguments in another thread."""
 
 
 def images_response(results: list[ImageResult], output_format: str, prompt_tokens: tuple[int, int]) -> dict:
@@ -46,13 +51,13 @@ class ChatResponse:
         completion: the job's result; None until it has one.
     """
 
-    def __init__(self, job: AsyncJob, model: str, prompt_tokens: int, in_thread: Callable):
+    def __init__(self, job: AsyncJob[Completion], model: str, prompt_tokens: int, in_thread: InThread):
         """
         Args:
             job: a submitted chat.
             model: its name.
             prompt_tokens: of the request.
-            in_thread: an async function that runs a function in another thread.
+            in_thread: encodes images with it.
         """
         self._job, self._model, self._prompt_tokens, self._in_thread = job, model, prompt_tokens, in_thread
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -64,12 +69,12 @@ class ChatResponse:
         Raises:
             Exception: as :meth:`~bagel_rt.serve.worker.AsyncJob.listen`.
         """
-        text, images = [], []
         async with aclosing(self._deltas()) as deltas:
-            async for delta in deltas:
-                text.append(delta.get("content", ""))
-                images += delta.get("images", [])
-        message = {"role": "assistant", "content": "".join(text)} | ({"images": images} if images else {})
+            found = [delta async for delta in deltas if delta is not None]
+        images = [image for delta in found for image in delta.get("images", ())]
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.get("content", "") for delta in found)}
+        if images:
+            message["images"] = images
         choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
         return self._body("chat.completion", [choice]) | {"usage": self._usage()}
 
@@ -91,22 +96,18 @@ class ChatResponse:
 
     async def _deltas(self, silence: float | None = None) -> AsyncGenerator[dict | None, None]:
         """Deltas of the message; None after ``silence`` seconds without one."""
-        async with aclosing(self._job.listen(silence)) as events:
-            async for kind, value in events:
-                if kind == "silence":
-                    yield None
-                elif kind == "text":
-                    yield {"content": value}
-                else:
-                    self.completion = value
-                    for part in value.parts:
-                        yield await self._in_thread(_part_delta, part)
+        async with aclosing(self._job.listen(silence)) as pieces:
+            async for piece in pieces:
+                yield None if piece is None else {"content": piece}
+        self.completion = self._job.result
+        for part in self.completion.parts:
+            yield await self._in_thread(_part_delta, part)
 
     def _reason(self) -> str:
-        return "length" if self.completion.cut else "stop"
+        return "length" if self._job.result.cut else "stop"
 
     def _usage(self) -> dict:
-        prompt, tokens = self._prompt_tokens, self.completion.tokens
+        prompt, tokens = self._prompt_tokens, self._job.result.tokens
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
     def _event(self, delta: dict, reason: str | None = None) -> str:
@@ -128,17 +129,18 @@ class EventStream(StreamingResponse):
             events: each ends with an empty line.
             ended: called once, with the status that an unstreamed response would have.
         """
-        super().__init__(self._with_errors(events), media_type="text/event-stream", headers=_STREAM_HEADERS)
+        self._guarded = self._with_errors(events)
+        super().__init__(self._guarded, media_type="text/event-stream", headers=_STREAM_HEADERS)
         self._job, self._events, self._ended, self._status = job, events, ended, CLOSED
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # For spec versions above 2.3, Starlette does not watch for a disconnect while nothing is sent.
-        scope = scope | {"asgi": scope.get("asgi", {}) | {"spec_version": "2.3"}}
+        scope = {**scope, "asgi": {**scope.get("asgi", {}), "spec_version": "2.3"}}
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._job.cancel()
-            await self.body_iterator.aclose()
+            await self._guarded.aclose()
             await self._events.aclose()
             self._ended(self._status)
 
@@ -150,7 +152,7 @@ class EventStream(StreamingResponse):
         except Exception as error:
             response = error_response_for(error)
             self._status = response.status_code
-            yield _event(json.loads(response.body))
+            yield _event(json.loads(bytes(response.body)))
 
 
 def _event(body: dict) -> str:

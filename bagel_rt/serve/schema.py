@@ -7,7 +7,7 @@ refused, and so are values that would have no effect.
 import secrets
 import unicodedata
 from dataclasses import fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
@@ -39,27 +39,32 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data):
+    def _drop_nulls(cls, data: object) -> object:
         """Clients write null where they leave a field out."""
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
-    def given(self, *names: str) -> dict:
+    def given(self, *names: str) -> dict[str, Any]:
         """Those of the fields that the request sets."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def _with_hyperparameters(*names: str) -> type[_Strict]:
-    """A base whose fields are hyper-parameters; without a value they are the task's default."""
-    optional = {name: (HYPERPARAMETERS[name].type | None, None) for name in names}
-    return create_model("Hyperparameters", __base__=_Strict, **optional)
+M = TypeVar("M", bound=BaseModel)
 
 
-class ImageFields(_with_hyperparameters(*_DRAWING, *_THINKING)):
-    """Fields of generations and of edits."""
+def _with_hyperparameters(base: type[M], *names: str) -> type[M]:
+    """A subclass with hyper-parameters as further fields; one without a value has the task's default."""
+    kinds: dict[str, Any] = {name: HYPERPARAMETERS[name].type for name in names}
+    optional: dict[str, Any] = {name: (kind | None, None) for name, kind in kinds.items()}
+    return create_model(base.__name__, __base__=base, **optional)
+
+
+class ImageFields(_Strict):
+    """Fields of generations and of edits, without the hyper-parameters."""
 
     prompt: Text
     model: str | None = None
     n: int = Field(1, ge=1)
+    size: str = "auto"
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: Literal["auto", "standard"] = "auto"
@@ -70,7 +75,7 @@ class ImageFields(_with_hyperparameters(*_DRAWING, *_THINKING)):
     negative_prompt: Text | None = None
 
     @property
-    def hyperparameters(self) -> dict:
+    def hyperparameters(self) -> dict[str, Any]:
         """Those that the request sets. ValueError if one has no effect."""
         unused = [] if self.think else list(self.given(*_THINKING))
         if unused:
@@ -78,16 +83,18 @@ class ImageFields(_with_hyperparameters(*_DRAWING, *_THINKING)):
         return self.given(*_DRAWING, *_THINKING)
 
 
-class Generation(ImageFields):
+class _Generation(ImageFields):
     """Body of ``POST /v1/images/generations``."""
 
-    size: str = "auto"
 
-
-class Edit(ImageFields):
+class _Edit(ImageFields):
     """Fields of ``POST /v1/images/edits``; the images come as files. The result has the last image's size."""
 
     size: Literal["auto"] = "auto"
+
+
+Generation = _with_hyperparameters(_Generation, *_DRAWING, *_THINKING)
+Edit = _with_hyperparameters(_Edit, *_DRAWING, *_THINKING)
 
 
 class TextPart(_Strict):
@@ -131,8 +138,8 @@ class _StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class Chat(_with_hyperparameters(*_DRAWING, "top_p", "top_k")):
-    """Body of ``POST /v1/chat/completions``."""
+class ChatFields(_Strict):
+    """Body of ``POST /v1/chat/completions``, without the hyper-parameters."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=1024)
     model: str | None = None
@@ -169,14 +176,14 @@ class Chat(_with_hyperparameters(*_DRAWING, "top_p", "top_k")):
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def hyperparameters(self) -> dict:
+    def hyperparameters(self) -> dict[str, Any]:
         """Those that the request sets. ValueError if a field has no effect."""
         unused = [] if self.draws else list(self.given(*_DRAWING, "max_rounds", "size"))
         if unused:
             raise ValueError(f"{unused[0]} has no effect without images. Set modalities to ['text', 'image'].")
-        if self.temperature is None and (self.top_p not in (None, 1) or self.top_k):
-            raise ValueError("top_p and top_k have no effect without sampling. Set temperature above 0.")
         given = self.given(*_DRAWING, "top_p", "top_k")
+        if self.temperature is None and (given.get("top_p", 1) != 1 or given.get("top_k")):
+            raise ValueError("top_p and top_k have no effect without sampling. Set temperature above 0.")
         if self.most_tokens is not None:
             given["max_think_token_n"] = self.most_tokens + 1  # counts forward passes; the last one writes nothing
         if self.temperature is not None:
@@ -186,6 +193,9 @@ class Chat(_with_hyperparameters(*_DRAWING, "top_p", "top_k")):
         return given
 
 
+Chat = _with_hyperparameters(ChatFields, *_DRAWING, "top_p", "top_k")
+
+
 def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list[Image.Image]) -> list[Request]:
     """The model's requests for ``body.n`` images, checked; their seeds are consecutive.
 
@@ -193,8 +203,8 @@ def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list
         ValueError: a field is out of range.
     """
     _check_limit("n", body.n, limits.outputs)
-    _check_limit("num_timesteps", body.num_timesteps, limits.steps)
-    _check_limit("max_think_token_n", body.max_think_token_n, limits.written_tokens + 1)
+    _check_limit("num_timesteps", body.hyperparameters.get("num_timesteps"), limits.steps)
+    _check_limit("max_think_token_n", body.hyperparameters.get("max_think_token_n"), limits.written_tokens + 1)
     settings = _resolve("edit" if images else "generate", body, limits)
     size = None if images else _read_size(bagel, limits, body.size)
     seed = _read_seed(body.seed, body.n)
@@ -207,7 +217,7 @@ def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list
     return requests
 
 
-def chat_request(bagel: Bagel, limits: Limits, body: Chat, parts: list[str | Image.Image]) -> Request:
+def chat_request(bagel: Bagel, limits: Limits, body: ChatFields, parts: list[str | Image.Image]) -> Request:
     """The model's request for an answer to these texts and images, checked.
 
     Raises:
@@ -216,7 +226,7 @@ def chat_request(bagel: Bagel, limits: Limits, body: Chat, parts: list[str | Ima
     most_rounds = min(limits.outputs, MAX_ROUNDS)
     _check_limit("max_tokens", body.most_tokens, limits.written_tokens)
     _check_limit("max_rounds", body.max_rounds, most_rounds)
-    _check_limit("num_timesteps", body.num_timesteps, limits.steps)
+    _check_limit("num_timesteps", body.hyperparameters.get("num_timesteps"), limits.steps)
     settings = _resolve("interleave" if body.draws else "chat", body, limits)
     rounds = size = None
     if body.draws:
@@ -234,7 +244,7 @@ def prompt_tokens(bagel: Bagel, request: Request) -> tuple[int, int]:
     return count_tokens(bagel.model.config, bagel.tokenizer, parts, request.image is not None)[:2]
 
 
-def drawn_size(bagel: Bagel, request: Request) -> tuple[int, int]:
+def drawn_size(bagel: Bagel, request: Request) -> tuple[int, int] | None:
     """(height, width) of the image that a request is for: that of its last input image, or the requested one."""
     images = [part for part in request.inputs if not isinstance(part, str)]
     return count_tokens(bagel.model.config, bagel.tokenizer, images, True)[2] or request.size
@@ -267,7 +277,7 @@ def _check_limit(name: str, value: int | None, most: int) -> None:
         raise invalid(name, value, f"at most {most} on this server")
 
 
-def _resolve(task: str, body: ImageFields | Chat, limits: Limits) -> Task:
+def _resolve(task: str, body: ImageFields | ChatFields, limits: Limits) -> Task:
     """The task's settings; defaults beyond the server's limits are lowered to them."""
     image, text = resolve_settings(task, body.hyperparameters)
     if image is not None:

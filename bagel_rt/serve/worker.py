@@ -4,13 +4,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Hashable
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from bagel_rt.engine import Engine
 from bagel_rt.model_thread import DeadlineExceeded, Job, ModelThread
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageResult, Progress, Request
@@ -46,30 +48,38 @@ class Completion:
     cut: bool
 
 
-class AsyncJob(Job):
+T = TypeVar("T")
+R = TypeVar("R", ImageResult, Completion)
+
+
+class AsyncJob(Job, Generic[R]):
     """One request, created in the event loop that awaits its result.
 
     Attributes:
         request: checked.
         kind: "image", "text" or "interleaved".
+        result: an ImageResult or a Completion; set when :meth:`listen` ends.
     """
+
+    result: R
 
     def __init__(self, request: Request, kind: str, deadline: float, batch_key: Hashable = None):
         super().__init__(deadline, batch_key)
         self.request, self.kind = request, kind
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        # Only the event loop touches what has arrived.
         self._pieces: list[str] = []
-        self._outcome: list = []  # empty or one; only the event loop touches what has arrived
+        self._outcome: list[R | Exception] = []  # empty or one
 
     def publish(self, piece: str) -> None:
         """Send a piece of text to the event loop, from any thread."""
         if not self.ended:
             self._send(self._pieces, piece)
 
-    def deliver(self, outcome: object) -> None:
+    def deliver(self, outcome: Any) -> None:
         self._send(self._outcome, outcome)
 
-    def _send(self, where: list, value: object) -> None:
+    def _send(self, where: list[T], value: T) -> None:
         def arrive() -> None:
             where.append(value)
             self._arrived.set()
@@ -79,12 +89,19 @@ class AsyncJob(Job):
         except RuntimeError:  # the loop is closed: nothing receives it
             self.ended = True
 
-    async def listen(self, silence: float | None = None) -> AsyncGenerator[tuple[str, object], None]:
-        """Yield ("text", new text) any number of times, then ("result", value). For one listener, which must close the
-        generator; closing it early cancels the job. A slow listener gets several pieces as one.
+    async def finish(self) -> R:
+        """Wait for the result. Raises as :meth:`listen`."""
+        async with aclosing(self.listen()) as pieces:
+            async for _ in pieces:
+                pass
+        return self.result
+
+    async def listen(self, silence: float | None = None) -> AsyncGenerator[str | None, None]:
+        """Yield the published text in pieces, then set ``result``. For one listener, which must close the generator;
+        closing it early cancels the job. A slow listener gets several pieces as one.
 
         Args:
-            silence: yield ("silence", None) after this many seconds without an event; None for never.
+            silence: yield None after this many seconds without a piece; by default never.
 
         Raises:
             Cancelled, DeadlineExceeded, Stopping, Failed: how the job ended instead.
@@ -96,19 +113,20 @@ class AsyncJob(Job):
                 if self._pieces:
                     text = "".join(self._pieces)
                     self._pieces.clear()
-                    yield "text", text
+                    yield text
                     continue
                 try:
                     await asyncio.wait_for(self._arrived.wait(), silence)
                 except asyncio.TimeoutError:
-                    yield "silence", None
+                    yield None
                     continue
                 self._arrived.clear()
             outcome = self._outcome.pop()
+            if not isinstance(outcome, Exception):
+                self.result = outcome
+                return
             try:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                yield "result", outcome
+                raise outcome
             finally:
                 del outcome  # break the cycle of an exception and its own frame, which would keep the job alive
         finally:
@@ -116,7 +134,9 @@ class AsyncJob(Job):
             self.cancel()
 
 
-def start_worker(bagel: Bagel, queue: int, batch: int, observe: Callable | None = None) -> ModelThread:
+def start_worker(
+    bagel: Bagel, queue: int, batch: int, observe: Callable[[str, float], None] | None = None
+) -> ModelThread:
     """Start a thread for :class:`AsyncJob`; arguments as of :class:`~bagel_rt.model_thread.ModelThread`."""
     return ModelThread(bagel, partial(_run, bagel.engine), _log_failure, queue, batch, observe)
 
@@ -128,7 +148,7 @@ def _log_failure(error: Exception, count: int) -> Failed:
     return failed
 
 
-def _run(engine, jobs: list[AsyncJob], check: Callable[[], None]) -> list[ImageResult | Completion]:
+def _run(engine: Engine, jobs: list[AsyncJob], check: Callable[[], None]) -> Sequence[ImageResult | Completion]:
     tokens = last = 0
 
     def progress(step: Progress) -> None:
@@ -137,11 +157,15 @@ def _run(engine, jobs: list[AsyncJob], check: Callable[[], None]) -> list[ImageR
             tokens, last = tokens + 1, step.step
         check()
 
-    first, parts = jobs[0], []
+    first = jobs[0]
+    parts: list[str | ImageResult] = []
     if first.kind == "image":
-        return [_on_host(result) for result in engine.run_images([job.request for job in jobs], progress)]
+        return [_to_host(result) for result in engine.run_images([job.request for job in jobs], progress)]
     if first.kind == "interleaved":
-        parts = [_on_host(part) for part in engine.run_interleaved(first.request, progress)]
+        parts += [
+            part if isinstance(part, str) else _to_host(part)
+            for part in engine.run_interleaved(first.request, progress)
+        ]
     else:
         with closing(engine.run_answer(first.request, progress)) as pieces:
             for piece in pieces:
@@ -149,6 +173,6 @@ def _run(engine, jobs: list[AsyncJob], check: Callable[[], None]) -> list[ImageR
     return [Completion(parts, tokens, last >= first.request.text.max_think_token_n - 1)]
 
 
-def _on_host(part: str | ImageResult) -> str | ImageResult:
+def _to_host(result: ImageResult) -> ImageResult:
     """Copy latents to the host: only the model thread may free device memory, since it may be capturing a graph."""
-    return replace(part, latents=part.latents.cpu()) if isinstance(part, ImageResult) else part
+    return replace(result, latents=result.latents.cpu())

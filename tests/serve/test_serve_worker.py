@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from bagel_rt.errors import Cancelled  # noqa: E402
 from bagel_rt.model_thread import Busy, DeadlineExceeded, ModelThread, Stopping  # noqa: E402
 from bagel_rt.models.bagel.settings import TextSettings  # noqa: E402
-from bagel_rt.request import Progress, Request  # noqa: E402
+from bagel_rt.request import ImageResult, Progress, Request  # noqa: E402
 from bagel_rt.serve.app import _cancel_on_disconnect  # noqa: E402
 from bagel_rt.serve.worker import AsyncJob, Completion, Failed, start_worker  # noqa: E402
 
@@ -46,7 +46,7 @@ class Model:
                 raise FloatingPointError("NaN")
         if "huge" in prompts or (len(prompts) > 1 and "large" in prompts):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return prompts
+        return [ImageResult(prompt, 0, {}, torch.zeros(0)) for prompt in prompts]
 
     def run_answer(self, request, progress):
         for number, letter in enumerate(request.inputs[0], start=1):
@@ -66,14 +66,10 @@ def image_job(prompt, seconds=60, batch_key="same"):
     return AsyncJob(request(prompt), "image", time.monotonic() + seconds, batch_key)
 
 
-async def result(job):
-    async with aclosing(job.listen()) as events:
-        return [value async for _, value in events][-1]
-
-
 async def ends(*jobs):
-    """Results and exceptions of jobs."""
-    return await asyncio.gather(*map(result, jobs), return_exceptions=True)
+    """Images and exceptions of jobs."""
+    outcomes = await asyncio.gather(*(job.finish() for job in jobs), return_exceptions=True)
+    return [outcome.image if isinstance(outcome, ImageResult) else outcome for outcome in outcomes]
 
 
 async def until(condition):
@@ -222,8 +218,8 @@ def test_waiting_pieces_are_joined(run, model):
         job = AsyncJob(request("word"), "text", time.monotonic() + 60)
         worker.submit([job])
         await until(lambda: job.ended and worker.running == 0)
-        events = [event async for event in job.listen()]
-        assert events == [("text", "word"), ("result", Completion([], 4, True))]
+        assert [piece async for piece in job.listen()] == ["word"]
+        assert job.result == Completion([], 4, True)
 
     run(test)
 
@@ -232,10 +228,11 @@ def test_pieces_arrive_as_generated(run, model):
     async def test(worker):
         model.go.clear()
         worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
-        async with aclosing(job.listen()) as events:
-            assert await anext(events) == ("text", "n")
+        async with aclosing(job.listen()) as pieces:
+            assert await anext(pieces) == "n"
             model.go.set()
-            assert [event async for event in events] == [("text", "o"), ("result", Completion([], 2, False))]
+            assert [piece async for piece in pieces] == ["o"]
+        assert job.result == Completion([], 2, False)
 
     run(test)
 
@@ -244,11 +241,10 @@ def test_silence_is_reported(run, model):
     async def test(worker):
         model.go.clear()
         worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
-        async with aclosing(job.listen(silence=0.02)) as events:
-            assert [await anext(events) for _ in range(3)] == [("text", "n"), ("silence", None), ("silence", None)]
+        async with aclosing(job.listen(silence=0.02)) as pieces:
+            assert [await anext(pieces) for _ in range(3)] == ["n", None, None]
             model.go.set()
-            rest = [event async for event in events if event[0] != "silence"]
-            assert rest == [("text", "o"), ("result", Completion([], 2, False))]
+            assert [piece async for piece in pieces if piece is not None] == ["o"]
 
     run(test)
 
@@ -271,8 +267,8 @@ def test_closing_the_listener_cancels(run, model):
     async def test(worker):
         model.go.clear()
         worker.submit([job := AsyncJob(request("word"), "text", time.monotonic() + 60)])
-        async with aclosing(job.listen()) as events:
-            await anext(events)
+        async with aclosing(job.listen()) as pieces:
+            await anext(pieces)
         model.go.set()
         await until(lambda: worker.running == 0)
         assert job.ended
@@ -360,7 +356,7 @@ def test_ended_job_releases_its_memory(run, model, monkeypatch, prompt):
             kept.append(weakref.ref(job))
             worker.submit([job])
             try:
-                await result(job)
+                await job.finish()
             except Failed:
                 pass
             await until(lambda: worker.running == 0)
