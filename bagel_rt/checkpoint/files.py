@@ -4,8 +4,9 @@ import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from bagel_rt.errors import CheckpointError
 
@@ -14,7 +15,7 @@ REMEDY = "Fix the file, or download it again from the published model folder"
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file for reading. An OSError on opening or reading it becomes a CheckpointError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # checked before open, which blocks on a FIFO without a writer
@@ -25,7 +26,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Put the published file there.") from None
 
 
-def parse_json_object(raw: bytes, source) -> dict:
+def parse_json_object(raw: bytes, source: Path | str) -> dict[str, Any]:
     """Parse a JSON object; CheckpointError, naming ``source``, for anything else."""
     try:
         value = json.loads(raw.decode("utf-8"))
@@ -36,7 +37,7 @@ def parse_json_object(raw: bytes, source) -> dict:
     return value
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file; CheckpointError if it holds anything else."""
     with open_file(path) as file:
         raw = file.read(_JSON_LIMIT + 1)

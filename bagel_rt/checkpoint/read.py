@@ -20,8 +20,9 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -56,7 +57,7 @@ class WeightSlot:
     view: torch.Tensor
     shape: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         padded = (1,) * (self.view.ndim - len(self.shape)) + self.shape
         if len(padded) != self.view.ndim or any(n not in (1, m) for n, m in zip(padded, self.view.shape, strict=True)):
             raise ValueError(f"shape must broadcast to {list(self.view.shape)}, got {list(self.shape)}.")
@@ -207,7 +208,7 @@ def _raise_if_any(path: Path, problems: list[str], remedy: str) -> None:
         raise CheckpointError("\n  ".join([f"{path} cannot be loaded:", *listed]) + f"\n{remedy}")
 
 
-def _parse_entry(path: Path, name: str, entry, data_start: int) -> StoredTensor:
+def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     """Parse one header entry; its offsets must match its shape and dtype."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -257,7 +258,7 @@ def _read_index(path: Path) -> dict[str, StoredTensor]:
 
 
 def _copy_tensor(
-    file: BinaryIO, name: str, tensor: StoredTensor, view: torch.Tensor, staging: torch.Tensor, bar: tqdm
+    file: BufferedReader, name: str, tensor: StoredTensor, view: torch.Tensor, staging: torch.Tensor, bar: tqdm
 ) -> None:
     """Copy one tensor from the file to ``view`` through the staging buffer, in chunks of whole rows (dimension 0).
 
@@ -275,7 +276,7 @@ def _copy_tensor(
         rows = view[first : first + step]
         count = row_bytes * len(rows)
         buffer = staging[:count] if count <= len(staging) else torch.empty(count, dtype=torch.uint8)
-        if file.readinto(buffer.numpy()) != count:
+        if file.readinto(buffer.numpy().data) != count:
             raise CheckpointError(f"{tensor.file} changed while it was being read: {name} is truncated. {REMEDY}.")
         # Converts the dtype and, for a CUDA view, transfers. The copy is synchronous, so that the next chunk can
         # overwrite the staging buffer.

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import torch
 
@@ -12,11 +12,14 @@ from bagel_rt.checkpoint.read import DTYPES
 from bagel_rt.files import atomic_write
 from bagel_rt.validation import check, one_of
 
+LazyTensor: TypeAlias = tuple[str, Callable[[], torch.Tensor], tuple[int, ...], torch.dtype]
+"""Name, function that returns the tensor, its shape, its dtype."""
+
 
 def save_sharded(
     folder: Path | str,
     stem: str,
-    tensors: Iterable[tuple[str, Callable[[], torch.Tensor], tuple[int, ...], torch.dtype]],
+    tensors: Iterable[LazyTensor],
     max_shard_bytes: int,
 ) -> Path:
     """Write ``<stem>-0000k-of-0000N.safetensors`` and ``<stem>.safetensors.index.json``.
@@ -26,8 +29,7 @@ def save_sharded(
     Args:
         folder: created if it does not exist.
         stem: "ema" or "ae".
-        tensors: (name, function that returns the tensor, its shape, its dtype: bf16, fp16, fp32 or fp64). Each
-            function is called once, in order.
+        tensors: in the order of the files; dtypes bf16, fp16, fp32 or fp64. Each function is called once, in order.
         max_shard_bytes: maximum tensor bytes per shard; a larger tensor gets its own shard.
 
     Returns:
@@ -40,7 +42,7 @@ def save_sharded(
     folder = Path(folder)
     shards = _plan_shards(tensors, max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         with atomic_write(folder / file_name) as file:
@@ -61,9 +63,11 @@ class _TensorSpec(NamedTuple):
     size: int  # bytes
 
 
-def _plan_shards(tensors, max_shard_bytes: int) -> list[list[_TensorSpec]]:
+def _plan_shards(tensors: Iterable[LazyTensor], max_shard_bytes: int) -> list[list[_TensorSpec]]:
     """Split the tensors, in order, into shards of at most ``max_shard_bytes``."""
-    shards, names, room = [], set(), 0
+    shards: list[list[_TensorSpec]] = []
+    names: set[str] = set()
+    room = 0
     for name, make, shape, dtype in tensors:
         check(f"dtype of {name}", dtype, one_of(tuple(DTYPES.values())))
         if name in names:
@@ -82,7 +86,8 @@ def _plan_shards(tensors, max_shard_bytes: int) -> list[list[_TensorSpec]]:
 
 def _write_shard(file: BinaryIO, shard: list[_TensorSpec]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, _, shape, dtype, size in shard:
         header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (end, end + size)}
         end += size
@@ -93,10 +98,10 @@ def _write_shard(file: BinaryIO, shard: list[_TensorSpec]) -> None:
         file.write(_tensor_bytes(spec))
 
 
-def _tensor_bytes(spec: _TensorSpec):
+def _tensor_bytes(spec: _TensorSpec) -> memoryview:
     tensor = spec.make()
     if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
         raise ValueError(
             f"{spec.name} must be {list(spec.shape)} {spec.dtype} as declared, got {list(tensor.shape)} {tensor.dtype}."
         )
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

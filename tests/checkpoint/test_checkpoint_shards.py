@@ -98,7 +98,7 @@ SAVED = {
 
 
 def declared(tensors, actual=None):
-    """Entries for save_sharded; every function returns ``actual`` instead of its tensor, if given."""
+    """Entries for save_sharded; every function returns ``actual`` instead of its tensor, if it is set."""
     return [(name, lambda t=t: t if actual is None else actual, tuple(t.shape), t.dtype) for name, t in tensors.items()]
 
 

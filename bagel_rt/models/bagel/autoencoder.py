@@ -12,6 +12,7 @@ from torch import nn
 
 from bagel_rt.models.bagel.autoencoder_blocks import (
     AttentionBlock,
+    Block,
     Downsample,
     Norm,
     ResBlock,
@@ -55,24 +56,31 @@ class ConvStack(NamedSequential):
     """Base of encoder and decoder: a convolution, blocks, a norm and a convolution."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        *blocks, norm, conv = _flatten(self)
-        x = x.contiguous(memory_format=torch.channels_last)
+        conv_in, blocks, norm, conv_out = self._layers()
+        x = conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in blocks:  # a flat loop, because a nested nn.Sequential keeps its input alive until it returns
             x = block(x)
-        return norm_conv(norm, conv, x)
+        return norm_conv(norm, conv_out, x)
+
+    def _layers(self) -> tuple[nn.Conv2d, list[Block], Norm, nn.Conv2d]:
+        """The layers in execution order."""
+        layers = list(_flatten(self))
+        conv_in, conv_out = (layer for layer in layers if isinstance(layer, nn.Conv2d))
+        (norm,) = (layer for layer in layers if isinstance(layer, Norm))
+        return conv_in, [layer for layer in layers if isinstance(layer, Block)], norm, conv_out
 
     def peak_elements(self, batch: int, height: int, width: int) -> int:
         """Upper bound of the elements alive at once for an input of this size, including input and output."""
-        first, *blocks, _, last = _flatten(self)
-        inputs = 2 * batch * height * width * first.in_channels  # the input and its channels-last copy
-        peak = batch * height * width * first.out_channels
+        conv_in, blocks, _, conv_out = self._layers()
+        inputs = 2 * batch * height * width * conv_in.in_channels  # the input and its channels-last copy
+        peak = batch * height * width * conv_in.out_channels
         for block in blocks:
             peak = max(peak, block.peak_elements(batch, height, width))
             if isinstance(block, Downsample):
                 height, width = height // 2, width // 2
             elif isinstance(block, Upsample):
                 height, width = 2 * height, 2 * width
-        return inputs + max(peak, norm_conv_peak_elements(last, batch, height, width))
+        return inputs + max(peak, norm_conv_peak_elements(conv_out, batch, height, width))
 
 
 class Encoder(ConvStack):
@@ -160,7 +168,7 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(config)
         # cuDNN's tensor-core convolutions need channels-last. It also helps on a CPU: on one core, decoding 256x256
         # takes 6.3 s with it and 6.8 s without it.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
 
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the posterior of images.

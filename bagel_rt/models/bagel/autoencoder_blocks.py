@@ -10,6 +10,7 @@ runs on an input of that size, including its input and its output. Multiply by t
 libraries (cuDNN) are not included.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import zip_longest
 
@@ -84,11 +85,14 @@ def _normalized_rows(norm: Norm, x: torch.Tensor, moments: torch.Tensor, start: 
     return _pad_outer_rows(norm(x[:, :, max(start - 1, 0) : end + 1], moments), start, end, x.shape[2])
 
 
-def _convolve_into(out: torch.Tensor, conv: nn.Conv2d, rows: torch.Tensor) -> None:
-    """Write the convolution of a strip to ``out``; ``rows`` includes the rows above and below the strip."""
-    padding = (0, conv.padding[1])
+def _convolve_into(out: torch.Tensor, conv: nn.Conv2d, rows: torch.Tensor, padding: int = 1) -> None:
+    """Write the convolution of a strip to ``out``.
+
+    ``rows`` includes the rows above and below the strip; ``padding`` is added to the left and the right only.
+    """
+    assert conv.bias is not None
     # The bias is added by the op that copies the strip to its position in the output.
-    torch.add(F.conv2d(rows, conv.weight, None, conv.stride, padding), conv.bias[:, None, None], out=out)
+    torch.add(F.conv2d(rows, conv.weight, None, conv.stride, (0, padding)), conv.bias[:, None, None], out=out)
 
 
 def norm_conv(norm: Norm, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +118,15 @@ def norm_conv_peak_elements(conv: nn.Conv2d, batch: int, height: int, width: int
     return row * (height * (inputs + outputs) + normalized + max(normalized, rows * outputs))
 
 
-class ResBlock(nn.Module):
+class Block(nn.Module, ABC):
+    """A layer of encoder and decoder between their first and their last convolution."""
+
+    @abstractmethod
+    def peak_elements(self, batch: int, height: int, width: int) -> int:
+        """The memory for an input of this size; see the module's docstring."""
+
+
+class ResBlock(Block):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x if the number of channels changes."""
 
     def __init__(self, inputs: int, outputs: int):
@@ -138,12 +150,12 @@ class ResBlock(nn.Module):
         # normalized rows of the next strip include the last row of this strip, so read them before overwriting it.
         moments = self.norm2.moments(y)
         strips = list(_strip_ranges(height, batch * width * max(inputs, outputs)))
-        rows = _normalized_rows(self.norm2, y, moments, *strips[0])
+        rows = [_normalized_rows(self.norm2, y, moments, *strips[0])]
         for (start, end), next_strip in zip_longest(strips, strips[1:]):
-            convolved = F.conv2d(rows, self.conv2.weight, self.conv2.bias, padding=(0, 1))
-            rows = None  # free this strip before the next one is allocated
+            # Popped, so that this strip is freed before the next one is allocated.
+            convolved = F.conv2d(rows.pop(), self.conv2.weight, self.conv2.bias, padding=(0, 1))
             if next_strip:
-                rows = _normalized_rows(self.norm2, y, moments, *next_strip)
+                rows.append(_normalized_rows(self.norm2, y, moments, *next_strip))
             torch.add(self.nin_shortcut(x[:, :, start:end]), convolved, out=y[:, :, start:end])
             del convolved
         return y
@@ -160,7 +172,7 @@ class ResBlock(nn.Module):
         return max(norm_conv_peak_elements(self.conv1, batch, height, width), second)
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """x + proj(attention(norm(x))): full attention over all H x W positions, one head as wide as the channels."""
 
     def __init__(self, channels: int):
@@ -182,7 +194,7 @@ class AttentionBlock(nn.Module):
         return batch * height * width * 7 * self.q.in_channels
 
 
-class Downsample(nn.Module):
+class Downsample(Block):
     """Halve height and width: a 3x3 convolution of stride 2, with zero padding at the right and the bottom only."""
 
     def __init__(self, channels: int):
@@ -198,7 +210,7 @@ class Downsample(nn.Module):
         for start, end in _strip_ranges(height // 2, 2 * batch * width * channels):
             # Output rows [start, end) read input rows [2 start, 2 end + 1); the last of them may be the padding.
             rows = F.pad(x[:, :, 2 * start : 2 * end + 1], (0, 1, 0, int(2 * end == height)))
-            _convolve_into(y[:, :, start:end], self.conv, rows)
+            _convolve_into(y[:, :, start:end], self.conv, rows, padding=0)
         return y
 
     def peak_elements(self, batch: int, height: int, width: int) -> int:
@@ -211,8 +223,8 @@ class Downsample(nn.Module):
         return batch * channels * (maps + padded + convolved)
 
 
-class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a 3x3 convolution."""
+class Upsample(Block):
+    """Double height and width: nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bagel_rt.checkpoint.files import REMEDY, read_json
 from bagel_rt.errors import CheckpointError
@@ -18,9 +19,10 @@ from bagel_rt.validation import BOOLEAN, Spec, check_fields, checked, integer, i
 
 _GROUP_NORM_GROUPS = 32
 _ACTIVATION = "gelu_pytorch_tanh"
+_Config = TypeVar("_Config", "TransformerConfig", "ViTConfig", "VAEConfig", "BagelConfig")
 
 
-def _are_levels(value) -> bool:
+def _are_levels(value: Any) -> bool:
     return isinstance(value, tuple) and 1 <= len(value) <= 6 and all(map(integer(1, 16).accepts, value))
 
 
@@ -39,7 +41,7 @@ class TransformerConfig:
     rms_norm_eps: float = checked(number(1e-12, 0.1))
     max_position_embeddings: int = checked(integer(1, 1 << 24))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise invalid(
@@ -62,7 +64,7 @@ class ViTConfig:
     layer_norm_eps: float = checked(number(1e-12, 0.1), 1e-6)
     max_patches_per_side: int = checked(integer(1, 1024), 70, key="vit_max_num_patch_per_side")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.hidden_size % self.num_heads:
             raise _uneven_heads(self.hidden_size, self.num_heads)
@@ -87,7 +89,7 @@ class VAEConfig:
     scale_factor: float = checked(number(1e-3, 1e3), 0.3611)
     shift_factor: float = checked(number(-1e3, 1e3), 0.1159)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.ch % _GROUP_NORM_GROUPS:
             raise invalid("ch", self.ch, f"a multiple of {_GROUP_NORM_GROUPS}, the groups of GroupNorm")
@@ -111,7 +113,7 @@ class BagelConfig:
     vit_transform: ResizeRule = ResizeRule(980, 224, 14)
     interpolate_pos: bool = checked(BOOLEAN, False)  # spread position ids over the whole table
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         for name, rule, unit in (
             ("vae", self.vae_transform, self.latent_stride),
@@ -189,12 +191,12 @@ def _uneven_heads(hidden_size: int, heads: int) -> ValueError:
     return invalid("hidden_size", hidden_size, f"a multiple of num_attention_heads, {heads}")
 
 
-def _file_error(source, error: ValueError) -> CheckpointError:
+def _file_error(source: Path | str, error: ValueError) -> CheckpointError:
     """The error for an invalid value in a file."""
     return CheckpointError(f"{source}: {error} {REMEDY}.")
 
 
-def _read_required(path: Path) -> dict:
+def _read_required(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise CheckpointError(
             f"{path} is missing. Download it from the published model folder; a copy inside config.json is not enough."
@@ -202,7 +204,7 @@ def _read_required(path: Path) -> dict:
     return read_json(path)
 
 
-def _section(values: dict, key: str, source) -> dict:
+def _section(values: dict[str, Any], key: str, source: Path | str) -> dict[str, Any]:
     """The object under ``key``; empty if the key is missing or null."""
     section = values.get(key)
     if section is not None and not isinstance(section, dict):
@@ -210,30 +212,30 @@ def _section(values: dict, key: str, source) -> dict:
     return section or {}
 
 
-def _require_value(values: dict, key: str, allowed, source) -> None:
+def _require_value(values: dict[str, Any], key: str, allowed: Any, source: Path | str) -> None:
     """Raise CheckpointError if the key is present with another value than the only supported one."""
     if values.get(key, allowed) != allowed:
         raise _file_error(source, invalid(key, values[key], json.dumps(allowed)))
 
 
-def _build(kind, values: dict, source, **given):
-    """Create a ``kind`` from the JSON object ``values``, except for the fields in ``given``."""
+def _build(kind: type[_Config], values: dict[str, Any], source: Path | str, **derived: Any) -> _Config:
+    """Create a ``kind`` from the JSON object ``values``, except for the fields in ``derived``."""
     for item in fields(kind):
         key = item.metadata.get("key", item.name)
-        if item.name in given or not item.metadata:
+        if item.name in derived or not item.metadata:
             continue
         if key in values:
             value = values[key]
-            given[item.name] = tuple(value) if isinstance(value, list) else value
+            derived[item.name] = tuple(value) if isinstance(value, list) else value
         elif item.default is MISSING:
             raise CheckpointError(f"{source}: {key} is missing; it must be {item.metadata['spec'].allowed}. {REMEDY}.")
     try:
-        return kind(**given)
+        return kind(**derived)
     except ValueError as error:
         raise _file_error(source, error) from None
 
 
-def _read_llm(values: dict, source: Path) -> TransformerConfig:
+def _read_llm(values: dict[str, Any], source: Path) -> TransformerConfig:
     _require_value(values, "hidden_act", "silu", source)
     _require_value(values, "rope_scaling", None, source)
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
@@ -246,7 +248,7 @@ def _read_llm(values: dict, source: Path) -> TransformerConfig:
     return _build(TransformerConfig, values, source, head_dim=head_dim)
 
 
-def _read_vit(values: dict, source: Path, main: dict, main_source: Path) -> ViTConfig:
+def _read_vit(values: dict[str, Any], source: Path, main: dict[str, Any], main_source: Path) -> ViTConfig:
     """Read ``vit_config.json`` without its last layer, and the size of the position table from ``config.json``."""
     _require_value(values, "hidden_act", _ACTIVATION, source)
     layers = values.get("num_hidden_layers")
@@ -255,14 +257,14 @@ def _read_vit(values: dict, source: Path, main: dict, main_source: Path) -> ViTC
     return _build(ViTConfig, main, main_source, **{name: own[name] for name in own if name != "max_patches_per_side"})
 
 
-def _read_vae(main: dict, main_source: Path) -> VAEConfig:
+def _read_vae(main: dict[str, Any], main_source: Path) -> VAEConfig:
     values, source = _section(main, "vae_config", main_source), f"{main_source}, vae_config"
     vae = _build(VAEConfig, values, source)
     _require_value(values, "downsample", vae.downsample, source)
     return vae
 
 
-def _read_transforms(main: dict, source) -> dict[str, ResizeRule]:
+def _read_transforms(main: dict[str, Any], source: Path) -> dict[str, ResizeRule]:
     """Read the resize rules in ``config.json``: {"vae": [max, min, stride], "vit": [max, min, stride]}."""
     key = "oracle_image_transforms" if "oracle_image_transforms" in main else "image_transforms"
     rules = {}

@@ -4,10 +4,11 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bagel_rt.models.bagel.config import BagelConfig
+from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig, VAEConfig, ViTConfig
 
 STORED_AS = {"ema": torch.bfloat16, "ae": torch.float32}
 """Dtype of the published weights, by file stem."""
@@ -36,7 +37,7 @@ def write_config(folder: Path, config: BagelConfig) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def official_json(config: BagelConfig) -> dict[str, dict]:
+def official_json(config: BagelConfig) -> dict[str, dict[str, Any]]:
     """The contents of the official JSON files, by file name; :meth:`BagelConfig.from_folder` reads them back."""
     llm, vit, vae = (_by_official_keys(part) for part in (config.llm, config.vit, config.vae))
     llm |= {"model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
@@ -59,6 +60,6 @@ def official_json(config: BagelConfig) -> dict[str, dict]:
     return {"config.json": main, "llm_config.json": llm, "vit_config.json": vit}
 
 
-def _by_official_keys(config) -> dict:
+def _by_official_keys(config: BagelConfig | TransformerConfig | ViTConfig | VAEConfig) -> dict[str, Any]:
     """The fields that are stored in the JSON file of a configuration, by the keys of that file."""
     return {item.metadata.get("key", item.name): getattr(config, item.name) for item in fields(config) if item.metadata}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 1 << 26  # 8192 x 8192, 256 MiB when decoded
 MAX_IMAGE_SIDE = 1 << 16  # bounds the intermediate image between the two passes of resizing a thin image
@@ -32,19 +32,20 @@ def open_image(source: Image.Image | str | Path | bytes, max_pixels: int = MAX_I
     """
     if isinstance(source, Image.Image):
         return _decode(source, f"the given {source.mode} image", max_pixels)
+    file: io.BytesIO | str | Path
     if isinstance(source, bytes):
         name, file = f"the given {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
         name, file = f"{source!s:.200}", source
-        if not os.path.exists(file):  # False also for a string that cannot be a path
+        if not os.path.exists(source):  # False also for a string that cannot be a path
             raise FileNotFoundError(f"{name}: no such file. Give the path of an image.")
-        if not os.path.isfile(file):
+        if not os.path.isfile(source):
             raise ValueError(f"{name} is not a file. Give the path of an image.")
     else:
         raise ValueError(f"an image must be a PIL image, a path or encoded bytes, got {type(source).__name__}.")
     try:
         image = Image.open(file, formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}. Convert it.") from None
     except Exception as error:  # Pillow's parsers raise OSError, ValueError, struct.error and others
         raise ValueError(f"{name} cannot be opened: {error}. Save or download it again.") from error
@@ -100,7 +101,7 @@ class ResizeRule:
     stride: int
     max_pixels: int = 14 * 14 * 9 * 1024
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.min_size <= self.max_size or self.max_pixels < 1:
             raise ValueError(
                 f"ResizeRule must have 1 <= stride <= min_size <= max_size and max_pixels >= 1, got {self}."

@@ -9,6 +9,7 @@ One core draws about 100 million numbers per second; large tensors use all cores
 BAGEL-7B-MoT take two and a half minutes on one core.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -138,7 +139,7 @@ def make_random_checkpoint(
                 folder,
                 "ema",
                 [
-                    (name, lambda name=name: tensor("ema", name), shape, STORED_AS["ema"])
+                    (name, functools.partial(tensor, "ema", name), shape, STORED_AS["ema"])
                     for name, shape in shapes["ema"].items()
                 ],
                 shard_bytes,

@@ -10,6 +10,7 @@ import reprlib
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -98,7 +99,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}.")
         try:
-            # NFC first, as in the official code: tokenizers would look for special tokens before it normalises.
+            # NFC first, as in the official code: tokenizers would look for special tokens before it normalizes.
             return self._backend.encode(unicodedata.normalize("NFC", text), add_special_tokens=False).ids
         except TypeError:
             raise ValueError(f"text must not contain surrogates, got {text[:60]!r}. Remove them.") from None
@@ -109,11 +110,13 @@ class Tokenizer:
         Raises:
             ValueError: an id has no token.
         """
-        tokens = [(token, self.spell(token)) for token in ids]
-        unknown = [token for token, spelling in tokens if spelling is None]
-        if unknown:
-            raise ValueError(f"token id must be below {len(self)}, the number of tokens, got {unknown[0]}.")
-        return b"".join(spelling for _, spelling in tokens).decode("utf-8", "replace")
+        spellings = []
+        for token in ids:
+            spelling = self.spell(token)
+            if spelling is None:
+                raise ValueError(f"token id must be below {len(self)}, the number of tokens, got {token}.")
+            spellings.append(spelling)
+        return b"".join(spellings).decode("utf-8", "replace")
 
     def answer(self, ids: Iterable[int]) -> str:
         """Extract the answer from generated ids, which include the start token, by the official rule.
@@ -238,7 +241,7 @@ def _read_parts(vocab: Path, merges: Path, config: Path) -> tokenizers.Tokenizer
 
 def _added_tokens(path: Path) -> list[tuple[int, AddedToken]]:
     """(id, token), sorted by id, from ``added_tokens_decoder`` in ``tokenizer_config.json``."""
-    entries = read_json(path).get("added_tokens_decoder")
+    entries: Any = read_json(path).get("added_tokens_decoder")
     added = []
     try:
         for key, entry in entries.items():

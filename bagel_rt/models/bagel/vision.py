@@ -15,6 +15,9 @@ from bagel_rt.models.bagel.config import ViTConfig
 from bagel_rt.models.bagel.weights import Affine, ViTLayerWeights, ViTWeights
 from bagel_rt.runtime.plan import Segment, build_plan
 
+AttentionOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q, k, v, limits, blocks) -> output, as :func:`bagel_rt.kernels.attention`."""
+
 
 def vision_tower(
     weights: ViTWeights,
@@ -22,7 +25,7 @@ def vision_tower(
     patches: torch.Tensor,
     position_ids: torch.Tensor,
     lengths: list[int],
-    attention: Callable = attention,
+    attention: AttentionOp = attention,
 ) -> torch.Tensor:
     """Encode packed patches.
 
@@ -48,7 +51,12 @@ def embed_patches(weights: ViTWeights, patches: torch.Tensor, position_ids: torc
 
 
 def encoder_layer(
-    layer: ViTLayerWeights, config: ViTConfig, x: torch.Tensor, limits, blocks, attention: Callable = attention
+    layer: ViTLayerWeights,
+    config: ViTConfig,
+    x: torch.Tensor,
+    limits: torch.Tensor,
+    blocks: torch.Tensor,
+    attention: AttentionOp = attention,
 ) -> torch.Tensor:
     """One pre-LayerNorm block, [n, V] -> [n, V]; limits and blocks from :func:`image_attention_plan`."""
     V, eps = config.hidden_size, config.layer_norm_eps
@@ -64,7 +72,7 @@ def connect(connector: tuple[Affine, Affine], x: torch.Tensor) -> torch.Tensor:
     return F.linear(F.gelu(F.linear(x, *connector[0]), approximate="tanh"), *connector[1])
 
 
-def image_attention_plan(lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
+def image_attention_plan(lengths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Limits and blocks for the attention op with full attention within each image."""
     segments, start = [], 0
     for length in lengths:

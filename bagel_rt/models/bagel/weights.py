@@ -12,8 +12,8 @@ Loading needs no conversion pass: a :class:`~bagel_rt.checkpoint.read.WeightSlot
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 
@@ -90,16 +90,16 @@ class BagelWeights:
     vit_positions: torch.Tensor  # [max_side ** 2, H]
 
     @classmethod
-    def allocate(cls, config: BagelConfig, device, dtype) -> "BagelWeights":
+    def allocate(cls, config: BagelConfig, device: torch.device | str, dtype: torch.dtype) -> "BagelWeights":
         """Allocate uninitialized weights; ``device="meta"`` allocates no memory."""
 
-        def empty(*shape):
+        def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
-        def affine(rows, *columns):
+        def affine(rows: int, *columns: int) -> Affine:
             return Affine(empty(rows, *columns), empty(rows))
 
-        def pair(*shape):
+        def pair(*shape: int) -> Pair:
             return Pair(empty(*shape), empty(*shape))
 
         llm, vit, features = config.llm, config.vit, config.latent_features
@@ -148,7 +148,7 @@ class BagelWeights:
 
     def weight_slots(self, config: BagelConfig) -> dict[str, WeightSlot]:
         """Map every tensor name in ``ema.safetensors`` to its slot."""
-        views = {
+        views: dict[str, torch.Tensor | WeightSlot] = {
             "language_model.model.embed_tokens.weight": self.embed_tokens,
             "language_model.model.norm_moe_gen.weight": self.norm.gen,
             "language_model.model.norm.weight": self.norm.und,
@@ -224,17 +224,20 @@ def _vit_views(vit: ViTWeights, config: ViTConfig) -> Iterator[tuple[str, torch.
             yield from _affine_views(f"{module}self_attn.{name}_proj", Affine(weight, bias)).items()
 
 
-def map_weights(node, visit: Callable[[str, torch.Tensor], torch.Tensor | None], name: str = ""):
-    """Map every tensor of a :class:`BagelWeights`, or of a part of it, to ``visit(name, tensor)``; return the copy."""
-    if isinstance(node, torch.Tensor):
-        return visit(name, node)
-    if is_dataclass(node):
-        keys = [field.name for field in fields(node)]
-        return type(node)(**{key: map_weights(getattr(node, key), visit, _joined(name, key)) for key in keys})
-    keys = getattr(node, "_fields", range(len(node)))
-    parts = [map_weights(part, visit, _joined(name, key)) for key, part in zip(keys, node, strict=True)]
-    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
+def map_weights(weights: BagelWeights, visit: Callable[[str, torch.Tensor], Any]) -> BagelWeights:
+    """Copy the weights with every tensor replaced by ``visit(name, tensor)``; a name is "layers.0.qkv.gen"."""
 
+    def copy(node: Any, name: str) -> Any:
+        if isinstance(node, torch.Tensor):
+            return visit(name, node)
+        prefix = f"{name}." if name else ""
+        if isinstance(node, (Pair, Affine)):
+            return type(node)(*(copy(part, prefix + key) for key, part in zip(node._fields, node, strict=True)))
+        if isinstance(node, (list, tuple)):
+            return type(node)(copy(part, f"{prefix}{index}") for index, part in enumerate(node))
+        return type(node)(
+            **{field.name: copy(getattr(node, field.name), prefix + field.name) for field in fields(node)}
+        )
 
-def _joined(name: str, key: str | int) -> str:
-    return f"{name}.{key}" if name else str(key)
+    copied: BagelWeights = copy(weights, "")
+    return copied

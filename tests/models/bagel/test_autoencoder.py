@@ -32,9 +32,9 @@ SHAPES = {  # (configuration, latent height, latent width, batch)
 shapes = pytest.mark.parametrize("config, height, width, batch", SHAPES.values(), ids=SHAPES)
 
 
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert got.shape == want.shape
-    assert (got.double() - want.double()).abs().max() <= TOLERANCE * want.abs().max()
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected.double()).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 # Recorded tensors
@@ -155,10 +155,10 @@ def test_matches_the_float64_formulas(config, height, width, batch):
     pixels = torch.randn(batch, 3, height * config.downsample, width * config.downsample)
     latent, noise = torch.randn(2, batch, config.z_channels, height, width)
     mean, logvar = encode_reference(p, config, pixels.double())
-    for got, want in zip(model.moments(pixels), (mean, logvar), strict=True):
-        close(got, want)
-    want = config.scale_factor * (mean + noise.double() * (logvar / 2).exp() - config.shift_factor)
-    close(model.encode(pixels, noise), want)
+    for actual, expected in zip(model.moments(pixels), (mean, logvar), strict=True):
+        close(actual, expected)
+    expected = config.scale_factor * (mean + noise.double() * (logvar / 2).exp() - config.shift_factor)
+    close(model.encode(pixels, noise), expected)
     close(model.decode(latent), decode_reference(p, config, latent.double()))
 
 
@@ -181,8 +181,8 @@ def test_constant_image_has_a_finite_latent(vae):
 def test_encode_samples_the_posterior(vae, recorded):
     draws = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *recorded["eps"].shape))).float()
     first, second = (vae.encode(recorded["pixels"], draw) for draw in draws)
-    want = (recorded["logvar"] / 2).exp() * (draws[0] - draws[1]) * vae.config.scale_factor
-    assert (first - second - want).abs().max() <= 1e-5
+    expected = (recorded["logvar"] / 2).exp() * (draws[0] - draws[1]) * vae.config.scale_factor
+    assert (first - second - expected).abs().max() <= 1e-5
 
 
 # Strips
@@ -216,7 +216,7 @@ def random_inputs(config: VAEConfig, batch: int, height: int, width: int) -> tup
 def test_strips_match_whole_feature_maps(config, batch, height, width, elements, monkeypatch):
     model, _ = random_vae(config)
     latent, pixels = random_inputs(config, batch, height, width)
-    want = model.decode(latent), model.encode(pixels, latent)
+    expected = model.decode(latent), model.encode(pixels, latent)
     strips, strip_ranges = [], vae_blocks._strip_ranges
 
     def spy(*args, **options):
@@ -225,9 +225,9 @@ def test_strips_match_whole_feature_maps(config, batch, height, width, elements,
 
     monkeypatch.setattr(vae_blocks, "_strip_ranges", spy)
     set_strip_elements(monkeypatch, elements)
-    for got, plain in zip((model.decode(latent), model.encode(pixels, latent)), want, strict=True):
-        assert got.shape == plain.shape
-        assert (got - plain).abs().max() <= 1e-5 * plain.abs().max()
+    for actual, plain in zip((model.decode(latent), model.encode(pixels, latent)), expected, strict=True):
+        assert actual.shape == plain.shape
+        assert (actual - plain).abs().max() <= 1e-5 * plain.abs().max()
     assert any(len(ranges) > 1 for ranges in strips)
 
 
@@ -240,30 +240,30 @@ def test_strips_are_not_used_with_gradients(monkeypatch):
         leaf = latent.clone().requires_grad_()
         return torch.autograd.grad(model.decode(leaf).square().sum(), leaf)[0]
 
-    want = gradient()
+    expected = gradient()
     monkeypatch.setattr(vae_blocks, "STRIP_ELEMENTS", 1)
-    assert torch.equal(gradient(), want)
+    assert torch.equal(gradient(), expected)
 
 
 def test_strips_match_whole_feature_maps_in_bfloat16(monkeypatch):
     config = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)
     model = random_vae(config)[0].bfloat16()
     latent, _ = random_inputs(config, 1, 5, 4)
-    want = model.decode(latent.bfloat16())
+    expected = model.decode(latent.bfloat16())
     set_strip_elements(monkeypatch, 1000)
-    got = model.decode(latent.bfloat16())
-    assert got.dtype == torch.bfloat16 and (got - want).abs().max() <= 0.05 * want.abs().max()
+    actual = model.decode(latent.bfloat16())
+    assert actual.dtype == torch.bfloat16 and (actual - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_attention_is_computed_in_chunks_of_queries(monkeypatch):
     config = VAEConfig(ch=32, ch_mult=(1,), num_res_blocks=1)
     model, _ = random_vae(config)
     latent, _ = random_inputs(config, 2, 5, 9)
-    want, chunks, attention = model.decode(latent), [], F.scaled_dot_product_attention
+    expected, chunks, attention = model.decode(latent), [], F.scaled_dot_product_attention
     monkeypatch.setattr(vae_blocks, "QUERY_CHUNK", 16)
     spy = lambda q, k, v: chunks.append(q.shape[2]) or attention(q, k, v)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    torch.testing.assert_close(model.decode(latent), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.decode(latent), expected, rtol=1e-5, atol=1e-5)
     assert chunks == [16, 16, 13]
 
 
@@ -301,7 +301,7 @@ LATENT = r"latent must be a non-empty tensor \[B, 16, h, w\], got"
 INVALID = {
     "height-off-the-stride": (lambda v: v.moments(torch.zeros(1, 3, 20, 16)), rf"{PIXELS} \[1, 3, 20, 16\]"),
     "width-off-the-stride": (lambda v: v.encode(torch.zeros(1, 3, 16, 4), None), rf"{PIXELS} .* Resize the image"),
-    "grey-pixels": (lambda v: v.moments(torch.zeros(1, 1, 16, 16)), rf"{PIXELS} \[1, 1, 16, 16\]"),
+    "gray-pixels": (lambda v: v.moments(torch.zeros(1, 1, 16, 16)), rf"{PIXELS} \[1, 1, 16, 16\]"),
     "pixels-without-batch": (lambda v: v.moments(torch.zeros(3, 16, 16)), rf"{PIXELS} \[3, 16, 16\]"),
     "empty-pixels": (lambda v: v.moments(torch.zeros(1, 3, 0, 16)), PIXELS),
     "noise-of-the-pixels-shape": (

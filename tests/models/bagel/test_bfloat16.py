@@ -27,8 +27,8 @@ class Distances(CaseRunner):
         kind = name.split(".")[-1].removesuffix("_last").removeprefix("first_").removeprefix("last_")
         kind = "velocity" if kind in ("v_cond", "v_no_text", "v_no_img") or (kind == "v" and "step" in name) else kind
         if name in self.golden and kind in BUDGET:
-            got, want = (got if rows is None else got[rows]).double(), self.golden[name].double()
-            self.distances[name] = ((got - want).norm() / want.norm()).item(), BUDGET[kind]
+            actual, expected = (got if rows is None else got[rows]).double(), self.golden[name].double()
+            self.distances[name] = ((actual - expected).norm() / expected.norm()).item(), BUDGET[kind]
 
 
 @pytest.fixture(scope="module")

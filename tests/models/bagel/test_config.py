@@ -134,7 +134,7 @@ BAD_VIT = [
     pytest.param("num_hidden_layers", 26.0, "must be an integer from 1 to 256, got 26.0", id="layers-a-float"),
     pytest.param("num_attention_heads", 7, "num_attention_heads, 7, got", id="heads-do-not-divide"),
     pytest.param("patch_size", 0, "must be an integer from 1 to 64, got 0", id="no-patch"),
-    pytest.param("num_channels", 1, "must be 3, got 1", id="grey-vision"),
+    pytest.param("num_channels", 1, "must be 3, got 1", id="gray-vision"),
     pytest.param("layer_norm_eps", -1e-6, "must be a number from 1e-12 to 0.1, got -1e-06", id="norm-eps-negative"),
     pytest.param("hidden_act", "gelu", "must be \"gelu_pytorch_tanh\", got 'gelu'", id="another-activation"),
 ]
@@ -153,7 +153,7 @@ BAD_CONFIG = [
     pytest.param({"vae_config": {"ch_mult": [1, 2, 4, "4"]}}, VAE_ALLOWED, id="level-a-string"),
     pytest.param({"vae_config": {"ch_mult": [1] * 9}}, VAE_ALLOWED, id="nine-levels"),
     pytest.param({"vae_config": {"in_channels": 4}}, "in_channels must be 3, got 4", id="alpha-in"),
-    pytest.param({"vae_config": {"out_ch": 1}}, "out_ch must be 3, got 1", id="grey-out"),
+    pytest.param({"vae_config": {"out_ch": 1}}, "out_ch must be 3, got 1", id="gray-out"),
     pytest.param({"vae_config": {"scale_factor": 0}}, "scale_factor must be", id="scale-zero"),
     pytest.param({"vae_config": {"shift_factor": float("nan")}}, "shift_factor must be", id="shift-NaN"),
     pytest.param(

@@ -88,8 +88,8 @@ def test_output_sizes_match_the_record(name, rows, img_num):
 def test_decoder_output_becomes_the_recorded_png(case):
     folder = PACK / "cases" / case
     decoded = load_file(folder / "tensors.safetensors")["i00.image_float"]
-    with Image.open(folder / "output_0.png") as want:
-        assert torch.equal(pixels(tensor_to_image(decoded[0])), pixels(want))
+    with Image.open(folder / "output_0.png") as expected:
+        assert torch.equal(pixels(tensor_to_image(decoded[0])), pixels(expected))
 
 
 # Rules
@@ -99,10 +99,10 @@ def test_default_max_pixels_is_the_official_one():
     assert ResizeRule(1024, 512, 16).max_pixels == META["size_rules"]["bagel_vae(1024,512,16)"]["max_pixels"]
 
 
-@pytest.mark.parametrize("side, want", [(24, 32), (40, 32), (56, 64), (23, 16)])
-def test_half_strides_round_to_even(side, want):
+@pytest.mark.parametrize("side, expected", [(24, 32), (40, 32), (56, 64), (23, 16)])
+def test_half_strides_round_to_even(side, expected):
     rule = ResizeRule(64, 16, 16)
-    assert rule.output_size(side, side) == (want, want)
+    assert rule.output_size(side, side) == (expected, expected)
 
 
 def test_pixel_budget_scales_both_sides_by_the_ratio_of_areas():
@@ -129,9 +129,9 @@ def test_transparency_is_composited_on_white():
 
 
 def test_transparent_color_of_a_file_becomes_white():
-    grey = Image.new("L", (2, 1), 7)
-    grey.putpixel((1, 0), 90)
-    marked = open_image(encoded(grey, transparency=7))
+    gray = Image.new("L", (2, 1), 7)
+    gray.putpixel((1, 0), 90)
+    marked = open_image(encoded(gray, transparency=7))
     assert marked.mode == "L" and pixels(to_rgb(marked)).tolist() == [[[255] * 3, [90] * 3]]
 
 
@@ -152,8 +152,8 @@ def test_round_trip_through_a_tensor_loses_at_most_one_level():
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
     tensor = image_to_tensor(ramp)
     assert tensor.dtype == torch.float32 and tensor.shape == (3, 16, 16) and tensor.is_contiguous()
-    want = torch.arange(256, dtype=torch.float64) / 255 * 2 - 1
-    torch.testing.assert_close(tensor[1].flatten().double(), want, rtol=0, atol=1e-7)
+    expected = torch.arange(256, dtype=torch.float64) / 255 * 2 - 1
+    torch.testing.assert_close(tensor[1].flatten().double(), expected, rtol=0, atol=1e-7)
     lost = pixels(ramp).int() - pixels(tensor_to_image(tensor)).int()
     assert set(lost.unique().tolist()) <= {0, 1}
 
@@ -189,7 +189,7 @@ def test_returns_a_pil_image_as_it_is():
 
 
 def test_opens_the_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert to_rgb(open_image(animation)).getpixel((0, 0)) == (255, 0, 0)
 
@@ -255,7 +255,7 @@ INVALID_CALLS = {
     "zero-width": (lambda: VAE.output_size(0, 5), "got 0, 5 and 1"),
     "zero-images": (lambda: VAE.output_size(5, 5, 0), "got 5, 5 and 0"),
     "resize-of-a-palette-image": (lambda: VAE.resize(Image.new("P", (9, 9))), "mode must be RGB, got P. Convert it"),
-    "grey-image-to-tensor": (lambda: image_to_tensor(Image.new("L", (9, 9))), "mode must be RGB, got L"),
+    "gray-image-to-tensor": (lambda: image_to_tensor(Image.new("L", (9, 9))), "mode must be RGB, got L"),
     "mode-without-rgb": (lambda: to_rgb(Image.new("La", (1, 1))), "must be convertible to RGB, got La"),
     "batch-as-image": (lambda: tensor_to_image(torch.zeros(1, 3, 4, 4)), r"\[3, H, W\], got \[1, 3, 4, 4\]"),
 }

@@ -170,8 +170,8 @@ def test_text_image_and_denoising_step_match_the_naive_model(bagel_and_weights):
         inner = naive.latents(noise, grid, config.max_latent_size, 1.0)
         tokens = [(naive.embed(start), position, ""), *((x, position, "_moe_gen") for x in inner)]
         hidden = naive.run([*tokens, (naive.embed(end), position, "")], causal=False, keep=False)[1:-1]
-        want = torch.stack([naive.w["llm2vae.weight"] @ x + naive.w["llm2vae.bias"] for x in hidden])
-        assert (velocity - want).abs().max() <= 2e-5 * want.abs().max()
+        expected = torch.stack([naive.w["llm2vae.weight"] @ x + naive.w["llm2vae.bias"] for x in hidden])
+        assert (velocity - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_every_task_runs(bagel_and_weights):
