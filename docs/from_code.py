@@ -5,7 +5,9 @@ A line ``{{ name arguments }}`` of a page is replaced by the result of the funct
 
 import pydoc
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING
+from typing import Any
 
 import griffe
 import torch
@@ -19,7 +21,7 @@ from bagel_rt.models.bagel.memory import expected_memory
 from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, Task
 
 GPU_MEMORY = (24, 32, 40, 48, 80, 141)  # GB
-REQUESTS = {
+REQUESTS: dict[str, dict[str, Any]] = {
     "an answer about a 980x980 image": {"task": "chat", "images": [(980, 980)]},
     "a 512x512 image": {"size": (512, 512)},
     "a 1024x1024 image": {"size": (1024, 1024)},
@@ -36,13 +38,13 @@ NAMES = re.compile(r"^( +)(\w+(?:, \w+)+): ", re.MULTILINE)
 
 
 def command_help(*command: str) -> str:
-    """Output of ``bagel-rt COMMAND --help`` as a code block."""
+    """Return the output of ``bagel-rt COMMAND --help`` as a code block."""
     output = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).output
     return "\n".join(["```text", *(line.rstrip() for line in output.strip("\n").splitlines()), "```"])
 
 
 def hyperparameter_table() -> str:
-    """All hyper-parameters with their default in each task and their allowed values."""
+    """List all hyper-parameters with their default in each task and their allowed values."""
     rows = []
     for name, field in HYPERPARAMETERS.items():
         defaults = (_default(settings, name) for settings in TASKS.values())
@@ -55,12 +57,12 @@ def _default(task: Task, name: str) -> str:
 
 
 def hyperparameter_help(name: str) -> str:
-    """The help text of a hyper-parameter."""
+    """Return the help text of a hyper-parameter."""
     return HYPERPARAMETERS[name].metadata["help"]
 
 
 def memory_table() -> str:
-    """Total memory of BAGEL-7B-MoT requests in bfloat16, and the GPU sizes that fit them."""
+    """List the total memory of requests to BAGEL-7B-MoT in bfloat16, and the GPU sizes that are large enough."""
     rows = []
     for description, workload in REQUESTS.items():
         estimate = expected_memory(BAGEL_7B_MOT, **workload)
@@ -70,18 +72,18 @@ def memory_table() -> str:
 
 
 def op_table() -> str:
-    """All registered ops and the languages of their kernels."""
+    """List all registered ops and the languages of their kernels."""
     return table(("op", "kernel"), [(f"`bagel_rt::{op}`", kernel) for op, kernel in sorted(OPS.items())])
 
 
-def table(header, rows) -> str:
-    """A Markdown table with all but the first column right-aligned."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table with all but the first column right-aligned."""
     alignment = ("---", *("---:" for _ in header[1:]))
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, alignment, *rows))
 
 
 def op_pages() -> str:
-    """mkdocstrings directives for the public functions of each file of ``kernels/``."""
+    """Return mkdocstrings directives for the public functions of each file of ``kernels/``."""
     functions: dict[str, list[str]] = {}
     for name in kernels.__all__:
         functions.setdefault(getattr(kernels, name).__module__.removeprefix("bagel_rt."), []).append(name)
@@ -98,7 +100,7 @@ PARTS = {
 }
 
 
-def on_page_markdown(markdown: str, **_) -> str:
+def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs hook: expand the ``{{ }}`` lines of a page."""
     return PART.sub(lambda part: PARTS[part[1]](*part[2].split()), markdown)
 
@@ -106,12 +108,12 @@ def on_page_markdown(markdown: str, **_) -> str:
 class Docstrings(griffe.Extension):
     """Adapts docstrings to griffe: Sphinx roles, several names on one line, and the fields of checked dataclasses."""
 
-    def on_object(self, *, obj: griffe.Object, **_) -> None:
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """griffe hook: convert the docstring of an object."""
         if obj.docstring:
             obj.docstring.value = NAMES.sub(_join_names, ROLE.sub(_role_to_code, obj.docstring.value))
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **_) -> None:
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         """griffe hook: show a checked field with its default and help instead of the call that creates it."""
         if str(attr.value).startswith(("checked(", "_hyperparameter(")):
             field = pydoc.locate(attr.parent.path).__dataclass_fields__[attr.name]
@@ -121,12 +123,12 @@ class Docstrings(griffe.Extension):
                 attr.docstring = griffe.Docstring(text, parent=attr)
 
 
-def _role_to_code(role: re.Match) -> str:
+def _role_to_code(role: re.Match[str]) -> str:
     """Convert a Sphinx role to inline code: ``:class:`~a.b.C``` to ``C``."""
     shortened, target = role.groups()
     return f"`{target.rpartition('.')[2] if shortened else target.lstrip('.')}`"
 
 
-def _join_names(line: re.Match) -> str:
+def _join_names(line: re.Match[str]) -> str:
     """Join several names with non-breaking spaces; griffe would parse the text after a plain space as a type."""
     return f"{line[1]}{line[2].replace(', ', ',' + chr(0xA0))}: "

@@ -55,7 +55,7 @@ OTHER_SETTINGS = {
 }
 
 
-def drawings(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
+def generations(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
     """Images of the same prompts under several values."""
     values = IMAGE_VALUES[name]
     settings = (
@@ -90,7 +90,7 @@ def answers(bagel: Bagel, name: str, timesteps: int) -> Iterator[Section]:
         yield Section(question, "", tiles)
 
 
-def _label(name: str, value) -> tuple[tuple[str, str], ...]:
+def _label(name: str, value: object) -> tuple[tuple[str, str], ...]:
     shown = "none" if value is None else str(value)
     return ((shown if name == "negative_prompt" else f"{name} {shown}", FAINT),)
 
@@ -112,13 +112,15 @@ def _subtitle(name: str, timesteps: int) -> str:
 def sheets() -> dict[str, Callable[[Bagel, str, int], Iterator[Section]]]:
     """Parameter -> the function that generates the sections of its sheet."""
     return (
-        dict.fromkeys(IMAGE_VALUES, drawings) | dict.fromkeys(EDIT_VALUES, edits) | dict.fromkeys(TEXT_VALUES, answers)
+        dict.fromkeys(IMAGE_VALUES, generations)
+        | dict.fromkeys(EDIT_VALUES, edits)
+        | dict.fromkeys(TEXT_VALUES, answers)
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="parameter names; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parameter to show; default: all")
     parser.add_argument("--timesteps", type=int, default=50, metavar="N", help="default: 50")
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="default: %(default)s")
     arguments = parser.parse_args()

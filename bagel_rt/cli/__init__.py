@@ -5,12 +5,13 @@ Exit codes: 0 success; 1 failure; 2 usage error or invalid input; 130 interrupte
 loaded. PyTorch is imported inside the commands only, so that ``--help`` and usage errors do not wait for it.
 """
 
+import io
 import os
 import signal
 import sys
 import threading
 import traceback
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -30,13 +31,14 @@ _INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectory
 class _Commands(TyperGroup):
     """The command group: an error in any command becomes one line on stderr and an exit code."""
 
-    def main(self, *args, standalone_mode=True, **kwargs):
+    def main(self, *args: Any, **options: Any) -> NoReturn:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that partial files are removed
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs) or 0
+            code = super().main(*args, **options | {"standalone_mode": False}) or 0
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         except Exception as error:
@@ -51,7 +53,7 @@ def _error_message(error: Exception) -> tuple[str, int]:
     """The line that describes an error, and the exit code."""
     if hasattr(error, "format_message"):  # a usage error, raised by typer
         command = getattr(getattr(error, "ctx", None), "command_path", "bagel-rt")
-        return f"{error.format_message()} (see {command} --help)", error.exit_code
+        return f"{error.format_message()} (see {command} --help)", 2
     if isinstance(error, _INPUT_ERRORS):
         return str(error), 2
     summary = next(iter(str(error).splitlines()), "no reason given")
@@ -84,7 +86,7 @@ def _main(
 ) -> None:
     """BAGEL, the unified text and image model: generate and edit images, ask about them, chat.
 
-    Without --model, commands run the small embedded model, which knows only a world of coloured shapes.
+    Without --model, commands run the small embedded model, which knows only a world of colored shapes.
     """
 
 

@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from bagel_rt.cli import options as cli_options
+from bagel_rt.cli.parsing import with_options
 from bagel_rt.cli.report import CASE_LINE, CHECK_LINE, case_lines, case_result, check_line, finite, info_text
 
 
+@with_options()
 def info(model: cli_options.Model = None, as_json: cli_options.Json = False) -> None:
     """Show versions, devices, the compiled extension and the ops' backends; with --model also a checkpoint's sizes."""
     from bagel_rt.check.info import collect
@@ -20,6 +22,7 @@ def info(model: cli_options.Model = None, as_json: cli_options.Json = False) -> 
     typer.echo(json.dumps(report) if as_json else info_text(report))
 
 
+@with_options()
 def check(
     op: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Check only this op. Repeatable.")] = None,
     device: Annotated[
@@ -63,6 +66,7 @@ def check(
         raise typer.Exit(1)
 
 
+@with_options()
 def conformance(
     pack: Annotated[Path, typer.Argument(metavar="PACK", help="Folder with checkpoint, images and cases.")],
     case: Annotated[
@@ -70,7 +74,7 @@ def conformance(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every comparison.")] = False,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[cli_options.DTypeName, typer.Option(help="Of the weights.")] = "float32",
+    dtype: Annotated[cli_options.DTypeName, typer.Option(help="Data type of the weights.")] = "float32",
     as_json: cli_options.Json = False,
 ) -> None:
     """Compare with recorded outputs of the official code; exit code 1 if anything differs."""

@@ -7,17 +7,22 @@ from typing import Annotated
 import typer
 
 from bagel_rt.cli import options as cli_options
+from bagel_rt.cli.parsing import with_options
 from bagel_rt.models.bagel.settings import check_seed
+from bagel_rt.validation import number
 
 
+@with_options()
 def make_random_checkpoint(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New, or empty.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write: new or empty.")],
     like: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", show_default="BAGEL-7B-MoT", help="Model whose shapes and tokenizer to take."),
+        typer.Option(
+            metavar="FOLDER", show_default="BAGEL-7B-MoT", help="Model folder whose shapes and tokenizer are used."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the weights.")] = 0,
-    shard_gib: Annotated[float, typer.Option(min=0, max=1024, metavar="X", help="Approximate size of a file.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    shard_gib: Annotated[float, typer.Option(help="Approximate size of a file, in GiB."), number(0, 1024)] = 4.0,
     as_json: cli_options.Json = False,
     progress: cli_options.Progress = None,
 ) -> None:

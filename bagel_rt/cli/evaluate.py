@@ -1,22 +1,31 @@
-"""``bagel-rt eval``: accuracy on the world of coloured shapes, as a table, a contact sheet and JSON."""
+"""``bagel-rt eval``: accuracy on the world of colored shapes, as a table, a contact sheet and JSON."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
 from tqdm import tqdm
 
 from bagel_rt.cli import options as cli_options
-from bagel_rt.cli.options import RunOptions, with_options
+from bagel_rt.cli.options import RunOptions
+from bagel_rt.cli.parsing import OptionGroup, image_settings, with_options
 from bagel_rt.cli.report import plain_text
 from bagel_rt.cli.run import Run
 from bagel_rt.files import atomic_write, write_png
 from bagel_rt.models.bagel.settings import MAX_BATCH, check_seed, resolve_settings
+from bagel_rt.validation import integer
+
+if TYPE_CHECKING:  # imported inside the command only, to keep ``bagel-rt --help`` fast
+    import torch
+    from PIL import Image
+
+    from bagel_rt.tiny.contact_sheet import Tile
+    from bagel_rt.tiny.evaluate import Trial
 
 _TILES = {"generate": 8, "edit": 8, "ask": 16}  # per section of the contact sheet: one or two full rows
 _DRAWN = ("generate", "edit")
@@ -33,11 +42,13 @@ def _writable_sheet(path: Path | None) -> Path | None:
 
 _Tasks = Annotated[
     list[str] | None,
-    typer.Option("--task", metavar="NAME", show_default="all", help="Only generate, edit or ask. Repeatable."),
+    typer.Option(
+        "--task", metavar="NAME", show_default="all", help="Evaluate only this task: generate, edit or ask. Repeatable."
+    ),
 ]
-_Prompts = Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="Examples of each category.")]
-_Seed = Annotated[int, typer.Option(metavar="N", help="Of the examples and of the model's noise.")]
-_Batch = Annotated[int, typer.Option(min=1, max=MAX_BATCH, metavar="N", help="Images generated in one batch.")]
+_Prompts = Annotated[int, typer.Option(help="Examples of each category."), integer(1, 100_000)]
+_Seed = Annotated[int, typer.Option(help="Seed of the examples and of the model's noise.")]
+_Batch = Annotated[int, typer.Option(help="Images generated in one batch."), integer(1, MAX_BATCH)]
 _Sheet = Annotated[
     Path | None,
     typer.Option(metavar="FILE.png", callback=_writable_sheet, help="Write a contact sheet of the first examples."),
@@ -48,7 +59,9 @@ _Report = Annotated[
 ]
 
 
-@with_options
+@with_options(
+    chosen=image_settings("cfg_text_scale", "cfg_img_scale", "timestep_shift", "num_timesteps"), options=RunOptions
+)
 def evaluate(
     prompts: _Prompts = 20,
     seed: _Seed = 0,
@@ -57,12 +70,12 @@ def evaluate(
     sheet: _Sheet = None,
     report: _Report = None,
     *,
-    chosen: cli_options.image_settings("cfg_text_scale", "cfg_img_scale", "timestep_shift", "num_timesteps"),
+    chosen: OptionGroup,
     options: RunOptions,
 ) -> None:
-    """Measure how often a model generates, edits and answers correctly, on examples of a world of coloured shapes.
+    """Measure how often a model generates, edits and answers correctly, on examples of a world of colored shapes.
 
-    The examples are combinations of shapes, colours and places that training on this world leaves out. A program
+    The examples are combinations of shapes, colors and places that training on this world leaves out. A program
     judges them: an image is right if it shows what its prompt says and nothing else; an edit must also keep the rest.
     Shares have 95% intervals. The same seed gives the same examples; --prompts 20 gives the first 20 of --prompts 100.
     Ctrl-C stops the evaluation and reports the results so far.
@@ -70,9 +83,8 @@ def evaluate(
     from bagel_rt.tiny.evaluate import CATEGORIES, choose_problems, scores
     from bagel_rt.tiny.evaluate import evaluate as solve
 
-    settings = cli_options.given(chosen)
-    for name in _DRAWN:
-        resolve_settings(name, settings)
+    settings = chosen.as_arguments()
+    resolved = {name: image for name in _DRAWN if (image := resolve_settings(name, settings).image)}
     check_seed(seed)
     problems = choose_problems(prompts, seed, task or tuple(CATEGORIES))
     tried = {problem.example.task for problem in problems}
@@ -88,7 +100,7 @@ def evaluate(
             "seed": seed,
             "prompts": prompts,
             "batch": batch,
-            "settings": {name: asdict(resolve_settings(name, settings).image) for name in _DRAWN if name in tried},
+            "settings": {name: asdict(image) for name, image in resolved.items() if name in tried},
             "complete": ended is None,
             "scores": [asdict(score) for score in scores(trials)],
             "trials": [_trial_report(trial) for trial in trials],
@@ -104,9 +116,10 @@ def evaluate(
         raise ended
 
 
-def _collect(trials, total: int, shown: bool) -> tuple[list, BaseException | None]:
+def _collect(trials: "Iterator[Trial]", total: int, shown: bool) -> "tuple[list[Trial], BaseException | None]":
     """Run the trials behind a progress bar; return them, and the error that ended them early, if any."""
-    done, right = [], 0
+    done: list[Trial] = []
+    right = 0
     with tqdm(total=total, desc="eval", unit="example", disable=not shown) as bar:
         try:
             for trial in trials:
@@ -120,14 +133,14 @@ def _collect(trials, total: int, shown: bool) -> tuple[list, BaseException | Non
     return done, None
 
 
-def _backend(device) -> str:
+def _backend(device: "torch.device") -> str:
     """The backends of the ops on a device: "reference", "triton", "cuda, triton", ..."""
     from bagel_rt.kernels.registry import OPS, implementation
 
     return ", ".join(sorted({implementation(op, device) for op in OPS}))
 
 
-def _trial_report(trial) -> dict:
+def _trial_report(trial: "Trial") -> dict[str, Any]:
     problem, example = trial.problem, trial.problem.example
     report = {"task": example.task, "category": problem.category, "text": example.text, "seed": problem.seed}
     if example.task == "ask":
@@ -135,7 +148,7 @@ def _trial_report(trial) -> dict:
     return report | {"correct": trial.correct, "failures": list(trial.failures), "seconds": trial.seconds}
 
 
-def _conditions(report: dict) -> str:
+def _conditions(report: dict[str, Any]) -> str:
     """One line: dtype, device, seed, steps, time."""
     steps = {settings["num_timesteps"] - 1 for settings in report["settings"].values()}
     parts = [f"{report['dtype']} on {report['device']} ({report['backend']})", f"seed {report['seed']}"]
@@ -144,11 +157,11 @@ def _conditions(report: dict) -> str:
     return ", ".join(parts)
 
 
-def _interval(score: dict) -> str:
+def _interval(score: dict[str, Any]) -> str:
     return f"{100 * score['low']:.1f} - {100 * score['high']:.1f}%"
 
 
-def _table(report: dict) -> str:
+def _table(report: dict[str, Any]) -> str:
     """The scores as a text table."""
     numbers = (Column(name, justify="right") for name in ("right", "share", "95% interval", "seconds"))
     table = Table("task", "category", *numbers, box=None, pad_edge=False)
@@ -159,7 +172,7 @@ def _table(report: dict) -> str:
     return f"{report['model']}: {_conditions(report)}\n{plain_text(table)}"
 
 
-def _contact_sheet(report: dict, trials: Sequence):
+def _contact_sheet(report: dict[str, Any], trials: "Sequence[Trial]") -> "Image.Image":
     """The first trials of each category of prompts, of all edits and of all questions."""
     from bagel_rt.tiny.contact_sheet import Section, contact_sheet
 
@@ -179,7 +192,7 @@ def _contact_sheet(report: dict, trials: Sequence):
     return contact_sheet(title, _conditions(report), sections)
 
 
-def _tile(trial):
+def _tile(trial: "Trial") -> "Tile":
     from bagel_rt.tiny.contact_sheet import INK, RIGHT, WRONG, Tile
     from bagel_rt.tiny.evaluate import SIDE
     from bagel_rt.tiny.render import render
@@ -187,7 +200,7 @@ def _tile(trial):
     example = trial.problem.example
     shown = () if example.before is None else (render(example.before, SIDE),)
     lines = [(example.text, INK)]
-    if example.task == "ask":
+    if isinstance(trial.result, str):
         lines.append((trial.result or "(no answer)", RIGHT if trial.correct else WRONG))
         lines += [] if trial.correct else [(f"right: {example.answer}", INK)]
         return Tile(shown, tuple(lines), trial.correct)

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from bagel_rt.cli import options as cli_options
-from bagel_rt.cli.options import RequestOptions, Think, with_options
+from bagel_rt.cli.options import RequestOptions, Think
+from bagel_rt.cli.parsing import OptionGroup, hyperparameters, with_options
 from bagel_rt.cli.run import Run, numbered
 from bagel_rt.models.bagel.settings import MAX_ROUNDS
+from bagel_rt.validation import integer
 
 
-@with_options
+@with_options(settings=hyperparameters("generate"), options=RequestOptions)
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; put each in quotes.")],
     output: cli_options.Outputs,
@@ -21,7 +23,7 @@ def generate(
     height: cli_options.Side = None,
     negative_prompt: cli_options.Negative = None,
     *,
-    settings: cli_options.hyperparameters("generate"),
+    settings: OptionGroup,
     options: RequestOptions,
 ) -> None:
     """Generate an image from a prompt, or one from each of several prompts, as one batch.
@@ -38,7 +40,7 @@ def generate(
             run.write_image(result, path, prompt=prompt, think=options.think)
 
 
-@with_options
+@with_options(settings=hyperparameters("edit"), options=RequestOptions)
 def edit(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image to edit.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to change, in quotes.")],
@@ -46,7 +48,7 @@ def edit(
     more: cli_options.MoreImages = None,
     negative_prompt: cli_options.Negative = None,
     *,
-    settings: cli_options.hyperparameters("edit"),
+    settings: OptionGroup,
     options: RequestOptions,
 ) -> None:
     """Edit an image as a prompt says, or combine it with those given by --image.
@@ -62,12 +64,12 @@ def edit(
         run.write_image(result, output, prompt=prompt, images=[path.name for path in paths], think=options.think)
 
 
-@with_options
+@with_options(settings=hyperparameters("chat"), options=RequestOptions)
 def chat(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, in quotes.")],
     images: cli_options.MoreImages = None,
     *,
-    settings: cli_options.hyperparameters("chat"),
+    settings: OptionGroup,
     options: RequestOptions,
 ) -> None:
     """Ask about images, or about anything else; the answer is printed while it is generated."""
@@ -93,7 +95,7 @@ class InterleaveOptions(RequestOptions):
     think: Think = True
 
 
-@with_options
+@with_options(settings=hyperparameters("interleave"), options=InterleaveOptions)
 def interleave(
     parts: Annotated[
         list[str],
@@ -104,11 +106,13 @@ def interleave(
         ),
     ],
     output: cli_options.Numbered,
-    max_rounds: Annotated[int, typer.Option(min=1, max=MAX_ROUNDS, metavar="N", help="Maximum number of images.")] = 3,
+    max_rounds: Annotated[
+        int, typer.Option(help=f"Maximum number of images, 1 to {MAX_ROUNDS}."), integer(1, MAX_ROUNDS)
+    ] = 3,
     width: cli_options.Side = None,
     height: cli_options.Side = None,
     *,
-    settings: cli_options.hyperparameters("interleave"),
+    settings: OptionGroup,
     options: InterleaveOptions,
 ) -> None:
     """Texts and images in, texts and images out; for models trained on interleaved generation (ThinkMorph).

@@ -7,10 +7,14 @@ from typing import Annotated, Literal
 import typer
 
 from bagel_rt.cli import options as cli_options
+from bagel_rt.cli.parsing import OptionGroup, image_settings, with_options
+from bagel_rt.validation import number, parse_size
 
 _Size = Annotated[
     str | None,
-    typer.Option(metavar="WIDTHxHEIGHT", show_default="the model's largest square", help="Of the generated images."),
+    typer.Option(
+        metavar="WIDTHxHEIGHT", show_default="the model's largest square", help="Size of the generated images."
+    ),
 ]
 _Images = Annotated[
     list[str] | None,
@@ -18,28 +22,27 @@ _Images = Annotated[
         "--image",
         metavar="WIDTHxHEIGHT",
         show_default="an edit: one of --size",
-        help="Of an input image. Repeatable.",
+        help="Size of an input image. Repeatable.",
     ),
 ]
 _Available = Annotated[
     float | None,
-    typer.Option(
-        min=0, max=1e6, metavar="GB", show_default="the GPU's, if there is one", help="GPU memory, in 10**9 bytes."
-    ),
+    typer.Option(metavar="GB", show_default="the GPU's, if there is one", help="GPU memory, in 10**9 bytes."),
+    number(0, 1e6),
 ]
 
 
-@cli_options.with_options
+@with_options(scales=image_settings("cfg_text_scale", "cfg_img_scale"))
 def memory(
     task: Annotated[
-        Literal["generate", "edit", "chat"], typer.Option(help="For an interleaved answer: edit.")
+        Literal["generate", "edit", "chat"], typer.Option(help="What to estimate; for interleave, choose edit.")
     ] = "generate",
     size: _Size = None,
     images: _Images = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Requests in one batch.")] = 1,
-    text_tokens: Annotated[int, typer.Option(metavar="N", help="Of a request's prompts.")] = 256,
+    batch: Annotated[int, typer.Option(help="Requests in one batch.")] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompts of one request.")] = 256,
     max_think_token_n: Annotated[
-        int | None, typer.Option(metavar="N", show_default="chat: 512, else 0", help="Maximum tokens generated.")
+        int | None, typer.Option(show_default="chat: 512, else 0", help="Maximum tokens generated.")
     ] = None,
     graphs: Annotated[bool, typer.Option(help="Capture steps as CUDA graphs, which keep their memory.")] = True,
     available: _Available = None,
@@ -52,10 +55,12 @@ def memory(
             rich_help_panel="Model",
         ),
     ] = None,
-    dtype: Annotated[cli_options.DTypeName, typer.Option(help="Of the weights.", rich_help_panel="Model")] = "bfloat16",
+    dtype: Annotated[
+        cli_options.DTypeName, typer.Option(help="Data type of the weights.", rich_help_panel="Model")
+    ] = "bfloat16",
     as_json: cli_options.Json = False,
     *,
-    scales: cli_options.image_settings("cfg_text_scale", "cfg_img_scale"),
+    scales: OptionGroup,
 ) -> None:
     """Show how much GPU memory a request needs, what for, and how to reduce it.
 
@@ -69,7 +74,6 @@ def memory(
     from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig
     from bagel_rt.models.bagel.memory import expected_memory
     from bagel_rt.models.bagel.settings import resolve_settings
-    from bagel_rt.validation import parse_size
 
     estimate = expected_memory(
         BAGEL_7B_MOT if model is None else BagelConfig.from_folder(model),
@@ -80,7 +84,7 @@ def memory(
         batch=batch,
         text_tokens=text_tokens,
         max_think_token_n=max_think_token_n,
-        settings=resolve_settings("edit" if task == "edit" else "generate", cli_options.given(scales)).image,
+        settings=resolve_settings("edit" if task == "edit" else "generate", scales.as_arguments()).image,
         graphs=graphs,
     )
     limit = int(available * 1e9) if available is not None else None

@@ -1,23 +1,30 @@
 """Shared CLI options, and the functions that check and convert their values.
 
-Values are checked before a model is loaded. An invalid value raises ValueError or typer.BadParameter.
+Values are checked before a model is loaded. An invalid value raises ValueError.
 """
 
-import inspect
 import os
 import secrets
 import socket
 import sys
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
-from functools import wraps
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
+from bagel_rt.cli.parsing import OptionGroup
 from bagel_rt.files import partial_path
-from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, check_seed, resolve_settings
+from bagel_rt.models.bagel.settings import check_seed, resolve_settings
+from bagel_rt.validation import integer
+
+if TYPE_CHECKING:  # imported inside the functions, to keep ``bagel-rt --help`` fast
+    import torch
+    from PIL import Image
+
+    from bagel_rt.pipeline import Bagel
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -41,7 +48,7 @@ def writable_png(path: Path) -> Path:
     return writable_file(path)
 
 
-def _output(help: str):
+def _output(help: str) -> Any:
     return typer.Option("--output", "-o", metavar="FILE.png", callback=writable_png, help=help)
 
 
@@ -51,14 +58,14 @@ Outputs = Annotated[
 ]
 Numbered = Annotated[Path, _output("Images are written to FILE-1.png, FILE-2.png, ... Existing files are replaced.")]
 MoreImages = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="Another image. Repeatable.")]
-Seed = Annotated[
-    int | None, typer.Option(metavar="N", show_default="random", help="The same seed repeats a result on one machine.")
-]
+Seed = Annotated[int | None, typer.Option(show_default="random", help="The same seed repeats a result on one machine.")]
 Think = Annotated[bool, typer.Option(help="Let the model write its reasoning first.")]
 Negative = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Prompt that text guidance moves away from; default: no prompt.")
 ]
 Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the model's largest square")]
+
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 selects a free one."), integer(0, 65535)]
 
 Model = Annotated[
     Path | None,
@@ -79,7 +86,9 @@ Device = Annotated[
 DTypeName = Literal["float32", "bfloat16", "float16"]
 DType = Annotated[
     DTypeName | None,
-    typer.Option(show_default="float32 on the CPU, else bfloat16", help="Of the weights.", rich_help_panel="Model"),
+    typer.Option(
+        show_default="float32 on the CPU, else bfloat16", help="Data type of the weights.", rich_help_panel="Model"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel="Report")]
 Progress = Annotated[
@@ -94,7 +103,7 @@ Progress = Annotated[
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(OptionGroup):
     """The model to load, its device and its dtype."""
 
     model: Model = None
@@ -105,7 +114,7 @@ class ModelOptions:
     def folder(self) -> Path:
         return self.model or DEFAULT_MODEL
 
-    def load(self, progress: bool = False):
+    def load(self, progress: bool = False) -> "Bagel":
         """Load the model and return a :class:`bagel_rt.Bagel`."""
         from bagel_rt.pipeline import Bagel
 
@@ -127,7 +136,7 @@ class RequestOptions(RunOptions):
     seed: Seed = None
     think: Think = False
 
-    def request(self, task: str, settings) -> dict:
+    def request(self, task: str, settings: OptionGroup) -> dict[str, Any]:
         """Check the options and return them as keyword arguments of a request.
 
         Without a seed, a random one is drawn here, so that it can be reported.
@@ -136,66 +145,6 @@ class RequestOptions(RunOptions):
         check_seed(self.seed)
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         return {"seed": seed, "think": self.think} | vars(settings)
-
-
-def with_options(command):
-    """Expand the command's parameters that are annotated with a dataclass into one option per field."""
-    signature = inspect.signature(command)
-    groups = {p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)}
-    expanded = []
-    for parameter in signature.parameters.values():
-        group = groups.get(parameter.name)
-        expanded += inspect.signature(group).parameters.values() if group else [parameter]
-
-    @wraps(command)
-    def call(**values):
-        for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
-        return command(**values)
-
-    call.__signature__ = signature.replace(parameters=expanded)
-    return call
-
-
-_METAVARS = {float: "X", int: "N", tuple[float, float]: "LOW HIGH"}
-
-
-def checked_option(field, panel: str, default=None, show_default: bool | str = True):
-    """Return (name, type, default) of an option for ``make_dataclass``, made from a field with a check and a help text.
-
-    Without a default, an omitted option is None.
-    """
-    option = typer.Option(
-        help=field.metadata["help"],
-        metavar=_METAVARS.get(field.type),
-        show_default=show_default,
-        rich_help_panel=panel,
-    )
-    return field.name, Annotated[field.type | None if default is None else field.type, option], default
-
-
-def hyperparameters(task: str) -> type:
-    """Make a dataclass with one option for each hyper-parameter of a task. Defaults are the task's."""
-    options = [
-        checked_option(field, panel, getattr(part, field.name))
-        for part, panel in zip(TASKS[task], ("Denoising", "Text"), strict=True)
-        for field in (fields(part) if part else ())
-    ]
-    return make_dataclass("Hyperparameters", options, frozen=True)
-
-
-def image_settings(*names: str) -> type:
-    """Make a dataclass with one option for each named hyper-parameter, for a command that runs several tasks.
-
-    An omitted option is None, so that each task uses its own default.
-    """
-    chosen = [checked_option(HYPERPARAMETERS[name], "Denoising", show_default="the task's") for name in names]
-    return make_dataclass("ImageSettings", chosen, frozen=True)
-
-
-def given(options) -> dict:
-    """The options of a dataclass that are not None, by name."""
-    return {name: value for name, value in vars(options).items() if value is not None}
 
 
 def shows_progress(progress: bool | None) -> bool:
@@ -213,9 +162,9 @@ def read_size(model: Path, width: int | None, height: int | None) -> tuple[int, 
     if width is None and height is None:
         return None
     config = BagelConfig.from_folder(model)
-    size = tuple(config.default_resolution if side is None else side for side in (height, width))
-    config.check_size(*size)
-    return size
+    height, width = (config.default_resolution if side is None else side for side in (height, width))
+    config.check_size(height, width)
+    return height, width
 
 
 def check_address(host: str, port: int) -> None:
@@ -226,7 +175,7 @@ def check_address(host: str, port: int) -> None:
         raise ValueError(f"cannot bind {host}, port {port}: {error.strerror or error}") from None
 
 
-def read_device(name: str | None):
+def read_device(name: str | None) -> "torch.device | None":
     """Return the torch device, or None for the default. Raise ValueError if the device does not exist."""
     import torch
 
@@ -240,21 +189,21 @@ def read_device(name: str | None):
     return torch.device(name)
 
 
-def read_dtype(name: str | None):
+def read_dtype(name: str | None) -> "torch.dtype | None":
     """The torch dtype; None for the default."""
     import torch
 
     return getattr(torch, name) if name else None
 
 
-def read_images(paths) -> list:
+def read_images(paths: Sequence[Path | str]) -> "list[Image.Image]":
     """Open the images."""
     from bagel_rt.models.bagel.images import open_image
 
     return [open_image(path) for path in paths]
 
 
-def read_part(part: str):
+def read_part(part: str) -> "str | Image.Image":
     """Read a part of ``interleave``'s input: a text, or the image in a file."""
     kind, _, rest = part.partition(":")
     if kind == "text":

@@ -3,6 +3,8 @@
 import json
 import time
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from tqdm import tqdm
@@ -10,6 +12,9 @@ from tqdm import tqdm
 from bagel_rt import __version__
 from bagel_rt.cli.options import RunOptions, shows_progress
 from bagel_rt.files import write_png
+
+if TYPE_CHECKING:  # imported inside the commands only, to keep ``bagel-rt --help`` fast
+    from bagel_rt.request import ImageResult, Progress
 
 
 class Run:
@@ -19,29 +24,33 @@ class Run:
         bagel: the model.
         bars: its progress callback.
         report: what ``--json`` prints.
+        outputs: the texts and images in the report.
     """
 
     def __init__(self, task: str, options: RunOptions):
         shown, start = shows_progress(options.progress), time.perf_counter()
         self.bagel = options.load(shown)
         self.bars, self._as_json, self._loaded = Bars(shown), options.as_json, time.perf_counter()
+        self.outputs: list[dict[str, Any]] = []
         self._source = {
             "task": task,
             "model": options.folder.resolve().name,  # not its path: images are shared with others
             "version": __version__,
             "dtype": str(self.bagel.model.dtype).removeprefix("torch."),
         }
-        self.report = self._source | {
+        self.report: dict[str, Any] = self._source | {
             "device": str(self.bagel.model.device),
             "load_seconds": self._loaded - start,
             "seconds": 0.0,
-            "outputs": [],
+            "outputs": self.outputs,
         }
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.bars.close()
         if kind is None and self._as_json:
             self.report["seconds"] = time.perf_counter() - self._loaded
@@ -54,9 +63,9 @@ class Run:
 
     def add_text(self, text: str) -> None:
         """Add a text to the report."""
-        self.report["outputs"].append({"type": "text", "text": text})
+        self.outputs.append({"type": "text", "text": text})
 
-    def write_image(self, result, path: Path, **request) -> None:
+    def write_image(self, result: "ImageResult", path: Path, **request: Any) -> None:
         """Write an ImageResult with its parameters, and add it to the report."""
         self.bars.close()
         parameters = self._source | {"seed": result.seed} | request | result.parameters
@@ -65,19 +74,18 @@ class Run:
             self.print(result.thought)
         write_png(result.image, path, parameters)
         self.print(f"{path}: {result.image.width}x{result.image.height}, seed {result.seed}")
-        self.report["outputs"].append(
-            {"type": "image", "path": str(path), "seed": result.seed, "parameters": parameters}
-        )
+        self.outputs.append({"type": "image", "path": str(path), "seed": result.seed, "parameters": parameters})
 
 
 class Bars:
     """The progress callback of a request: one bar on stderr per stage."""
 
     def __init__(self, shown: bool):
-        self._shown, self._bar = shown, None
+        self._shown = shown
+        self._bar: tqdm[NoReturn] | None = None
 
-    def __call__(self, progress) -> None:
-        if progress.step == 1:
+    def __call__(self, progress: "Progress") -> None:
+        if progress.step == 1 or self._bar is None:
             self.close()
             unit = {"text": "token", "image": "step"}.get(progress.stage, "step")
             self._bar = tqdm(total=progress.total, desc=progress.stage, unit=unit, leave=False, disable=not self._shown)

@@ -1,38 +1,41 @@
 """``bagel-rt serve``: the OpenAI-compatible server."""
 
 import warnings
-from dataclasses import make_dataclass
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bagel_rt.cli.options import ModelOptions, check_address, checked_option, given, with_options
+from bagel_rt.cli.options import ModelOptions, Port, check_address
+from bagel_rt.cli.parsing import OptionGroup, option_group, with_options
 from bagel_rt.serve.limits import Limits
+from bagel_rt.validation import integer
 
 _MISSING = "the server's packages are not installed ({}): pip install 'bagel_rt[serve]'"
 
 _LIMITS = ("queue", "batch", "seconds", "grace", "body", "pixels", "side", "steps")
-_LimitOptions = make_dataclass(
-    "_LimitOptions", [checked_option(Limits.__dataclass_fields__[name], "Limits") for name in _LIMITS], frozen=True
-)
+_LimitOptions = option_group("_LimitOptions", [Limits.__dataclass_fields__[name] for name in _LIMITS], "Limits")
 
 
-@with_options
+@with_options(limits=_LimitOptions, options=ModelOptions)
 def serve(
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
+    port: Port = 8000,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", show_default="the folder's", help="Of the model, in answers.")
+        str | None, typer.Option(metavar="NAME", show_default="the folder's", help="Name of the model in responses.")
     ] = None,
     image_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A host to fetch images from, over HTTPS. Repeatable."),
     ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Replicas under Ray Serve, one a GPU (extra [ray]).")] = False,
-    replicas: Annotated[int | None, typer.Option(min=1, metavar="N", show_default="1", help="With --ray.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run replicas under Ray Serve, one per GPU; needs the extra [ray].")
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(show_default="1", help="Number of replicas, with --ray."), integer(1)
+    ] = None,
     *,
-    limits: _LimitOptions,
+    limits: OptionGroup,
     options: ModelOptions,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API: images, edits, chat.
@@ -47,12 +50,12 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING.format(error.name)) from None
 
-    checked = Limits(**given(limits))
+    checked = Limits(**limits.as_arguments())
     key = read_key()
     check_address(host, port)
     if ray:
         _serve_replicas(host, port, folder=options.model and str(options.model), name=name, replicas=replicas or 1,
-                        device=options.device, dtype=options.dtype, limits=given(limits),
+                        device=options.device, dtype=options.dtype, limits=limits.as_arguments(),
                         image_hosts=tuple(image_host or ()))  # fmt: skip
         return
     if replicas is not None:
@@ -63,7 +66,7 @@ def serve(
     make_server(app, host, port).run()
 
 
-def _serve_replicas(host: str, port: int, **options) -> None:
+def _serve_replicas(host: str, port: int, **options: Any) -> None:
     from bagel_rt.serve import replicas
 
     if find_spec("ray") is None:

@@ -6,15 +6,16 @@ from typing import Annotated
 import typer
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
-from bagel_rt.cli.options import ModelOptions, check_address, with_options
+from bagel_rt.cli.options import ModelOptions, Port, check_address
+from bagel_rt.cli.parsing import with_options
 
 _MISSING = "the page's packages are not installed ({}): pip install 'bagel_rt[ui]'"
 
 
-@with_options
+@with_options(options=ModelOptions)
 def ui(
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")] = 7860,
+    port: Port = 7860,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = False,
     *,
     options: ModelOptions,

@@ -72,7 +72,7 @@ def test_info_counts_the_parameters_of_a_model(tmp_path):
 
 
 @pytest.fixture
-def spoiled_pack(tmp_path):
+def mixed_pack(tmp_path):
     """A pack of one good case, one whose recording is wrong, and one that is not supported."""
     pack = tmp_path / "pack"
     for case in ("00_tokenizer", "01_wrong", "02_unsupported"):
@@ -106,17 +106,17 @@ def test_conformance_verbose_lists_every_comparison():
         assert f" {comparison['name']}\n" in printed
 
 
-def test_conformance_fails_if_one_case_fails(spoiled_pack):
-    result = run("conformance", spoiled_pack)
+def test_conformance_fails_if_one_case_fails(mixed_pack):
+    result = run("conformance", mixed_pack)
     assert (result.exit_code, result.stderr) == (1, "")
     rows = result.stdout.splitlines()[1:]
     assert [row.split()[0] for row in rows] == ["pass", "FAIL", "skipped", "1"]
     assert rows[1].endswith("encode 3")
-    result = run("conformance", spoiled_pack, "--json")
+    result = run("conformance", mixed_pack, "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and report["failed"] == 1
     assert [case["result"] for case in report["cases"]] == ["pass", "fail", "skipped"]
-    good("conformance", spoiled_pack, "--case", "00*", "--case", "02*")
+    good("conformance", mixed_pack, "--case", "00*", "--case", "02*")
 
 
 def test_conformance_json_has_null_for_nan(monkeypatch):
@@ -136,7 +136,7 @@ def test_conformance_json_has_null_for_nan(monkeypatch):
 # tables
 
 
-def test_tables_have_no_colour_and_full_width(monkeypatch):
+def test_tables_have_no_color_and_full_width(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "20")
     table = Table("op", "note", box=None, pad_edge=False)
