@@ -11,9 +11,9 @@ WORDS = frozenset(
     small little smaller large larger big bigger size
     center middle left right top bottom side corner above over below under
     draw show describe add put move make turn change paint use remove delete take away
-    a an the it them there is are in on at to of into with or what which where how picture image
+    a an the it them there is are in on at to of into with or what which where how image
     """.split()
-)
+) | {"picture"}
 
 # Common words that do not change what a prompt asks for.
 _IGNORED = frozenset(
@@ -21,7 +21,7 @@ _IGNORED = frozenset(
     and but this that these those its their his her my your our i me we you he she they
     be am was were been do does did has have had can could will would shall should may might must
     as by for from so very just only also please now then than not all each both other another
-    colored colors pictures images
+    colored colors images
     """.split()
 )
 _MAX_NAMED = 3  # words in a hint
