@@ -3,10 +3,13 @@
 run.py         uvicorn around the application
 app.py         the routes
 schema.py      request bodies, and the model's requests made from them
-images.py      decode, fetch and encode images
+images.py      fetch and encode images
+decoder.py     the process that decodes images; decoder_pool.py starts and stops such processes
 worker.py      jobs of the model thread that deliver to the event loop
 responses.py   response bodies and streams
+protocol.py    HTTP/1.1 with limits of connections and headers
 middleware.py  API key, size limits, error responses
+admission.py   counts of requests and bytes, in all and for each client
 limits.py      bounds of requests
 metrics.py     counters of /metrics
 replicas.py    one server on each of several GPUs, under Ray Serve

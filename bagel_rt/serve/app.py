@@ -20,7 +20,8 @@ from bagel_rt.model_thread import ModelThread
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageResult
 from bagel_rt.serve import schema
-from bagel_rt.serve.images import read_image, read_url, shrink_for_model
+from bagel_rt.serve.decoder_pool import DecoderPool
+from bagel_rt.serve.images import read_url
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
 from bagel_rt.serve.middleware import Gate, error_response_for, parse_body, release_body
@@ -30,8 +31,12 @@ from bagel_rt.serve.worker import AsyncJob, Completion, start_worker
 _EDIT_FILES = ("image", "image[]")
 _INTERVAL = "cfg_interval"  # a list in a form: JSON or, from OpenAI's client, fields named with []
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # of a form; some other codecs of Python take hours on hostile input
-_READERS = 4  # threads that decode requests; each may hold one image of the maximum size
-_WRITERS = 2  # threads that encode responses; separate, so that slow requests do not delay finished responses
+# Threads that build requests, read images, and encode responses. They are separate, so that slow images delay neither
+# requests without images nor finished responses.
+_BUILDERS = 2
+_READERS = 4  # each may hold one image of the maximum size, or wait for the host of a URL
+_WRITERS = 2
+_DECODERS = 2  # processes
 
 T = TypeVar("T")
 
@@ -45,6 +50,8 @@ class Server:
     """
 
     worker: ModelThread
+    _decoders: DecoderPool
+    _build: InThread
     _read: InThread
     _write: InThread
 
@@ -63,7 +70,10 @@ class Server:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Run the model thread while the application runs."""
-        self._read, self._write = (partial(_run_limited, anyio.CapacityLimiter(n)) for n in (_READERS, _WRITERS))
+        self._build, self._read, self._write = (
+            partial(_run_limited, anyio.CapacityLimiter(threads)) for threads in (_BUILDERS, _READERS, _WRITERS)
+        )
+        self._decoders = DecoderPool(_DECODERS, self.limits.body, self.limits.pixels)
         self._ending = None
         self.worker = start_worker(self.bagel, self.limits.queue, self.limits.batch, self.metrics.observe)
         self.metrics.watch(self.worker)
@@ -80,6 +90,7 @@ class Server:
         """
         if self._ending is None:
             self.worker.refuse()
+            self._decoders.close()  # of requests that the worker would refuse
             # A daemon, so that a second signal ends the process without waiting for it.
             self._ending = threading.Thread(target=self.worker.stop, args=(self.limits.grace,), daemon=True)
             self._ending.start()
@@ -127,7 +138,7 @@ class Server:
         self._check_model(body.model)
         images = []
         while files:  # drops each file once it is decoded: none should be held in the queue
-            images.append(await self._read(self._read_file, files.pop(0)))
+            images.append(await self._read(self._decode, files.pop(0)))
         release_body(request)
         return await self._draw(request, deadline, body, images)
 
@@ -162,14 +173,14 @@ class Server:
             fields[_INTERVAL] = interval
         return files, fields
 
-    def _read_file(self, data: bytes) -> Image.Image:
-        return shrink_for_model(read_image(data, self.limits), self.bagel.model.config.vae_transform)
+    def _decode(self, data: bytes) -> Image.Image:
+        return self._decoders.decode(data, self.bagel.model.config.vae_transform)
 
     async def _draw(
         self, request: Request, deadline: float, body: schema.ImageFields, images: list[Image.Image]
     ) -> Response:
         self._check_model(body.model)
-        requests = await self._read(schema.image_requests, self.bagel, self.limits, body, images)
+        requests = await self._build(schema.image_requests, self.bagel, self.limits, body, images)
         first = requests[0]
         steps = first.image and first.image.num_timesteps
         batch_key = (schema.drawn_size(self.bagel, first), steps, first.system is None)
@@ -186,10 +197,10 @@ class Server:
         begun = time.perf_counter()
         body = schema.Chat.model_validate(parse_body(await _read_body(request)))
         self._check_model(body.model)
-        parts = await self._read(self._read_parts, body)
+        parts = [await self._read_part(part) for part in self._parts(body)]
         body.messages = []  # the encoded images should not be held in the queue
         release_body(request)
-        model_request = await self._read(schema.chat_request, self.bagel, self.limits, body, parts)
+        model_request = await self._build(schema.chat_request, self.bagel, self.limits, body, parts)
         prompt_tokens = sum(schema.prompt_tokens(self.bagel, model_request))
         job = AsyncJob[Completion](model_request, "interleaved" if body.draws else "text", deadline)
         self.worker.submit([job])
@@ -212,18 +223,20 @@ class Server:
             self.metrics.tokens.inc(response.completion.tokens)
             self.metrics.images.inc(sum(isinstance(part, ImageResult) for part in response.completion.parts))
 
-    def _read_parts(self, body: schema.ChatFields) -> list[str | Image.Image]:
+    def _parts(self, body: schema.ChatFields) -> list[schema.TextPart | schema.ImagePart]:
         parts = [part for message in body.messages for part in message.parts]
         images = sum(part.type == "image_url" for part in parts)
         if images > self.limits.images:
             raise ValueError(f"messages must have at most {self.limits.images} images, got {images}")
-        rule = self.bagel.model.config.vae_transform
-        return [
-            part.text
-            if part.type == "text"
-            else shrink_for_model(read_url(part.image_url.url, self.limits, self.hosts), rule)
-            for part in parts
-        ]
+        return parts
+
+    async def _read_part(self, part: schema.TextPart | schema.ImagePart) -> str | Image.Image:
+        if part.type == "text":
+            return part.text
+        return await self._read(self._read_url, part.image_url.url)
+
+    def _read_url(self, url: str) -> Image.Image:
+        return self._decode(read_url(url, self.limits, self.hosts))
 
 
 async def _run_limited(limiter: anyio.CapacityLimiter, function: Callable[..., T], *arguments: Any) -> T:

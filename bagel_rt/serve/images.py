@@ -1,4 +1,4 @@
-"""Decode, fetch and encode images.
+"""Fetch and encode images.
 
 Images arrive as data URLs or files. Other URLs are fetched only from hosts on the server's allowlist, over HTTPS,
 without redirects, and never from an address that is not public.
@@ -17,55 +17,27 @@ from urllib.parse import SplitResult, urlsplit
 
 from PIL import Image
 
-from bagel_rt.models.bagel.images import ResizeRule, open_image, to_rgb
 from bagel_rt.serve.limits import Limits
 
 _MEDIA = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 _FETCH_SECONDS = 10.0  # from the connection to the last byte
-_SCANS = 100  # of a JPEG image; progressive ones have about ten
 # IPv6 networks that lead to any IPv4 address, private ones included: NAT64 and 6to4.
 _TUNNELS = [ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")]
 
 
-def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> Image.Image:
-    """Decode the image of a data URL, or fetch it from one of ``hosts``. Blocks meanwhile.
+def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> bytes:
+    """Return the file of a data URL, or fetch it from one of ``hosts``. Blocks meanwhile.
 
     Raises:
-        ValueError: another kind of URL, not an image, or too large.
+        ValueError: another kind of URL, or too large.
     """
     if url[:5].lower() == "data:":
-        return read_image(_decode_data_url(url), limits)
+        return _decode_data_url(url)
     parts = urlsplit(url)
     if parts.scheme != "https" or parts.hostname is None or parts.hostname.lower() not in hosts:
         allowed = f" or an https URL on {', '.join(sorted(hosts))}" if hosts else ""
         raise ValueError(f"image_url must be a data: URL{allowed}, got {url[:60]!r}")
-    return read_image(_fetch(parts, parts.hostname, limits.body), limits)
-
-
-def read_image(data: bytes, limits: Limits) -> Image.Image:
-    """Decode an image to RGB; its size is checked before it is decoded.
-
-    Raises:
-        ValueError: not an image, damaged, more pixels or scans than allowed, or colours without an RGB form.
-    """
-    # A scan costs a few bytes to request and as long as a whole image to decode. In other data, such as the video that
-    # phones append, its marker occurs by chance once in 65536 bytes.
-    max_scans = _SCANS + len(data) // 32768
-    if data.count(b"\xff\xda") > max_scans:
-        raise ValueError(f"a JPEG image of {len(data)} bytes must have at most {max_scans} scans. Save it again.")
-    image = open_image(data, limits.pixels)
-    try:
-        return to_rgb(image)
-    except Exception as error:  # Pillow's converters raise all kinds of exceptions on a damaged palette
-        raise ValueError(f"the image of {len(data)} bytes cannot be converted to RGB: {error}") from None
-
-
-def shrink_for_model(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    """Apply the model's resize now if that holds less memory in the queue, and if the rule leaves its own result
-    unchanged, so that the model sees the same pixels."""
-    size = rule.output_size(*image.size)
-    smaller = size[0] * size[1] < image.width * image.height
-    return rule.resize(image) if smaller and rule.output_size(*size) == size else image
+    return _fetch(parts, parts.hostname, limits.body)
 
 
 def encode(image: Image.Image, output_format: str) -> str:
@@ -130,6 +102,8 @@ def _fetch(parts: SplitResult, host: str, limit: int) -> bytes:
             data += chunk
             if len(data) > limit:
                 raise ValueError(f"the image on {host} must have at most {limit} bytes")
+        if response.length:
+            raise ValueError(f"{host} closed the connection {response.length} bytes before the end of the image")
         return bytes(data)
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"cannot fetch the image from {host}: {error}") from None

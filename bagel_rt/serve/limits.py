@@ -22,6 +22,9 @@ class Limits:
     steps: int = checked(integer(2), 200, help="Timesteps per image.")
     written_tokens: int = checked(integer(1), 4096, help="Tokens of a generated text.")
     outputs: int = checked(integer(1, MAX_BATCH), 8, help="Images generated for one request.")
+    connections: int = checked(
+        integer(1), 1000, help="Open connections; one more closes the one that has been idle longest."
+    )
     queue: int = checked(integer(1), 64, help="Requests in the queue; one more gets 429.")
     batch: int = checked(integer(1, MAX_BATCH), 8, help="Images generated in one batch.")
     seconds: float = checked(number(0, _DAY, above=True), 600.0, help="Seconds for a request, until 504.")
@@ -34,10 +37,16 @@ class Limits:
 
     @property
     def requests(self) -> int:
-        """Requests held at once, with those being read and answered; one more is refused with 429."""
+        """Requests held at once, with those being read and answered; one more is refused with 429.
+
+        As many others may be receiving their bodies. One client address may take half of either.
+        """
         return 2 * (self.queue + self.batch)
 
     @property
     def bodies(self) -> int:
-        """Bytes of all bodies held at once, until their images are read; one more is refused with 429."""
+        """Bytes of all bodies held at once, until their images are read; one more is refused with 429.
+
+        One client address may take half.
+        """
         return 8 * self.body

@@ -5,16 +5,19 @@ import hmac
 import json
 import logging
 import os
+import time
 import uuid
 
 import anyio
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bagel_rt.errors import Cancelled
 from bagel_rt.model_thread import Busy, DeadlineExceeded, Stopping
+from bagel_rt.serve.admission import Admission, Admitted
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CLOSED
 from bagel_rt.serve.worker import Failed
@@ -22,6 +25,12 @@ from bagel_rt.serve.worker import Failed
 log = logging.getLogger("bagel_rt.serve")
 
 _KEY = "BAGEL_RT_API_KEY"
+_BODY_SECONDS = 10.0  # for a body, beside a second for each _BODY_RATE bytes
+_BODY_RATE = 16 << 10
+MAX_HEAD = 32 << 10
+"""Bytes of a request's headers."""
+MAX_URL = 8 << 10
+"""Bytes of a path with its query."""
 _PIECES = 1 << 16  # JSON punctuation in a body; base64, which may be long, has none
 
 
@@ -41,78 +50,89 @@ def read_key() -> str | None:
     return key and key.strip()
 
 
-class Gate:
-    """ASGI middleware: refuses requests without the key, bodies over the limit while they are received, and more
-    requests than the server can hold at once."""
+class TooSlow(Exception):
+    """A body arrives more slowly than :data:`_BODY_RATE`."""
 
-    def __init__(self, app, key: str | None, limits: Limits):
+
+class Gate:
+    """ASGI middleware: refuses requests without the key, long URLs and headers, large or slow bodies while they are
+    received, and more requests than the server can hold at once."""
+
+    def __init__(self, app: ASGIApp, key: str | None, limits: Limits):
         """
         Args:
             app: the wrapped application.
             key: API key required under /v1/; None for none.
             limits: of bodies, and of requests under /v1/.
         """
-        self._app, self._body, self._bodies, self._requests = app, limits.body, limits.bodies, limits.requests
+        self._app, self._body, self._admission = app, limits.body, Admission(limits)
         # Once for receiving and working, once more for a client that receives slowly.
         self._seconds = 2 * limits.seconds
-        self._key = key and key.encode("utf-8", "surrogateescape")
-        self._inside = 0
-        self._held = 0  # bytes
+        self._key = None if key is None else key.encode("utf-8", "surrogateescape")
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        guarded = scope["path"].startswith("/v1/")
-        length = headers.get(b"content-length", b"0")
-        if guarded and not self._authorized(headers.get(b"authorization", b"")):
+        error = self._refusal(scope)
+        if error is not None:
+            return await error(scope, receive, send)
+        if not scope["path"].startswith("/v1/"):
+            return await self._app(scope, receive, send)
+        try:
+            admitted = Admitted(self._admission, (scope.get("client") or ("",))[0])
+        except Busy as busy:
+            return await error_response_for(busy)(scope, receive, send)
+        try:
+            await self._pass(scope, receive, send, admitted)
+        finally:
+            admitted.close()
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """The response to a request that is refused for its headers; None for others."""
+        headers, wrong = scope["headers"], "invalid_request_error"
+        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL:
+            return error_response(414, f"the URL must have at most {MAX_URL} bytes", wrong)
+        if sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEAD:
+            return error_response(431, f"the headers must have at most {MAX_HEAD} bytes", wrong)
+        named = dict(headers)
+        if scope["path"].startswith("/v1/") and not self._authorized(named.get(b"authorization", b"")):
             message = "the API key is missing or wrong. Send it as 'Authorization: Bearer KEY'."
-            kind, code = "invalid_request_error", "invalid_api_key"
-            response = error_response(401, message, kind, code, WWW_Authenticate="Bearer")
-        elif guarded and self._inside >= self._requests:
-            response = error_response_for(Busy())
-        elif length.isdigit() and len(length) < 20 and int(length) > self._body:
-            response = error_response_for(TooLarge(self._body))
-        else:
-            self._inside += guarded
-            try:
-                return await self._pass(scope, receive, send)
-            finally:
-                self._inside -= guarded
-        await response(scope, receive, send)
+            return error_response(401, message, wrong, "invalid_api_key", WWW_Authenticate="Bearer")
+        length = named.get(b"content-length", b"0")
+        if length.isdigit() and (len(length) >= 20 or int(length) > self._body):
+            return error_response_for(TooLarge(self._body))
+        return None
 
-    async def _pass(self, scope, receive, send) -> None:
-        seen, held, started = 0, 0, False
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, admitted: Admitted) -> None:
+        begun, seen, started = time.monotonic(), 0, False
 
-        async def counted():
-            nonlocal seen, held
-            message = await receive()
+        async def bounded() -> Message:
+            nonlocal seen
+            left = None if admitted.complete else begun + _BODY_SECONDS + seen / _BODY_RATE - time.monotonic()
+            with anyio.move_on_after(left) as scope:
+                message = await receive()
+            if scope.cancelled_caught:
+                raise TooSlow
             size = len(message.get("body", b""))
             if seen + size > self._body:
                 raise TooLarge(self._body)
-            if self._held + size > self._bodies:
-                raise Busy
-            seen, held, self._held = seen + size, held + size, self._held + size
+            admitted.receive(size)
+            seen += size
+            if not message.get("more_body", False):
+                admitted.hold()
             return message
 
-        def release():
-            nonlocal held
-            self._held -= held
-            held = 0
-
-        async def watched(message):
+        async def watched(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
             with anyio.move_on_after(self._seconds):
-                return await self._app(scope | {"bagel_rt.release": release}, counted, watched)
-            error = DeadlineExceeded()
+                return await self._app({**scope, "bagel_rt.release": admitted.release_body}, bounded, watched)
+            error: Exception = DeadlineExceeded()
         except asyncio.CancelledError:  # uvicorn shuts down and gives this request no more time
             error = Stopping()
-        finally:
-            release()
         if not started:
             await error_response_for(error)(scope, receive, send)
 
@@ -151,6 +171,9 @@ def error_response_for(error: Exception) -> JSONResponse:
     if isinstance(error, TooLarge):
         message = f"the body must have at most {error.args[0]} bytes. Send smaller images."
         return error_response(413, message, wrong, "body_too_large")
+    if isinstance(error, TooSlow):
+        message = f"the body must arrive within {_BODY_SECONDS:g} s plus one second for each {_BODY_RATE} bytes"
+        return error_response(408, message, wrong, "body_too_slow")
     if isinstance(error, Busy):
         return error_response(429, "the queue is full. Try again.", "rate_limit_error", "busy", Retry_After="1")
     if isinstance(error, DeadlineExceeded):

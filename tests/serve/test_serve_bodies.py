@@ -1,7 +1,6 @@
 """Large bodies and images neither fill the memory nor block other requests."""
 
 import gc
-import io
 import json
 import threading
 import tracemalloc
@@ -12,13 +11,11 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import httpx  # noqa: E402
-import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 from serving import CHAT, DRAW, EDIT, PATIENCE, chat_body, data_url, draw, held, image_part, png, send, until  # noqa: E402
 
 from bagel_rt.serve import app as app_module  # noqa: E402
-from bagel_rt.serve.images import read_image  # noqa: E402
-from bagel_rt.serve.limits import Limits  # noqa: E402
+from bagel_rt.serve.decoder_pool import DecoderPool  # noqa: E402
 
 FORM = "multipart/form-data; boundary=b"
 
@@ -64,9 +61,12 @@ def test_total_size_of_held_bodies_is_bounded(threads):
     with held(body=1 << 20) as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
-        waiting = [send(server, EDIT, form(png(550, 550, seed)), FORM) for seed in range(10)]
-        until(lambda: server.worker.waiting == 10)  # bodies of queued requests have been released
-        slow = [send(server, DRAW, b"x" * ((1 << 20) - 1), length=1 << 20) for _ in range(8)]
+        waiting = []
+        for seed in range(10):
+            waiting.append(send(server, EDIT, form(png(550, 550, seed)), FORM))
+            until(lambda: server.worker.waiting == len(waiting))  # bodies of queued requests have been released
+        # One client may hold the bytes of four bodies.
+        slow = [send(server, DRAW, b"x" * ((1 << 20) - 1), length=1 << 20) for _ in range(4)]
         until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all of them have arrived
         for connection in slow:
             connection.close()
@@ -77,19 +77,20 @@ def test_total_size_of_held_bodies_is_bounded(threads):
         assert first.result().status_code == 200
 
 
-def test_slow_decoding_does_not_delay_finished_responses(threads, monkeypatch):
+def test_slow_decoding_delays_neither_finished_responses_nor_texts(threads, monkeypatch):
     go_on, reading = threading.Event(), []
 
     def slowly(*arguments):
         reading.append(1)
         go_on.wait(PATIENCE)
-        return read_image(*arguments)
+        return decode(*arguments)
 
     def edit(server):
         files, fields = {"image": png()}, {"prompt": "x", "num_timesteps": "3"}
         return httpx.post(f"{server.address}{EDIT}", files=files, data=fields, timeout=PATIENCE)
 
-    monkeypatch.setattr(app_module, "read_image", slowly)
+    decode = DecoderPool.decode
+    monkeypatch.setattr(DecoderPool, "decode", slowly)
     with held() as server:
         first = threads.submit(draw, server)
         until(lambda: server.worker.running == 1)
@@ -98,21 +99,8 @@ def test_slow_decoding_does_not_delay_finished_responses(threads, monkeypatch):
         server.go.set()
         try:
             assert first.result(PATIENCE).status_code == 200
+            chat = httpx.post(f"{server.address}{CHAT}", json=chat_body("hello", max_tokens=4), timeout=PATIENCE)
+            assert chat.status_code == 200
         finally:
             go_on.set()
         assert [answer.result().status_code for answer in edits] == [200] * len(edits)
-
-
-def progressive(scans: int) -> bytes:
-    """A JPEG file with its last scan repeated so many times."""
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    Image.fromarray(noise).save(out := io.BytesIO(), "JPEG", progressive=True)
-    data = out.getvalue()
-    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + data[-2:]
-
-
-def test_jpeg_files_of_many_scans_are_not_decoded():
-    assert read_image(progressive(0), Limits()).size == (32, 32)
-    with pytest.raises(ValueError, match="at most 1.. scans"):
-        read_image(progressive(200), Limits())
-    assert read_image(png(1200, 1200), Limits()).size == (1200, 1200)  # noise that contains scan markers by chance

@@ -149,9 +149,6 @@ def image_files():
         ("JPEG", rgb, {"progressive": True}),
         *(("WEBP", rgba, options) for options in ({}, {"lossless": True}, turned)),
         *(("GIF", palette, options) for options in ({}, {"transparency": 2}, turned)),
-        *(("BMP", image, {}) for image in (rgb, palette)),
-        *(("TIFF", image, {}) for image in (rgb, deep)),
-        ("TIFF", rgb, {"compression": "tiff_lzw"}),
     ]
     files = []
     for form, image, options in kinds:

@@ -4,30 +4,39 @@ EXIF orientation is not applied, because the official code does not apply it: th
 (Pillow itself rotates TIFF files). To apply it, pass ``PIL.ImageOps.exif_transpose(image)``.
 """
 
+from __future__ import annotations
+
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:  # the functions that need torch import it: the server's decoder processes do not
+    import torch
 
 MAX_IMAGE_PIXELS = 1 << 26  # 8192 x 8192, 256 MiB when decoded
 MAX_IMAGE_SIDE = 1 << 16  # bounds the intermediate image between the two passes of resizing a thin image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # other formats can make Pillow run Ghostscript
 
 
-def open_image(source: Image.Image | str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def open_image(
+    source: Image.Image | str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """Decode an image without converting its mode; for an animation, the first frame.
 
     Args:
         source: a PIL image (returned as it is), a path, or the bytes of an encoded file.
         max_pixels: maximum width x height.
+        formats: allowed formats of a file, from ``FORMATS``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image in one of ``FORMATS``; truncated or damaged; or empty, with more than ``max_pixels``
+        ValueError: not an image in one of the formats; truncated or damaged; or empty, with more than ``max_pixels``
             pixels or a side over ``MAX_IMAGE_SIDE``, which is checked before decoding. The message names the source.
     """
     if isinstance(source, Image.Image):
@@ -44,9 +53,9 @@ def open_image(source: Image.Image | str | Path | bytes, max_pixels: int = MAX_I
     else:
         raise ValueError(f"an image must be a PIL image, a path or encoded bytes, got {type(source).__name__}.")
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}. Convert it.") from None
+        raise ValueError(f"{name}: not an image in one of the formats {', '.join(formats)}. Convert it.") from None
     except Exception as error:  # Pillow's parsers raise OSError, ValueError, struct.error and others
         raise ValueError(f"{name} cannot be opened: {error}. Save or download it again.") from error
     with image:
@@ -61,6 +70,8 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         )
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # as in open_image
         raise ValueError(f"{name} is truncated or damaged: {error}. Save or download it again.") from error
     return image
@@ -138,6 +149,8 @@ class ResizeRule:
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
     """Convert an RGB image to float32 [3, H, W] in [-1, 1]. ValueError if it is not RGB."""
+    import torch
+
     levels = torch.from_numpy(np.array(_require_rgb(image))).permute(2, 0, 1).contiguous()
     return (levels / 255 - 0.5) / 0.5
 
@@ -151,6 +164,8 @@ def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
         ValueError: wrong shape.
         FloatingPointError: the tensor contains NaN.
     """
+    import torch
+
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"tensor must be [3, H, W], got {list(tensor.shape)}.")
     levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
