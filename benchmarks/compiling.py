@@ -175,7 +175,7 @@ def intercept_launches(architecture: str, launch: Callable, tiles: dict | None =
     def tiles_of(op, shape_class, device):
         entry = (tiles or {}).get((op, shape_class)) or look_up(op, shape_class, device)
         last_entry.update(op=op, shape_class=shape_class, tiles=entry)
-        if entry is None:
+        if not entry:
             raise TorchFallback
         return dict(entry)
 

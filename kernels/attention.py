@@ -35,6 +35,8 @@ from . import configs
 from .attention_backward import attention_lse_gradient
 from .attention_tiles import (
     MAX_BLOCK_ROWS,
+    RowRange,
+    Spans,
     channel_block,
     describe_tiles,
     load_spans,
@@ -56,11 +58,13 @@ from .registry import op
 from .triton_language import dot, jit, tl, triton
 
 
-def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
+def attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float
+) -> Tensor:
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`attention`."""
     groups = rows_by_spans(blocks.tolist())
     if len(groups) == 1:
-        return _attend(q, k_cache, v_cache, limits, *groups, scale)
+        return _attend(q, k_cache, v_cache, limits, next(iter(groups)), scale)
     out = q.new_empty(q.shape)
     for spans, ranges in groups.items():
         attended = _attend(_concat_ranges(q, ranges), k_cache, v_cache, _concat_ranges(limits, ranges), spans, scale)
@@ -69,19 +73,19 @@ def attention_reference(q, k_cache, v_cache, limits, blocks, scale):
     return out
 
 
-def _concat_ranges(rows, ranges):
+def _concat_ranges(rows: Tensor, ranges: list[RowRange]) -> Tensor:
     parts = [rows[start:end] for start, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attend(q, k_cache, v_cache, limits, spans, scale):
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, spans: Spans, scale: float) -> Tensor:
     """Attention of rows with the same spans. Each row has its own limit within the prefix."""
     key_start, full_end, part_end, own_start, own_end = spans
     own = own_end - own_start
-    spans = [(start, size) for start, size in ((key_start, part_end), (own_start, own)) if size]
-    if not spans:
+    visible = [(start, size) for start, size in ((key_start, part_end), (own_start, own)) if size]
+    if not visible:
         return q.new_zeros(q.shape)
-    k, v = (_gather(cache, spans) for cache in (k_cache, v_cache))
+    k, v = (_gather(cache, visible) for cache in (k_cache, v_cache))
     mask = None
     if full_end < part_end:
         mask = torch.arange(part_end, device=q.device) < limits.unsqueeze(1)
@@ -98,12 +102,14 @@ def _attend(q, k_cache, v_cache, limits, spans, scale):
     return out.squeeze(0).transpose(0, 1).contiguous()
 
 
-def _gather(cache, spans):
+def _gather(cache: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     parts = [cache.narrow(0, start, size) for start, size in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale):
+def attention_lse_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Compute (out, lse) by the formula, in PyTorch. Shapes as in :func:`attention`."""
     T, Hq, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -136,11 +142,14 @@ def attention_dense_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sca
 
 
 @jit(do_not_specialize=["T", "slots"])
-def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_ptr, out_ptr, lse_ptr, T, slots,
-                      q_row, k_row, v_row, q_head: tl.constexpr, k_head: tl.constexpr, v_head: tl.constexpr,
-                      SCALE: tl.constexpr, Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
-                      D_BLOCK: tl.constexpr, TILES: tl.constexpr, WITH_LSE: tl.constexpr, LOADS: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):  # fmt: skip
+def _attention_kernel(
+    q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, k_tiles: tl.tensor, v_tiles: tl.tensor, limits_ptr: tl.tensor,
+    blocks_ptr: tl.tensor, out_ptr: tl.tensor, lse_ptr: tl.tensor, T: tl.tensor, slots: tl.tensor, q_row: tl.tensor,
+    k_row: tl.tensor, v_row: tl.tensor,
+    q_head: tl.constexpr, k_head: tl.constexpr, v_head: tl.constexpr, SCALE: tl.constexpr, Hq: tl.constexpr,
+    Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, TILES: tl.constexpr, WITH_LSE: tl.constexpr,
+    LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+) -> None:  # fmt: skip
     GROUP: tl.constexpr = Hq // Hkv
     WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     SCALE_LOG2: tl.constexpr = SCALE * 1.4426950408889634  # exp(x) = exp2(x log2(e)), folded into the scale
@@ -201,15 +210,17 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, limits_ptr, blocks_
         tl.store(lse_ptr + head.to(tl.int64) * T + row, lse, mask=inside)
 
 
-def launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=False, block_rows=MAX_BLOCK_ROWS):
-    """Launch the kernel; return (out, lse), lse None without ``with_lse``. ``block_rows`` bounds a block's rows."""
+def launch_kernel(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float,
+    lse: Tensor | None = None, block_rows: int = MAX_BLOCK_ROWS,
+) -> Tensor:  # fmt: skip
+    """Launch the kernel; return ``out``, and write ``lse`` if it is given. ``block_rows`` bounds a block's rows."""
     T, Hq, D = q.shape
     S, Hkv, _ = k_cache.shape
     q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(Hq, T, dtype=wide_dtype(q), device=q.device) if with_lse else None
     if not T:
-        return out, lse
+        return out
     tiles = configs.tiles("attention", shape_class(q, block_rows), q.device)
     D_BLOCK = channel_block(D)
     k_tiles, v_tiles, tiles = describe_tiles(k_cache, v_cache, D_BLOCK, tiles)
@@ -217,26 +228,28 @@ def launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=False, bl
     _attention_kernel[(blocks.shape[0] * tiles_of_block, Hkv)](
         q, k_cache, v_cache, k_tiles, v_tiles, limits.contiguous(), blocks.contiguous(), out, lse, T, S,
         *(x.stride(0) for x in (q, k_cache, v_cache)), *(x.stride(1) for x in (q, k_cache, v_cache)),
-        SCALE=scale, Hq=Hq, Hkv=Hkv, D=D, D_BLOCK=D_BLOCK, TILES=tiles_of_block, WITH_LSE=with_lse, **tiles,
+        SCALE=scale, Hq=Hq, Hkv=Hkv, D=D, D_BLOCK=D_BLOCK, TILES=tiles_of_block, WITH_LSE=lse is not None, **tiles,
     )  # fmt: skip
-    return out, lse
+    return out
 
 
 _ARGUMENTS = "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor limits, Tensor blocks, float scale)"
 
 
-def _fake(q, k_cache, v_cache, limits, blocks, scale):
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @op("attention", f"{_ARGUMENTS} -> Tensor", kernel="triton", fake=_fake)
-def _attention(q, k_cache, v_cache, limits, blocks, scale):
+def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float) -> Tensor:
     if runs_attention_kernel(q):
-        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale)[0]
+        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale)
     return attention_reference(q, k_cache, v_cache, limits, blocks, scale)
 
 
-def _fake_lse(q, k_cache, v_cache, limits, blocks, scale):
+def _fake_lse(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide_dtype(q))
 
 
@@ -247,9 +260,12 @@ def _fake_lse(q, k_cache, v_cache, limits, blocks, scale):
     fake=_fake_lse,
     gradient=attention_lse_gradient,
 )
-def _attention_lse(q, k_cache, v_cache, limits, blocks, scale):
+def _attention_lse(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, limits: Tensor, blocks: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     if runs_attention_kernel(q):
-        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale, with_lse=True)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=wide_dtype(q), device=q.device)
+        return launch_kernel(q, k_cache, v_cache, limits, blocks, scale, lse), lse
     return attention_lse_reference(q, k_cache, v_cache, limits, blocks, scale)
 
 

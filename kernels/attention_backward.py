@@ -16,6 +16,8 @@ built on the device (:func:`visits`): blocks for which the whole tile is visible
 Work: 10 Hq D flops per visible pair, 14 with recomputation.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,10 @@ from .registry import op
 from .triton_language import dot, jit, tl, triton
 
 
-def attention_backward_reference(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
+def attention_backward_reference(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor,
+    limits: Tensor, blocks: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`attention_backward`."""
     T, Hq, D = q.shape
     S, Hkv, _ = k_cache.shape
@@ -69,7 +74,7 @@ def attention_backward_reference(grad, grad_lse, q, k_cache, v_cache, out, lse, 
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def _delta(grad, grad_lse, out):
+def _delta(grad: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
     """delta [Hq, T] of the module docstring, contiguous."""
     wide = wide_dtype(out)
     delta = torch.einsum("thd,thd->ht", grad.to(wide), out.to(wide))
@@ -77,8 +82,11 @@ def _delta(grad, grad_lse, out):
 
 
 @jit
-def _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T, q_row, grad_row, q_head: tl.constexpr,
-                  grad_head: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr):  # fmt: skip
+def _load_queries(
+    q_ptr: tl.tensor, grad_ptr: tl.tensor, lse_ptr: tl.tensor, delta_ptr: tl.tensor, row: tl.tensor, head: tl.tensor,
+    inside: tl.tensor, T: tl.tensor, q_row: tl.tensor, grad_row: tl.tensor,
+    q_head: tl.constexpr, grad_head: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """(q, dO, lse times log2(e), delta) of a tile's pairs. Without a pair or a visible key lse is inf, so P = 0."""
     channel = tl.arange(0, D_BLOCK)
     stored = inside[:, None] & (channel < D)[None, :]
@@ -93,12 +101,14 @@ def _load_queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, row, head, inside, T, q_r
 
 
 @jit(do_not_specialize=["T", "slots"])
-def _dq_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, grad_ptr, lse_ptr, delta_ptr, limits_ptr, blocks_ptr, dq_ptr, T,
-               slots, q_row, k_row, v_row, grad_row, q_head: tl.constexpr, k_head: tl.constexpr, v_head: tl.constexpr,
-               grad_head: tl.constexpr, SCALE: tl.constexpr,
-               Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, TILES: tl.constexpr,
-               LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_TAIL: tl.constexpr):  # fmt: skip
+def _dq_kernel(
+    q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, k_tiles: tl.tensor, v_tiles: tl.tensor, grad_ptr: tl.tensor,
+    lse_ptr: tl.tensor, delta_ptr: tl.tensor, limits_ptr: tl.tensor, blocks_ptr: tl.tensor, dq_ptr: tl.tensor,
+    T: tl.tensor, slots: tl.tensor, q_row: tl.tensor, k_row: tl.tensor, v_row: tl.tensor, grad_row: tl.tensor,
+    q_head: tl.constexpr, k_head: tl.constexpr, v_head: tl.constexpr, grad_head: tl.constexpr, SCALE: tl.constexpr,
+    Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, TILES: tl.constexpr,
+    LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+) -> None:  # fmt: skip
     GROUP: tl.constexpr = Hq // Hkv
     WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     SCALE_LOG2: tl.constexpr = SCALE * 1.4426950408889634
@@ -141,10 +151,13 @@ def _dq_kernel(q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, grad_ptr, lse_ptr, delta_p
 
 
 @jit
-def _visit(dk, dv, k, v, slot, block, kv_head, q_ptr, grad_ptr, lse_ptr, delta_ptr, limits_ptr, blocks_ptr, T,
-           q_row, grad_row, q_head: tl.constexpr, grad_head: tl.constexpr, SCALE_LOG2: tl.constexpr,
-           GROUP: tl.constexpr, D: tl.constexpr,
-           D_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _visit(
+    dk: tl.tensor, dv: tl.tensor, k: tl.tensor, v: tl.tensor, slot: tl.tensor, block: tl.tensor, kv_head: tl.tensor,
+    q_ptr: tl.tensor, grad_ptr: tl.tensor, lse_ptr: tl.tensor, delta_ptr: tl.tensor, limits_ptr: tl.tensor,
+    blocks_ptr: tl.tensor, T: tl.tensor, q_row: tl.tensor, grad_row: tl.tensor,
+    q_head: tl.constexpr, grad_head: tl.constexpr, SCALE_LOG2: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    D_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Accumulate the contribution of one query block to dk and dv of a tile of slots."""
     fields = blocks_ptr + block * 7
     pairs = (tl.load(fields + 1) - tl.load(fields)) * GROUP
@@ -168,11 +181,15 @@ def _visit(dk, dv, k, v, slot, block, kv_head, q_ptr, grad_ptr, lse_ptr, delta_p
 
 
 @jit(do_not_specialize=["T", "slots", "blocks"])
-def _dk_dv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, limits_ptr, blocks_ptr, order_ptr, counts_ptr,
-                  dk_ptr, dv_ptr, T, slots, blocks, q_row, k_row, v_row, grad_row, q_head: tl.constexpr,
-                  k_head: tl.constexpr, v_head: tl.constexpr, grad_head: tl.constexpr, SCALE: tl.constexpr,
-                  Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):  # fmt: skip
+def _dk_dv_kernel(
+    q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, grad_ptr: tl.tensor, lse_ptr: tl.tensor, delta_ptr: tl.tensor,
+    limits_ptr: tl.tensor, blocks_ptr: tl.tensor, order_ptr: tl.tensor, counts_ptr: tl.tensor, dk_ptr: tl.tensor,
+    dv_ptr: tl.tensor, T: tl.tensor, slots: tl.tensor, blocks: tl.tensor, q_row: tl.tensor, k_row: tl.tensor,
+    v_row: tl.tensor, grad_row: tl.tensor,
+    q_head: tl.constexpr, k_head: tl.constexpr, v_head: tl.constexpr, grad_head: tl.constexpr, SCALE: tl.constexpr,
+    Hq: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
     GROUP: tl.constexpr = Hq // Hkv
     WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     SCALE_LOG2: tl.constexpr = SCALE * 1.4426950408889634
@@ -200,7 +217,7 @@ def _dk_dv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, limits_ptr,
     tl.store(dv_ptr + address, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
-def visits(blocks, slots, tile):
+def visits(blocks: Tensor, slots: int, tile: int) -> tuple[Tensor, Tensor]:
     """List the query blocks that attend to each tile of slots. Runs on the device without a host synchronisation.
 
     Args:
@@ -222,7 +239,10 @@ def visits(blocks, slots, tile):
     return order.int(), torch.stack([full.sum(1), seen.sum(1)], 1).int()
 
 
-def _launch_kernels(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale):
+def _launch_kernels(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor,
+    limits: Tensor, blocks: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     T, Hq, D = q.shape
     S, Hkv, _ = k_cache.shape
     q, k_cache, v_cache, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache, grad))
@@ -283,13 +303,13 @@ def attention_backward(
     return launch(grad, grad_lse, q, k_cache, v_cache, out, lse, limits, blocks, scale)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_lse):
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k_cache, v_cache, limits, blocks, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
     # Call the registered op: under torch.compile the backward is traced, and a direct call could not be.

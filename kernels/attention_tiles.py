@@ -10,9 +10,17 @@ counts the tiles of the prefix first, then those of the own span:
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .backend import runs_kernel
+from .configs import Tiles
 from .triton_language import INTERPRETED, TensorDescriptor, descriptor_memory, jit, tl, triton
+
+Spans = tuple[int, int, int, int, int]
+"""key_start, full_end, part_end, own_start, own_end of a query block."""
+
+RowRange = tuple[int, int]
+"""[start, end) of adjacent rows."""
 
 MAX_BLOCK_ROWS = 128
 """Maximum rows of a query block."""
@@ -22,8 +30,10 @@ MAX_HEAD_DIM = 128
 
 
 @jit
-def load_tile(source, start, end, head, row_stride, head_stride, D: tl.constexpr, D_BLOCK: tl.constexpr,
-              ROWS: tl.constexpr, DESCRIPTOR: tl.constexpr):  # fmt: skip
+def load_tile(
+    source: tl.tensor, start: tl.tensor, end: tl.tensor, head: tl.tensor, row_stride: tl.tensor, head_stride: tl.tensor,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, ROWS: tl.constexpr, DESCRIPTOR: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Load slots [start, start + ROWS) of a KV head, [ROWS, D_BLOCK]; zero beyond channel D and, if set, ``end``."""
     if DESCRIPTOR:
         tile = source.load([start, head, 0]).reshape(ROWS, D_BLOCK)
@@ -41,7 +51,9 @@ def load_tile(source, start, end, head, row_stride, head_stride, D: tl.constexpr
 
 
 @jit
-def query_tile(fields, kv_head, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def query_tile(
+    fields: tl.tensor, kv_head: tl.tensor, tile: tl.tensor, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """(row, head, inside) of a tile's (row, query head) pairs, row-major: GROUP query heads per row of the block."""
     row_start = tl.load(fields)
     pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,20 +62,20 @@ def query_tile(fields, kv_head, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @jit
-def load_spans(fields):
+def load_spans(fields: tl.tensor) -> tl.tuple:
     """Load key_start, full_end, part_end, own_start, own_end of a query block."""
     return tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4), tl.load(fields + 5), tl.load(fields + 6)
 
 
 @jit
-def whole_tiles(spans, BLOCK_N: tl.constexpr):
+def whole_tiles(spans: tl.tuple, BLOCK_N: tl.constexpr) -> tl.tensor:
     """Number of whole tiles of both spans. Every row of the block attends to all their slots."""
     _, full_end, _, own_start, own_end = spans
     return full_end // BLOCK_N + (own_end - own_start) // BLOCK_N
 
 
 @jit
-def whole_tile(i, spans, BLOCK_N: tl.constexpr):
+def whole_tile(i: tl.tensor, spans: tl.tuple, BLOCK_N: tl.constexpr) -> tl.tensor:
     """First slot of the i-th whole tile; tiles of the prefix come first."""
     key_start, full_end, _, own_start, _ = spans
     of_prefix = full_end // BLOCK_N
@@ -71,7 +83,7 @@ def whole_tile(i, spans, BLOCK_N: tl.constexpr):
 
 
 @jit
-def tail_tiles(spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
+def tail_tiles(spans: tl.tuple, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr) -> tl.tensor:
     """Number of tail tiles of both spans."""
     _, full_end, part_end, own_start, own_end = spans
     of_prefix = tl.cdiv(part_end - full_end // BLOCK_N * BLOCK_N, BLOCK_TAIL)
@@ -79,7 +91,9 @@ def tail_tiles(spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
 
 
 @jit
-def tail_tile(i, limit, spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
+def tail_tile(
+    i: tl.tensor, limit: tl.tensor, spans: tl.tuple, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """(first slot, end of its span, number of its slots visible to each row) of the i-th tail tile."""
     key_start, full_end, part_end, own_start, own_end = spans
     prefix = key_start + full_end // BLOCK_N * BLOCK_N
@@ -91,31 +105,30 @@ def tail_tile(i, limit, spans, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr):
     return start, tl.where(i < of_prefix, end, own_end), seen
 
 
-def runs_attention_kernel(q):
+def runs_attention_kernel(q: Tensor) -> bool:
     """Whether attention launches kernels. The interpreter also runs float64, for exact gradient checks."""
     return q.shape[-1] <= MAX_HEAD_DIM and runs_kernel(q, float64=INTERPRETED)
 
 
-def rows_by_spans(blocks):
+def rows_by_spans(blocks: list[list[int]]) -> dict[Spans, list[RowRange]]:
     """Group rows by spans (the last five columns): spans -> [start, end) row ranges, adjacent ranges merged."""
-    groups = {}
-    for start, end, *spans in blocks:
-        ranges = groups.setdefault(tuple(spans), [])
+    groups: dict[Spans, list[RowRange]] = {}
+    for start, end, key_start, full_end, part_end, own_start, own_end in blocks:
+        ranges = groups.setdefault((key_start, full_end, part_end, own_start, own_end), [])
         if ranges and ranges[-1][1] == start:
-            ranges[-1][1] = end
-        else:
-            ranges.append([start, end])
+            start, _ = ranges.pop()
+        ranges.append((start, end))
     return groups
 
 
-def visible_keys(cache, spans, Hq):
+def visible_keys(cache: Tensor, spans: Spans, Hq: int) -> Tensor:
     """Gather the slots of both spans, [n, Hq, D], each KV head repeated for its group."""
     key_start, _, part_end, own_start, own_end = spans
     keys = torch.cat([cache[key_start : key_start + part_end], cache[own_start:own_end]])
     return keys.repeat_interleave(Hq // cache.shape[1], 1)
 
 
-def masked_scores(q, k, limits, spans, scale):
+def masked_scores(q: Tensor, k: Tensor, limits: Tensor, spans: Spans, scale: float) -> Tensor:
     """Scaled scores [Hq, rows, n] of rows with these spans over :func:`visible_keys`, -inf where masked."""
     _, _, part_end, own_start, own_end = spans
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -124,17 +137,18 @@ def masked_scores(q, k, limits, spans, scale):
     return scores.masked_fill(~seen, -torch.inf)
 
 
-def wide_dtype(x):
+def wide_dtype(x: Tensor) -> torch.dtype:
     """Dtype of softmax statistics over ``x``: float32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def channel_block(D):
+def channel_block(D: int) -> int:
     """Channels of a tile: D padded to a power of two, at least the 16 that ``tl.dot`` needs."""
-    return max(16, triton.next_power_of_2(D))
+    power: int = triton.next_power_of_2(D)
+    return max(16, power)
 
 
-def shape_class(q, block_rows=MAX_BLOCK_ROWS):
+def shape_class(q: Tensor, block_rows: int = MAX_BLOCK_ROWS) -> str:
     """Shape class of the tile table for these queries."""
     if q.dtype.itemsize > 2:
         return "wide dtype"
@@ -143,7 +157,9 @@ def shape_class(q, block_rows=MAX_BLOCK_ROWS):
     return "head_dim 64" if q.shape[2] <= 64 else "head_dim 128"
 
 
-def describe_tiles(k_cache, v_cache, D_BLOCK, tiles):
+def describe_tiles(
+    k_cache: Tensor, v_cache: Tensor, D_BLOCK: int, tiles: Tiles
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tiles]:
     """(K, V, tiles) for the kernel: TMA descriptors if the tiles use them and the caches allow it, else tensors."""
     if tiles["LOADS"] == "pointers" or not all(map(_fits_descriptor, (k_cache, v_cache))):
         return k_cache, v_cache, tiles | {"LOADS": "pointers"}
@@ -155,7 +171,7 @@ def describe_tiles(k_cache, v_cache, D_BLOCK, tiles):
     return *described, tiles
 
 
-def _fits_descriptor(cache):
+def _fits_descriptor(cache: Tensor) -> bool:
     """TMA needs at least one slot, and a base address and strides that are multiples of 16 bytes."""
     aligned = all(stride * cache.itemsize % 16 == 0 for stride in cache.stride()[:2])
     return cache.shape[0] > 0 and cache.data_ptr() % 16 == 0 and aligned

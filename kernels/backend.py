@@ -120,7 +120,11 @@ def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
     Raises:
         ValueError: with the name and device of the first tensor that is not.
     """
-    (first, x), *others = tensors.items()
-    for name, tensor in others:
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} like {first}, got {tensor.device}.")
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} like {first}, got {tensor.device}.")

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 PATH = Path(__file__).with_name("configs.json")
+Tiles = dict[str, Any]
+"""Launch arguments of a kernel."""
+
 TABLE: dict[str, dict[str, dict[str, dict[str, Any]]]] = json.loads(PATH.read_text())
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -61,10 +64,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def tiles(op: str, shape_class: str, device: torch.device) -> dict[str, Any] | None:
-    """Launch arguments of ``op`` for a shape class on ``device``; None if torch is faster.
+def tiles(op: str, shape_class: str, device: torch.device) -> Tiles:
+    """Launch arguments of ``op`` for a shape class on ``device``; empty if torch is faster (``linear`` only).
 
     Raises:
         KeyError: the table has no such op or class. Every architecture has all of them.
     """
-    return TABLE[op][architecture(device)][shape_class]["tiles"]
+    return TABLE[op][architecture(device)][shape_class]["tiles"] or {}

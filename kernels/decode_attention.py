@@ -22,12 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import extension
-from .attention import check_heads, check_scale, launch_kernel, runs_attention_kernel
+from .attention import check_heads, check_scale, launch_kernel
+from .attention_tiles import runs_attention_kernel
 from .backend import check_devices, mismatch, wants_gradient
 from .registry import op
 
 
-def decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale):
+def decode_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`decode_attention`."""
     B, Hq, D = q.shape
     Hkv = k_cache.shape[1]
@@ -49,12 +52,12 @@ def decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale):
 _MAX_SPLITS, _MAX_HEADS = 32, 8  # as in csrc/decode_attention.cu: blocks per head tile, query heads per head tile
 
 
-def _head_tiles(q, k_cache):
+def _head_tiles(q: Tensor, k_cache: Tensor) -> int:
     """Number of head tiles of all sequences: groups of up to 8 query heads that share a KV head."""
     return q.shape[0] * k_cache.shape[1] * -(-q.shape[1] // k_cache.shape[1] // _MAX_HEADS)
 
 
-def _kernel_supports(q, k_cache, v_cache):
+def _kernel_supports(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether the CUDA kernel supports these: a head is 1, 2, 4, ... 32 aligned vectors of 16 bytes."""
     vectors, rest = divmod(q.shape[2] * q.itemsize, 16)
     return (
@@ -68,7 +71,9 @@ def _kernel_supports(q, k_cache, v_cache):
     )
 
 
-def _run_extension(q, k_cache, v_cache, starts, lengths, scale):
+def _run_extension(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     B, Hq, D = q.shape
     Hkv = k_cache.shape[1]
     group = Hq // Hkv
@@ -88,7 +93,7 @@ def _run_extension(q, k_cache, v_cache, starts, lengths, scale):
     return out
 
 
-def _fake(q, k_cache, v_cache, starts, lengths, scale):
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -98,13 +103,15 @@ def _fake(q, k_cache, v_cache, starts, lengths, scale):
     kernel="cuda, triton",
     fake=_fake,
 )
-def _decode_attention(q, k_cache, v_cache, starts, lengths, scale):
+def _decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     if extension.runs_extension(q, k_cache, v_cache) and _kernel_supports(q, k_cache, v_cache):
         return _run_extension(q, k_cache, v_cache, starts, lengths, scale)
     if runs_attention_kernel(q) and not wants_gradient(k_cache, v_cache):
         rows, zeros = torch.arange(len(q), device=q.device), torch.zeros_like(starts)
         blocks = torch.stack([rows, rows + 1, starts, lengths, lengths, zeros, zeros], 1).int()
-        return launch_kernel(q, k_cache, v_cache, lengths.int(), blocks, scale, block_rows=1)[0]
+        return launch_kernel(q, k_cache, v_cache, lengths.int(), blocks, scale, block_rows=1)
     return decode_attention_reference(q, k_cache, v_cache, starts, lengths, scale)
 
 

@@ -12,6 +12,8 @@ The kernel (csrc/decode_linear.cu) supports up to 8 rows. Other calls, and the r
 Traffic: w once; memory-bound.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,14 +29,16 @@ MAX_ROWS = 8
 _STATIC_SHARED_MEMORY = 1024  # bytes, an upper bound for what a kernel needs besides the normalised rows
 
 
-def decode_linear_reference(x, w, norm, eps, residual, swiglu):
+def decode_linear_reference(
+    x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool
+) -> Tensor:
     """The formula, composed of other ops, for any device and dtype. Shapes as in :func:`decode_linear`."""
     if norm is not None:
         x, _ = rms_norm(x, None, norm, eps=eps)
     return linear(x, w, residual=residual, swiglu=swiglu)
 
 
-def gemv_args(x, norm, w, eps):
+def gemv_args(x: Tensor, norm: Tensor | None, w: Tensor, eps: float) -> tuple[Any, tuple[Tensor, ...]] | None:
     """(GemvArgs of ``h w^T`` for the extension, the tensors it points to); None if the kernels do not support the call.
 
     Unsupported are: too many rows, rows that 16-byte loads cannot read, normalised rows beyond a block's shared memory,
@@ -63,7 +67,7 @@ def gemv_args(x, norm, w, eps):
     return args, tensors
 
 
-def _fake(x, w, norm, eps, residual, swiglu):
+def _fake(x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[0] // 2 if swiglu else w.shape[0])
 
 
@@ -73,7 +77,9 @@ def _fake(x, w, norm, eps, residual, swiglu):
     kernel="cuda",
     fake=_fake,
 )
-def _decode_linear(x, w, norm, eps, residual, swiglu):
+def _decode_linear(
+    x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, swiglu: bool
+) -> Tensor:
     if extension.runs_extension(x, w, norm, residual) and (packed := gemv_args(x, norm, w, eps)):
         args, tensors = packed
         residual = None if residual is None else residual.contiguous()

@@ -28,14 +28,20 @@ BLOCK_CHANNELS = 16  # channels of a head per block of the kernel
 MAX_CHANNELS = 128  # maximum head dimension of the kernel
 
 
-def decode_qkv_reference(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+def decode_qkv_reference(
+    x: Tensor, norm: Tensor, w: Tensor, bias: Tensor | None, qk_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    slots: Tensor, k_cache: Tensor, v_cache: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
     """The formula, composed of other ops, for any device and dtype. Shapes as in :func:`decode_qkv`."""
     h, _ = rms_norm(x, None, norm, eps=eps)
     qkv = linear(h, w, None, bias)
     return qk_norm_rope(qkv, qk_norm, None, cos, sin, slots, k_cache, v_cache, None, eps)
 
 
-def _fake(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+def _fake(
+    x: Tensor, norm: Tensor, w: Tensor, bias: Tensor | None, qk_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    slots: Tensor, k_cache: Tensor, v_cache: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
     _, Hkv, D = k_cache.shape
     return x.new_empty(x.shape[0], w.shape[0] // D - 2 * Hkv, D)
 
@@ -47,7 +53,10 @@ def _fake(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
     kernel="cuda",
     fake=_fake,
 )
-def _decode_qkv(x, norm, w, bias, qk_norm, cos, sin, slots, k_cache, v_cache, eps):
+def _decode_qkv(
+    x: Tensor, norm: Tensor, w: Tensor, bias: Tensor | None, qk_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    slots: Tensor, k_cache: Tensor, v_cache: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
     S, Hkv, D = k_cache.shape
     if (
         bias is not None
@@ -117,9 +126,7 @@ def decode_qkv(
         ("k_cache", k_cache, k_cache.shape),
         ("v_cache", v_cache, k_cache.shape),
     ):
-        if tensor is None and name in ("bias", "qk_norm"):
-            continue
-        if tensor.shape != shape or tensor.dtype != dtype:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise mismatch("decode_qkv", name, tensor, shape, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for name, table in (("cos", cos), ("sin", sin)):

@@ -11,6 +11,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ STREAMS = 32
 """Streams per device with counters of their own; the next stream shares those of the first."""
 
 
-def _load_extension():
+def _load_extension() -> tuple[Any, str]:
     """Return (module ``_C`` of the parent package, "") or (None, the reason it is missing)."""
     if os.environ.get("BAGEL_RT_EXTENSION") == "0":
         return None, "disabled by BAGEL_RT_EXTENSION=0"
@@ -40,7 +41,7 @@ def _load_extension():
 def _build_log() -> str:
     """Build failure that setup.py recorded in the parent package; empty without one."""
     parent = sys.modules.get(__package__.rpartition(".")[0])
-    log = Path(parent.__file__).with_name("_C.log") if parent else None
+    log = Path(parent.__file__).with_name("_C.log") if parent and parent.__file__ else None
     return log.read_text() if log and log.exists() else ""
 
 
@@ -58,11 +59,11 @@ def cuda_error(device: torch.device | None = None) -> str:
 
 
 @functools.cache
-def _device_error(extension, device) -> str:
+def _device_error(extension: Any, device: torch.device) -> str:
     if not supports(device):
         return "the GPU is older than sm_80"
     with torch.cuda.device(device):
-        return extension.cuda_error()  # no code for this GPU, or the driver is older than the toolkit
+        return str(extension.cuda_error())  # no code for this GPU, or the driver is older than the toolkit
 
 
 def runs_extension(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -95,7 +96,10 @@ def stream(x: torch.Tensor) -> int:
 
 def shared_memory(x: torch.Tensor) -> int:
     """Maximum bytes of shared memory per block on ``x``'s device; in the emulation that of sm_90."""
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 232448
+    if not x.is_cuda:
+        return 232448
+    properties: Any = torch.cuda.get_device_properties(x.device)  # torch's annotations lack the attribute
+    return int(properties.shared_memory_per_block_optin)
 
 
 _counters: dict[torch.device, torch.Tensor] = {}  # never replaced: captured graphs contain the addresses

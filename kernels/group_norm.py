@@ -9,6 +9,8 @@ the positions, which avoids the cancellation of E[x^2] - E[x]^2. The second comb
 normalises. An image's result does not depend on the rest of the batch. Traffic: reads x twice, writes y; memory-bound.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ REFERENCE_ELEMENTS = 2**18
 """Elements that the reference centres at a time: small enough for a CPU cache, and no copy of a large map is made."""
 
 
-def group_norm_moments_reference(x, groups, eps):
+def group_norm_moments_reference(x: Tensor, groups: int, eps: float) -> Tensor:
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`group_norm_moments`."""
     size = x.shape[1] // groups
     count = size * x.shape[2] * x.shape[3]
@@ -38,14 +40,16 @@ def group_norm_moments_reference(x, groups, eps):
     return torch.stack([mean, torch.rsqrt(variance + eps)], dim=2)
 
 
-def affine_of_moments(moments, weight, bias):
+def affine_of_moments(moments: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, shift) of each channel, [B, C] in the moments' dtype: normalised x is x * scale + shift."""
     mean, inverse = moments.repeat_interleave(len(weight) // moments.shape[1], dim=1).unbind(2)
     scale = inverse * weight
     return scale, bias - mean * scale
 
 
-def group_norm_reference(x, weight, bias, groups, eps, silu, moments=None):
+def group_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, moments: Tensor | None = None
+) -> Tensor:
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`group_norm`."""
     if moments is None and x.is_contiguous():
         y = torch.group_norm(x, groups, weight, bias, eps)  # channels-last it takes E[x^2] - E[x]^2: cancellation
@@ -68,7 +72,7 @@ class _Differentiated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         moments = group_norm_moments_reference(x, groups, eps)
         ctx.save_for_backward(x, weight, bias, moments)
         ctx.silu = silu
@@ -76,7 +80,7 @@ class _Differentiated(torch.autograd.Function):
         return F.silu(u, inplace=True) if silu else u
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, moments = ctx.saved_tensors
         groups, count = moments.shape[1], x[0].numel() // moments.shape[1]
         scale, shift = affine_of_moments(moments, weight, bias)
@@ -85,7 +89,7 @@ class _Differentiated(torch.autograd.Function):
         sums = du.sum((2, 3), dtype=moments.dtype)
         sums_normed = ((du * x).sum((2, 3), dtype=moments.dtype) - mean * sums) * inverse  # sum(du x^)
 
-        def group_mean(channel_sums):
+        def group_mean(channel_sums: Tensor) -> Tensor:
             means = (channel_sums * weight).unflatten(1, (groups, -1)).sum(2) / count
             return means.repeat_interleave(x.shape[1] // groups, dim=1)
 
@@ -94,17 +98,19 @@ class _Differentiated(torch.autograd.Function):
         return dx, sums_normed.sum(0).to(weight.dtype), sums.sum(0).to(bias.dtype), None, None, None
 
 
-def _broadcast(values, x):
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
     """Per-channel values [B, C] -> [B, C, 1, 1] in the dtype of ``x``."""
     return values.to(x.dtype)[:, :, None, None]
 
 
-def _affine(x, scale, shift):
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(_broadcast(shift, x), x, _broadcast(scale, x))
 
 
 @jit
-def _columns(GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _columns(
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """(group, channel, whether the channel exists) of each column of a tile, BLOCK_SIZE columns per group."""
     column = tl.program_id(1) * (BLOCK_GROUPS * BLOCK_SIZE) + tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE)
     group = column // BLOCK_SIZE
@@ -115,9 +121,9 @@ def _columns(GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexp
 
 @jit(do_not_specialize=["cells", "cells_per_part"])
 def _group_norm_parts_kernel(
-    x_ptr, parts_ptr, batch_stride, cells, cells_per_part,
+    x_ptr: tl.tensor, parts_ptr: tl.tensor, batch_stride: tl.tensor, cells: tl.tensor, cells_per_part: tl.tensor,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Mean and sum of squared deviations of each group over a part of the positions (cells); [B, 2, GROUPS, parts].
 
     Every element of the tile keeps its own running mean and deviations (Welford), so the loop has no reduction. After
@@ -155,16 +161,17 @@ def _group_norm_parts_kernel(
 
 
 @jit
-def _of_groups(x, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _of_groups(x: tl.tensor, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
     """Sum a tile over its positions and over the columns of each group."""
     return tl.sum(tl.sum(x, axis=0).reshape(BLOCK_GROUPS, BLOCK_SIZE), axis=1)
 
 
 @jit(do_not_specialize=["cells", "cells_per_part", "parts"])
 def _group_norm_moments_kernel(
-    parts_ptr, moments_ptr, cells, cells_per_part, parts, eps,
+    parts_ptr: tl.tensor, moments_ptr: tl.tensor, cells: tl.tensor, cells_per_part: tl.tensor, parts: tl.tensor,
+    eps: tl.tensor,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Combine the parts of one group of one image into mean and 1 / sqrt(var + eps); moments [B, GROUPS, 2]."""
     group, batch = tl.program_id(0), tl.program_id(1)
     part = tl.arange(0, BLOCK_PARTS)
@@ -183,10 +190,11 @@ def _group_norm_moments_kernel(
 
 @jit(do_not_specialize=["cells"])
 def _group_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, moments_ptr, y_ptr, x_batch_stride, y_batch_stride, cells,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, SILU: tl.constexpr,
-    CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+    x_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, moments_ptr: tl.tensor, y_ptr: tl.tensor,
+    x_batch_stride: tl.tensor, y_batch_stride: tl.tensor, cells: tl.tensor,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, SILU: tl.constexpr, CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:  # fmt: skip
     """Normalise CELLS positions of one image per program."""
     first, batch = tl.program_id(0).to(tl.int64) * CELLS, tl.program_id(2).to(tl.int64)
     group, channel, exists = _columns(GROUPS, SIZE, BLOCK_GROUPS, BLOCK_SIZE)
@@ -205,7 +213,7 @@ def _group_norm_kernel(
     tl.store(y_ptr + batch * y_batch_stride + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def _blocks(groups, size, elements):
+def _blocks(groups: int, size: int, elements: int) -> dict[str, int]:
     """Tile shape of about ``elements``: all channels of several positions if they fit, else some groups of one."""
     block_size = triton.next_power_of_2(size)
     block_groups = min(triton.next_power_of_2(groups), max(elements // block_size, 1))
@@ -213,7 +221,7 @@ def _blocks(groups, size, elements):
             "BLOCK_SIZE": block_size}  # fmt: skip
 
 
-def _run_moments_kernels(x, groups, eps):
+def _run_moments_kernels(x: Tensor, groups: int, eps: float) -> Tensor:
     batch, channels, height, width = x.shape
     size, cells = channels // groups, height * width
     tiles = dict(configs.tiles("group_norm_moments", "maps", x.device))
@@ -232,7 +240,9 @@ def _run_moments_kernels(x, groups, eps):
     return moments
 
 
-def _run_kernel(x, weight, bias, groups, eps, silu, moments=None):
+def _run_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, moments: Tensor | None = None
+) -> Tensor:
     if moments is None:
         moments = _run_moments_kernels(x, groups, eps)
     batch, channels, height, width = x.shape
@@ -247,12 +257,14 @@ def _run_kernel(x, weight, bias, groups, eps, silu, moments=None):
     return y
 
 
-def _has_kernel(x, groups):
+def _has_kernel(x: Tensor, groups: int) -> bool:
     """Whether the kernels support the layout: each image contiguous in channels-last order."""
     return x.shape[0] > 0 and x.permute(0, 2, 3, 1)[0].is_contiguous() and x.shape[1] // groups <= MAX_GROUP_CHANNELS
 
 
-def _fake_group_norm(x, weight, bias, groups, eps, silu, moments):
+def _fake_group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, moments: Tensor | None
+) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -262,12 +274,14 @@ def _fake_group_norm(x, weight, bias, groups, eps, silu, moments):
     kernel="triton",
     fake=_fake_group_norm,
 )
-def _group_norm(x, weight, bias, groups, eps, silu, moments):
+def _group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, moments: Tensor | None
+) -> Tensor:
     kernel = runs_kernel(x, weight, bias, moments) and _has_kernel(x, groups)
     return (_run_kernel if kernel else group_norm_reference)(x, weight, bias, groups, eps, silu, moments)
 
 
-def _fake_group_norm_moments(x, groups, eps):
+def _fake_group_norm_moments(x: Tensor, groups: int, eps: float) -> Tensor:
     return x.new_empty(x.shape[0], groups, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -277,7 +291,7 @@ def _fake_group_norm_moments(x, groups, eps):
     kernel="triton",
     fake=_fake_group_norm_moments,
 )
-def _group_norm_moments(x, groups, eps):
+def _group_norm_moments(x: Tensor, groups: int, eps: float) -> Tensor:
     kernel = runs_kernel(x) and _has_kernel(x, groups)
     return (_run_moments_kernels if kernel else group_norm_moments_reference)(x, groups, eps)
 
@@ -330,7 +344,7 @@ def group_norm_moments(x: Tensor, groups: int, eps: float) -> Tensor:
     return _group_norm_moments(x, groups, eps)
 
 
-def _check_map(op, x, groups):
+def _check_map(op: str, x: Tensor, groups: int) -> None:
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must be [B, C, H, W] with C, H, W > 0, got {tuple(x.shape)}.")
     if groups < 1 or x.shape[1] % groups:

@@ -32,8 +32,11 @@ RENORMS = ("global", "channel", "text_channel")
 """Renormalisation modes. The ``cfg_table`` of :func:`cfg_euler_step` contains their indices."""
 
 
-def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min):
-    """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`guided_velocity`."""
+def guided_velocity_reference(
+    v_cond: Tensor, v_no_text: Tensor, v_no_img: Tensor, text_scale: float, image_scale: float, renorm: str,
+    renorm_min: float,
+) -> Tensor:  # fmt: skip
+    """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`guided_velocity`, none missing."""
     cond = _widen(v_cond)
     if not text_scale > 1:
         return cond
@@ -47,27 +50,32 @@ def guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_sca
     return guided
 
 
-def _widen(v):
+def _widen(v: Tensor) -> Tensor:
     return v.float() if v.dtype.itemsize < 4 else v
 
 
-def _extrapolate(origin, target, scale):
+def _extrapolate(origin: Tensor, target: Tensor, scale: float) -> Tensor:
     return torch.add(origin, target - origin, alpha=scale)
 
 
-def _renormalise(guided, cond, dim, smallest):
+def _renormalise(guided: Tensor, cond: Tensor, dim: int | None, smallest: float) -> Tensor:
     norm_cond = torch.linalg.vector_norm(cond, dim=dim, keepdim=True)
     norm_guided = torch.linalg.vector_norm(guided, dim=dim, keepdim=True)
     return guided * (norm_cond / (norm_guided + 1e-8)).clamp(smallest, 1)
 
 
-def cfg_euler_step_reference(x, v, image_table, cfg_table, max_rows, guided=True):
+def cfg_euler_step_reference(
+    x: Tensor, v: Tensor, image_table: Tensor, cfg_table: Tensor, max_rows: int, guided: bool = True
+) -> None:
     """The formula, image by image, in PyTorch, for any device and dtype. Shapes as in :func:`cfg_euler_step`."""
     for (first, rows, *branches), settings in zip(image_table.tolist(), cfg_table.tolist(), strict=True):
         dt, text_scale, image_scale, renorm_min, renorm = settings
-        velocities = [v.narrow(0, branch, rows) for branch in branches]
-        scales = (text_scale, image_scale) if guided else (1.0, 1.0)
-        velocity = guided_velocity_reference(*velocities, *scales, RENORMS[int(renorm)], renorm_min)
+        cond, no_text, no_img = (v.narrow(0, branch, rows) for branch in branches)
+        if not guided:
+            text_scale = image_scale = 1.0
+        velocity = guided_velocity_reference(
+            cond, no_text, no_img, text_scale, image_scale, RENORMS[int(renorm)], renorm_min
+        )
         x.narrow(0, first, rows).sub_(velocity.to(x.dtype), alpha=dt)
 
 
@@ -75,14 +83,17 @@ _GLOBAL, _TEXT_CHANNEL = tl.constexpr(RENORMS.index("global")), tl.constexpr(REN
 
 
 @jit
-def _branch(v_ptr, v_stride, first, row, rows, column, C: tl.constexpr):
+def _branch(
+    v_ptr: tl.tensor, v_stride: tl.tensor, first: tl.tensor, row: tl.tensor, rows: tl.tensor, column: tl.tensor,
+    C: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Load a tile of the branch at rows [first, first + rows) of v. Elements outside it are 0 and not read."""
     at = v_ptr + (first + row).to(tl.int64) * v_stride + column
     return tl.load(at, mask=(row < rows) & (column < C), other=0.0).to(tl.float32)
 
 
 @jit
-def _scales(parameters):
+def _scales(parameters: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """(text scale, image scale) of an image; 1 if that guidance is off."""
     text_scale, image_scale = tl.load(parameters + 1), tl.load(parameters + 2)
     image_scale = tl.where((text_scale > 1) & (image_scale > 1), image_scale, 1.0)
@@ -90,13 +101,13 @@ def _scales(parameters):
 
 
 @jit
-def _extrapolated(origin, target, scale):
+def _extrapolated(origin: tl.tensor, target: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """Move from ``origin`` past ``target``. Exactly ``target`` if guidance is off: ``origin`` is 0, ``scale`` is 1."""
     return origin + scale * (target - origin)
 
 
 @jit
-def _factor(squares_cond, squares_guided, renorm_min):
+def _factor(squares_cond: tl.tensor, squares_guided: tl.tensor, renorm_min: tl.tensor) -> tl.tensor:
     ratio = tl.sqrt(squares_cond) / (tl.sqrt(squares_guided) + 1e-8)
     ratio = tl.maximum(ratio, renorm_min, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(ratio, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -104,9 +115,9 @@ def _factor(squares_cond, squares_guided, renorm_min):
 
 @jit
 def _squares_kernel(
-    v_ptr, images_ptr, parameters_ptr, squares_ptr, v_stride,
+    v_ptr: tl.tensor, images_ptr: tl.tensor, parameters_ptr: tl.tensor, squares_ptr: tl.tensor, v_stride: tl.tensor,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Partial sums of |c|^2 and |g|^2 per image: program (part, image) writes squares [images, 2, PARTS].
 
     Tile t of an image belongs to part t mod PARTS, whatever else is in the batch. Parts without a tile, and images
@@ -138,9 +149,10 @@ def _squares_kernel(
 
 @jit
 def _step_kernel(
-    x_ptr, v_ptr, images_ptr, parameters_ptr, squares_ptr, v_stride, C: tl.constexpr, GUIDED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    x_ptr: tl.tensor, v_ptr: tl.tensor, images_ptr: tl.tensor, parameters_ptr: tl.tensor, squares_ptr: tl.tensor,
+    v_stride: tl.tensor,
+    C: tl.constexpr, GUIDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+) -> None:  # fmt: skip
     """Step ROWS rows of C <= COLUMNS channels per program (tile, image); squares come from :func:`_squares_kernel`.
 
     Disabled guidance takes the same path, with an empty branch and scale 1. In straight-line code all loads can be
@@ -184,7 +196,7 @@ def _step_kernel(
     tl.store(moved, x - v * tl.load(parameters), mask=inside)
 
 
-def _run_kernels(x, v, image_table, cfg_table, max_rows, guided):
+def _run_kernels(x: Tensor, v: Tensor, image_table: Tensor, cfg_table: Tensor, max_rows: int, guided: bool) -> None:
     C = x.shape[1]
     if not (len(image_table) and max_rows and C):
         return
@@ -203,7 +215,7 @@ def _run_kernels(x, v, image_table, cfg_table, max_rows, guided):
     _step_kernel[grid](x, v, image_table, cfg_table, squares, v.stride(0), GUIDED=guided, **tiles)
 
 
-def _fake(x, v, image_table, cfg_table, max_rows, guided):
+def _fake(x: Tensor, v: Tensor, image_table: Tensor, cfg_table: Tensor, max_rows: int, guided: bool) -> None:
     return None
 
 
@@ -213,7 +225,7 @@ def _fake(x, v, image_table, cfg_table, max_rows, guided):
     kernel="triton",
     fake=_fake,
 )
-def _cfg_euler_step(x, v, image_table, cfg_table, max_rows, guided):
+def _cfg_euler_step(x: Tensor, v: Tensor, image_table: Tensor, cfg_table: Tensor, max_rows: int, guided: bool) -> None:
     kernels = runs_kernel(x) and runs_kernel(v)  # checked separately: either may be float64
     run = _run_kernels if kernels else cfg_euler_step_reference
     run(x, v, image_table, cfg_table, max_rows, guided)
@@ -249,6 +261,7 @@ def guided_velocity(
     for name, v in (("v_no_text", v_no_text), ("v_no_img", v_no_img)):
         if v is not None and (v.shape != v_cond.shape or v.dtype != v_cond.dtype):
             raise mismatch("guided_velocity", name, v, v_cond.shape, v_cond.dtype)
+    v_no_text, v_no_img = (v_cond if v is None else v for v in (v_no_text, v_no_img))  # a missing one is not read
     return guided_velocity_reference(v_cond, v_no_text, v_no_img, text_scale, image_scale, renorm, renorm_min)
 
 

@@ -19,6 +19,8 @@ text rows, whose tiles are bound by reading weights. Tiles of the two groups are
 overlap. The gradient is in :mod:`.linear_backward`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,10 @@ from .registry import op
 from .triton_language import TensorDescriptor, descriptor_memory, dot, jit, tl, triton
 
 
-def linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
+def linear_reference(
+    x: Tensor, w_first: Tensor, w_rest: Tensor, bias_first: Tensor | None, bias_rest: Tensor | None,
+    residual: Tensor | None, G: int, swiglu: bool,
+) -> Tensor:  # fmt: skip
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`linear`."""
     T = x.shape[0]
     if G == 0:
@@ -51,14 +56,14 @@ def linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swi
     return y
 
 
-def _product(x, w, addend, out=None):
+def _product(x: Tensor, w: Tensor, addend: Tensor | None, out: Tensor | None = None) -> Tensor:
     if addend is None:
         return torch.mm(x, w.t(), out=out)
     return torch.addmm(addend, x, w.t(), out=out)
 
 
 @jit
-def group_of_tile(t, rest_tiles, tiles):
+def group_of_tile(t: tl.tensor, rest_tiles: tl.tensor, tiles: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Whether tile t belongs to the first group, and how many tiles of the second group precede it.
 
     The persistent order distributes ``rest_tiles`` evenly over ``tiles``: floor(t * rest_tiles / tiles) tiles of the
@@ -69,7 +74,9 @@ def group_of_tile(t, rest_tiles, tiles):
 
 
 @jit
-def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
+def _place(
+    tile: tl.tensor, m_tiles: tl.tensor, n_tiles: tl.tensor, GROUP_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """Map a tile number within a group to (m, n): bands of ``GROUP_M`` tile rows, column by column, for L2 reuse."""
     group = tile // (GROUP_M * n_tiles) * GROUP_M
     height = tl.minimum(m_tiles - group, GROUP_M)
@@ -78,8 +85,11 @@ def _place(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
 
 
 @jit
-def _finish(z, bias, residual, y, first, row, rows, n, N, SWIGLU: tl.constexpr, DESCRIPTORS: tl.constexpr,
-            TMA_STORE: tl.constexpr):  # fmt: skip
+def _finish(
+    z: tl.tensor, bias: tl.tensor, residual: tl.tensor, y: tl.tensor, first: tl.tensor, row: tl.tensor, rows: tl.tensor,
+    n: tl.tensor, N: tl.tensor,
+    SWIGLU: tl.constexpr, DESCRIPTORS: tl.constexpr, TMA_STORE: tl.constexpr,
+) -> None:  # fmt: skip
     """Apply the epilogue to a float32 tile at row ``row`` of its group and column ``n``, and store it."""
     if bias is not None:
         columns = n + tl.arange(0, z.shape[1])
@@ -104,10 +114,14 @@ def _finish(z, bias, residual, y, first, row, rows, n, N, SWIGLU: tl.constexpr, 
 
 
 @jit(do_not_specialize=["T", "G"])
-def _linear_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y_first, y_rest, x_stride, T, G, N, K,
-                   SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   GROUP_M: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
-                   TMA_STORE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr):  # fmt: skip
+def _linear_kernel(
+    x: tl.tensor, w_first: tl.tensor, w_rest: tl.tensor, bias_first: tl.tensor, bias_rest: tl.tensor,
+    residual: tl.tensor, y_first: tl.tensor, y_rest: tl.tensor, x_stride: tl.tensor, T: tl.tensor, G: tl.tensor,
+    N: tl.tensor, K: tl.tensor,
+    SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr, FLATTEN: tl.constexpr, DESCRIPTORS: tl.constexpr, TMA_STORE: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+) -> None:  # fmt: skip
     """Persistent GEMM over both groups. N: rows of a weight; the output has N columns, N // 2 with SWIGLU.
 
     BLOCK_M, BLOCK_N, BLOCK_K  tile of the product, and its step along K
@@ -170,7 +184,7 @@ def _linear_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y_first,
 _SIZES = {"few": 16, "some": 64, "hundreds": 512}  # maximum rows of a size class
 
 
-def shape_class(x, G, residual, swiglu, aligned):
+def shape_class(x: Tensor, G: int, residual: Tensor | None, swiglu: bool, aligned: bool) -> str:
     """Shape class of the tile table: size of the larger group and epilogue ("bias" also covers no epilogue).
 
     "unaligned" is for tensors that TMA cannot address; its tiles use pointers.
@@ -184,7 +198,10 @@ def shape_class(x, G, residual, swiglu, aligned):
     return f"{size} {'swiglu' if swiglu else 'bias' if residual is None else 'residual'}"
 
 
-def _fake(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
+def _fake(
+    x: Tensor, w_first: Tensor, w_rest: Tensor, bias_first: Tensor | None, bias_rest: Tensor | None,
+    residual: Tensor | None, G: int, swiglu: bool,
+) -> Tensor:  # fmt: skip
     N = w_first.shape[0]
     return x.new_empty(x.shape[0], N // 2 if swiglu else N)
 
@@ -197,29 +214,37 @@ def _fake(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
     fake=_fake,
     gradient=linear_gradient,
 )
-def _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
+def _linear(
+    x: Tensor, w_first: Tensor, w_rest: Tensor, bias_first: Tensor | None, bias_rest: Tensor | None,
+    residual: Tensor | None, G: int, swiglu: bool,
+) -> Tensor:  # fmt: skip
     if runs_kernel(x, w_first, w_rest, bias_first, bias_rest, residual) and x.numel() and w_first.numel():
         x = x if x.stride(1) == 1 else x.contiguous()
         columns = w_first.shape[0] // (2 if swiglu else 1)
-        matrices = [x] + [t.contiguous() for t in (w_first, w_rest, residual) if t is not None]
+        w_first, w_rest = w_first.contiguous(), w_rest.contiguous()
+        residual = residual if residual is None else residual.contiguous()
+        matrices = (x, w_first, w_rest) if residual is None else (x, w_first, w_rest, residual)
         aligned = columns * x.itemsize % 16 == 0 and all(map(_fits_tma, matrices))
         tiles = configs.tiles("linear", shape_class(x, G, residual, swiglu, aligned), x.device)
-        if tiles is not None:
+        if tiles:
             y = x.new_empty(x.shape[0], columns)
-            biases = [bias if bias is None else bias.contiguous() for bias in (bias_first, bias_rest)]
-            _launch_kernel(*matrices[:3], *biases, *(matrices[3:] or [None]), y, G, swiglu, **tiles)
+            bias_first, bias_rest = (b if b is None else b.contiguous() for b in (bias_first, bias_rest))
+            _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, swiglu, **tiles)
             return y
     return linear_reference(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu)
 
 
-def _fits_tma(matrix):
+def _fits_tma(matrix: Tensor) -> bool:
     """Whether TMA can address a matrix: contiguous rows that do not overlap, each 16-byte aligned."""
     row_stride, column_stride = matrix.stride()
     aligned = matrix.data_ptr() % 16 == 0 and row_stride * matrix.itemsize % 16 == 0
     return aligned and column_stride == 1 and row_stride >= matrix.shape[1]
 
 
-def _launch_kernel(x, w_first, w_rest, bias_first, bias_rest, residual, y, G, swiglu, *, PROGRAMS, **tiles):
+def _launch_kernel(
+    x: Tensor, w_first: Tensor, w_rest: Tensor, bias_first: Tensor | None, bias_rest: Tensor | None,
+    residual: Tensor | None, y: Tensor, G: int, swiglu: bool, *, PROGRAMS: int, **tiles: Any,
+) -> None:  # fmt: skip
     """Launch the kernel with an entry of the tile table: at most ``PROGRAMS`` programs per multiprocessor."""
     T, K = x.shape
     N = w_first.shape[0]
@@ -298,12 +323,15 @@ def linear(
     return _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu)
 
 
-def _differentiable_swiglu(x, w_first, w_rest, bias_first, bias_rest, G):
+def _differentiable_swiglu(
+    x: Tensor, w_first: Tensor, w_rest: Tensor, bias_first: Tensor | None, bias_rest: Tensor | None, G: int
+) -> Tensor:
     """SwiGLU by autograd. Deinterleaves gate and up in the weights, so that the products need no strided access."""
-    half = w_first.shape[0] // 2
-    parts = [
-        None if t is None else t.unflatten(0, (half, 2)).transpose(0, 1).flatten(0, 1)
-        for t in (w_first, w_rest, bias_first, bias_rest)
-    ]
-    gate, up = _linear(x, *parts, None, G, False).split_with_sizes((half, half), 1)
+    w_first, w_rest = _deinterleave(w_first), _deinterleave(w_rest)
+    bias_first, bias_rest = (b if b is None else _deinterleave(b) for b in (bias_first, bias_rest))
+    gate, up = _linear(x, w_first, w_rest, bias_first, bias_rest, None, G, False).chunk(2, 1)
     return F.silu(gate) * up
+
+
+def _deinterleave(rows: Tensor) -> Tensor:
+    return rows.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)

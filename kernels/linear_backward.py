@@ -7,6 +7,8 @@ which is recomputed. (:func:`.linear.linear` avoids that: under autograd it dein
 lets PyTorch differentiate SwiGLU.)
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,29 +34,30 @@ def linear_backward(
     for group, w in enumerate((w_first, w_rest)):
         group_grad, group_x = (rows.split_with_sizes(groups)[group] for rows in (grad, x))
         dw.append(group_grad.t() @ group_x)
-        if needs_dx:
+        if dx is not None:
             torch.mm(group_grad, w, out=dx.split_with_sizes(groups)[group])
-    return dx, *dw
+    dw_first, dw_rest = dw
+    return dx, dw_first, dw_rest
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *operands, residual, ctx.G, ctx.swiglu = inputs
     ctx.save_for_backward(*operands)
     ctx.adds_residual = residual is not None
 
 
-def _swiglu_backward(grad, *operands, G):
+def _swiglu_backward(grad: Tensor, *operands: Tensor | None, G: int) -> Tensor:
     """Gradient [T, N] of the product from that of the SwiGLU output, [T, N // 2]. Recomputes the product."""
     gate, up = torch.ops.bagel_rt.linear(*operands, None, G, False).unflatten(1, (-1, 2)).unbind(2)
     return torch.stack([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], 2).flatten(1)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, w_first, w_rest, bias, _ = operands = ctx.saved_tensors
     if ctx.swiglu:
         grad = _swiglu_backward(grad, *operands, G=ctx.G)
     dx, dw_first, dw_rest = linear_backward(grad, x, w_first, w_rest, ctx.G, ctx.needs_input_grad[0])
-    biases = [None, None]
+    biases: list[Tensor | None] = [None, None]
     if bias is not None:
         biases = [rows.sum(0) for rows in grad.split_with_sizes((ctx.G, len(grad) - ctx.G))]
     return dx, dw_first, dw_rest, *biases, grad if ctx.adds_residual else None, None, None

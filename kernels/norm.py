@@ -19,7 +19,9 @@ from .registry import op
 from .triton_language import jit, tl, triton
 
 
-def rms_norm_reference(x, residual, w_first, w_rest, G, eps):
+def rms_norm_reference(
+    x: Tensor, residual: Tensor | None, w_first: Tensor, w_rest: Tensor, G: int, eps: float
+) -> tuple[Tensor, Tensor]:
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`rms_norm`."""
     summed = x if residual is None else (x + residual).contiguous()
     normed = F.rms_norm(summed, summed.shape[1:], None, eps)  # without a weight, so it rounds before the weight
@@ -40,9 +42,10 @@ def scale_rows_(x: Tensor, w_first: Tensor, w_rest: Tensor, G: int) -> Tensor:
 
 @jit(do_not_specialize=["T", "G"])
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, w_first_ptr, w_rest_ptr, y_ptr, summed_ptr, x_stride, residual_stride, T, G, eps,
+    x_ptr: tl.tensor, residual_ptr: tl.tensor, w_first_ptr: tl.tensor, w_rest_ptr: tl.tensor, y_ptr: tl.tensor,
+    summed_ptr: tl.tensor, x_stride: tl.tensor, residual_stride: tl.tensor, T: tl.tensor, G: tl.tensor, eps: tl.tensor,
     H: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Normalise ROWS rows of H <= BLOCK columns per program. All loads precede the reduction, so none waits for it."""
     dtype = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -62,18 +65,20 @@ def _rms_norm_kernel(
     tl.store(y_ptr + row * H + column, (normed * w.to(tl.float32)).to(dtype), mask=inside)
 
 
-def _run_kernel(x, residual, w_first, w_rest, G, eps):
-    """Launch the kernel; return (y, x + residual), the second None without a residual."""
+def _run_kernel(
+    x: Tensor, residual: Tensor | None, w_first: Tensor, w_rest: Tensor, G: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; return (y, x + residual)."""
     T, H = x.shape
     x = rows_contiguous(x)
     y = x.new_empty(T, H)
-    summed = None
+    summed = x
     if residual is not None:
         residual, summed = rows_contiguous(residual), torch.empty_like(y)
     if T and H:
         tiles = configs.tiles("rms_norm", "narrow" if H <= 1024 else "wide" if H <= 8192 else "widest", x.device)
         _rms_norm_kernel[(triton.cdiv(T, tiles["ROWS"]),)](
-            x, residual, w_first.contiguous(), w_rest.contiguous(), y, summed,
+            x, residual, w_first.contiguous(), w_rest.contiguous(), y, None if residual is None else summed,
             x.stride(0), 0 if residual is None else residual.stride(0), T, G, eps,
             H=H, HAS_RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(H), **tiles,
         )  # fmt: skip
@@ -85,7 +90,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _fake_rms_norm(x, w_first, w_rest, G, eps):
+def _fake_rms_norm(x: Tensor, w_first: Tensor, w_rest: Tensor, G: int, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -96,12 +101,14 @@ def _fake_rms_norm(x, w_first, w_rest, G, eps):
     fake=_fake_rms_norm,
     gradient=rms_norm_gradient,
 )
-def _rms_norm(x, w_first, w_rest, G, eps):
+def _rms_norm(x: Tensor, w_first: Tensor, w_rest: Tensor, G: int, eps: float) -> Tensor:
     run = _run_kernel if runs_kernel(x, w_first, w_rest) else rms_norm_reference
     return run(x, None, w_first, w_rest, G, eps)[0]
 
 
-def _fake_add_rms_norm(x, residual, w_first, w_rest, G, eps):
+def _fake_add_rms_norm(
+    x: Tensor, residual: Tensor, w_first: Tensor, w_rest: Tensor, G: int, eps: float
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -112,7 +119,9 @@ def _fake_add_rms_norm(x, residual, w_first, w_rest, G, eps):
     fake=_fake_add_rms_norm,
     gradient=add_rms_norm_gradient,
 )
-def _add_rms_norm(x, residual, w_first, w_rest, G, eps):
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, w_first: Tensor, w_rest: Tensor, G: int, eps: float
+) -> tuple[Tensor, Tensor]:
     run = _run_kernel if runs_kernel(x, residual, w_first, w_rest) else rms_norm_reference
     return run(x, residual, w_first, w_rest, G, eps)
 

@@ -6,6 +6,8 @@ x is the normalised input, including the residual; the gradient of the second ou
 float32 or wider, rounded once. The forward saves only x and the weights.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,7 @@ def rms_norm_backward(
         (dx [T, H], dw_first [H], dw_rest [H]), in the dtype of ``x``.
     """
     T, H = x.shape
-    groups, wide = (G, T - G), torch.promote_types(x.dtype, torch.float32)
+    groups, wide = [G, T - G], torch.promote_types(x.dtype, torch.float32)
     weights = [w.to(wide) for w in (w_first, w_rest)]
     x_wide, grad = x.to(wide), grad.to(wide)
     normed = F.rms_norm(x_wide, (H,), None, eps)
@@ -35,27 +37,30 @@ def rms_norm_backward(
     dx = normed.mul_(dots.div_(-H).unsqueeze(1))
     for dx_rows, grad_rows, w in zip(torch.split(dx, groups), grad.split_with_sizes(groups), weights, strict=True):
         dx_rows.addcmul_(grad_rows, w)
-    return dx.mul_(scale.unsqueeze(1)).to(x.dtype), *(rows.sum(0).to(x.dtype) for rows in products)
+    dw_first, dw_rest = (rows.sum(0).to(x.dtype) for rows in products)
+    return dx.mul_(scale.unsqueeze(1)).to(x.dtype), dw_first, dw_rest
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w_first, w_rest, ctx.G, ctx.eps = inputs
     ctx.save_for_backward(x, w_first, w_rest)
 
 
-def _backward(ctx, grad):
-    return *rms_norm_backward(grad, *ctx.saved_tensors, ctx.G, ctx.eps), None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, w_first, w_rest = ctx.saved_tensors
+    return *rms_norm_backward(grad, x, w_first, w_rest, ctx.G, ctx.eps), None, None
 
 
-def _setup_add_context(ctx, inputs, output):
+def _setup_add_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, w_first, w_rest, ctx.G, ctx.eps = inputs
     ctx.save_for_backward(output[1], w_first, w_rest)
 
 
-def _add_backward(ctx, grad, grad_summed):
-    dx, *dw = rms_norm_backward(grad, *ctx.saved_tensors, ctx.G, ctx.eps)
+def _add_backward(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:
+    x, w_first, w_rest = ctx.saved_tensors
+    dx, dw_first, dw_rest = rms_norm_backward(grad, x, w_first, w_rest, ctx.G, ctx.eps)
     dx = dx + grad_summed
-    return dx, dx, *dw, None, None
+    return dx, dx, dw_first, dw_rest, None, None
 
 
 rms_norm_gradient = _backward, _setup_context

@@ -19,6 +19,8 @@ The kernel processes one row per program. Traffic: reads qkv, writes q, k and v;
 :mod:`.qk_norm_rope_backward`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,10 @@ from .registry import op
 from .triton_language import jit, tl, triton
 
 
-def qk_norm_rope_reference(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+def qk_norm_rope_reference(
+    qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor, sin: Tensor, slots: Tensor,
+    k_cache: Tensor, v_cache: Tensor, G: int, eps: float,
+) -> Tensor:  # fmt: skip
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`qk_norm_rope`."""
     T = qkv.shape[0]
     _, Hkv, D = k_cache.shape
@@ -39,12 +44,13 @@ def qk_norm_rope_reference(qkv, norm_first, norm_rest, cos, sin, slots, k_cache,
     qk, v = qkv.view(T, heads + Hkv, D).split_with_sizes((heads, Hkv), 1)
     if qk.dtype.itemsize < 4:
         qk = qk.float()
-    if norm_first is not None and norm_first.dim() == 3:
-        qk = scale_rows_(F.layer_norm(qk, (D,), None, None, eps), norm_first[0], norm_rest[0], G)
-        qk[:G] += norm_first[1]
-        qk[G:] += norm_rest[1]
-    elif norm_first is not None:
-        qk = scale_rows_(F.rms_norm(qk, (D,), None, eps), norm_first, norm_rest, G)
+    if norm_first is not None and norm_rest is not None:
+        if norm_first.dim() == 3:
+            qk = scale_rows_(F.layer_norm(qk, (D,), None, None, eps), norm_first[0], norm_rest[0], G)
+            qk[:G] += norm_first[1]
+            qk[G:] += norm_rest[1]
+        else:
+            qk = scale_rows_(F.rms_norm(qk, (D,), None, eps), norm_first, norm_rest, G)
     x = qk.reshape(T, heads, 2, D // 2)
 
     rotated = x * cos.view(T, 1, 1, D // 2)
@@ -65,11 +71,13 @@ def qk_norm_rope_reference(qkv, norm_first, norm_rest, cos, sin, slots, k_cache,
 
 @jit(do_not_specialize=["G", "S"], do_not_specialize_on_alignment=["slots_ptr"])  # slots may be a view
 def _qk_norm_rope_kernel(
-    qkv_ptr, norm_first_ptr, norm_rest_ptr, cos_ptr, sin_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, qkv_stride,
-    k_slot_stride, k_head_stride, k_column_stride, v_slot_stride, v_head_stride, v_column_stride, S, G, eps,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr, CHANNELS: tl.constexpr, LAYER_NORM: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr: tl.tensor, norm_first_ptr: tl.tensor, norm_rest_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
+    slots_ptr: tl.tensor, q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, qkv_stride: tl.tensor,
+    k_slot_stride: tl.tensor, k_head_stride: tl.tensor, k_column_stride: tl.tensor, v_slot_stride: tl.tensor,
+    v_head_stride: tl.tensor, v_column_stride: tl.tensor, S: tl.tensor, G: tl.tensor, eps: tl.tensor,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    KV_HEADS: tl.constexpr, CHANNELS: tl.constexpr, LAYER_NORM: tl.constexpr,
+) -> None:  # fmt: skip
     """One row per program: query and key heads as two tiles of half heads [HEADS, HALF], value heads as a third tile.
 
     Sizes are padded to powers of two. All loads precede the reduction, so none waits for it.
@@ -122,7 +130,10 @@ def _qk_norm_rope_kernel(
     tl.store(v_ptr, v, mask=kept & stored)
 
 
-def _run_kernel(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+def _run_kernel(
+    qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor, sin: Tensor, slots: Tensor,
+    k_cache: Tensor, v_cache: Tensor, G: int, eps: float,
+) -> Tensor:  # fmt: skip
     T, (S, Hkv, D) = qkv.shape[0], k_cache.shape
     Hq = qkv.shape[1] // D - 2 * Hkv
     q = qkv.new_empty(T, Hq, D)
@@ -131,7 +142,7 @@ def _run_kernel(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G
     heads, half = triton.next_power_of_2(Hq + Hkv), triton.next_power_of_2(D // 2)
     tiles = configs.tiles("qk_norm_rope", "narrow" if heads * half <= 2048 else "wide", qkv.device)
     qkv = rows_contiguous(qkv)
-    norms = (None, None) if norm_first is None else (norm_first.contiguous(), norm_rest.contiguous())
+    norms = (norm if norm is None else norm.contiguous() for norm in (norm_first, norm_rest))
     _qk_norm_rope_kernel[(T,)](
         qkv, *norms, cos.contiguous(), sin.contiguous(), slots.contiguous(),
         q, k_cache, v_cache, qkv.stride(0), *k_cache.stride(), *v_cache.stride(), S, G, eps,
@@ -141,7 +152,10 @@ def _run_kernel(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G
     return q
 
 
-def _fake(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+def _fake(
+    qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor, sin: Tensor, slots: Tensor,
+    k_cache: Tensor, v_cache: Tensor, G: int, eps: float,
+) -> Tensor:  # fmt: skip
     _, Hkv, D = k_cache.shape
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // D - 2 * Hkv, D)
 
@@ -153,7 +167,10 @@ def _fake(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)
     kernel="triton",
     fake=_fake,
 )
-def _qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+def _qk_norm_rope(
+    qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor, sin: Tensor, slots: Tensor,
+    k_cache: Tensor, v_cache: Tensor, G: int, eps: float,
+) -> Tensor:  # fmt: skip
     run = _run_kernel if runs_kernel(qkv, norm_first, norm_rest) else qk_norm_rope_reference
     return run(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)
 
@@ -162,7 +179,10 @@ class _Differentiable(torch.autograd.Function):
     """The op with its gradient. ``torch.library`` does not support gradients of ops that mutate their arguments."""
 
     @staticmethod
-    def forward(ctx, qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps):
+    def forward(
+        ctx: Any, qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor, sin: Tensor,
+        slots: Tensor, k_cache: Tensor, v_cache: Tensor, G: int, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         q = _qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)
         ctx.save_for_backward(qkv, norm_first, norm_rest, cos, sin, slots)
         ctx.numbers = (G, eps)
@@ -170,10 +190,10 @@ class _Differentiable(torch.autograd.Function):
         return q, k_cache, v_cache
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         qkv, norm_first, norm_rest, cos, sin, slots = ctx.saved_tensors
         gradients = qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slots, *ctx.numbers)
-        caches = [None, None]
+        caches: list[Tensor | None] = [None, None]
         if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
             caches = [grad.index_fill(0, slots, 0) for grad in (dk, dv)]  # the op overwrote these slots
         return *gradients, None, None, None, *caches, None, None

@@ -13,9 +13,13 @@ Gradients of values are copied. Arithmetic is in float32 or wider and rounded on
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slots, G, eps):
+def qk_norm_rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor,
+    sin: Tensor, slots: Tensor, G: int, eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The formula, in PyTorch, for any device and dtype.
 
     Args:
@@ -31,7 +35,7 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
     Hkv, half = dk.shape[1], D // 2
     heads = Hq + Hkv
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    groups = (G, T - G)
+    groups = [G, T - G]
     g = torch.cat([dq, dk.index_select(0, slots)], 1).to(wide).view(T, heads, 2, half)
     ga, gb = g.unbind(2)
     sin = sin.unsqueeze(1)
@@ -42,7 +46,7 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
 
     dqkv = torch.empty_like(qkv).view(T, heads + Hkv, D)
     dqkv[:, heads:] = dv.index_select(0, slots)
-    if norm_first is None:
+    if norm_first is None or norm_rest is None:
         dqkv[:, :heads] = g
         return dqkv.view_as(qkv), None, None
     layer_norm = norm_first.dim() == 3
@@ -61,4 +65,5 @@ def qk_norm_rope_backward(dq, dk, dv, qkv, norm_first, norm_rest, cos, sin, slot
         g = g - g.mean(2, keepdim=True)  # the dot product with normed stays the same: normed has mean 0
     normed.mul_(torch.linalg.vecdot(g, normed).div_(-D).unsqueeze(2))
     dqkv[:, :heads] = normed.add_(g).mul_(scale)
-    return dqkv.view_as(qkv), *dnorm
+    dnorm_first, dnorm_rest = dnorm
+    return dqkv.view_as(qkv), dnorm_first, dnorm_rest

@@ -28,6 +28,8 @@ does not depend on the order of the sum.
 Traffic: reads the logits once, with top-k or top-p a few times; memory-bound.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,14 +38,18 @@ from .backend import check_devices, mismatch
 from .registry import op
 
 
-def sample_reference(logits, settings, seed, step, noise=None):
+def sample_reference(
+    logits: Tensor, settings: Tensor | None, seed: Tensor | None, step: Tensor | None, noise: Tensor | None = None
+) -> Tensor:
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`sample`."""
-    if settings is None:
+    if settings is None or seed is None or step is None:
         return logits.argmax(-1)
     return scores_reference(logits, settings, seed, step, noise).argmax(-1)
 
 
-def scores_reference(logits, settings, seed, step, noise=None):
+def scores_reference(
+    logits: Tensor, settings: Tensor, seed: Tensor, step: Tensor, noise: Tensor | None = None
+) -> Tensor:
     """Scores [B, V] whose argmax is the sampled token: scaled logits plus noise, -inf for dropped tokens."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     V = logits.shape[1]
@@ -67,7 +73,7 @@ def scores_reference(logits, settings, seed, step, noise=None):
     return (scaled - noise.log()).where(samples, scaled).masked_fill(dropped, -torch.inf)
 
 
-def philox4x32(counter, key):
+def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10: counter (c0, c1, c2, c3) and key (k0, k1) -> four words, as int64 tensors below 2^32.
 
     Arguments are int64 tensors or integers. c0 and c2 must be below 2^32; c1, c3 and the key are taken modulo 2^32.
@@ -88,7 +94,7 @@ MAX_COLUMNS = 2**21
 _MAX_WARPS = 512  # per row; each stores the token it sampled, 8 bytes, and its largest logit, 4 bytes
 
 
-def _run_extension(logits, settings, seed, step):
+def _run_extension(logits: Tensor, settings: Tensor | None, seed: Tensor | None, step: Tensor | None) -> Tensor:
     B, V = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     token = torch.empty(B, dtype=torch.int64, device=logits.device)
@@ -103,7 +109,9 @@ def _run_extension(logits, settings, seed, step):
     return token
 
 
-def _fake(logits, settings, seed, step, noise):
+def _fake(
+    logits: Tensor, settings: Tensor | None, seed: Tensor | None, step: Tensor | None, noise: Tensor | None
+) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
@@ -113,7 +121,9 @@ def _fake(logits, settings, seed, step, noise):
     kernel="cuda",
     fake=_fake,
 )
-def _sample(logits, settings, seed, step, noise):
+def _sample(
+    logits: Tensor, settings: Tensor | None, seed: Tensor | None, step: Tensor | None, noise: Tensor | None
+) -> Tensor:
     B, V = logits.shape
     if noise is None and extension.runs_extension(logits) and B <= extension.COUNTERS and V <= MAX_COLUMNS:
         return _run_extension(logits, settings, seed, step)

@@ -51,7 +51,7 @@ else:
 
         class tl:  # the attributes that annotations and decorators use at import
             constexpr = staticmethod(lambda value: value)
-            tensor = torch.Tensor
+            tensor, tuple = torch.Tensor, tuple
 
         def jit(function=None, **options):
             return function if function is not None else jit

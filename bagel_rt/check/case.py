@@ -1,8 +1,10 @@
 """A case of ``bagel-rt check``: inputs, the kernel's call, its float64 reference, and the error bound."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from bagel_rt.kernels.triton_language import INTERPRETED
@@ -29,6 +31,10 @@ FLOAT32_ARITHMETIC = 3e-5
 QUERY_STD = 2.0
 """Standard deviation of queries for keys of 1: softmax is peaked, yet the keys of every tile matter in some row."""
 
+Outputs = tuple[torch.Tensor, ...]
+CallAndReference = tuple[Callable[[], Outputs], Callable[[], Outputs]]
+"""The kernel's call and its float64 reference."""
+
 EPS = 1e-6
 ALL = tuple(ROUNDING)
 HALF = (torch.bfloat16, torch.float16)
@@ -43,7 +49,7 @@ class Values:
     commit no memory.
     """
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype, random: bool = True):
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, random: bool = True) -> None:
         self.device, self.dtype, self._random = torch.device(device), dtype, random
         self._generator = torch.Generator(self.device).manual_seed(0)
 
@@ -51,7 +57,7 @@ class Values:
         values = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         return values.normal_(0.0, deviation, generator=self._generator) if self._random else values
 
-    def of(self, values) -> torch.Tensor:
+    def of(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Copy an array or list to the device in its own dtype."""
         return torch.as_tensor(values).to(self.device)
 
@@ -63,7 +69,7 @@ class Case:
     Attributes:
         op: name in ``bagel_rt.kernels.registry.OPS``.
         name: description of the inputs.
-        build: Values -> (function that returns the kernel's outputs, function that returns float64 references).
+        build: creates the inputs; returns the kernel's call and its float64 reference.
         dtypes: input dtypes to run.
         interpreted: whether the case also runs in Triton's interpreter.
         roundings: overrides ``ROUNDINGS`` if not 0.
@@ -71,20 +77,22 @@ class Case:
 
     op: str
     name: str
-    build: Callable[[Values], tuple[Callable[[], Sequence[torch.Tensor]], Callable[[], Sequence[torch.Tensor]]]]
+    build: Callable[[Values], CallAndReference]
     dtypes: tuple[torch.dtype, ...] = BFLOAT16
     interpreted: bool = False
     roundings: int = 0
 
     def allowed(self, dtype: torch.dtype) -> float:
-        """Error bound: maximum |got - want| / (|want| + rms of its row)."""
+        """Error bound: maximum |actual - expected| / (|expected| + rms of its row)."""
         return (self.roundings or ROUNDINGS.get(self.op, 1)) * ROUNDING[dtype] + FLOAT32_ARITHMETIC
 
 
-def to_float64(value):
+def to_float64(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def call_and_reference(call: Callable, reference: Callable, arguments: tuple):
-    """The pair that ``Case.build`` returns, for a reference with the arguments of the call."""
+def call_and_reference(
+    call: Callable[..., Outputs], reference: Callable[..., Outputs], arguments: tuple[Any, ...]
+) -> CallAndReference:
+    """The result of ``Case.build`` for a reference with the arguments of the call."""
     return lambda: call(*arguments), lambda: reference(*map(to_float64, arguments))

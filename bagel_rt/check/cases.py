@@ -4,10 +4,13 @@ Edge cases come first: one row, an empty expert, sizes that are no multiple of a
 block attend to. Then BAGEL's own sizes, which run only on a GPU: the interpreter would take minutes.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bagel_rt.check.case import (
     ALL,
@@ -16,7 +19,9 @@ from bagel_rt.check.case import (
     HALF,
     QUERY_STD,
     SWIGLU,
+    CallAndReference,
     Case,
+    Outputs,
     Values,
     call_and_reference,
     to_float64,
@@ -40,31 +45,34 @@ from bagel_rt.kernels.qk_norm_rope import qk_norm_rope_reference
 from bagel_rt.runtime.plan import Segment, build_plan, visibility
 
 
-def _rms_norm(values: Values, T: int, G: int, H: int, adds: bool = False):
+def _rms_norm(values: Values, T: int, G: int, H: int, adds: bool = False) -> CallAndReference:
     x, weights = values(T, H, deviation=3), (values(H), values(H))
     return call_and_reference(rms_norm, rms_norm_reference, (x, values(T, H) if adds else None, *weights, G, EPS))
 
 
-def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str = "none"):
+def _linear(values: Values, T: int, G: int, K: int, N: int, epilogue: str = "none") -> CallAndReference:
     x, *weights = values(T, K), values(N, K, deviation=K**-0.5), values(N, K, deviation=K**-0.5)
     biases = (values(N), values(N)) if epilogue == "bias" else (None, None)
     residual = values(T, N) if epilogue == "residual" else None
 
-    def call(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu):
+    def call(
+        x: Tensor, w_first: Tensor, w_rest: Tensor, bias_first: Tensor | None, bias_rest: Tensor | None,
+        residual: Tensor | None, G: int, swiglu: bool,
+    ) -> Outputs:  # fmt: skip
         return (linear(x, w_first, w_rest, bias_first, bias_rest, G=G, residual=residual, swiglu=swiglu),)
 
-    def reference(*arguments):
+    def reference(*arguments: Any) -> Outputs:
         return (linear_reference(*arguments),)
 
     return call_and_reference(call, reference, (x, *weights, *biases, residual, G, epilogue == "swiglu"))
 
 
-def _qk_norm_rope(values: Values, T: int, G: int, heads: int, kv_heads: int, D: int):
+def _qk_norm_rope(values: Values, T: int, G: int, heads: int, kv_heads: int, D: int) -> CallAndReference:
     slots = values.of(np.random.default_rng(0).permutation(T + 5)[:T])
     qkv, norms = values(T, (heads + 2 * kv_heads) * D), (values(heads + kv_heads, D), values(heads + kv_heads, D))
     angles = values(T, D // 2, deviation=3, dtype=torch.float32)
 
-    def outputs(function, convert):
+    def outputs(function: Callable[..., Any], convert: Callable[[Any], Any]) -> Outputs:
         caches = [torch.full((T + 5, kv_heads, D), 7.0, device=values.device, dtype=values.dtype) for _ in range(2)]
         arguments = (qkv, *norms, angles.cos(), angles.sin(), slots, *caches)
         arguments = tuple(map(convert, arguments))
@@ -80,19 +88,21 @@ def _segment(mode: str, rows: int, start: int, visible: int, write: int | None =
     return Segment(mode, routed, start, visible, start + visible if write is None else write)
 
 
-def _attention_inputs(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int, peak=QUERY_STD):
+def _attention_inputs(
+    values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int, peak: float = QUERY_STD
+) -> tuple[Tensor, ...]:
     """q, k, v, limits, blocks and mask. Slots that no row attends to hold NaN, so that a read shows."""
     plan = build_plan(segments)
     mask = visibility(plan)
     T, slots = mask.shape
     q = values(T, heads, D, deviation=peak)
     k, v = values(slots, kv_heads, D), values(slots, kv_heads, D)
-    unseen = values.of(~mask.any(0))
+    unseen = values.of(np.logical_not(mask.any(0)))
     k[unseen] = v[unseen] = torch.nan
     return q, k, v, values.of(plan.limits), values.of(plan.blocks), values.of(mask)
 
 
-def _dense(q, k, v, mask):
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D], log-sum-exp [Hq, T]) in float64."""
     q, k, v = (tensor.double() for tensor in (q, k, v))
     seen = mask.any(0)
@@ -102,15 +112,15 @@ def _dense(q, k, v, mask):
     return attention_dense_reference(q, k, v, mask), lse
 
 
-def _attention(values: Values, segments, heads: int, kv_heads: int, D: int):
+def _attention(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int) -> CallAndReference:
     q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D)
     return lambda: (attention(q, k, v, limits, blocks),), lambda: _dense(q, k, v, mask)[:1]
 
 
-def _attention_lse(values: Values, segments, heads: int, kv_heads: int, D: int):
+def _attention_lse(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int) -> CallAndReference:
     q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D)
 
-    def sums(out, lse):  # compare sums of exponentials, one per row: a lost key changes them in proportion
+    def sums(out: Tensor, lse: Tensor) -> Outputs:
         return out, lse.double().exp().unsqueeze(-1)
 
     return (
@@ -119,27 +129,27 @@ def _attention_lse(values: Values, segments, heads: int, kv_heads: int, D: int):
     )
 
 
-def _attention_backward(values: Values, segments, heads: int, kv_heads: int, D: int):
+def _attention_backward(values: Values, segments: list[Segment], heads: int, kv_heads: int, D: int) -> CallAndReference:
     q, k, v, limits, blocks, mask = _attention_inputs(values, segments, heads, kv_heads, D, 1.0)
     k, v = k.nan_to_num(), v.nan_to_num()  # the gradient of unread slots is zero
     d_out = values(*q.shape)
 
-    def gradients(function, d_out, *inputs):
-        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    def gradients(function: Callable[[Tensor, Tensor, Tensor], Tensor], d_out: Tensor, *inputs: Tensor) -> Outputs:
+        q, k, v = leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(function(*inputs), inputs, d_out)
+            gradients = torch.autograd.grad(function(q, k, v), leaves, d_out)
         # Flatten to one row each: a row of a gradient may cancel, so errors are relative to the whole gradient.
-        return [gradient.flatten() for gradient in gradients]
+        return tuple(gradient.flatten() for gradient in gradients)
 
     return (
-        lambda: gradients(lambda *inputs: attention(*inputs, limits, blocks), d_out, q, k, v),
+        lambda: gradients(lambda q, k, v: attention(q, k, v, limits, blocks), d_out, q, k, v),
         lambda: gradients(
-            lambda *inputs: attention_dense_reference(*inputs, mask), d_out.double(), q.double(), k.double(), v.double()
+            lambda q, k, v: attention_dense_reference(q, k, v, mask), d_out.double(), q.double(), k.double(), v.double()
         ),
     )
 
 
-def _guided_step(values: Values, images: list[tuple[int, float, float, str]], guided: bool = True):
+def _guided_step(values: Values, images: list[tuple[int, float, float, str]], guided: bool = True) -> CallAndReference:
     """Images of (latents, text scale, image scale, renorm); v contains all images' branches, one kind after another."""
     rows = [latents for latents, *_ in images]
     first = np.cumsum([0, *rows[:-1]])
@@ -148,7 +158,7 @@ def _guided_step(values: Values, images: list[tuple[int, float, float, str]], gu
     x, v = values(sum(rows), 64, dtype=torch.float32), values(3 * sum(rows), 64)
     tables = values.of(table), values.of(np.array(scales, np.float32))
 
-    def outputs(function, convert):
+    def outputs(function: Callable[..., Any], convert: Callable[[Any], Any]) -> Outputs:
         stepped = convert(x).clone()
         function(stepped, convert(v), *tables, max(rows), guided)
         return (stepped,)
@@ -159,7 +169,7 @@ def _guided_step(values: Values, images: list[tuple[int, float, float, str]], gu
 _BATCH = [(37, 4.0, 1.5, "global"), (5, 1.0, 2.0, "channel"), (70, 3.0, 1.0, "global"), (1, 2.0, 2.0, "text_channel")]
 
 
-def _group_norm(values: Values, channels: int, height: int, width: int, rows: int | None = None):
+def _group_norm(values: Values, channels: int, height: int, width: int, rows: int | None = None) -> CallAndReference:
     """A whole map, or with ``rows`` a strip of a map of that many rows, normalised with the map's statistics."""
     x = values(2, rows or height, width, channels, deviation=3).permute(0, 3, 1, 2) + 1
     moments = None if rows is None else group_norm_moments(x, 32, EPS)
@@ -167,7 +177,7 @@ def _group_norm(values: Values, channels: int, height: int, width: int, rows: in
     return call_and_reference(lambda *a: (group_norm(*a),), lambda *a: (group_norm_reference(*a),), arguments)
 
 
-def _group_norm_moments(values: Values, channels: int, height: int, width: int):
+def _group_norm_moments(values: Values, channels: int, height: int, width: int) -> CallAndReference:
     x = values(2, height, width, channels, deviation=3).permute(0, 3, 1, 2) + 1
     return call_and_reference(
         lambda *a: (group_norm_moments(*a),), lambda *a: (group_norm_moments_reference(*a),), (x, 32, EPS)

@@ -4,12 +4,26 @@ Edge cases come first, as in :mod:`bagel_rt.check.cases`. float16 and sizes that
 Triton fallback.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bagel_rt.check.case import ALL, EPS, QUERY_STD, SWIGLU, Case, Values, call_and_reference, to_float64
+from bagel_rt.check.case import (
+    ALL,
+    EPS,
+    QUERY_STD,
+    SWIGLU,
+    CallAndReference,
+    Case,
+    Outputs,
+    Values,
+    call_and_reference,
+    to_float64,
+)
 from bagel_rt.kernels import decode_attention, decode_linear, decode_qkv, sample
 from bagel_rt.kernels.decode_attention import decode_attention_reference
 from bagel_rt.kernels.decode_linear import decode_linear_reference
@@ -19,25 +33,27 @@ from bagel_rt.kernels.sample import scores_reference
 DECODED = (torch.bfloat16, torch.float32)  # dtypes of the extension's kernels
 
 
-def _decode_linear(values: Values, B: int, K: int, N: int, norm: bool = False, epilogue: str = "none"):
+def _decode_linear(
+    values: Values, B: int, K: int, N: int, norm: bool = False, epilogue: str = "none"
+) -> CallAndReference:
     x, w = values(B, K, deviation=3 if norm else 1), values(N, K, deviation=K**-0.5)
     arguments = (x, w, values(K) if norm else None, EPS, values(B, N) if epilogue == "residual" else None)
 
-    def call(x, w, norm, eps, residual):
+    def call(x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None) -> Outputs:
         return (decode_linear(x, w, norm=norm, eps=eps, residual=residual, swiglu=epilogue == "swiglu"),)
 
-    def reference(*arguments):
-        return (decode_linear_reference(*arguments, epilogue == "swiglu"),)
+    def reference(x: Tensor, w: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None) -> Outputs:
+        return (decode_linear_reference(x, w, norm, eps, residual, epilogue == "swiglu"),)
 
     return call_and_reference(call, reference, arguments)
 
 
-def _decode_qkv(values: Values, B: int, H: int, heads: int, kv_heads: int, D: int):
+def _decode_qkv(values: Values, B: int, H: int, heads: int, kv_heads: int, D: int) -> CallAndReference:
     slots, rows = values.of(np.random.default_rng(0).permutation(B + 5)[:B]), (heads + 2 * kv_heads) * D
     x, norm, w = values(B, H, deviation=3), values(H), values(rows, H, deviation=H**-0.5)
     bias, qk_norm, angles = values(rows), values(heads + kv_heads, D), values(B, D // 2, dtype=torch.float32)
 
-    def outputs(function, convert):
+    def outputs(function: Callable[..., Any], convert: Callable[[Any], Any]) -> Outputs:
         caches = [torch.full((B + 5, kv_heads, D), 7.0, device=values.device, dtype=values.dtype) for _ in range(2)]
         arguments = (x, norm, w, bias, qk_norm, angles.cos(), angles.sin(), slots, *caches)
         arguments = tuple(map(convert, arguments))
@@ -46,7 +62,7 @@ def _decode_qkv(values: Values, B: int, H: int, heads: int, kv_heads: int, D: in
     return (partial(outputs, decode_qkv, lambda value: value), partial(outputs, decode_qkv_reference, to_float64))
 
 
-def _decode_attention(values: Values, lengths: list[int], heads: int, kv_heads: int, D: int):
+def _decode_attention(values: Values, lengths: list[int], heads: int, kv_heads: int, D: int) -> CallAndReference:
     starts = np.cumsum([3, *lengths[:-1]])
     slots = 3 + sum(lengths)
     q = values(len(lengths), heads, D, deviation=QUERY_STD)
@@ -58,14 +74,17 @@ def _decode_attention(values: Values, lengths: list[int], heads: int, kv_heads: 
     )
 
 
-def _sample(values: Values, V: int, settings: list[tuple[float, float, float]] | None = None, B: int = 1):
-    """The score of the sampled token against the maximum: tokens may differ where scores tie to the last bits."""
-    B = len(settings) if settings else B
+def _sample(values: Values, V: int, rows: Sequence[tuple[float, float, float]] = (), B: int = 1) -> CallAndReference:
+    """The score of the sampled token against the maximum: tokens may differ where scores tie to the last bits.
+
+    ``rows`` are the settings of each row; without them the most likely token of B rows is taken.
+    """
+    B = len(rows) or B
     logits, number = values(B, V, deviation=3), values.of(np.arange(B))
-    settings = settings and values.of(np.array(settings, np.float32))
+    settings = values.of(np.array(rows, np.float32)) if rows else None
     scores = logits.double() if settings is None else scores_reference(logits.double(), settings, number, number)
 
-    def call():
+    def call() -> Outputs:
         return (scores.gather(1, sample(logits, settings, number, number).unsqueeze(1)),)
 
     return call, lambda: (scores.max(1, keepdim=True).values,)
@@ -102,8 +121,8 @@ DECODE_CASES = [
          partial(_decode_attention, lengths=[9064], heads=28, kv_heads=4, D=128)),
     Case("sample", "most likely of 333 tokens, 5 rows", partial(_sample, V=333, B=5), DECODED, True),
     Case("sample", "from 333 tokens, rows with and without top-k and top-p",
-         partial(_sample, V=333, settings=_SETTINGS), DECODED, True),
+         partial(_sample, V=333, rows=_SETTINGS), DECODED, True),
     Case("sample", "most likely of BAGEL's vocabulary", partial(_sample, V=152064), DECODED),
     Case("sample", "from BAGEL's vocabulary, rows with and without top-k and top-p",
-         partial(_sample, V=152064, settings=_SETTINGS), DECODED),
+         partial(_sample, V=152064, rows=_SETTINGS), DECODED),
 ]  # fmt: skip

@@ -15,9 +15,8 @@ import torch
 from bagel_rt import __version__
 from bagel_rt.checkpoint.read import check_weights, find_weights
 from bagel_rt.errors import CheckpointError
-from bagel_rt.kernels.extension import cuda_error
+from bagel_rt.kernels.extension import EXTENSION, EXTENSION_ERROR, cuda_error
 from bagel_rt.models.bagel.config import BagelConfig
-from bagel_rt.runtime import plan
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", "tqdm", "typer")
 
@@ -34,7 +33,7 @@ def collect(model: Path | None = None) -> dict:
     report = {
         "versions": versions(),
         "devices": devices(),
-        "extension": "compiled" if plan.EXTENSION else f"absent: {plan.EXTENSION_ERROR.strip()}",
+        "extension": "compiled" if EXTENSION else f"absent: {EXTENSION_ERROR.strip()}",
         "cuda_kernels": cuda_kernels(),
         "ops": ops(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("BAGEL_RT_")},
@@ -103,7 +102,7 @@ def checkpoint(folder: Path) -> dict:
 
     config = BagelConfig.from_folder(folder)
     weight_slots = BagelModel.allocate(config, (0, 0), "meta", torch.bfloat16).weight_slots()
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for stem, slots in weight_slots.items():
         for name, slot in slots.items():
             counts[_part(stem, name)] += math.prod(slot.shape)

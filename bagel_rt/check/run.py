@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bagel_rt.check.case import Case, Values
+from bagel_rt.check.case import Case, Outputs, Values
 from bagel_rt.check.cases import CASES
 from bagel_rt.check.info import versions
 from bagel_rt.kernels import configs
@@ -20,7 +20,7 @@ class Result:
     """Result of a case in one dtype.
 
     Attributes:
-        error: maximum |got - want| / (|want| + rms of its row); None if nothing was computed.
+        error: maximum |actual - expected| / (|expected| + rms of its row); None if nothing was computed.
         allowed: maximum error that passes.
         result: "pass", "FAIL" or "not run".
         note: the reason, if ``error`` is None.
@@ -62,7 +62,7 @@ def run(device: torch.device, cases: Sequence[Case] | None = None) -> Iterator[R
     return _run(device, CASES if cases is None else cases)
 
 
-def _run(device, cases):
+def _run(device: torch.device, cases: Sequence[Case]) -> Iterator[Result]:
     device_lost = ""
     choose_backend("triton")
     try:
@@ -78,7 +78,9 @@ def _run(device, cases):
         choose_backend(None)
 
 
-def _result(case: Case, dtype: torch.dtype, error: float | None = None, result="not run", note="") -> Result:
+def _result(
+    case: Case, dtype: torch.dtype, error: float | None = None, result: str = "not run", note: str = ""
+) -> Result:
     name = str(dtype).removeprefix("torch.")
     return Result(case.op, case.name, name, error, case.allowed(dtype), result, note)
 
@@ -93,14 +95,14 @@ def _check(case: Case, dtype: torch.dtype, device: torch.device) -> Result:
     return _result(case, dtype, error, "pass" if error <= case.allowed(dtype) else "FAIL")
 
 
-def _error(got, want) -> float:
-    """Maximum error over all outputs; nan if ``got`` contains one.
+def _error(actual: Outputs, expected: Outputs) -> float:
+    """Maximum error over all outputs; nan if ``actual`` contains one.
 
     Errors are relative to the scale of the row, since outputs may be small: attention over many keys averages them out,
     and an absolute error would accept wrong results.
     """
     errors = []
-    for one, other in zip(got, want, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         if one.shape != other.shape:
             raise ValueError(f"the kernel returned shape {tuple(one.shape)}, the reference {tuple(other.shape)}")
         difference, other = (one.double() - other).abs(), other.abs()
@@ -129,14 +131,11 @@ def device_error(device: torch.device) -> str:
 
 def describe_machine(device: torch.device) -> dict:
     """Device, the architecture whose tile sizes it uses, and versions, as JSON-safe values."""
-    cuda = device.type == "cuda"
-    properties = torch.cuda.get_device_properties(device) if cuda else None
     installed = versions()
-    return {
-        "device": f"{properties.name}, sm_{properties.major}{properties.minor}"
-        if cuda
-        else "cpu, Triton's interpreter",
-        "table": configs.architecture(device),
-        "versions": {name: installed[name] for name in ("bagel_rt", "python", "torch", "triton")}
-        | ({"cuda": torch.version.cuda} if cuda else {}),
-    }
+    shown: dict[str, str | None] = {name: installed[name] for name in ("bagel_rt", "python", "torch", "triton")}
+    name = "cpu, Triton's interpreter"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{properties.name}, sm_{properties.major}{properties.minor}"
+        shown["cuda"] = torch.version.cuda
+    return {"device": name, "table": configs.architecture(device), "versions": shown}
