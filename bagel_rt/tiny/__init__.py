@@ -1,4 +1,4 @@
-"""A synthetic world of coloured shapes, and the small model trained on it.
+"""A synthetic world of colored shapes, and the small model trained on it.
 
 :mod:`.scene` defines scenes and the train/test split, and :mod:`.render` draws them. :mod:`.examples` makes examples of
 the three tasks, with the texts of :mod:`.language`, :mod:`.edits` and :mod:`.questions`. :mod:`.judge` decides whether

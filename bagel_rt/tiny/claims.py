@@ -14,7 +14,7 @@ class GroupClaim:
     Attributes:
         size: the size of all of them.
         place: the named place of their mean position.
-        at: their centres (x, y), in any order; for things that an edit must not move.
+        at: their centers (x, y), in any order; for things that an edit must not move.
     """
 
     count: int

@@ -16,6 +16,7 @@ FRAME, BADGE = 3, 22
 BAR = (160, 8)
 PAGE, CARD, EDGE, TRACK = "#f6f5f1", "#ffffff", "#e1dfd8", "#dcd9d0"
 INK, FAINT, RIGHT, WRONG = "#24292f", "#6b7178", "#2c8a4b", "#c8373f"
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Tile:
 
     Attributes:
         images: one or two; shown as squares.
-        lines: (text, colour) of each paragraph of the caption, wrapped to the tile's width.
+        lines: (text, color) of each paragraph of the caption, wrapped to the tile's width.
         correct: True marks the last image as right, False as wrong; None draws no mark.
     """
 
@@ -64,7 +65,7 @@ def contact_sheet(title: str, note: str, sections: Sequence[Section]) -> Image.I
     return sheet
 
 
-def wrap_lines(text: str, font, width: int) -> list[str]:
+def wrap_lines(text: str, font: Font, width: int) -> list[str]:
     """Wrap a text to lines of at most ``width``; a word wider than that is broken."""
     lines, line = [], ""
     for word in text.split():
@@ -81,7 +82,7 @@ def wrap_lines(text: str, font, width: int) -> list[str]:
     return [*lines, line] if line else lines
 
 
-def _font(size: int):
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)  # bundled with Pillow: sheets look the same on every machine
 
 
@@ -123,7 +124,8 @@ def _draw_share(draw: ImageDraw.ImageDraw, left: int, share: tuple[float, float,
 
 def _rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
     """Distribute tiles over rows of ``COLUMNS`` columns."""
-    rows, columns = [[]], 0
+    rows: list[list[Tile]] = [[]]
+    columns = 0
     for tile in tiles:
         if columns + len(tile.images) > COLUMNS:
             rows.append([])
@@ -143,8 +145,8 @@ def _row(tiles: Sequence[Tile]) -> Image.Image:
         width = _width(tile)
         draw.rounded_rectangle((left, 0, left + width - 1, height - 1), 8, CARD, EDGE)
         _draw_images(image, draw, tile, left + PADDING)
-        for number, (line, colour) in enumerate(lines):
-            draw.text((left + PADDING, SIDE + 2 * PADDING + 4 + 16 * number), line, colour, _font(13))
+        for number, (line, color) in enumerate(lines):
+            draw.text((left + PADDING, SIDE + 2 * PADDING + 4 + 16 * number), line, color, _font(13))
         left += width + GAP
     return image
 
@@ -155,7 +157,7 @@ def _width(tile: Tile) -> int:
 
 def _lines(tile: Tile) -> list[tuple[str, str]]:
     width = _width(tile) - 2 * PADDING
-    return [(line, colour) for text, colour in tile.lines for line in wrap_lines(text, _font(13), width)]
+    return [(line, color) for text, color in tile.lines for line in wrap_lines(text, _font(13), width)]
 
 
 def _draw_images(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int) -> None:
@@ -171,9 +173,9 @@ def _draw_images(image: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left
     if tile.correct is None:
         draw.rectangle((left, PADDING, left + SIDE - 1, PADDING + SIDE - 1), outline=EDGE)
         return
-    colour, edge = RIGHT if tile.correct else WRONG, FRAME // 2
+    color, edge = RIGHT if tile.correct else WRONG, FRAME // 2
     box = (left - edge, PADDING - edge, left + SIDE - 1 + edge, PADDING + SIDE - 1 + edge)
-    draw.rounded_rectangle(box, 3, None, colour, FRAME)
+    draw.rounded_rectangle(box, 3, None, color, FRAME)
     badge = _badge(tile.correct)
     image.paste(badge, (left + SIDE - BADGE + 5, PADDING - 5), badge)
 

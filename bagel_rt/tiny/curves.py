@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("loss curves need matplotlib: pip install 'bagel_rt[docs]'") from None
 
-_POINTS = 200  # maximum per curve; each point is the mean of neighbouring steps
+_POINTS = 200  # maximum per curve; each point is the mean of neighboring steps
 
 
 def draw_curves(path: Path | str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:

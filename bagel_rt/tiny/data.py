@@ -29,7 +29,14 @@ from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.images import image_to_tensor
 from bagel_rt.models.bagel.tokenizer import Tokenizer
-from bagel_rt.tiny.examples import Example, make_example, make_questions, make_text_task
+from bagel_rt.tiny.examples import (
+    EditExample,
+    GenerateExample,
+    draw_edit,
+    draw_generate,
+    make_questions,
+    make_text_task,
+)
 from bagel_rt.tiny.language import caption, describe
 from bagel_rt.tiny.model import SIDE
 from bagel_rt.tiny.render import render
@@ -42,15 +49,15 @@ _SHARD_SIZE = 512  # examples per file of posteriors
 _IMAGE_BATCH = 4  # images per forward of the autoencoder; larger batches exceed the CPU cache
 
 
-def pool_example(seed: int, index: int) -> Example:
+def pool_example(seed: int, index: int) -> GenerateExample | EditExample:
     """The ``index``-th example of the pool, a function of the seed: every third is a single scene, the rest edits."""
     rng = np.random.default_rng((seed, index))
-    return make_example(rng, "generate" if index % 3 == 0 else "edit", "train")
+    return draw_generate(rng, "train") if index % 3 == 0 else draw_edit(rng, "train")
 
 
-def scenes_of(example: Example) -> list[Scene]:
+def scenes_of(example: GenerateExample | EditExample) -> list[Scene]:
     """The scenes of an example whose images are encoded: before the edit, if any, and after."""
-    return [scene for scene in (example.before, example.after) if scene is not None]
+    return [example.after] if isinstance(example, GenerateExample) else [example.before, example.after]
 
 
 @torch.inference_mode()
@@ -131,13 +138,15 @@ class TaskSampler:
         self._limits = np.cumsum(mixture) / sum(mixture)
         self._posteriors = torch.cat([load_file(file)["posterior"] for file in _shard_files(folder, size)])
         # The images of example i start at row _rows[i] of _posteriors.
-        self._rows = np.cumsum([0, *(len(scenes_of(pool_example(seed, index))) for index in range(size))])
+        pool = [pool_example(seed, index) for index in range(size)]
+        self._rows = np.cumsum([0, *(len(scenes_of(example)) for example in pool)])
         if self._rows[-1] != len(self._posteriors):
             raise ValueError(
                 f"{folder} must have {self._rows[-1]} posteriors, for {size} examples of seed {seed}, "
                 f"got {len(self._posteriors)}. Remove the folder to encode the pool again."
             )
-        self._edits = [index for index in range(size) if self._rows[index + 1] - self._rows[index] == 2]
+        rows = zip(self._rows[:-1], pool, strict=True)
+        self._edits = [(row, example) for row, example in rows if isinstance(example, EditExample)]
 
     def draw(self, rng: np.random.Generator) -> Sample:
         """Draw a sample of a random task."""
@@ -153,8 +162,7 @@ class TaskSampler:
 
     def edit(self, rng: np.random.Generator) -> Sample:
         """A random edit of the pool."""
-        index = pick(rng, self._edits)
-        row, example = self._rows[index], pool_example(self.seed, index)
+        row, example = pick(rng, self._edits)
         before, after = self._latents(row, rng), self._latents(row + 1, rng)
         patches, text = self._patches(example.before), self._ids(example.text)
         return edit_sample(before, patches, text, after, _NOISED_COPIES, self._ids(describe(example.after)))
@@ -169,7 +177,7 @@ class TaskSampler:
 
     def predict_edit(self, rng: np.random.Generator) -> Sample:
         """A new image and a new instruction, with the description of the image after the edit."""
-        example = make_example(rng, "edit", "train")
+        example = draw_edit(rng, "train")
         return ask_sample(self._patches(example.before), self._encode([(example.text, describe(example.after))]))
 
     def text_only(self, rng: np.random.Generator) -> Sample:
@@ -222,9 +230,14 @@ def edit_sample(
         description: a text about the image after the edit, with loss, at the end. It does not attend to the noised
             copies, so the model must derive it from the conditions.
     """
-    image = [Clean(before, *_grid(before), droppable=True), ViT(patches, *_grid(patches), droppable=True)]
-    answer = [Text(description, loss=True)] if description else []
-    return Sample([*image, Text(text, droppable=True), *[Noised(after, *_grid(after))] * noised_copies, *answer])
+    parts: list[Part] = [
+        Clean(before, *_grid(before), droppable=True),
+        ViT(patches, *_grid(patches), droppable=True),
+        Text(text, droppable=True),
+    ]
+    parts += [Noised(after, *_grid(after))] * noised_copies
+    parts += [Text(description, loss=True)] if description else []
+    return Sample(parts)
 
 
 def ask_sample(patches: torch.Tensor, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sample:

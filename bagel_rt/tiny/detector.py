@@ -1,11 +1,11 @@
-"""Detects the things in an image of the world, by colour segmentation and shape matching. NumPy only, deterministic.
+"""Detects the things in an image of the world, by color segmentation and shape matching. NumPy only, deterministic.
 
-The image border gives the background colour. Pixels that are nearer to the colour of a thing than to the background
-form connected components. The colour of a component is the median of its interior. Its shape is the outline with the
+The image border gives the background color. Pixels that are nearer to the color of a thing than to the background
+form connected components. The color of a component is the median of its interior. Its shape is the outline with the
 highest overlap (IoU) at the same area and centroid; an outline is stored as a radius per direction, since all are
 star-shaped about their centroids. This tolerates the blur and noise of a small autoencoder. A component that matches no
 outline is a blob without a shape. Visible patches that are too faint for a thing, such as the remains of an incomplete
-removal, are blobs without a colour.
+removal, are blobs without a color.
 """
 
 from collections.abc import Collection
@@ -21,13 +21,13 @@ from bagel_rt.tiny.scene import BACKGROUNDS, COLORS
 _SIDE = 128  # images of other sizes are resized
 _BORDER = 2  # pixels at the image edge that no thing reaches
 _MIN_PIXELS = 40  # smaller components are noise (the smallest thing, a small star, has 375 pixels)
-_COLOR_DISTANCE = 60.0  # maximum Euclidean distance in 8-bit RGB; the nearest two colours, pink and beige, are 87 apart
-_MIN_COLOR_FRACTION = 0.25  # a second colour with at least this share of a component's interior is a second thing
+_COLOR_DISTANCE = 60.0  # maximum Euclidean distance in 8-bit RGB; the nearest two colors, pink and beige, are 87 apart
+_MIN_COLOR_FRACTION = 0.25  # a second color with at least this share of a component's interior is a second thing
 # Minimum IoU with an outline. Blur removes the tips of small stars. For comparison: a circle and a square of the same
 # area have an IoU of 0.83, a star and any other shape at most 0.75.
 _MIN_IOU = {"circle": 0.88, "square": 0.88, "triangle": 0.82, "star": 0.8}
 _RADII = {"small": (0.07, 0.115), "large": (0.135, 0.19)}  # a radius outside both has no size
-_FAINT_DISTANCE = 50.0  # minimum distance from the background colour of a visible patch
+_FAINT_DISTANCE = 50.0  # minimum distance from the background color of a visible patch
 _NUM_ANGLES = 720
 _WORLD_NAMES = (*BACKGROUNDS, *COLORS)
 _WORLD_COLORS = np.array([*BACKGROUNDS.values(), *COLORS.values()], dtype=np.float32)
@@ -37,7 +37,7 @@ _WORLD_COLORS = np.array([*BACKGROUNDS.values(), *COLORS.values()], dtype=np.flo
 class DetectedThing:
     """A detected thing. Shape, color or size is None if it matches nothing in the world.
 
-    (x, y) is the centre and ``box`` the left, top, right and bottom, as fractions of the image side.
+    (x, y) is the center and ``box`` the left, top, right and bottom, as fractions of the image side.
     """
 
     shape: str | None
@@ -48,7 +48,7 @@ class DetectedThing:
     box: tuple[float, float, float, float]
 
     def __str__(self) -> str:
-        return " ".join([self.size or "odd-sized", self.color or "odd-coloured", self.shape or "blob"])
+        return " ".join([self.size or "odd-sized", self.color or "odd-colored", self.shape or "blob"])
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Component:
         return image[self.top : self.top + rows, self.left : self.left + columns]
 
     def inside(self, image: np.ndarray) -> np.ndarray:
-        """The values of an array in the component, without a margin of two pixels, where colours mix.
+        """The values of an array in the component, without a margin of two pixels, where colors mix.
 
         A component that is too small for the margin is used in full.
         """
@@ -106,19 +106,19 @@ def detect(image: Image.Image) -> DetectedScene:
 
 
 def _erode(mask: np.ndarray) -> np.ndarray:
-    """Erode a mask by one pixel (4-neighbourhood); the result is one row and column smaller on each side."""
+    """Erode a mask by one pixel (4-neighborhood); the result is one row and column smaller on each side."""
     return mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
 
 
 def _nearest_color(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
     """The index of the nearest of the colors [n, 3] for each pixel [rows, columns, 3]."""
-    # |p - c|^2 without |p|^2, which is the same for all colours. Colours are the first axis: argmin over it is faster.
+    # |p - c|^2 without |p|^2, which is the same for all colors. Colors are the first axis: argmin over it is faster.
     flat = np.ascontiguousarray(pixels.reshape(-1, 3).T)
     return ((colors * colors).sum(-1)[:, None] - 2 * (colors @ flat)).argmin(0).reshape(pixels.shape[:2])
 
 
 def _color_name(color: np.ndarray, allowed: Collection[str]) -> str | None:
-    """The name of the nearest colour of the world; None if it is not allowed or too far away."""
+    """The name of the nearest color of the world; None if it is not allowed or too far away."""
     distances = np.linalg.norm(_WORLD_COLORS - color, axis=1)
     name = _WORLD_NAMES[int(distances.argmin())]
     return name if name in allowed and distances.min() < _COLOR_DISTANCE else None
@@ -167,7 +167,7 @@ def _component_from_runs(runs: list[tuple[int, int, int]]) -> _Component:
 
 
 def _split_by_color(component: _Component, nearest: np.ndarray) -> list[_Component]:
-    """Split a component in which things of several colours touch into the components of each colour."""
+    """Split a component in which things of several colors touch into the components of each color."""
     inside = component.inside(nearest)
     colors = np.flatnonzero(np.bincount(inside) >= _MIN_COLOR_FRACTION * len(inside))
     if len(colors) < 2:
@@ -229,7 +229,7 @@ def _blob(component: _Component, color: str | None) -> DetectedThing:
 
 
 def _classify(component: _Component, pixels: np.ndarray) -> DetectedThing:
-    """Determine colour, shape, size and position of a component."""
+    """Determine color, shape, size and position of a component."""
     color = _color_name(np.median(component.inside(pixels), axis=0), COLORS)
     rows, columns = np.nonzero(component.mask)
     area, x, y = len(rows), columns.mean() + 0.5, rows.mean() + 0.5

@@ -66,7 +66,7 @@ def _replace_group(before: Scene, group: Group, changed: Group, text: str) -> Ed
 
 
 def recolor(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """Change the colour of a group."""
+    """Change the color of a group."""
     group = pick(rng, groups_of(before.things))
     color = pick(rng, [color for color in COLORS if color != group[0].color])
     who = refer(rng, group, before)
@@ -75,7 +75,7 @@ def recolor(rng: np.random.Generator, before: Scene) -> Edit | None:
 
 
 def reshape(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """Change the shape of a group; the colour stays."""
+    """Change the shape of a group; the color stays."""
     group = pick(rng, groups_of(before.things))
     shape = pick(rng, [shape for shape in SHAPES if shape != group[0].shape])
     who, what = refer(rng, group, before), article(shape) if len(group) == 1 else plural(shape, len(group))
@@ -84,7 +84,7 @@ def reshape(rng: np.random.Generator, before: Scene) -> Edit | None:
 
 
 def resize(rng: np.random.Generator, before: Scene) -> Edit | None:
-    """Change the size of a group of one or two things, around the same centre."""
+    """Change the size of a group of one or two things, around the same center."""
     group = pick(rng, groups_of(before.things))
     if len(group) == 3:
         return None  # three large things do not fit
@@ -95,7 +95,7 @@ def resize(rng: np.random.Generator, before: Scene) -> Edit | None:
 
 
 def _line_up_again(group: Group, size: str, center: tuple[float, float]) -> Group:
-    """Line up a group again, at another centre or in another size, in the same order and direction."""
+    """Line up a group again, at another center or in another size, in the same order and direction."""
     first = group[0]
     vertical = len(group) > 1 and first.x == group[1].x
     return line_up((first.shape, first.color, size), len(group), center, vertical)

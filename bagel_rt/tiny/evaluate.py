@@ -8,15 +8,16 @@ Shares have 95% confidence intervals (Wilson 1927, J. Am. Stat. Assoc. 22, 209-2
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from bagel_rt.models.bagel.settings import MAX_BATCH, resolve_settings
-from bagel_rt.tiny.examples import Example, make_example
+from bagel_rt.tiny.examples import AskExample, EditExample, Example, GenerateExample, make_example
 from bagel_rt.tiny.judge import judge, judge_answer
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import COLORS, SHAPES, SIZES
@@ -104,7 +105,7 @@ def choose_problems(count: int, seed: int, tasks: Sequence[str] = tuple(CATEGORI
     problems = []
     for task in dict.fromkeys(tasks):
         rng = np.random.default_rng([seed, list(CATEGORIES).index(task)])
-        by_category = {category: [] for category in CATEGORIES[task]}
+        by_category: dict[str, list[Problem]] = {category: [] for category in CATEGORIES[task]}
         while any(len(chosen) < count for chosen in by_category.values()):
             problem = _next_problem(rng, task)
             if len(by_category[problem.category]) < count:
@@ -120,16 +121,18 @@ def _next_problem(rng: np.random.Generator, task: str) -> Problem:
 
 def category_of(example: Example) -> str:
     """The category of an example, from the ``CATEGORIES`` of its task."""
-    return {"generate": _kind_of_scene, "edit": _kind_of_edit, "ask": _kind_of_question}[example.task](example)
+    if isinstance(example, GenerateExample):
+        return _kind_of_scene(example)
+    return _kind_of_edit(example) if isinstance(example, EditExample) else _kind_of_question(example)
 
 
-def _kind_of_scene(example: Example) -> str:
+def _kind_of_scene(example: GenerateExample) -> str:
     counts = [group.count for group in example.claims.groups]
     one, several = CATEGORIES["generate"][:2], CATEGORIES["generate"][2:]
     return (one if len(counts) == 1 else several)[max(counts) > 1]
 
 
-def _kind_of_edit(example: Example) -> str:
+def _kind_of_edit(example: EditExample) -> str:
     before, after = example.before, example.after
     if before.background != after.background:
         return "background"
@@ -142,7 +145,7 @@ def _kind_of_edit(example: Example) -> str:
     return "move"
 
 
-def _kind_of_question(example: Example) -> str:
+def _kind_of_question(example: AskExample) -> str:
     text, answer = example.text, example.answer
     for words, kind in (
         ("how many ", "count"),
@@ -162,7 +165,13 @@ def _kind_of_question(example: Example) -> str:
     return "neighbor"
 
 
-def evaluate(bagel, problems: Sequence[Problem], batch: int = 16, progress=None, **image_settings) -> Iterator[Trial]:
+def evaluate(
+    bagel: Any,
+    problems: Sequence[Problem],
+    batch: int = 16,
+    progress: Callable[[Any], None] | None = None,
+    **image_settings: Any,
+) -> Iterator[Trial]:
     """Run a model on problems and judge the results. Yields trials in order, as they complete.
 
     Args:
@@ -181,29 +190,38 @@ def evaluate(bagel, problems: Sequence[Problem], batch: int = 16, progress=None,
     return _trials(bagel, problems, batch, progress, image_settings)
 
 
-def _trials(bagel, problems, batch: int, progress, image_settings: dict) -> Iterator[Trial]:
+def _trials(
+    bagel: Any,
+    problems: Sequence[Problem],
+    batch: int,
+    progress: Callable[[Any], None] | None,
+    image_settings: dict[str, Any],
+) -> Iterator[Trial]:
     for task, group in groupby(problems, lambda problem: problem.example.task):
         same_task, size = list(group), batch if task == "generate" else 1
         for first in range(0, len(same_task), size):
             chunk = same_task[first : first + size]
             start = time.perf_counter()
-            results = _solve(bagel, task, chunk, progress, image_settings)
+            results = _solve(bagel, chunk, progress, image_settings)
             seconds = (time.perf_counter() - start) / len(chunk)
             for problem, result in zip(chunk, results, strict=True):
                 yield Trial(problem, result, _failures(problem.example, result), seconds)
 
 
-def _solve(bagel, task: str, problems: list[Problem], progress, image_settings: dict) -> list[Image.Image | str]:
+def _solve(
+    bagel: Any, problems: list[Problem], progress: Callable[[Any], None] | None, image_settings: dict[str, Any]
+) -> list[Image.Image | str]:
     """The model's results for problems of one task; only "generate" takes several problems."""
-    if task == "generate":
-        prompts, seeds = [problem.example.text for problem in problems], [problem.seed for problem in problems]
-        results = bagel.generate(prompts, seed=seeds, progress=progress, **image_settings)
-        return [_resized(result.image) for result in results]
-    (problem,) = problems
-    image, options = render(problem.example.before, SIDE), {"seed": problem.seed, "progress": progress}
-    if task == "edit":
-        return [_resized(bagel.edit(image, problem.example.text, **options, **image_settings).image)]
-    return [bagel.chat(problem.example.text, [image], max_think_token_n=ANSWER_TOKENS, **options)]
+    example, options = problems[0].example, {"seed": problems[0].seed, "progress": progress}
+    if isinstance(example, EditExample):
+        image = render(example.before, SIDE)
+        return [_resized(bagel.edit(image, example.text, **options, **image_settings).image)]
+    if isinstance(example, AskExample):
+        image = render(example.before, SIDE)
+        return [bagel.chat(example.text, [image], max_think_token_n=ANSWER_TOKENS, **options)]
+    prompts, seeds = [problem.example.text for problem in problems], [problem.seed for problem in problems]
+    results = bagel.generate(prompts, seed=seeds, progress=progress, **image_settings)
+    return [_resized(result.image) for result in results]
 
 
 def _resized(image: Image.Image) -> Image.Image:
@@ -211,19 +229,21 @@ def _resized(image: Image.Image) -> Image.Image:
 
 
 def _failures(example: Example, result: Image.Image | str) -> tuple[str, ...]:
-    if example.task == "ask":
-        return () if judge_answer(example, result) else (f"expected {example.answer!r}, got {result!r}",)
-    verdict = judge(example, result)
-    return () if verdict.correct else tuple(verdict.failures)
+    if isinstance(example, AskExample):
+        answer = str(result)
+        return () if judge_answer(example.answer, answer) else (f"expected {example.answer!r}, got {answer!r}",)
+    assert isinstance(result, Image.Image)
+    return tuple(judge(example.claims, result).failures)
 
 
 def scores(trials: Sequence[Trial]) -> list[Score]:
     """For each task with trials: the score of the task, then the scores of its categories."""
     result = []
     for task, categories in CATEGORIES.items():
-        rows = [(None, [trial for trial in trials if trial.problem.example.task == task])]
-        rows += [(name, [trial for trial in rows[0][1] if trial.problem.category == name]) for name in categories]
-        result += [_score(task, name, chosen) for name, chosen in rows if chosen]
+        of_task = [trial for trial in trials if trial.problem.example.task == task]
+        for name in (None, *categories):
+            chosen = [trial for trial in of_task if name in (None, trial.problem.category)]
+            result += [_score(task, name, chosen)] if chosen else []
     return result
 
 

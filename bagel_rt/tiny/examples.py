@@ -6,6 +6,7 @@ training example shows, describes or produces a combination of the test split.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -30,21 +31,42 @@ SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
-class Example:
-    """The inputs and the expected output of one task.
+class GenerateExample:
+    """A caption. Any image that satisfies ``claims`` is correct, such as that of the scene ``after``."""
 
-    generate: input is the caption ``text``. Expected is any image that satisfies ``claims``, such as ``after``.
-    edit: inputs are the scene ``before`` and the instruction ``text``. Expected is any image that satisfies ``claims``,
-        such as ``after``; the claims cover what must stay unchanged.
-    ask: inputs are the scene ``before`` and the question ``text``. Expected is ``answer``; there are no claims.
+    task: ClassVar[Literal["generate"]] = "generate"
+    before: ClassVar[None] = None
+    text: str
+    after: Scene
+    claims: Claims
+
+
+@dataclass(frozen=True)
+class EditExample:
+    """A scene and an instruction. Any image that satisfies ``claims`` is correct, such as that of the scene ``after``.
+
+    The claims cover what must stay unchanged.
     """
 
-    task: str
+    task: ClassVar[Literal["edit"]] = "edit"
     text: str
-    before: Scene | None
-    after: Scene | None
-    answer: str | None
+    before: Scene
+    after: Scene
     claims: Claims
+
+
+@dataclass(frozen=True)
+class AskExample:
+    """A question about a scene, and its answer."""
+
+    task: ClassVar[Literal["ask"]] = "ask"
+    after: ClassVar[None] = None
+    text: str
+    before: Scene
+    answer: str
+
+
+Example = GenerateExample | EditExample | AskExample
 
 
 def make_example(rng: np.random.Generator, task: str | None, split: str) -> Example:
@@ -61,7 +83,9 @@ def make_example(rng: np.random.Generator, task: str | None, split: str) -> Exam
     check("split", split, one_of(SPLITS))
     task = pick(rng, TASKS) if task is None else task
     check("task", task, one_of(TASKS, "None draws a random task"))
-    return {"generate": _generate, "edit": _edit, "ask": _ask}[task](rng, split)
+    if task == "generate":
+        return draw_generate(rng, split)
+    return draw_edit(rng, split) if task == "edit" else _draw_ask(rng, split)
 
 
 def _scene_of(rng: np.random.Generator, split: str, groups: int) -> Scene:
@@ -72,13 +96,15 @@ def _scene_of(rng: np.random.Generator, split: str, groups: int) -> Scene:
             return scene
 
 
-def _generate(rng: np.random.Generator, split: str) -> Example:
+def draw_generate(rng: np.random.Generator, split: str) -> GenerateExample:
+    """Draw an example of the task "generate"; see :func:`make_example`."""
     scene = _scene_of(rng, split, pick(rng, (1, 2)))
     text, claims = caption(rng, scene)
-    return Example("generate", text, None, scene, None, claims)
+    return GenerateExample(text, scene, claims)
 
 
-def _edit(rng: np.random.Generator, split: str) -> Example:
+def draw_edit(rng: np.random.Generator, split: str) -> EditExample:
+    """Draw an example of the task "edit"; see :func:`make_example`."""
     # The kind of edit and the number of groups are drawn outside the loop: rejection must not change their frequencies.
     make_edit = pick(rng, list(EDITS))
     groups = pick(rng, EDITS[make_edit])
@@ -86,15 +112,15 @@ def _edit(rng: np.random.Generator, split: str) -> Example:
         before = _scene_of(rng, split, groups)
         edit = make_edit(rng, before)
         if edit is not None and split_of(edit.after) == split:
-            return Example("edit", edit.text, before, edit.after, None, edit.claims)
+            return EditExample(edit.text, before, edit.after, edit.claims)
 
 
-def _ask(rng: np.random.Generator, split: str) -> Example:
+def _draw_ask(rng: np.random.Generator, split: str) -> AskExample:
     ask = pick(rng, list(QUESTIONS))
     while True:
         scene = _scene_of(rng, split, pick(rng, QUESTIONS[ask]))
         if (question := ask(rng, scene)) is not None:
-            return Example("ask", question[0], scene, None, question[1], Claims())
+            return AskExample(question[0], scene, question[1])
 
 
 def make_questions(rng: np.random.Generator, split: str, count: int) -> tuple[Scene, list[Question]]:
@@ -126,14 +152,14 @@ def make_text_task(rng: np.random.Generator, split: str, count: int) -> tuple[st
     """
     kind = pick(rng, ("caption", "edit", "questions"))
     if kind == "caption":
-        example = _generate(rng, split)
-        description = describe(example.after)
-        if example.claims.background is None:  # the caption does not mention it
-            description = description.removesuffix(f" on {example.after.background}")
-        return None, [(example.text, description)]
+        caption_of = draw_generate(rng, split)
+        description = describe(caption_of.after)
+        if caption_of.claims.background is None:  # the caption does not mention it
+            description = description.removesuffix(f" on {caption_of.after.background}")
+        return None, [(caption_of.text, description)]
     if kind == "edit":
-        example = _edit(rng, split)
-        return describe(example.before), [(example.text, describe(example.after))]
+        edit = draw_edit(rng, split)
+        return describe(edit.before), [(edit.text, describe(edit.after))]
     scene, questions = make_questions(rng, split, count + 1)
     return describe(scene), questions[:-1]
 
@@ -144,5 +170,5 @@ def texts(rng: np.random.Generator, n: int) -> Iterator[str]:
     for _ in range(n):
         if not pending:
             example = make_example(rng, None, "train")
-            pending = [example.text] if example.answer is None else [example.text, example.answer]
+            pending = [example.text, example.answer] if isinstance(example, AskExample) else [example.text]
         yield pending.pop(0)

@@ -6,12 +6,10 @@ from math import dist
 
 from PIL import Image
 
-from bagel_rt.tiny.claims import GroupClaim, is_at
+from bagel_rt.tiny.claims import Claims, GroupClaim, is_at
 from bagel_rt.tiny.detector import DetectedThing, detect
-from bagel_rt.tiny.examples import Example
 from bagel_rt.tiny.language import plural
 from bagel_rt.tiny.scene import center_of, relation_between
-from bagel_rt.validation import invalid
 
 _MAX_SHIFT = 0.08  # fraction of the side; a thing that shifts less than this counts as unmoved
 
@@ -24,37 +22,32 @@ class Verdict:
     failures: list[str]
 
 
-def judge(example: Example, image: Image.Image) -> Verdict:
-    """Compare an image with the claims of a "generate" or "edit" example.
+def judge(claims: Claims, image: Image.Image) -> Verdict:
+    """Compare an image with claims.
 
     The claimed groups must be there, with the claimed count, relation, place, size and background. Any other thing is a
     failure too. Attributes without a claim may have any value.
-
-    Raises:
-        ValueError: the task of the example is "ask".
     """
-    if example.task == "ask":
-        raise invalid("example.task", example.task, "generate or edit", "Use judge_answer")
     detected = detect(image)
     failures = []
     claimed = []
-    for claim in example.claims.groups:
+    for claim in claims.groups:
         group = [thing for thing in detected.things if (thing.shape, thing.color) == (claim.shape, claim.color)]
         claimed.append(group)
         failures += _failures_of_group(claim, group)
     extra = [thing for thing in detected.things if not any(thing in group for group in claimed)]
     failures += [f"unexpected {thing} at ({thing.x:.2f}, {thing.y:.2f})" for thing in extra]
-    if example.claims.relation is not None and all(claimed):
+    if claims.relation is not None and all(claimed):
         relation = relation_between(*claimed)
-        if relation != example.claims.relation:
-            failures.append(f"expected the first {example.claims.relation} the second, found {relation}")
-    if example.claims.background not in (None, detected.background):
-        failures.append(f"expected a {example.claims.background} background, found {detected.background}")
+        if relation != claims.relation:
+            failures.append(f"expected the first {claims.relation} the second, found {relation}")
+    if claims.background not in (None, detected.background):
+        failures.append(f"expected a {claims.background} background, found {detected.background}")
     return Verdict(not failures, failures)
 
 
 def _failures_of_group(claim: GroupClaim, group: list[DetectedThing]) -> list[str]:
-    """Failures among the things that have the claimed shape and colour."""
+    """Failures among the things that have the claimed shape and color."""
     name = f"{claim.color} {plural(claim.shape, claim.count)}"
     if len(group) != claim.count:
         return [f"expected {claim.count} {name}, found {len(group)}"]
@@ -70,17 +63,11 @@ def _failures_of_group(claim: GroupClaim, group: list[DetectedThing]) -> list[st
 
 
 def _largest_shift(points: tuple[tuple[float, float], ...], group: list[DetectedThing]) -> float:
-    """The largest distance between a claimed and a detected centre, in the best assignment."""
+    """The largest distance between a claimed and a detected center, in the best assignment."""
     centers = [(thing.x, thing.y) for thing in group]
     return min(max(map(dist, points, order)) for order in permutations(centers))
 
 
-def judge_answer(example: Example, text: str) -> bool:
-    """Whether a text is the expected answer. Case, whitespace and a final period are ignored.
-
-    Raises:
-        ValueError: the task of the example is not "ask".
-    """
-    if example.answer is None:
-        raise invalid("example.task", example.task, "ask", "Use judge")
-    return " ".join(text.lower().split()).removesuffix(".") == example.answer
+def judge_answer(expected: str, text: str) -> bool:
+    """Whether a text is the expected answer. Case, whitespace and a final period are ignored."""
+    return " ".join(text.lower().split()).removesuffix(".") == expected

@@ -11,6 +11,7 @@ from bagel_rt.tiny.scene import (
     PLACES,
     Group,
     Scene,
+    clear_relation,
     default_size,
     groups_of,
     pick,
@@ -102,7 +103,7 @@ def mentions_size(rng: np.random.Generator, group: Group) -> bool:
 def _caption_of_one(rng: np.random.Generator, group: Group) -> tuple[str, Claims]:
     """A noun phrase without prefix or background."""
     size = mentions_size(rng, group)
-    place = place_of(group)
+    place: str | None = place_of(group)
     if place == "center" and rng.random() < 0.5:
         place = None
     phrase = say_group(rng, group, size)
@@ -114,7 +115,7 @@ def _caption_of_one(rng: np.random.Generator, group: Group) -> tuple[str, Claims
 def _caption_of_two(rng: np.random.Generator, groups: list[Group]) -> tuple[str, Claims]:
     """A noun phrase without prefix or background, at most 14 words."""
     first, second = groups if rng.random() < 0.5 else groups[::-1]
-    relation = relation_between(first, second)
+    relation = clear_relation(first, second)
     sizes = [mentions_size(rng, first), mentions_size(rng, second)]
     claims = Claims((claim_group(first, sizes[0]), claim_group(second, sizes[1])), relation)
     one, other = say_group(rng, first, sizes[0]), say_group(rng, second, sizes[1])
@@ -127,7 +128,7 @@ def _caption_of_two(rng: np.random.Generator, groups: list[Group]) -> tuple[str,
 def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, Claims]:
     """Draw a caption of a scene, and its claims.
 
-    It always has colour, shape and count of all things and the relation of two groups. The background, the default size
+    It always has color, shape and count of all things and the relation of two groups. The background, the default size
     (large; small for three things) and the place "center" are optional; other sizes and places are always mentioned.
     All images of a caption therefore differ in the background at most.
     """

@@ -73,11 +73,11 @@ def initialize_(model: BagelModel, seed: int) -> None:
     the image to edit.
 
     If all three query heads start like this, the model pays less attention to the text. To measure this, the two
-    colours of a caption were swapped after 1,000 steps on images. The velocity error at t = 0.85 rose from 0.38 to 0.75
-    with one such head, but only from 0.49 to 0.59 with three. (It would not rise if the model ignored the colours.)
+    colors of a caption were swapped after 1,000 steps on images. The velocity error at t = 0.85 rose from 0.38 to 0.75
+    with one such head, but only from 0.49 to 0.59 with three. (It would not rise if the model ignored the colors.)
 
     In the understanding expert, one head in each of the first two layers is a previous-token head, which binds a noun
-    to its colour (``_initialize_previous_token_head_``).
+    to its color (``_initialize_previous_token_head_``).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, place in model.weight_slots()["ema"].items():
@@ -118,7 +118,7 @@ def _initialize_previous_token_head_(query: torch.Tensor, key: torch.Tensor, the
     vector rotated back by one position. After RoPE they are aligned if the key is one position before the query.
 
     After 700 steps on texts, the model paraphrased 47 of 48 two-group captions correctly with this head, and 31 without
-    it. Most errors swapped the colours.
+    it. Most errors swapped the colors.
     """
     half = len(query) // 2
     for pair in range(2):

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import numpy as np
 
 from bagel_rt.tiny.language import COUNT_WORDS, article, be, describe, name_group, plural, refer, say_relation
-from bagel_rt.tiny.scene import COLORS, OPPOSITE, SHAPES, Group, Scene, groups_of, pick, place_of, relation_between
+from bagel_rt.tiny.scene import COLORS, OPPOSITE, SHAPES, Group, Scene, clear_relation, groups_of, pick, place_of
 
 Question = tuple[str, str]
 
 
 def ask_color(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Ask for the colour of the things of one shape; None if they differ."""
+    """Ask for the color of the things of one shape; None if they differ."""
     group = pick(rng, groups_of(scene.things))
     if any(thing.shape == group[0].shape and thing.color != group[0].color for thing in scene.things):
         return None
@@ -24,7 +24,7 @@ def ask_color(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def ask_shape(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Ask for the shape of the things of one colour; None if they differ."""
+    """Ask for the shape of the things of one color; None if they differ."""
     group = pick(rng, groups_of(scene.things))
     if any(thing.color == group[0].color and thing.shape != group[0].shape for thing in scene.things):
         return None
@@ -77,14 +77,14 @@ def _name(shape: str | None, color: str | None, count: int) -> str:
 
 
 def _count(scene: Scene, shape: str | None, color: str | None) -> int:
-    """The number of things with this shape and colour; None matches all."""
+    """The number of things with this shape and color; None matches all."""
     return sum(shape in (None, thing.shape) and color in (None, thing.color) for thing in scene.things)
 
 
 def _kind(rng: np.random.Generator, scene: Scene, present: bool) -> tuple[str | None, str | None]:
     """Draw a (shape, color), either of which may be None, that is present in the scene or absent from it.
 
-    An absent kind often shares its shape or its colour with a thing in the scene, so that both matter for the answer.
+    An absent kind often shares its shape or its color with a thing in the scene, so that both matter for the answer.
     """
     form = rng.random()
     while True:
@@ -98,7 +98,7 @@ def _kind(rng: np.random.Generator, scene: Scene, present: bool) -> tuple[str | 
 
 
 def ask_background(rng: np.random.Generator, scene: Scene) -> Question:
-    """Ask for the colour of the background."""
+    """Ask for the color of the background."""
     return f"{pick(rng, ('what', 'which'))} color is the background", scene.background
 
 
@@ -112,7 +112,7 @@ def _related(rng: np.random.Generator, scene: Scene) -> tuple[Group, Group, str]
     """Two groups in random order, and the relation of the first to the second."""
     groups = groups_of(scene.things)
     first, second = groups if rng.random() < 0.5 else groups[::-1]
-    return first, second, relation_between(first, second)
+    return first, second, clear_relation(first, second)
 
 
 def ask_relation(rng: np.random.Generator, scene: Scene) -> Question:

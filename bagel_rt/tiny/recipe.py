@@ -1,4 +1,4 @@
-"""Train the embedded model on the world of coloured shapes: ``python -m bagel_rt.tiny.recipe OUT``.
+"""Train the embedded model on the world of colored shapes: ``python -m bagel_rt.tiny.recipe OUT``.
 
 Finished stages are skipped; a stopped stage is resumed. Each stage writes a folder in OUT:
 
@@ -24,9 +24,10 @@ import torch
 import typer
 
 from bagel_rt.files import atomic_write
-from bagel_rt.models.bagel.config import BagelConfig, VAEConfig
+from bagel_rt.models.bagel.config import VAEConfig
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.models.bagel.weights import BagelWeights
 from bagel_rt.tiny.curves import draw_curves
 from bagel_rt.tiny.data import TaskMixture, TaskSampler, encode_pool
 from bagel_rt.tiny.examples import texts
@@ -143,9 +144,10 @@ class RecipeRun:
         return self._train("training", seconds)
 
     def _model(self, seconds: float | None) -> bool:
-        trained, folder = self.trainer("training").averaged(), self.folder / "model"
-        save_checkpoint(trained, folder, self.folder / "tokenizer")
-        save_autoencoder(trained.vae, folder / "ae.safetensors")  # float16 replaces float32: half the size
+        folder = self.folder / "model"
+        save_checkpoint(self.trainer("training").averaged(), folder, self.folder / "tokenizer")
+        autoencoder = load_autoencoder(self.folder / "autoencoder", self.recipe.vae)
+        save_autoencoder(autoencoder, folder / "ae.safetensors")  # float16 replaces float32: half the size
         return True
 
     def _train(self, stage: str, seconds: float | None) -> bool:
@@ -183,17 +185,16 @@ def untrained_model(
 ) -> BagelModel:
     """The initial float32 model, with the trained autoencoder from a folder."""
     vae = load_autoencoder(autoencoder, recipe.vae)
-    config: BagelConfig = tiny_config(len(tokenizer), vae.config, **recipe.model_sizes)
-    markers = (tokenizer.start_of_image, tokenizer.end_of_image)
-    model = BagelModel.allocate(config, markers, torch.device(device), torch.float32)
-    model.vae.load_state_dict(vae.state_dict())
+    config = tiny_config(len(tokenizer), vae.config, **recipe.model_sizes)
+    weights = BagelWeights.allocate(config, torch.device(device), torch.float32)
+    model = BagelModel(config, weights, vae.to(device), (tokenizer.start_of_image, tokenizer.end_of_image))
     initialize_(model, recipe.seed)
     return model
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All positive values in the training logs, by stage and name."""
-    curves = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for stage in ("autoencoder", "understanding", "training"):
         log = folder / stage / "log.jsonl"
         for line in log.read_text().splitlines() if log.exists() else ():
@@ -209,7 +210,7 @@ def main(
     minutes: Annotated[float | None, typer.Option(help="Time limit; the same command resumes the run.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Train the embedded model on the world of coloured shapes."""
+    """Train the embedded model on the world of colored shapes."""
     done = RecipeRun(out, Recipe(), device=device).run(None if minutes is None else 60 * minutes)
     typer.echo(f"wrote {out / 'model'}" if done else f"stopped; run the same command again to resume in {out}")
 

@@ -22,8 +22,8 @@ def _circle() -> list[tuple[float, float]]:
     return [(math.cos(math.pi * index / 60), math.sin(math.pi * index / 60)) for index in range(120)]
 
 
-def _centred(points: list[tuple[float, float]], half_width: float) -> tuple[tuple[float, float], ...]:
-    """Scale and shift an outline so that its bounding box is centred at the origin, 2 * ``half_width`` wide."""
+def _centered(points: list[tuple[float, float]], half_width: float) -> tuple[tuple[float, float], ...]:
+    """Scale and shift an outline so that its bounding box is centerd at the origin, 2 * ``half_width`` wide."""
     columns, rows = zip(*points, strict=True)
     x, y = (min(columns) + max(columns)) / 2, (min(rows) + max(rows)) / 2
     scale = 2 * half_width / (max(columns) - min(columns))
@@ -32,10 +32,10 @@ def _centred(points: list[tuple[float, float]], half_width: float) -> tuple[tupl
 
 # Corners in units of the radius. The half widths are chosen to make the shapes look equally large.
 OUTLINES = {
-    "circle": _centred(_circle(), 1.0),
-    "square": _centred([(-1, -1), (1, -1), (1, 1), (-1, 1)], 0.88),
-    "triangle": _centred([(0, -math.sqrt(3)), (1, 0), (-1, 0)], 1.15),
-    "star": _centred(_star(), 1.15),
+    "circle": _centered(_circle(), 1.0),
+    "square": _centered([(-1, -1), (1, -1), (1, 1), (-1, 1)], 0.88),
+    "triangle": _centered([(0, -math.sqrt(3)), (1, 0), (-1, 0)], 1.15),
+    "star": _centered(_star(), 1.15),
 }
 
 
@@ -51,7 +51,7 @@ def render(scene: Scene, side: int = 128) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for thing in scene.things:
         radius = SIZES[thing.size]
-        # Pillow puts pixel centres at integers; scenes put them at half-integers.
+        # Pillow puts pixel centers at integers; scenes put them at half-integers.
         corners = [
             ((thing.x + radius * x) * canvas_side - 0.5, (thing.y + radius * y) * canvas_side - 0.5)
             for x, y in OUTLINES[thing.shape]

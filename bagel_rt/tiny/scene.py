@@ -1,9 +1,9 @@
-"""Scenes of coloured shapes, their random generation, and the train/test split.
+"""Scenes of colored shapes, their random generation, and the train/test split.
 
 A scene is a plain background with one or two groups of objects. Objects are called things, as in the texts that the
-model reads and writes. A group is one to three things of the same shape, colour and size, in a row or a column. A
+model reads and writes. A group is one to three things of the same shape, color and size, in a row or a column. A
 single group is at a named place (the center, a side, a corner). If there are two groups, one is above or left of the
-other. They always differ in colour or shape, so "the red circle" is unambiguous. Counts, sizes and the place or
+other. They always differ in color or shape, so "the red circle" is unambiguous. Counts, sizes and the place or
 relation determine every position.
 
 Lengths are fractions of the image side; x points right and y down. Things are aligned to a grid of 8 x 8 cells: a small
@@ -12,9 +12,10 @@ small model is enough.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -48,7 +49,7 @@ PLACES = {  # name -> (column, row): 0 is left or top, 1 the middle, 2 right or 
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 MAX_THINGS = 4
 
-REACH = 1.15  # maximum extent of any outline from its centre along x or y, in radii
+REACH = 1.15  # maximum extent of any outline from its center along x or y, in radii
 _ANCHORS = (0.25, 0.5, 0.75)
 _BORDER = 0.015
 _GAP = 0.025
@@ -58,9 +59,19 @@ _TWO_GROUPS = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 T = TypeVar("T")
 
 
+class Positioned(Protocol):
+    """Anything with a position: a thing of a scene, or one detected in an image."""
+
+    @property
+    def x(self) -> float: ...
+
+    @property
+    def y(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Thing:
-    """One shape. (x, y) is the centre of its bounding box."""
+    """One shape. (x, y) is the center of its bounding box."""
 
     shape: str
     color: str
@@ -91,29 +102,29 @@ def pick(rng: np.random.Generator, options: tuple[T, ...] | list[T]) -> T:
 
 
 def groups_of(things: Group) -> list[Group]:
-    """Group things by shape and colour, in order of first appearance."""
+    """Group things by shape and color, in order of first appearance."""
     groups: dict[tuple[str, str], list[Thing]] = {}
     for thing in things:
         groups.setdefault((thing.shape, thing.color), []).append(thing)
     return [tuple(group) for group in groups.values()]
 
 
-def center_of(group) -> tuple[float, float]:
-    """The mean position (x, y) of objects with ``x`` and ``y``."""
+def center_of(group: Sequence[Positioned]) -> tuple[float, float]:
+    """The mean position (x, y)."""
     return sum(thing.x for thing in group) / len(group), sum(thing.y for thing in group) / len(group)
 
 
-def place_of(group) -> str:
-    """The named place nearest to a group's centre."""
+def place_of(group: Sequence[Positioned]) -> str:
+    """The named place nearest to a group's center."""
     column, row = (0 if at < 0.375 else 2 if at > 0.625 else 1 for at in center_of(group))
     return next(name for name, cell in PLACES.items() if cell == (column, row))
 
 
-def relation_between(first, second) -> str | None:
+def relation_between(first: Sequence[Positioned], second: Sequence[Positioned]) -> str | None:
     """The relation of ``first`` to ``second``, a key of OPPOSITE; None if the groups are not clearly separated.
 
-    The groups are compared along the axis on which their centres are further apart. Along it, all things of one group
-    must be centred at least 0.08 before all things of the other.
+    The groups are compared along the axis on which their centers are further apart. Along it, all things of one group
+    must be centerd at least 0.08 before all things of the other.
     """
     (x, y), (other_x, other_y) = center_of(first), center_of(second)
     names = ("above", "below") if abs(y - other_y) > abs(x - other_x) else ("left of", "right of")
@@ -122,6 +133,18 @@ def relation_between(first, second) -> str | None:
     if max(low) + 0.08 <= min(high):
         return names[0]
     return names[1] if max(high) + 0.08 <= min(low) else None
+
+
+def clear_relation(first: Group, second: Group) -> str:
+    """The relation of two groups that are clearly separated, as those of every scene.
+
+    Raises:
+        ValueError: they are not.
+    """
+    relation = relation_between(first, second)
+    if relation is None:
+        raise invalid("the groups", (first, second), "above, below, left of or right of each other")
+    return relation
 
 
 def fits(things: Group) -> bool:
@@ -141,7 +164,7 @@ def fits(things: Group) -> bool:
     )
 
 
-def combination(scene: Scene) -> tuple:
+def combination(scene: Scene) -> tuple[str | int, ...]:
     """The attributes that decide whether a scene is for training or testing; the upper or left group comes first.
 
     Raises:
@@ -173,7 +196,7 @@ def default_size(count: int) -> str:
 def line_up(
     kind: tuple[str, str, str], count: int, center: tuple[float, float], vertical: bool = False
 ) -> tuple[Thing, ...]:
-    """Place ``count`` things of a kind (shape, color, size) in a row or a column of cells, around a centre.
+    """Place ``count`` things of a kind (shape, color, size) in a row or a column of cells, around a center.
 
     The row or column is shifted to stay inside the grid.
     """
@@ -185,7 +208,7 @@ def line_up(
 
 
 def _cell(center: float, cells: int) -> int:
-    """The first of ``cells`` adjacent cells around a centre, clamped to the grid."""
+    """The first of ``cells`` adjacent cells around a center, clamped to the grid."""
     return min(max(round(center * GRID - cells / 2), 0), GRID - cells)
 
 

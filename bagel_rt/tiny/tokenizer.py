@@ -1,6 +1,6 @@
 """Training of a byte-level BPE tokenizer (Sennrich et al. 2016, arXiv:1508.07909), in the file format of Qwen2.
 
-The vocabulary has the 256 bytes, then the learnt merges in order, then Qwen2's special tokens in their order.
+The vocabulary has the 256 bytes, then the learned merges in order, then Qwen2's special tokens in their order.
 """
 
 import json

@@ -14,7 +14,6 @@ from bagel_rt.models.bagel.autoencoder import AutoEncoder
 from bagel_rt.models.bagel.config import VAEConfig
 from bagel_rt.models.bagel.images import image_to_tensor, tensor_to_image
 from bagel_rt.tiny.claims import Claims, claim_group
-from bagel_rt.tiny.examples import Example
 from bagel_rt.tiny.judge import judge
 from bagel_rt.tiny.model import SIDE
 from bagel_rt.tiny.render import render
@@ -33,7 +32,7 @@ from bagel_rt.tiny.scene import (
 from bagel_rt.train.autoencoder import AutoencoderSettings, AutoencoderTrainer, sample_posterior
 
 _IMAGE_BATCH = 4  # images per forward; larger batches exceed the CPU cache
-# (number of images, their side in pixels) of a step, uniformly drawn. Small crops have many colours and edges and are
+# (number of images, their side in pixels) of a step, uniformly drawn. Small crops have many colors and edges and are
 # the most efficient to learn from. But GroupNorm statistics depend on the area of the background, so whole scenes are
 # needed too.
 _EARLY = ((8, 32), (8, 32), (8, 32), (8, 32), (4, 64), (4, 64), (1, SIDE))
@@ -110,19 +109,19 @@ def evaluate_reconstructions(model: AutoEncoder, count: int) -> dict[str, float]
     """
     noise, errors, correct = torch.Generator().manual_seed(2), [], 0
     scenes, images = _images("test", count)
-    scenes = iter(scenes)
+    remaining = iter(scenes)
     for pixels in images:
         decoded = model.decoder(sample_posterior(*model.moments(pixels), noise)).clamp(-1, 1)
         errors.append((decoded - pixels).square().mean((1, 2, 3)) / 4)  # in the range [0, 1] of pixels
-        correct += sum(depicts(tensor_to_image(image), next(scenes)) for image in decoded)
+        correct += sum(depicts(tensor_to_image(image), next(remaining)) for image in decoded)
     return {"psnr": -10 * torch.cat(errors).mean().log10().item(), "agreement": correct / count}
 
 
-def depicts(image, scene: Scene) -> bool:
+def depicts(image: Image.Image, scene: Scene) -> bool:
     """Whether the judge accepts an image as the scene, with all positions."""
     groups = tuple(claim_group(group, at=True) for group in groups_of(scene.things))
     claims = Claims(groups, background=scene.background)
-    return judge(Example("generate", "", None, scene, None, claims), image).correct
+    return judge(claims, image).correct
 
 
 def draw_images(rng: np.random.Generator, done: float) -> list[Image.Image]:
@@ -142,7 +141,7 @@ def draw_images(rng: np.random.Generator, done: float) -> list[Image.Image]:
 
 
 def _random_crop(rng: np.random.Generator, scene: Scene, side: int) -> Image.Image:
-    """A square crop that has the centre of a random thing in its inner 80%."""
+    """A square crop that has the center of a random thing in its inner 80%."""
     thing = pick(rng, scene.things)
     corner = [round(center * SIDE - (0.1 + 0.8 * rng.random()) * side) for center in (thing.x, thing.y)]
     left, top = (min(max(start, 0), SIDE - side) for start in corner)
@@ -152,7 +151,7 @@ def _random_crop(rng: np.random.Generator, scene: Scene, side: int) -> Image.Ima
 def draw_clutter(rng: np.random.Generator) -> Scene:
     """Draw many overlapping things at random positions.
 
-    This is not a valid scene of the world, but it has many colours, edges and corners: per pixel, the autoencoder
+    This is not a valid scene of the world, but it has many colors, edges and corners: per pixel, the autoencoder
     learns ten times as fast from it.
     """
     things = [

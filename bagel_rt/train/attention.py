@@ -45,14 +45,23 @@ class Batches(NamedTuple):
     position: torch.Tensor
 
 
-def training_attention(q, k_cache, v_cache, limits, blocks):
+def training_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, limits: torch.Tensor, blocks: torch.Tensor
+) -> torch.Tensor:
     """:func:`bagel_rt.kernels.attention.attention`, but batched and differentiable where no attention kernel runs."""
     if wants_gradient(q, k_cache, v_cache) and not runs_attention_kernel(q.detach()):
         return attention_batched(q, k_cache, v_cache, limits, blocks, q.shape[-1] ** -0.5)
     return attention(q, k_cache, v_cache, limits, blocks)
 
 
-def attention_batched(q, k_cache, v_cache, limits, blocks, scale):
+def attention_batched(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    limits: torch.Tensor,
+    blocks: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     """:func:`bagel_rt.kernels.attention.attention_reference` in operations that autograd differentiates."""
     T, Hq, D = q.shape
     Hkv = k_cache.shape[1]
@@ -71,22 +80,34 @@ def attention_batched(q, k_cache, v_cache, limits, blocks, scale):
     return torch.cat(outputs).index_select(0, plan.position).view(T, Hq, D)
 
 
-# Weak references to limits and blocks, their versions, and the batches of the latest plan.
-_latest: tuple = (lambda: None, lambda: None, None, None)
+class _CachedPlan(NamedTuple):
+    """The batches of a plan, with weak references to its tensors. Versions detect in-place changes."""
+
+    limits: weakref.ref[torch.Tensor]
+    blocks: weakref.ref[torch.Tensor]
+    versions: tuple[int, int, int]  # of limits and blocks, and Hkv
+    batches: Batches
 
 
-def _cached_batches(limits, blocks, Hkv) -> Batches:
-    """The batches of a plan, reused while the plan stays the same. Versions detect in-place changes."""
+_latest: _CachedPlan | None = None
+
+
+def _cached_batches(limits: torch.Tensor, blocks: torch.Tensor, Hkv: int) -> Batches:
+    """The batches of a plan, reused while the plan stays the same."""
     global _latest
     versions = (limits._version, blocks._version, Hkv)
-    limits_ref, blocks_ref, cached_versions, batches = _latest
-    if limits_ref() is not limits or blocks_ref() is not blocks or cached_versions != versions:
+    if (
+        _latest is None
+        or _latest.limits() is not limits
+        or _latest.blocks() is not blocks
+        or _latest.versions != versions
+    ):
         batches = plan_batches(limits.cpu().numpy(), blocks.cpu().numpy(), limits.device, Hkv)
-        _latest = (weakref.ref(limits), weakref.ref(blocks), versions, batches)
-    return batches
+        _latest = _CachedPlan(weakref.ref(limits), weakref.ref(blocks), versions, batches)
+    return _latest.batches
 
 
-def plan_batches(limits: np.ndarray, blocks: np.ndarray, device, Hkv: int) -> Batches:
+def plan_batches(limits: np.ndarray, blocks: np.ndarray, device: torch.device, Hkv: int) -> Batches:
     """Plan the batches; ``limits`` and ``blocks`` as in :func:`bagel_rt.kernels.attention.attention`."""
     by_size: dict[tuple[int, int], list[_Group]] = {}
     for group in _groups(limits, blocks):
@@ -104,9 +125,11 @@ def plan_batches(limits: np.ndarray, blocks: np.ndarray, device, Hkv: int) -> Ba
             hidden[b, :, m:], hidden[b, :n, :m] = True, group.hidden
             position[group.rows] = offset + (b * Hkv + heads.T) * R + np.arange(n)[:, None]
         offset += B * Hkv * R
-        indexes = [torch.from_numpy((index[:, None] * Hkv + heads).reshape(-1)).to(device) for index in (rows, keys)]
-        hidden = torch.from_numpy(hidden[:, None, :, None]).to(device) if hidden.any() else None
-        batches.append(Batch(*indexes, (B, R, K), hidden))
+        row_index, key_index = (
+            torch.from_numpy((index[:, None] * Hkv + heads).reshape(-1)).to(device) for index in (rows, keys)
+        )
+        mask = torch.from_numpy(hidden[:, None, :, None]).to(device) if hidden.any() else None
+        batches.append(Batch(row_index, key_index, (B, R, K), mask))
     return Batches(batches, torch.from_numpy(position.reshape(-1)).to(device))
 
 

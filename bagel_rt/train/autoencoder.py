@@ -58,7 +58,7 @@ class AutoencoderSettings:
     seed: int = checked(integer(0), 0)
     bfloat16: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     def learning_rate_at(self, step: int) -> float:
@@ -73,7 +73,12 @@ class AutoencoderTrainer(TrainingRun):
     name, progress_losses = "autoencoder", ("reconstruction", "kl")
 
     def __init__(
-        self, config: VAEConfig, draw: DrawImages, settings: AutoencoderSettings, folder: str | Path, device="cpu"
+        self,
+        config: VAEConfig,
+        draw: DrawImages,
+        settings: AutoencoderSettings,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
     ):
         """
         Args:
@@ -100,8 +105,9 @@ class AutoencoderTrainer(TrainingRun):
         self.network.to(torch.bfloat16 if settings.bfloat16 else torch.float32)
         self._optimizer = torch.optim.AdamW(self._weights, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
         allocate_moments(self._optimizer, self._weights)
-        for weight in self._weights:
-            weight.grad = torch.zeros_like(weight)
+        self._gradients = [torch.zeros_like(weight) for weight in self._weights]
+        for weight, gradient in zip(self._weights, self._gradients, strict=True):
+            weight.grad = gradient
         self._resume(self._optimizer)
 
     def averaged(self) -> AutoEncoder:
@@ -115,7 +121,8 @@ class AutoencoderTrainer(TrainingRun):
         return {"run": self._configuration}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors, names = {}, [name for name, _ in self.network.named_parameters()]
+        tensors: dict[str, torch.Tensor] = {}
+        names = [name for name, _ in self.network.named_parameters()]
         for name, weight, average in zip(names, self._weights, self._average, strict=True):
             state = self._optimizer.state[weight]
             kinds = {"weight": weight, "average": average, **{kind: state[kind] for kind in MOMENTS}}
@@ -134,9 +141,7 @@ class AutoencoderTrainer(TrainingRun):
         edge_weight = settings.edge_weight if self.step >= settings.edge_weight_start * settings.steps else 0.0
         reconstruction, kl = autoencoder_losses(self.network, pixels, noise, edge_weight)
         loss = reconstruction + settings.kl_weight * kl
-        self.network.zero_grad()
-        loss.backward()
-        torch._foreach_copy_([weight.grad for weight in self._weights], [w.grad for w in self.network.parameters()])
+        torch._foreach_copy_(self._gradients, torch.autograd.grad(loss, list(self.network.parameters())))
         torch.nn.utils.clip_grad_norm_(self._weights, settings.clip, error_if_nonfinite=True)
         self._updating = True
         self._optimizer.param_groups[0]["lr"] = settings.learning_rate_at(self.step)
@@ -158,11 +163,13 @@ def initialize_(network: AutoEncoder) -> None:
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            torch.nn.init.zeros_(module.bias)
             if name.endswith(("conv2", "proj_out")):
                 torch.nn.init.zeros_(module.weight)
-    _, logvar = network.encoder.conv_out.bias.chunk(2)
-    logvar.fill_(2 * np.log(0.05))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+                if name == "encoder.conv_out":
+                    _, logvar = module.bias.chunk(2)
+                    logvar.fill_(2 * np.log(0.05))
 
 
 def autoencoder_losses(
@@ -184,7 +191,7 @@ def autoencoder_losses(
 
 
 def edge_mask(pixels: torch.Tensor) -> torch.Tensor:
-    """Mark pixels whose 5x5 neighbourhood spans more than a tenth of the value range; bool [B, 1, H, W]."""
+    """Mark pixels whose 5x5 neighborhood spans more than a tenth of the value range; bool [B, 1, H, W]."""
     highest, lowest = (F.max_pool2d(sign * pixels, 5, stride=1, padding=2) * sign for sign in (1, -1))
     return (highest - lowest).amax(1, keepdim=True) > 0.2
 

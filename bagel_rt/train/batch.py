@@ -79,7 +79,7 @@ class TrainingBatch:
     mse_loss_indexes: torch.Tensor
     ce_loss_weights: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_shapes()
         self._check_rows()
         self._check_losses()
@@ -184,7 +184,9 @@ def training_segments(
     return segments
 
 
-def _split_samples(split_lens, attn_modes, sample_lens) -> list[list[tuple[int, str]]]:
+def _split_samples(
+    split_lens: Sequence[int], attn_modes: Sequence[str], sample_lens: Sequence[int]
+) -> list[list[tuple[int, str]]]:
     """(length, mode) of every split of every sample. ValueError if lengths or modes are inconsistent."""
     if len(split_lens) != len(attn_modes):
         raise ValueError(f"attn_modes must have {len(split_lens)} entries, one per split, got {len(attn_modes)}.")
@@ -198,7 +200,8 @@ def _split_samples(split_lens, attn_modes, sample_lens) -> list[list[tuple[int, 
         raise ValueError(
             f"split_lens must add up to {sum(sample_lens)}, the sum of sample_lens, got {sum(split_lens)}."
         )
-    samples, splits = [], iter(zip(split_lens, attn_modes, strict=True))
+    samples: list[list[tuple[int, str]]] = []
+    splits = iter(zip(split_lens, attn_modes, strict=True))
     for number, length in enumerate(sample_lens):
         samples.append([])
         while length > 0:

@@ -15,6 +15,7 @@ from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.vision import connect, vision_tower
 from bagel_rt.runtime.batch import ForwardBatch
+from bagel_rt.runtime.slots import KVCache
 from bagel_rt.train.attention import training_attention
 from bagel_rt.train.batch import TrainingBatch, check_range
 from bagel_rt.validation import check, number
@@ -62,7 +63,7 @@ def training_losses(
     order = torch.from_numpy(plan.order).to(device)
     rows = ForwardBatch.from_plan(plan, batch.packed_position_ids.numpy(), model.rope)
     hidden = _embed(model, batch, x, t)[order]
-    hidden = model.transformer.forward(hidden, rows, _Slots(model, len(batch)), training_attention)
+    hidden = model.transformer.forward(hidden, rows, _FreshCache(model, len(batch)), training_attention)
     last_hidden = model.transformer.final_norm(hidden, plan.G)[order.argsort()]
 
     logits = F.linear(last_hidden[batch.ce_loss_indexes.to(device)], model.weights.lm_head)
@@ -74,15 +75,16 @@ def training_losses(
     return Losses(ce, mse, _mean(ce), _mean(mse), ce_reweighted, last_hidden)
 
 
-class _Slots:
-    """Replaces the KV cache for one forward. Every layer gets new tensors, because autograd keeps them."""
+class _FreshCache(KVCache):
+    """A KV cache for one forward. Every layer gets new tensors, because autograd keeps them."""
 
     def __init__(self, model: BagelModel, slots: int):
         llm = model.config.llm
-        self._like = torch.empty(slots, llm.num_kv_heads, llm.head_dim, dtype=model.dtype, device=model.device)
+        super().__init__(llm.num_layers, llm.num_kv_heads, llm.head_dim, model.dtype, model.device)
+        self._layer_shape = (slots, llm.num_kv_heads, llm.head_dim)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty_like(self._like), torch.empty_like(self._like)
+        return self.k.new_empty(self._layer_shape), self.v.new_empty(self._layer_shape)
 
 
 def flow_timesteps(raw: torch.Tensor, shift: float) -> torch.Tensor:
@@ -107,7 +109,7 @@ def flow_pair(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tu
 def encode_padded(model: BagelModel, images: Sequence[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
     """Encode the images of a batch together, as the official trainer does.
 
-    Each image is in the top left corner of a common canvas of zeros (grey). The padding changes the latents of smaller
+    Each image is in the top left corner of a common canvas of zeros (gray). The padding changes the latents of smaller
     images near its border, so the result differs from encoding the images one by one.
 
     Args:
@@ -118,8 +120,10 @@ def encode_padded(model: BagelModel, images: Sequence[torch.Tensor], noise: torc
         Latents [n, z, canvas height / stride, canvas width / stride] after shift and scale, float32.
 
     Raises:
-        ValueError: ``images`` is empty, or ``noise`` has the wrong shape.
+        ValueError: ``images`` is empty, ``noise`` has the wrong shape, or the model has no autoencoder.
     """
+    if model.vae is None:
+        raise ValueError("the model must have an autoencoder to encode images, got none.")
     if not images:
         raise ValueError("images must not be empty, got 0 images.")
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))

@@ -107,7 +107,7 @@ class Sample:
 
     parts: Sequence[Part]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for number, part in enumerate(self.parts):
             _check_part(number, part, self.parts[number + 1] if number + 1 < len(self.parts) else None)
 
@@ -218,10 +218,23 @@ class _Builder:
 
     def __init__(self, config: BagelConfig, tokens: SpecialTokens, timesteps: list[float]):
         self.config, self.tokens, self.timesteps = config, tokens, iter(timesteps)
-        self.sample_lens, self.split_lens, self.modes, self.vit_lens = [], [], [], []
-        self.positions, self.text_rows, self.text_ids, self.vit_rows, self.vae_rows = [], [], [], [], []
-        self.target_rows, self.labels, self.weights = [], [], []
-        self.patches, self.latents, self.vit_ids, self.vae_ids, self.raws = [], [], [], [], []
+        self.modes: list[str] = []
+        self.sample_lens: list[int] = []
+        self.split_lens: list[int] = []
+        self.vit_lens: list[int] = []
+        self.positions: list[int] = []
+        self.text_rows: list[int] = []
+        self.text_ids: list[int] = []
+        self.vit_rows: list[int] = []
+        self.vae_rows: list[int] = []
+        self.target_rows: list[int] = []
+        self.labels: list[int] = []
+        self.weights: list[float] = []
+        self.raws: list[float] = []
+        self.patches: list[torch.Tensor] = []
+        self.latents: list[torch.Tensor] = []
+        self.vit_ids: list[torch.Tensor] = []
+        self.vae_ids: list[torch.Tensor] = []
 
     def add(self, sample: Sample) -> None:
         first, position = len(self.positions), 0
@@ -297,7 +310,7 @@ class _Builder:
         def integers(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64)
 
-        def joined(tensors: list[torch.Tensor], *empty: int, dtype=torch.float32) -> torch.Tensor:
+        def joined(tensors: list[torch.Tensor], *empty: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.cat([torch.empty(*empty, dtype=dtype), *tensors])
 
         raws, vae_rows = torch.tensor(self.raws, dtype=torch.float32), integers(self.vae_rows)

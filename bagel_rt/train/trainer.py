@@ -67,7 +67,7 @@ class TrainingSettings:
     seed: int = checked(integer(0), 0)
     bfloat16: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     def learning_rate_at(self, step: int) -> float:
@@ -155,7 +155,7 @@ class Trainer(TrainingRun):
         batch, latents, noise = self.data(step, micro_batch)
         model = self.parameters.model(dtype=torch.bfloat16 if settings.bfloat16 else None)
         losses = training_losses(model, batch, latents, noise, settings.timestep_shift)
-        ce = losses.ce_reweighted if settings.ce_reweighting else losses.ce
+        ce = losses.ce_reweighted if settings.ce_reweighting and losses.ce_reweighted is not None else losses.ce
         total = settings.ce_weight * ce + settings.mse_weight * losses.mse
         # Parameters that this batch does not use get zero gradients: AdamW would skip None.
         gradients = torch.autograd.grad(total, list(self._trained.values()), materialize_grads=True)
@@ -198,7 +198,7 @@ class Trainer(TrainingRun):
         return json.loads(json.dumps(settings))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, leaf in self._trained.items():
             moments = {kind: self._optimizer.state[leaf][kind] for kind in MOMENTS}
             kinds = {"weight": leaf.detach(), "average": self._average[name], **moments}

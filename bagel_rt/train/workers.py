@@ -57,7 +57,9 @@ def _init_worker(compute: Callable[[int, int], Any], threads: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    connection.wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent is not None  # this runs in a worker only
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 

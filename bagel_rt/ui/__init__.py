@@ -9,7 +9,7 @@ examples.py   example prompts and images
 gallery.py    files of generated images and previews
 jobs.py       requests in the model thread, with live views
 thoughts.py   split a text into thought and answer
-theme.py      colours, fonts, the status line
+theme.py      colors, fonts, the status line
 """
 
 import os

@@ -3,7 +3,9 @@
 import os
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 import gradio as gr
 
@@ -33,7 +35,7 @@ class Page:
         Args:
             bagel: used by the page alone from now on.
             name: of the model, as shown.
-            small: whether it is the embedded model of coloured shapes, which has examples of its own.
+            small: whether it is the embedded model of colored shapes, which has examples of its own.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="bagel_rt-", ignore_cleanup_errors=True)
         os.environ["GRADIO_TEMP_DIR"] = self._folder.name  # for uploads and copies of shown files
@@ -75,7 +77,9 @@ class Page:
     def __enter__(self) -> "Page":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._jobs.close()
         self._blocks.close(verbose=False)
         self._folder.cleanup()
@@ -121,9 +125,10 @@ class Page:
 def _free_port() -> int:
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
-        return trial.getsockname()[1]
+        port: int = trial.getsockname()[1]
+        return port
 
 
-def _carry(tab: str):
+def _carry(tab: str) -> Callable[[str], tuple[str, gr.Tabs]]:
     """A handler that sends an image to another tab."""
     return lambda path: (path, gr.Tabs(selected=tab))

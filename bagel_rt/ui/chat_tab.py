@@ -7,7 +7,7 @@ import gradio as gr
 
 from bagel_rt.models.bagel.settings import MAX_INPUTS, MAX_ROUNDS, TASKS
 from bagel_rt.request import ImageResult
-from bagel_rt.ui.controls import Controls, labelled, resolve_seed
+from bagel_rt.ui.controls import Controls, labeled, resolve_seed
 from bagel_rt.ui.gallery import Gallery
 from bagel_rt.ui.image_tab import EVENT, open_upload, seed_input
 from bagel_rt.ui.jobs import Jobs, View
@@ -66,13 +66,13 @@ class ChatTab:
 
     def _build_settings(self, think: bool) -> None:
         self._new = gr.Button("New conversation", elem_id="chat-new")
-        self._think = labelled("think", gr.Checkbox, value=think, elem_id="chat-think")
+        self._think = labeled("think", gr.Checkbox, value=think, elem_id="chat-think")
         with gr.Accordion("Settings", open=False, elem_id="chat-settings"):
             self._seed = seed_input("chat")
             rounds = {"minimum": 1, "maximum": MAX_ROUNDS, "step": 1, "precision": 0, "value": 3}
-            self._rounds = labelled("max_rounds", gr.Slider, **rounds)
+            self._rounds = labeled("max_rounds", gr.Slider, **rounds)
             self._controls = Controls(*TASKS["interleave"], prefix="chat")
-            self._previews = labelled("previews", gr.Checkbox, value=True)
+            self._previews = labeled("previews", gr.Checkbox, value=True)
 
     def _stop(self, request: gr.Request) -> None:
         self.jobs.cancel((request.session_hash, "chat"))

@@ -31,8 +31,8 @@ _HEADINGS = {"cfg_text_scale": "Guidance", "timestep_shift": "Steps", "max_think
 _SHAPES = {"1:1": (1, 1), "4:3": (3, 4), "3:4": (4, 3), "16:9": (9, 16), "9:16": (16, 9)}  # (height, width)
 
 
-def labelled(name: str, kind: type[gr.components.Component], **options) -> gr.components.Component:
-    """Create a control labelled with its title and official name, with its help text."""
+def labeled(name: str, kind: type[gr.components.Component], **options) -> gr.components.Component:
+    """Create a control labeled with its title and official name, with its help text."""
     title, info = CONTROL_TEXTS[name]
     return kind(label=f"{title} ({name})" if name != title.lower() else title, info=info, **options)
 
@@ -58,10 +58,10 @@ class Controls:
             gr.HTML(f"<h3>{_HEADINGS[name]}</h3>", elem_classes=["bare", "heading"])
         common = {"elem_id": f"{self._prefix}-{name}", "value": default}
         if isinstance(default, bool):
-            self.components[name] = labelled(name, gr.Checkbox, **common)
+            self.components[name] = labeled(name, gr.Checkbox, **common)
             return
         if get_origin(field.type) is Literal:
-            self.components[name] = labelled(name, gr.Radio, choices=list(get_args(field.type)), **common)
+            self.components[name] = labeled(name, gr.Radio, choices=list(get_args(field.type)), **common)
             return
         low, high, step = field.metadata["slider"]
         if isinstance(default, tuple):
@@ -72,7 +72,7 @@ class Controls:
             return
         precision = 0 if isinstance(default, int) else None
         options = {"minimum": low, "maximum": high, "step": step, "precision": precision}
-        self.components[name] = labelled(name, gr.Slider, **options, **common)
+        self.components[name] = labeled(name, gr.Slider, **options, **common)
 
     def read(self, values: dict) -> dict:
         """Return the hyper-parameters from the values of the components."""

@@ -11,7 +11,7 @@ import bagel_rt
 
 FOLDER = Path(bagel_rt.__file__).parent / "assets" / "examples"
 
-# The world of the embedded model: coloured shapes on plain backgrounds.
+# The world of the embedded model: colored shapes on plain backgrounds.
 GENERATED = {  # image -> (prompt, seed)
     "star": ("a large blue star in the center on white", 0),
     "triangles": ("three orange triangles at the bottom", 0),

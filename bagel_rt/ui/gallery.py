@@ -9,6 +9,7 @@ import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -19,6 +20,7 @@ SHOWN = 24  # images in a page's gallery
 KEPT = 200  # images of a page; older ones are deleted
 _PREVIEWS = 3  # files of one control: a browser may still be loading the previous one
 _PREVIEW_SIDE = 640  # pixels, of the longer side
+Entry = TypeVar("Entry", tuple[Path, str], tuple[Path, Image.Image])
 
 
 @dataclass(eq=False)
@@ -38,7 +40,7 @@ class Gallery:
     """Files in one folder, by page. Thread-safe: a page may leave while its image is being written; then the file is
     deleted."""
 
-    def __init__(self, folder: Path, source: dict):
+    def __init__(self, folder: Path, source: dict[str, Any]):
         """
         Args:
             folder: for the files; its creator deletes it.
@@ -57,10 +59,11 @@ class Gallery:
         """Delete a page's files."""
         with self._lock:
             files = self._pages.pop(page, _Files())
-        for entries in (files.images, *files.previews.values()):
-            _delete(entries)
+        _delete(files.images)
+        for previews in files.previews.values():
+            _delete(previews)
 
-    def add(self, page: Hashable, result: ImageResult, caption: str, **request) -> str | None:
+    def add(self, page: Hashable, result: ImageResult, caption: str, **request: Any) -> str | None:
         """Write an image. Returns its path, or None if the page has left."""
         path = self._new_path(f"bagel-seed-{result.seed}.png")
         parameters = self._source | {"seed": result.seed} | request | result.parameters
@@ -90,7 +93,7 @@ class Gallery:
         small.save(path, quality=90)
         return self._keep(page, files, previews, (path, image), _PREVIEWS)
 
-    def _keep(self, page: Hashable, files: _Files, entries: list, entry: tuple, length: int) -> str | None:
+    def _keep(self, page: Hashable, files: _Files, entries: list[Entry], entry: Entry, length: int) -> str | None:
         """Add a written file and delete those beyond ``length``; delete all if the page has left."""
         with self._lock:
             stays = self._pages.get(page) is files
@@ -106,6 +109,6 @@ class Gallery:
         return folder / name
 
 
-def _delete(entries: list[tuple[Path, object]]) -> None:
+def _delete(entries: list[Entry]) -> None:
     for path, _ in entries:
         shutil.rmtree(path.parent, ignore_errors=True)

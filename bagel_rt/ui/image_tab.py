@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.settings import TASKS
-from bagel_rt.ui.controls import SEED_LIMIT, Controls, labelled, preset_sizes, resolve_seed
+from bagel_rt.ui.controls import SEED_LIMIT, Controls, labeled, preset_sizes, resolve_seed
 from bagel_rt.ui.gallery import Gallery
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.theme import idle, status
@@ -55,7 +55,7 @@ class ImageTab:
         self._shapes = preset_sizes(self.jobs.bagel.model.config)
         if not edits:
             self._shape = gr.Radio(list(self._shapes), value="1:1", label="Shape", elem_id="draw-shape")
-        self._think = labelled("think", gr.Checkbox, elem_id=f"{name}-think")
+        self._think = labeled("think", gr.Checkbox, elem_id=f"{name}-think")
         with gr.Row():
             words = "Edit" if edits else "Draw"
             self._run = gr.Button(words, variant="primary", elem_id=f"{name}-run", scale=3)
@@ -71,9 +71,9 @@ class ImageTab:
             with gr.Row():
                 self._width = gr.Slider(value=width, label="Width, pixels", **limits)
                 self._height = gr.Slider(value=height, label="Height, pixels", **limits)
-        self._negative = labelled("negative_prompt", gr.Textbox, lines=1)
+        self._negative = labeled("negative_prompt", gr.Textbox, lines=1)
         self._controls = Controls(*TASKS["edit" if self.edits else "generate"], prefix=self._name)
-        self._previews = labelled("previews", gr.Checkbox, value=True)
+        self._previews = labeled("previews", gr.Checkbox, value=True)
 
     def _build_result(self) -> None:
         name = self._name
@@ -177,7 +177,7 @@ class ImageTab:
 def seed_input(task: str) -> gr.Number:
     """A control for the seed; -1 for a new one each time."""
     limits = {"precision": 0, "minimum": -1, "maximum": SEED_LIMIT}
-    return labelled("seed", gr.Number, value=-1, elem_id=f"{task}-seed", **limits)
+    return labeled("seed", gr.Number, value=-1, elem_id=f"{task}-seed", **limits)
 
 
 def image_input(elem_id: str) -> gr.Image:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Generic, TypeVar
 
 from PIL import Image
 
 from bagel_rt.errors import Cancelled
 from bagel_rt.model_thread import Busy, Job, ModelThread, Stopping
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import Progress
+from bagel_rt.request import Progress, ProgressCallback
 
 MAX_JOBS = 32  # running and waiting; each has a thread of the web server
 _PAUSE = 0.05  # seconds between two views
@@ -23,10 +24,13 @@ _PREVIEW_PAUSE = 0.2  # minimum seconds between two previews
 _PREVIEW_SHARE = 5  # previews take at most 1 / this of the time
 _CLOSE_SECONDS = 60.0  # for the step that the model is at
 _LOG = logging.getLogger("bagel_rt.ui")
+T = TypeVar("T")
+Key = tuple[Hashable, str]  # page and task
+Call = Callable[[ProgressCallback], T]  # a call of the model, with its progress callback
 
 
 @dataclass(frozen=True)
-class View:
+class View(Generic[T]):
     """State of a request at one moment.
 
     Attributes:
@@ -45,7 +49,7 @@ class View:
     ahead: int = 0
     seconds: float = 0.0
     parts: tuple[str | Image.Image, ...] = ()
-    result: object = None
+    result: T | None = None
     error: Exception | None = None
 
     @property
@@ -64,10 +68,10 @@ class View:
         return next((part for part in reversed(self.parts) if isinstance(part, Image.Image)), None)
 
 
-class WatchedJob(Job):
+class WatchedJob(Job, Generic[T]):
     """One request of a page, with the view of its state."""
 
-    def __init__(self, call: Callable, previews: bool, keep_last: bool):
+    def __init__(self, call: Call[T], previews: bool, keep_last: bool):
         """
         Args:
             call: takes a progress callback, returns the result.
@@ -77,17 +81,17 @@ class WatchedJob(Job):
         super().__init__()
         self._call, self._previews, self._keep_last = call, previews, keep_last
         self._changed = threading.Condition()
-        self._view = View("waiting")
+        self._view: View[T] = View("waiting")
         self._began = self._preview_due = 0.0
         self._stage_has_part = False
 
-    def run(self, check: Callable[[], None]) -> object:
+    def run(self, check: Callable[[], None]) -> T:
         """Run it in the model thread; ``check`` raises once it was cancelled."""
         self._began = time.monotonic()
         self._update(stage="reading")
         return self._call(partial(self._progress, check))
 
-    def deliver(self, outcome: object) -> None:
+    def deliver(self, outcome: Any) -> None:
         if isinstance(outcome, Cancelled):
             self._update(stage="cancelled")
         elif isinstance(outcome, Exception):
@@ -95,25 +99,30 @@ class WatchedJob(Job):
         else:
             self._update(stage="done", result=outcome)
 
-    def views(self, ahead: Callable[[], int]) -> Iterator[View]:
+    def views(self, ahead: Callable[[], int]) -> Iterator[View[T]]:
         """Yield the state whenever it has changed, until the end. Closing the iterator cancels the request.
 
         Args:
             ahead: returns the number of requests before this one while it waits.
         """
-        view, waiting = None, 0
+        shown: View[T] | None = None
+        shown_ahead = 0
         try:
-            while view is None or not view.ended:
-                seen, seen_waiting = view, waiting
-                with self._changed:
-                    self._changed.wait_for(lambda seen=seen: self._view is not seen, timeout=1.0)
-                    view = self._view
+            while shown is None or not shown.ended:
+                view = self._wait_for_change(shown)
                 waiting = ahead() if view.stage == "waiting" else 0
-                if view is not seen or waiting != seen_waiting:
+                if view is not shown or waiting != shown_ahead:
+                    shown, shown_ahead = view, waiting
                     yield replace(view, ahead=waiting)
                     time.sleep(0 if view.ended else _PAUSE)
         finally:
             self.cancel()
+
+    def _wait_for_change(self, shown: View[T] | None) -> View[T]:
+        """Wait for a view that is not ``shown``, at most a second: the number of requests ahead may change."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._view is not shown, timeout=1.0)
+            return self._view
 
     def _progress(self, check: Callable[[], None], progress: Progress) -> None:
         check()
@@ -121,7 +130,8 @@ class WatchedJob(Job):
             self._stage_has_part = False
         parts, now = self._view.parts, time.monotonic()
         last = self._keep_last and progress.step == progress.total
-        if progress.stage == "text" or (self._previews and (last or now >= self._preview_due)):
+        wanted = progress.stage == "text" or (self._previews and (last or now >= self._preview_due))
+        if wanted and progress.preview is not None:
             part = progress.preview()[0]
             after = time.monotonic()
             self._preview_due = after + max(_PREVIEW_PAUSE, (_PREVIEW_SHARE - 1) * (after - now))
@@ -129,7 +139,7 @@ class WatchedJob(Job):
             self._stage_has_part = True
         self._update(stage=progress.stage, step=progress.step, total=progress.total, parts=parts)
 
-    def _update(self, **changes) -> None:
+    def _update(self, **changes: Any) -> None:
         with self._changed:
             if not self._view.ended:  # a cancelled request may still be at its last step
                 seconds = time.monotonic() - self._began if self._began else 0.0
@@ -148,9 +158,9 @@ class Jobs:
         self.bagel = bagel
         self._thread = ModelThread(bagel, lambda jobs, check: [jobs[0].run(check)], _log_failure, MAX_JOBS - 1, batch=1)
         self._lock = threading.Lock()
-        self._jobs: dict[tuple, WatchedJob] = {}
+        self._jobs: dict[Key, WatchedJob[Any]] = {}
 
-    def watch(self, key: tuple, call: Callable, previews: bool = False, keep_last: bool = False) -> Iterator[View]:
+    def watch(self, key: Key, call: Call[T], previews: bool = False, keep_last: bool = False) -> Iterator[View[T]]:
         """Queue a request and yield its views; if the queue is full, one failed view. Cancels the request of the same
         key, if there is one.
 
@@ -168,7 +178,7 @@ class Jobs:
             self._jobs = {key: job for key, job in self._jobs.items() if not job.ended} | {key: job}
         return job.views(lambda: self._thread.ahead(job))
 
-    def cancel(self, key: tuple) -> None:
+    def cancel(self, key: Key) -> None:
         """Cancel the request of a key, if there is one."""
         if (job := self._jobs.get(key)) is not None:
             job.cancel()

@@ -1,4 +1,4 @@
-"""Theme of the page: colours, fonts, CSS, and the status line of a request."""
+"""Theme of the page: colors, fonts, CSS, and the status line of a request."""
 
 import html
 
@@ -13,7 +13,7 @@ _ACCENT, _ACCENT_DARK = "#b45309", "#f59e0b"
 
 
 def theme() -> gr.themes.Base:
-    """Paper, ink and one accent colour; system fonts, nothing from the network."""
+    """Paper, ink and one accent color; system fonts, nothing from the network."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.amber,
         secondary_hue=gr.themes.colors.stone,
@@ -148,7 +148,7 @@ def masthead(name: str, device: str, dtype: str) -> str:
     return f'<div class="masthead"><h1>bagel_rt</h1><span>{model}</span></div>'
 
 
-def _error_message(error: Exception) -> str:
+def _error_message(error: Exception | None) -> str:
     """All of a message written for users; of other exceptions the type and first line."""
     if isinstance(error, (ValueError, MemoryError, Busy, Stopping)) or type(error).__name__ == "OutOfMemoryError":
         return str(error)

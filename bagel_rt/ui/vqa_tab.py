@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import gradio as gr
 
 from bagel_rt.models.bagel.settings import TASKS
-from bagel_rt.ui.controls import Controls, labelled, resolve_seed
+from bagel_rt.ui.controls import Controls, labeled, resolve_seed
 from bagel_rt.ui.image_tab import EVENT, image_input, open_upload, seed_input
 from bagel_rt.ui.jobs import Jobs, View
 from bagel_rt.ui.theme import idle, status
@@ -27,7 +27,7 @@ class VqaTab:
             with gr.Column(scale=5, min_width=340):
                 self.input = image_input("ask-given")
                 self.prompt = gr.Textbox(label="Question", lines=3, max_lines=12, elem_id="ask-prompt")
-                self._think = labelled("think", gr.Checkbox, elem_id="ask-think")
+                self._think = labeled("think", gr.Checkbox, elem_id="ask-think")
                 with gr.Row():
                     self._run = gr.Button("Ask", variant="primary", elem_id="ask-run", scale=3)
                     self._cancel = gr.Button("Cancel", interactive=False, elem_id="ask-cancel", scale=1, min_width=90)

@@ -12,11 +12,10 @@ from PIL import Image, ImageFont
 
 from bagel_rt import Bagel, ImageResult
 from bagel_rt.models.bagel.settings import TASKS
-from bagel_rt.tiny.claims import Claims
 from bagel_rt.tiny.contact_sheet import RIGHT, WIDTH, WRONG, Section, Tile, contact_sheet, wrap_lines
 from bagel_rt.tiny.edits import EDITS
 from bagel_rt.tiny.evaluate import CATEGORIES, SIDE, category_of, choose_problems, evaluate, scores, wilson_interval
-from bagel_rt.tiny.examples import Example
+from bagel_rt.tiny.examples import AskExample, EditExample
 from bagel_rt.tiny.questions import QUESTIONS
 from bagel_rt.tiny.render import render
 from bagel_rt.tiny.scene import draw_scene, split_of
@@ -84,9 +83,9 @@ def test_categories_are_balanced_and_interleaved(problems):
 def test_seed_determines_problems_and_larger_counts_extend_them(problems):
     first = choose_problems(1, seed=0)
     for task in CATEGORIES:
-        want = [problem for problem in problems if problem.example.task == task][: len(CATEGORIES[task])]
-        assert [problem for problem in first if problem.example.task == task] == want
-        assert choose_problems(1, seed=0, tasks=[task]) == want
+        expected = [problem for problem in problems if problem.example.task == task][: len(CATEGORIES[task])]
+        assert [problem for problem in first if problem.example.task == task] == expected
+        assert choose_problems(1, seed=0, tasks=[task]) == expected
     assert not {problem.example for problem in choose_problems(1, seed=1)} & {problem.example for problem in problems}
 
 
@@ -103,9 +102,9 @@ def test_every_kind_of_edit_and_question_has_its_own_category():
             scenes = [draw_scene(rng, groups[number % len(groups)]) for number in range(60)]
             pairs = [(scene, make(rng, scene)) for scene in scenes]
             if task == "edit":
-                examples = [Example(task, e.text, scene, e.after, None, e.claims) for scene, e in pairs if e]
+                examples = [EditExample(e.text, scene, e.after, e.claims) for scene, e in pairs if e]
             else:
-                examples = [Example(task, q[0], scene, None, q[1], Claims()) for scene, q in pairs if q]
+                examples = [AskExample(q[0], scene, q[1]) for scene, q in pairs if q]
             (category,) = {category_of(example) for example in examples}
             categories.append(category)
         assert sorted(categories) == sorted(CATEGORIES[task])
@@ -214,8 +213,8 @@ def test_wrap_lines_fits_the_width():
     assert lines[0] == "two small red" and wrap_lines("", font, 100) == []
 
 
-def colours(image):
-    return {f"#{bytes(colour).hex()}" for _, colour in image.getcolors(1 << 24)}
+def colors(image):
+    return {f"#{bytes(color).hex()}" for _, color in image.getcolors(1 << 24)}
 
 
 def test_sheet_marks_right_and_wrong():
@@ -225,10 +224,10 @@ def test_sheet_marks_right_and_wrong():
         return contact_sheet("a model", "how", [Section("all", "none of them", tiles, (0, 0, 0.2))])
 
     right, wrong = Tile((image,), (), True), Tile((image, image), (), False)
-    assert RIGHT in colours(sheet(right)) and WRONG not in colours(sheet(right))
-    assert WRONG in colours(sheet(wrong)) and RIGHT not in colours(sheet(wrong))
+    assert RIGHT in colors(sheet(right)) and WRONG not in colors(sheet(right))
+    assert WRONG in colors(sheet(wrong)) and RIGHT not in colors(sheet(wrong))
     unmarked = contact_sheet("a model", "how", [Section("all", "", [Tile((image,), ())])])
-    assert not {RIGHT, WRONG} & colours(unmarked)
+    assert not {RIGHT, WRONG} & colors(unmarked)
     one_row, two_rows = sheet(*[right] * 6, wrong), sheet(*[right] * 7, wrong)
     assert one_row.width == two_rows.width == WIDTH and one_row.height < two_rows.height
     assert sheet(right).tobytes() == sheet(right).tobytes()

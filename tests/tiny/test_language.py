@@ -225,7 +225,7 @@ def test_yes_and_no_are_balanced(examples):
 
 
 def test_yes_and_no_are_balanced_for_each_form_of_question():
-    """Of questions with a colour, a shape or both, half have the answer yes."""
+    """Of questions with a color, a shape or both, half have the answer yes."""
     rng, answers, counts = np.random.default_rng(3), Counter(), Counter()
     while sum(counts.values()) < 1200:
         example = make_example(rng, "ask", "train")

@@ -104,12 +104,12 @@ def test_generate_sample_matches_runtime_velocity(model, tokenizer):
     text = "two green squares above a red circle"
     contexts, prefill = open_contexts(model, tokenizer, True)
     contexts.add_text(text)
-    want, without_text = runtime_velocities(model, contexts, prefill, (1 - T) * image + T * noise)
+    expected, without_text = runtime_velocities(model, contexts, prefill, (1 - T) * image + T * noise)
     sample = generate_sample(tokenizer.encode(text), image)
-    torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), expected, rtol=1e-4, atol=1e-5)
     dropped = Sample(sample.parts[1:])
     torch.testing.assert_close(trained_velocity(model, tokenizer, dropped, noise), without_text, rtol=1e-4, atol=1e-5)
-    assert (want - without_text).abs().max() > 0.01
+    assert (expected - without_text).abs().max() > 0.01
 
 
 def test_edit_sample_matches_runtime_velocity(model, tokenizer):
@@ -119,12 +119,12 @@ def test_edit_sample_matches_runtime_velocity(model, tokenizer):
     with torch.inference_mode():
         contexts.add_image(before)
         contexts.add_text(example.text)
-    want, without_text = runtime_velocities(model, contexts, prefill, (1 - T) * after + T * noise)
+    expected, without_text = runtime_velocities(model, contexts, prefill, (1 - T) * after + T * noise)
     pixels = pixels_of(example.before)
     with torch.inference_mode():
         clean = patchify(model.vae.encode(pixels[None], eps)[0], 2)
     sample = edit_sample(clean, patchify(pixels, 16), tokenizer.encode(example.text), after)
-    torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained_velocity(model, tokenizer, sample, noise), expected, rtol=1e-4, atol=1e-5)
     batch, latents = pack(
         [edit_sample(clean, patchify(pixels, 16), tokenizer.encode(example.text), after, noised_copies=2)],
         model.config,
@@ -135,7 +135,7 @@ def test_edit_sample_matches_runtime_velocity(model, tokenizer):
         hidden = training_losses(model, batch, latents, torch.cat([0 * clean, noise, normal(7, 64, 16)])).last_hidden
         velocity = F.linear(hidden[batch.mse_loss_indexes], *model.weights.llm2vae)
     assert len(velocity) == 128
-    torch.testing.assert_close(velocity[:64], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(velocity[:64], expected, rtol=1e-4, atol=1e-5)
     dropped = Sample([*sample.parts[:2], sample.parts[3]])
     torch.testing.assert_close(trained_velocity(model, tokenizer, dropped, noise), without_text, rtol=1e-4, atol=1e-5)
 
@@ -166,7 +166,7 @@ def test_ask_sample_matches_runtime_logits(model, tokenizer):
     questions = [(text, "two red things") for text, _ in questions]
     contexts, prefill = open_contexts(model, tokenizer, False)
     contexts.add_image(render(scene))
-    want = []
+    expected = []
     for text, answer in questions:
         contexts.add_text(text)
         prefill.run()
@@ -174,12 +174,12 @@ def test_ask_sample_matches_runtime_logits(model, tokenizer):
         prefill.append(contexts.cond, Text((tokenizer.bos, *ids, tokenizer.eos)))
         hidden, plan = prefill.run()
         logits = model.logits(hidden[torch.from_numpy(np.argsort(plan.order))])[:-1]
-        want.append(F.cross_entropy(logits, torch.tensor([*ids, tokenizer.eos]), reduction="none"))
+        expected.append(F.cross_entropy(logits, torch.tensor([*ids, tokenizer.eos]), reduction="none"))
     encoded = [(tokenizer.encode(text), tokenizer.encode(answer)) for text, answer in questions]
     sample = ask_sample(patchify(pixels_of(scene), 16), encoded)
     batch, latents = pack([sample], model.config, SpecialTokens.of(tokenizer), torch.empty(0))
     ce = training_losses(model, batch, latents, latents).ce_per_token
-    torch.testing.assert_close(ce, torch.cat(want), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ce, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
 # The pool and the samples drawn from it

@@ -54,8 +54,8 @@ def test_kl_matches_torch_distributions():
     _, kl = autoencoder_losses(network, pixels, torch.Generator().manual_seed(0))
     mean, logvar = network.moments(pixels)
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
-    want = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
-    torch.testing.assert_close(kl.double(), want, rtol=1e-6, atol=0)
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_loss_gradient_matches_finite_differences():
@@ -103,9 +103,9 @@ def test_group_norm_bfloat16_gradient_matches_float64(silu):
         *leaves, dy = (tensor.bfloat16().to(dtype) for tensor in inputs)
         leaves = [leaf.requires_grad_() for leaf in leaves]
         gradients.append(torch.autograd.grad(group_norm(*leaves, 32, 1e-6, silu), leaves, dy))
-    for got, want in zip(*gradients, strict=True):
-        assert got.dtype == torch.bfloat16 and got.stride() == want.stride()
-        assert (got.double() - want).norm() < 0.01 * want.norm()
+    for got, expected in zip(*gradients, strict=True):
+        assert got.dtype == torch.bfloat16 and got.stride() == expected.stride()
+        assert (got.double() - expected).norm() < 0.01 * expected.norm()
 
 
 # Runs

@@ -111,8 +111,8 @@ def test_batched_attention_matches_attention(name):
     q, k, v, limits, blocks = attention_inputs(name)
     got = training_attention(q, k, v, limits, blocks)
     with torch.no_grad():
-        want = attention(q, k, v, limits, blocks)
-    torch.testing.assert_close(got.detach(), want, rtol=1e-12, atol=1e-12)
+        expected = attention(q, k, v, limits, blocks)
+    torch.testing.assert_close(got.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name != "no rows"])

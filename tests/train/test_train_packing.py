@@ -90,10 +90,10 @@ def test_packs_like_the_official_loader(case):
     assert batch.split_lens == packing["split_lens_with_pad"][: len(batch.split_lens)]
     assert batch.attn_modes == packing["attn_modes_with_pad"][: len(batch.attn_modes)]
     assert batch.vit_token_seqlens == golden["batch.vit_token_seqlens"].tolist()
-    for name, want in golden.items():
+    for name, expected in golden.items():
         if name.startswith("batch.") and name != "batch.vit_token_seqlens":
             got = getattr(batch, name.removeprefix("batch."))
-            assert torch.equal(got.to(want.dtype), want), name
+            assert torch.equal(got.to(expected.dtype), expected), name
     images = [part for sample in samples for part in sample.parts if isinstance(part, Clean | Noised)]
     assert torch.equal(clean, torch.cat([part.latents for part in images]))
 

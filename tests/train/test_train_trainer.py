@@ -243,8 +243,8 @@ def test_export_has_averaged_weights_in_bfloat16(model, tmp_path):
     assert read.config == model.config
     for stem, places in averaged.weight_slots().items():
         for name, place in places.items():
-            want = place.view.to(torch.bfloat16).float() if stem == "ema" else place.view
-            assert torch.equal(read.weight_slots()[stem][name].view, want), name
+            expected = place.view.to(torch.bfloat16).float() if stem == "ema" else place.view
+            assert torch.equal(read.weight_slots()[stem][name].view, expected), name
     with safe_open(tmp_path / "model" / "ema.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     assert not torch.equal(read.weights.lm_head, model.weights.lm_head)

@@ -85,9 +85,9 @@ def test_training_segments_rejects(split_lens, attn_modes, sample_lens, rows, me
 def test_timesteps_are_the_shifted_sigmoid(shift):
     raw = torch.tensor([-torch.inf, -60.0, -1.5, 0.0, 0.3, 4.0, 60.0])
     u = 1 / (1 + np.exp(-raw.double().numpy()))
-    want = torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
+    expected = torch.from_numpy(shift * u / (1 + (shift - 1) * u)).float()
     t = flow_timesteps(raw, shift)
-    torch.testing.assert_close(t, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(t, expected, rtol=1e-6, atol=0)
     assert (t[0], t[-1]) == (0, 1)
 
 
@@ -107,7 +107,7 @@ def test_flow_interpolates_from_latents_to_noise():
 # Latents
 
 
-def test_encode_padded_uses_one_grey_canvas(model):
+def test_encode_padded_uses_one_gray_canvas(model):
     g = torch.Generator().manual_seed(0)
     wide, tall, eps = (torch.randn(shape, generator=g) for shape in [(3, 32, 64), (3, 48, 16), (2, 16, 6, 8)])
     canvas = torch.zeros(2, 3, 48, 64)
@@ -122,8 +122,8 @@ def test_latent_tokens_are_cut_from_the_top_left_corner():
     latents = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     tokens = latent_tokens(latents, [(1, 3), (2, 1)], 2)
     cells = [(0, 0, 0), (0, 0, 2), (0, 0, 4), (1, 0, 0), (1, 2, 0)]  # image, top row, left column of each token
-    want = [latents[i, :, r : r + 2, c : c + 2].permute(1, 2, 0).flatten() for i, r, c in cells]
-    assert torch.equal(tokens, torch.stack(want))
+    expected = [latents[i, :, r : r + 2, c : c + 2].permute(1, 2, 0).flatten() for i, r, c in cells]
+    assert torch.equal(tokens, torch.stack(expected))
 
 
 def test_rejects_latents_of_the_wrong_shape(model):

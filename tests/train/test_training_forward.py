@@ -34,9 +34,9 @@ def inference():
         yield
 
 
-def close(got, want):
-    assert got.shape == want.shape
-    assert (got - want).abs().max() <= TOLERANCE * want.abs().max()
+def close(got, expected):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 # Comparison with the inference path
@@ -188,10 +188,10 @@ def test_packed_forward_matches_inference(bagel, kind, shift):
     clean = [row for row, mode in enumerate(np.repeat(batch.attn_modes, batch.split_lens)) if mode != "noise"]
     per_token = (losses.last_hidden[clean], losses.ce_per_token, losses.mse_per_token)
     for got, parts in zip(per_token, zip(*inferred, strict=True), strict=False):
-        want = torch.cat([torch.zeros(0, *got.shape[1:]), *sum(parts, [])])
-        assert got.shape == want.shape
-        if len(want):
-            close(got, want)
+        expected = torch.cat([torch.zeros(0, *got.shape[1:]), *sum(parts, [])])
+        assert got.shape == expected.shape
+        if len(expected):
+            close(got, expected)
     for mean, each in ((losses.ce, losses.ce_per_token), (losses.mse, losses.mse_per_token)):
         assert mean == (each.mean() if len(each) else 0)
     assert losses.ce_reweighted is None
@@ -221,8 +221,8 @@ def test_reweighted_cross_entropy_is_the_weighted_mean(bagel):
     batch, latents, noise = pack(bagel.model, samples_of("text only", Draw(0, bagel.model.config)))
     weights = torch.arange(1.0, 1 + len(batch.ce_loss_indexes))
     losses = training_losses(bagel.model, replace(batch, ce_loss_weights=weights), latents, noise)
-    want = np.average(losses.ce_per_token.double().numpy(), weights=weights.numpy())
-    assert float(losses.ce_reweighted) == pytest.approx(want, rel=TOLERANCE)
+    expected = np.average(losses.ce_per_token.double().numpy(), weights=weights.numpy())
+    assert float(losses.ce_reweighted) == pytest.approx(expected, rel=TOLERANCE)
     assert losses.ce == losses.ce_per_token.mean()
 
 
