@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -181,7 +182,8 @@ class Bagel:
         """Edit an image, or combine several, as the prompt instructs. The result has the size of the last image.
 
         Args:
-            images: a PIL image, a path or encoded bytes, or a list of them.
+            images: a PIL image, an array, a path or encoded bytes, or a list of them; see
+                :func:`~bagel_rt.models.bagel.images.open_image`.
             prompt: the instruction.
             noise: tensors to use instead of the noise drawn from the seed: one [1, z, height / 8, width / 8] per input
                 image for the autoencoder, then one [tokens, features] for the generated image.
@@ -244,7 +246,7 @@ class Bagel:
         part of its context, and continues with text, up to ``max_rounds`` images.
 
         Args:
-            inputs: texts as str; images as PIL images, :class:`~pathlib.Path` or bytes. A str is always a text.
+            inputs: texts as str; images as PIL images, arrays, :class:`~pathlib.Path` or bytes. A str is always a text.
             think: start with the interleaved-thinking system prompt.
             max_rounds: maximum number of images, from 1 to 16.
             size: (height, width) of the images, if the inputs contain none; else they have the size of the last input
@@ -255,7 +257,7 @@ class Bagel:
         """
         settings = resolve_settings("interleave", hyperparameters)
         check("max_rounds", max_rounds, integer(1, MAX_ROUNDS))
-        inputs = check_list("inputs", inputs, (str, Image.Image, Path, bytes), MAX_INPUTS)
+        inputs = check_list("inputs", inputs, (str, Image.Image, np.ndarray, Path, bytes), MAX_INPUTS)
         inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
         system = _system_prompt(THINK_INTERLEAVED, think)
         request = self._request(

@@ -4,15 +4,17 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSettings, TextSettings, check_seed
 from bagel_rt.validation import check, integer, invalid, per_prompt
 
-ImageSource = Image.Image | str | Path | bytes
+ImageSource = Image.Image | NDArray[Any] | str | Path | bytes
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,22 @@
 """Open, convert and resize images, and convert them to tensors and back, as in the official code.
 
-EXIF orientation is not applied, because the official code does not apply it: the model gets the pixels as stored
-(Pillow itself rotates TIFF files). To apply it, pass ``PIL.ImageOps.exif_transpose(image)``.
+Two deviations, where the official result is wrong: EXIF orientation is applied, and every mode becomes 8-bit RGB by its
+own range. The official code leaves photos sideways, drops the alpha channel of LA and PA, and clips 16-bit and
+floating-point images to black and white.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 if TYPE_CHECKING:  # the functions that need torch import it: the server's decoder processes do not
     import torch
@@ -23,27 +25,48 @@ MAX_IMAGE_PIXELS = 1 << 26  # 8192 x 8192, 256 MiB when decoded
 MAX_IMAGE_SIDE = 1 << 16  # bounds the intermediate image between the two passes of resizing a thin image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # other formats can make Pillow run Ghostscript
 
+_ORIENTATION = 0x0112  # the EXIF tag
+_TRANSPOSE = {  # EXIF orientation -> how to transpose the stored pixels to see them upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+_ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # keys of Image.info
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+
 
 def open_image(
-    source: Image.Image | str | Path | bytes, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = FORMATS
+    source: Image.Image | NDArray[Any] | str | Path | bytes,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
-    """Decode an image without converting its mode; for an animation, the first frame.
+    """Decode an image, turn it upright and scale 16-bit and floating-point modes to 8 bits.
+
+    Other modes are kept; of an animation, the first frame is used.
 
     Args:
-        source: a PIL image (returned as it is), a path, or the bytes of an encoded file.
+        source: a path, the bytes of an encoded file, a PIL image (returned as it is if nothing changes), or an array
+            [H, W] or [H, W, C] of 1 to 4 channels: uint8, uint16, or floats from 0 to 1.
         max_pixels: maximum width x height.
         formats: allowed formats of a file, from ``FORMATS``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image in one of the formats; truncated or damaged; or empty, with more than ``max_pixels``
-            pixels or a side over ``MAX_IMAGE_SIDE``, which is checked before decoding. The message names the source.
+        ValueError: not an image in one of the formats; truncated or damaged; 32-bit integers or floats outside 0 to 1;
+            or empty, with more than ``max_pixels`` pixels or a side over ``MAX_IMAGE_SIDE``, which is checked before
+            decoding. The message names the source.
     """
+    if isinstance(source, np.ndarray):
+        source = _array_to_image(source, max_pixels)
     if isinstance(source, Image.Image):
-        return _decode(source, f"the given {source.mode} image", max_pixels)
+        return _decode(source, f"the {source.mode} image", max_pixels)
     file: io.BytesIO | str | Path
     if isinstance(source, bytes):
-        name, file = f"the given {len(source)} bytes", io.BytesIO(source)
+        name, file = f"the image of {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
         name, file = f"{source!s:.200}", source
         if not os.path.exists(source):  # False also for a string that cannot be a path
@@ -51,7 +74,9 @@ def open_image(
         if not os.path.isfile(source):
             raise ValueError(f"{name} is not a file. Give the path of an image.")
     else:
-        raise ValueError(f"an image must be a PIL image, a path or encoded bytes, got {type(source).__name__}.")
+        raise ValueError(
+            f"an image must be a PIL image, an array, a path or encoded bytes, got {type(source).__name__}."
+        )
     try:
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
@@ -63,37 +88,116 @@ def open_image(
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if not 1 <= width * height <= max_pixels or max(width, height) > MAX_IMAGE_SIDE:
-        raise ValueError(
-            f"{name} must have 1 to {max_pixels} pixels and sides up to {MAX_IMAGE_SIDE}, got {width}x{height}."
-        )
+    _check_size(name, *image.size, max_pixels)
     try:
         image.load()
     except MemoryError:
         raise
     except Exception as error:  # as in open_image
         raise ValueError(f"{name} is truncated or damaged: {error}. Save or download it again.") from error
-    return image
+    try:
+        return _to_8_bit(_turn_upright(image))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    if not 1 <= width * height <= max_pixels or max(width, height) > MAX_IMAGE_SIDE:
+        raise ValueError(
+            f"{name} must have 1 to {max_pixels} pixels and sides up to {MAX_IMAGE_SIDE}, got {width}x{height}."
+        )
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation and remove it, so that a second call changes nothing.
+
+    ``ImageOps.exif_transpose`` also writes the other EXIF tags again, which fails if one of them is damaged.
+    """
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged EXIF data; Pillow's parsers raise all kinds of exceptions
+        return image
+    if orientation not in _TRANSPOSE:
+        return image
+    upright = image.transpose(_TRANSPOSE[orientation])
+    for key in _ORIENTATION_SOURCES:
+        upright.info.pop(key, None)
+    return upright
+
+
+def _array_to_image(array: NDArray[Any], max_pixels: int) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and not 1 <= array.shape[2] <= 4):
+        raise ValueError(
+            f"the shape of an image array must be [H, W] or [H, W, C] with 1 to 4 channels, got {list(array.shape)}. "
+            "Move the channels to the last dimension."
+        )
+    _check_size("the image array", array.shape[1], array.shape[0], max_pixels)
+    return Image.fromarray(np.ascontiguousarray(_to_levels(array[..., 0] if array.shape[2:] == (1,) else array)))
+
+
+def _to_levels(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale uint8, uint16, or floats from 0 to 1, to 256 levels; ValueError for other dtypes or values."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind == "u" and values.itemsize == 2:  # in either byte order
+        return (values // 257 + (values % 257 > 128)).astype(np.uint8)  # rounded; 65535 = 255 * 257
+    if values.dtype.kind != "f":
+        raise ValueError(
+            f"the pixels of an image must be uint8, uint16 or floats from 0 to 1, got {values.dtype}, which does not "
+            "define the value of white. Convert it to uint8 or uint16."
+        )
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):  # also if they are NaN
+        raise ValueError(
+            f"the floating-point pixels of an image must be from 0 (black) to 1 (white), got {low:g} to {high:g}. "
+            "Scale them."
+        )
+    return np.rint(values * 255).astype(np.uint8)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as in the official code: RGBA and images with a transparent color are composited on white.
-
-    Every other mode is converted directly, which drops the alpha channel of LA.
+    """Convert to 8-bit RGB; images with an alpha channel or a transparent color are composited on white.
 
     Raises:
-        ValueError: Pillow cannot convert the mode.
+        ValueError: 32-bit integers (I), floats (F) outside 0 to 1, or Pillow cannot convert the mode.
     """
+    image = _to_8_bit(image)
+    transparent = image.info.get("transparency") is not None or image.mode in _ALPHA_MODES
+    if image.mode == "P" and image.palette is not None:
+        transparent = transparent or image.palette.mode == "RGBA"
     try:
-        if image.mode != "RGBA" and image.info.get("transparency") is None:
+        if not transparent:
             return image.convert("RGB")
-        canvas = Image.new("RGB", image.size, "white")
-        image = image.convert("RGBA")
+        if image.mode == "La":  # has no direct conversion
+            image = image.convert("LA")
+        image = _with_8_bit_transparency(image).convert("RGBA")
     except ValueError as error:
         raise ValueError(f"the image's mode must be convertible to RGB, got {image.mode}: {error}.") from error
+    canvas = Image.new("RGB", image.size, "white")
     canvas.paste(image, mask=image)
     return canvas
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Convert I;16 (in any byte order) and F to L, or to LA if they have a transparent gray level; keep other modes."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    levels = Image.fromarray(_to_levels(values))
+    gray = image.info.get("transparency")
+    if isinstance(gray, int):
+        levels.putalpha(Image.fromarray(np.where(values == gray, 0, 255).astype(np.uint8)))
+    return levels
+
+
+def _with_8_bit_transparency(image: Image.Image) -> Image.Image:
+    """Reduce the transparent color of a 16-bit RGB file to 8 bits, as Pillow does with its pixels only."""
+    color = image.info.get("transparency")
+    if image.mode != "RGB" or not isinstance(color, tuple) or max(color) <= 255:
+        return image
+    image = image.copy()
+    image.info["transparency"] = tuple(level >> 8 for level in color)
+    return image
 
 
 @dataclass(frozen=True)
