@@ -1,5 +1,8 @@
 """Training of a byte-level BPE tokenizer (Sennrich et al. 2016, arXiv:1508.07909), in the file format of Qwen2.
 
+The texts of the world are lower case, so ``tokenizer.json`` converts every text to lower case. The other files have no
+field for this; the runtime reads them only without ``tokenizer.json``.
+
 The vocabulary has the 256 bytes, then the learned merges in order, then Qwen2's special tokens in their order.
 """
 
@@ -8,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 
 from bagel_rt.models.bagel.tokenizer import qwen2_backend
 from bagel_rt.validation import check, integer
@@ -48,6 +51,7 @@ def train_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
     """
     check("size", size, integer(_MIN_SIZE, remedy="The bytes and the special tokens need 270"))
     backend = qwen2_backend(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL_TOKENS),
         min_frequency=2,

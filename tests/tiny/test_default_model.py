@@ -46,6 +46,14 @@ def test_generates_the_readme_prompt(bagel):
     assert sum(judge(claims, result.image).correct for result in results) >= 3
 
 
+def test_capital_letters_draw_the_same_image(bagel):
+    lower, capital = (
+        bagel.generate(text, seed=1, num_timesteps=20).image for text in ("a large red star.", "A Large Red Star.")
+    )
+    assert capital.tobytes() == lower.tobytes()
+    assert judge(Claims((GroupClaim(1, "star", "red", "large"),)), capital).correct
+
+
 # The measured numbers are 21 of 24, 12 of 14 and 40 of 40.
 @pytest.mark.slow
 @pytest.mark.parametrize("task, count, minimum", [("generate", 6, 17), ("edit", 2, 8), ("ask", 4, 36)])
