@@ -7,7 +7,7 @@ from pathlib import Path
 if not (Path(__path__[0]) / "kernels").is_dir():
     __path__.append(str(Path(__path__[0]).parent))
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported on first access, to keep `bagel-rt --help` from importing torch.
 _LAZY_EXPORTS = {  # name: module

@@ -29,8 +29,7 @@ struct GemvArgs {
 std::size_t norm_shared_bytes(const GemvArgs& args);
 
 // y [B, N], with swiglu [B, N / 2]; residual [B, N] or null.
-void decode_linear(const GemvArgs& args, std::uintptr_t residual, bool swiglu, std::uintptr_t y,
-                   std::uintptr_t stream);
+void decode_linear(const GemvArgs& args, std::uintptr_t residual, bool swiglu, std::uintptr_t y, std::uintptr_t stream);
 
 // Epilogue of decode_qkv: query heads are written to q [B, Hq, D], key and value heads to slots of the caches [S, Hkv,
 // D].

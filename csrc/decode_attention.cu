@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       float* const element = sums_of_warps + (warp * HEADS + head) * D + channel;
 #pragma unroll
       for (int j = 0; j < WIDTH<T>; j += OUT_CHANNELS) {
-        const float(&s)[WIDTH<T>] = sums[head];
+        const float (&s)[WIDTH<T>] = sums[head];
         store_vector(element + j, pack<float>({s[j], s[j + 1], s[j + 2], s[j + 3]}));
       }
     }
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const auto of_warp = [&](int part, int head, int first) {
     return load_vector(sums_of_warps + (part * HEADS + head) * D + first);
   };
-  const auto finish = [&](int head, int first, const float(&combined)[OUT_CHANNELS]) {
+  const auto finish = [&](int head, int first, const float (&combined)[OUT_CHANNELS]) {
 #pragma unroll
     for (int i = 0; i < OUT_CHANNELS; ++i) {
       out[head * D + first + i] = from_float<T>(combined[i] / parts.combined_total[head]);
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   float* const sums_of_splits = workspace + static_cast<std::int64_t>(number) * MAX_SPLITS * tile_heads * (D + 2);
   float* const largest_of_splits = sums_of_splits + MAX_SPLITS * tile_heads * D;
   float* const total_of_splits = largest_of_splits + MAX_SPLITS * tile_heads;
-  parts.add(WARPS, heads, D, of_warp, [&](int head, int first, const float(&combined)[OUT_CHANNELS]) {
+  parts.add(WARPS, heads, D, of_warp, [&](int head, int first, const float (&combined)[OUT_CHANNELS]) {
     store_vector(sums_of_splits + (split * tile_heads + head) * D + first, pack<float>(combined));
   });
   if (static_cast<int>(threadIdx.x) < heads) {
@@ -282,9 +282,9 @@ void launch_for(const DecodeAttentionArgs& args, std::uintptr_t workspace, std::
                 std::uintptr_t stream) {
   const int group = args.Hq / args.Hkv;
   const auto head_tile = group == 1   ? launch_kernel<T, 1>
-                   : group <= 4 ? launch_kernel<T, 4>
-                   : group <= 7 ? launch_kernel<T, 7>
-                                : launch_kernel<T, MAX_HEADS>;
+                         : group <= 4 ? launch_kernel<T, 4>
+                         : group <= 7 ? launch_kernel<T, 7>
+                                      : launch_kernel<T, MAX_HEADS>;
   head_tile(args, workspace, counters, stream);
 }
 

@@ -4,9 +4,15 @@
 namespace bagel_rt {
 namespace {
 
+// Blocks per multiprocessor, which limits registers.
+template <int MAX_ROWS>
+constexpr int RESIDENT_BLOCKS = MAX_ROWS == 1   ? 4
+                                : MAX_ROWS == 2 ? 3
+                                                : 2;
+
 // y [B, N], with swiglu [B, N / 2], both contiguous; residual [B, N] or null.
 template <class T, int MAX_ROWS, bool NORM>
-__global__ void __launch_bounds__(WARPS * WARP, MAX_ROWS == 1 ? 4 : MAX_ROWS == 2 ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS<MAX_ROWS>)
     decode_linear_kernel(GemvOperands<T> gemv, const T* residual, bool swiglu, T* y) {
   const int lane = static_cast<int>(threadIdx.x) % WARP, b = lane / WARP_ROWS, r = lane % WARP_ROWS;
   const auto addend = [&](int row) {
@@ -44,9 +50,9 @@ void decode_linear(const GemvArgs& args, std::uintptr_t residual, bool swiglu, s
     const auto kernel = decode_linear_kernel<T, rows(), norm()>;
     const std::size_t bytes = shared_bytes<T, rows()>(args);
     const unsigned groups = static_cast<unsigned>((args.N + BLOCK_ROWS - 1) / BLOCK_ROWS);
-    const unsigned blocks = min(groups, resident_blocks(kernel, WARPS * WARP, bytes));
-    launch(kernel, blocks, WARPS * WARP, bytes, stream, gemv_operands<T>(args), reinterpret_cast<const T*>(residual),
-           swiglu, reinterpret_cast<T*>(y));
+    const unsigned blocks = min(groups, resident_blocks(kernel, THREADS, bytes));
+    launch(kernel, blocks, THREADS, bytes, stream, gemv_operands<T>(args), reinterpret_cast<const T*>(residual), swiglu,
+           reinterpret_cast<T*>(y));
   };
   with_context(describe, [&] { dispatch(args, start); });
 }

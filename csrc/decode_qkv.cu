@@ -66,7 +66,7 @@ __device__ void finish_head(const QkvOperands<T>& heads, int b, int head, int N,
 }
 
 template <class T, int MAX_ROWS>
-__global__ void __launch_bounds__(WARPS * WARP, MAX_ROWS <= 2 ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, MAX_ROWS <= 2 ? 3 : 2)
     decode_qkv_kernel(GemvOperands<T> gemv, QkvOperands<T> heads) {
   const int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
   const int b = lane / WARP_ROWS, r = lane % WARP_ROWS;
@@ -116,14 +116,13 @@ void decode_qkv(const GemvArgs& args, const QkvArgs& heads, std::uintptr_t works
     const auto kernel = decode_qkv_kernel<T, rows()>;
     const std::size_t bytes = shared_bytes<T, rows()>(args);
     const unsigned groups = static_cast<unsigned>(args.N / BLOCK_ROWS);
-    const unsigned blocks = min(groups, resident_blocks(kernel, WARPS * WARP, bytes));
-    launch(kernel, blocks, WARPS * WARP, bytes, stream, gemv_operands<T>(args),
-           qkv_operands<T>(heads, workspace, counters));
+    const unsigned blocks = min(groups, resident_blocks(kernel, THREADS, bytes));
+    launch(kernel, blocks, THREADS, bytes, stream, gemv_operands<T>(args), qkv_operands<T>(heads, workspace, counters));
   };
   with_context(describe, [&] {
     if (heads.D % BLOCK_ROWS != 0 || heads.D > MAX_CHANNELS) {
-      throw std::runtime_error(format_string("head_dim must be a multiple of %d up to %d, got %d", BLOCK_ROWS,
-                                             MAX_CHANNELS, heads.D));
+      throw std::runtime_error(
+          format_string("head_dim must be a multiple of %d up to %d, got %d", BLOCK_ROWS, MAX_CHANNELS, heads.D));
     }
     dispatch(args, start);
   });

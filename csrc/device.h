@@ -88,10 +88,10 @@ __device__ inline uint4 pack(const float (&values)[WIDTH<T>]) {
 
 #ifdef __CUDACC__
 // Load 16 bytes with a PTX instruction; further arguments are its clobbers.
-#define LOAD_16_BYTES(instruction, words, address, ...) \
-  asm volatile(instruction ".v4.u32 {%0, %1, %2, %3}, [%4];" \
+#define LOAD_16_BYTES(instruction, words, address, ...)                     \
+  asm volatile(instruction ".v4.u32 {%0, %1, %2, %3}, [%4];"                \
                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w) \
-               : "l"(address) \
+               : "l"(address)                                               \
                : __VA_ARGS__)
 #else
 #define LOAD_16_BYTES(instruction, words, address, ...) words = cuda_on_host::aligned<uint4>(address)
@@ -130,11 +130,11 @@ __device__ inline void store_vector(void* address, const uint4& words) {
 
 // Load data that another block of this launch wrote before its __threadfence(). Bypasses L1, which may hold stale data.
 #ifdef __CUDACC__
-#define LOAD_FROM_L2(type, suffix, constraint, reg) \
-  __device__ inline type load_from_l2(const type* address) { \
-    type value; \
+#define LOAD_FROM_L2(type, suffix, constraint, reg)                                                \
+  __device__ inline type load_from_l2(const type* address) {                                       \
+    type value;                                                                                    \
     asm volatile("ld.global.cg." suffix " %0, [%1];" : constraint(reg) : "l"(address) : "memory"); \
-    return value; \
+    return value;                                                                                  \
   }
 #else
 #define LOAD_FROM_L2(type, suffix, constraint, reg) \

@@ -17,7 +17,8 @@
 
 namespace bagel_rt {
 
-constexpr int WARPS = 8;      // per block
+constexpr int WARPS = 8;  // per block
+constexpr int THREADS = WARPS * WARP;
 constexpr int WARP_ROWS = 2;  // rows of w that a warp computes together
 constexpr int BLOCK_ROWS = WARPS * WARP_ROWS;
 constexpr int PREFETCH_DEPTH = 4;  // chunks of each row in flight: with two rows, 128 bytes per lane, 32 KB per block
@@ -44,7 +45,7 @@ std::size_t shared_bytes(const GemvArgs& args) {
 template <class T>
 __device__ void load_norm_weight(const GemvOperands<T>& gemv, T* normed) {
 #pragma unroll 2
-  for (int at = static_cast<int>(threadIdx.x) * WIDTH<T>; at < gemv.K; at += WARPS * WARP * WIDTH<T>) {
+  for (int at = static_cast<int>(threadIdx.x) * WIDTH<T>; at < gemv.K; at += THREADS * WIDTH<T>) {
     store_vector(normed + at, load_vector(gemv.norm + at));
   }
 }
@@ -54,7 +55,7 @@ __device__ void load_norm_weight(const GemvOperands<T>& gemv, T* normed) {
 template <class T, int MAX_ROWS>
 __device__ void normalise(const GemvOperands<T>& gemv, T* normed) {
   __shared__ float squares[MAX_ROWS][WARPS], scales[MAX_ROWS];
-  const int thread = static_cast<int>(threadIdx.x), stride = WARPS * WARP * WIDTH<T>;
+  const int thread = static_cast<int>(threadIdx.x), stride = THREADS * WIDTH<T>;
 #pragma unroll
   for (int b = 0; b < MAX_ROWS; ++b) {
     const T* const row = gemv.x + min(b, gemv.B - 1) * gemv.x_stride;
@@ -169,7 +170,7 @@ __device__ void run_gemv(const GemvOperands<T>& gemv, const Addend& addend, cons
           }
         }
         weights.prefetch(gemv, slot, last ? next_w : w, last ? row + stride : row,
-                   last ? within : chunk + PREFETCH_DEPTH * WARP, chunks);
+                         last ? within : chunk + PREFETCH_DEPTH * WARP, chunks);
       }
     }
 #pragma unroll
@@ -184,9 +185,15 @@ __device__ void run_gemv(const GemvOperands<T>& gemv, const Addend& addend, cons
 
 template <class T>
 GemvOperands<T> gemv_operands(const GemvArgs& args) {
-  return {reinterpret_cast<const T*>(args.x), reinterpret_cast<const T*>(args.norm),
-          reinterpret_cast<const T*>(args.w), args.x_stride, args.w_stride,
-          args.B, args.K, args.N, args.eps};
+  return {reinterpret_cast<const T*>(args.x),
+          reinterpret_cast<const T*>(args.norm),
+          reinterpret_cast<const T*>(args.w),
+          args.x_stride,
+          args.w_stride,
+          args.B,
+          args.K,
+          args.N,
+          args.eps};
 }
 
 template <int MAX_ROWS>

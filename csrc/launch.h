@@ -18,7 +18,7 @@
 #include <tuple>
 
 // Declares the dynamic shared memory of a kernel as an array `name` of `type`, aligned to 16 bytes. Once per kernel.
-#define DYNAMIC_SHARED(type, name)                             \
+#define DYNAMIC_SHARED(type, name)                              \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
 #else
@@ -74,9 +74,9 @@ class KernelInfo {
       initialised_ = true;
     }
     if (shared_bytes > max_shared_bytes_) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)),
-                 format_string("cannot reserve %zu bytes of shared memory per block", shared_bytes));
+      check_cuda(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          format_string("cannot reserve %zu bytes of shared memory per block", shared_bytes));
       max_shared_bytes_ = shared_bytes;
     }
   }

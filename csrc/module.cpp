@@ -49,16 +49,15 @@ void bind_kernels(py::module_& module) {
   // module_local: the tests load a second build of this module, with the kernels as host code.
   py::class_<GemvArgs>(module, "GemvArgs", py::module_local())
       .def(py::init([](bool is_bfloat16, std::uintptr_t x, std::uintptr_t norm, std::uintptr_t w, std::int64_t x_stride,
-                       std::int64_t w_stride, int B, int K, int N, float eps) {
-        return GemvArgs{is_bfloat16, x, norm, w, x_stride, w_stride, B, K, N, eps};
-      }));
+                       std::int64_t w_stride, int B, int K, int N,
+                       float eps) { return GemvArgs{is_bfloat16, x, norm, w, x_stride, w_stride, B, K, N, eps}; }));
   py::class_<QkvArgs>(module, "QkvArgs", py::module_local())
       .def(py::init([](int Hq, int Hkv, int D, std::uintptr_t bias, std::uintptr_t qk_norm, std::uintptr_t cosines,
                        std::uintptr_t sines, std::uintptr_t slots, std::uintptr_t q, std::uintptr_t k_cache,
                        std::uintptr_t v_cache, std::int64_t S, std::int64_t k_slot_stride, std::int64_t k_head_stride,
                        std::int64_t v_slot_stride, std::int64_t v_head_stride) {
-        return QkvArgs{Hq,      Hkv,     D, bias,          qk_norm,       cosines,       sines,        slots, q,
-                     k_cache, v_cache, S, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride};
+        return QkvArgs{Hq, Hkv,     D,       bias, qk_norm,       cosines,       sines,         slots,
+                       q,  k_cache, v_cache, S,    k_slot_stride, k_head_stride, v_slot_stride, v_head_stride};
       }));
   module.def("cuda_error", &bagel_rt::cuda_error);
   module.def("norm_shared_bytes", &bagel_rt::norm_shared_bytes);
@@ -72,8 +71,9 @@ void bind_kernels(py::module_& module) {
                        std::int64_t k_slot, std::int64_t k_head, std::int64_t v_slot, std::int64_t v_head,
                        std::uintptr_t starts, std::uintptr_t lengths, bool wide_starts, bool wide_lengths,
                        float scale_log2) {
-        return DecodeAttentionArgs{is_bfloat16, B, Hq, Hkv, D, q, k, v, out, q_row, q_head, k_slot, k_head, v_slot,
-                                   v_head, starts, lengths, wide_starts, wide_lengths, scale_log2};
+        return DecodeAttentionArgs{is_bfloat16, B,           Hq,           Hkv,       D,      q,      k,      v,
+                                   out,         q_row,       q_head,       k_slot,    k_head, v_slot, v_head, starts,
+                                   lengths,     wide_starts, wide_lengths, scale_log2};
       }));
   py::class_<LogitsArgs>(module, "LogitsArgs", py::module_local())
       .def(py::init([](bool is_bfloat16, int rows, int columns, std::uintptr_t logits, std::int64_t row_stride) {
@@ -107,8 +107,9 @@ PYBIND11_MODULE(_C, module) {
   bind_kernels(module);
 #endif
 #ifdef BAGEL_RT_EMULATE
-  module.def("set_schedule", [](unsigned seed) { cuda_on_host::schedule = seed; },
-             "Seed of the order of blocks and threads; 0 for the default order.");
+  module.def(
+      "set_schedule", [](unsigned seed) { cuda_on_host::schedule = seed; },
+      "Seed of the order of blocks and threads; 0 for the default order.");
   module.def(
       "set_pending_writes",
       [](const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {

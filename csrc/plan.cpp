@@ -68,8 +68,8 @@ void append_blocks(std::vector<Block>& blocks, const Run& run, std::int64_t bloc
       most = std::max(most, limits[row]);
     }
     const auto narrow = [](std::int64_t value) { return static_cast<std::int32_t>(value); };
-    blocks.push_back({narrow(start), narrow(end), narrow(run.spans.key_start), least, most,
-                      narrow(run.spans.own_start), narrow(run.spans.own_end)});
+    blocks.push_back({narrow(start), narrow(end), narrow(run.spans.key_start), least, most, narrow(run.spans.own_start),
+                      narrow(run.spans.own_end)});
     start = end;
   }
 }

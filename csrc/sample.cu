@@ -272,17 +272,18 @@ __global__ void __launch_bounds__(THREADS, 1)
 void sample(const LogitsArgs& args, std::uintptr_t settings, std::uintptr_t seed, std::uintptr_t step,
             std::uintptr_t token, std::uintptr_t workspace, std::uintptr_t counters, std::uintptr_t stream) {
   const SamplingParams sampling{reinterpret_cast<const float*>(settings), reinterpret_cast<const std::int64_t*>(seed),
-                        reinterpret_cast<const std::int64_t*>(step)};
+                                reinterpret_cast<const std::int64_t*>(step)};
   RankedToken* const found = reinterpret_cast<RankedToken*>(workspace);
   unsigned* const largest = reinterpret_cast<unsigned*>(found + static_cast<std::int64_t>(args.rows) * THREADS);
   const int columns = THREADS * (args.is_bfloat16 ? WIDTH<bfloat16> : WIDTH<float>);  // one vector per thread
   const int blocks = std::min((args.columns + columns - 1) / columns, MAX_BLOCKS);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.rows));
   const auto kernel = args.is_bfloat16 ? sample_kernel<bfloat16> : sample_kernel<float>;
-  with_context([&] { return format_string("sample of [%d, %d] logits", args.rows, args.columns); }, [&] {
-    launch(kernel, grid, dim3(THREADS), 0, stream, args, sampling, reinterpret_cast<std::int64_t*>(token), found,
-           largest, reinterpret_cast<int*>(counters));
-  });
+  with_context([&] { return format_string("sample of [%d, %d] logits", args.rows, args.columns); },
+               [&] {
+                 launch(kernel, grid, dim3(THREADS), 0, stream, args, sampling, reinterpret_cast<std::int64_t*>(token),
+                        found, largest, reinterpret_cast<int*>(counters));
+               });
 }
 
 }  // namespace bagel_rt
