@@ -18,7 +18,7 @@ from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels.extension import EXTENSION, EXTENSION_ERROR, cuda_error
 from bagel_rt.models.bagel.config import BagelConfig
 
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", "tqdm", "typer")
+_PACKAGES = ("triton", "numpy", "safetensors", "tokenizers", "pillow", "tqdm", "typer")
 
 
 def collect(model: Path | None = None) -> dict:
@@ -43,7 +43,8 @@ def collect(model: Path | None = None) -> dict:
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the dependencies that may affect results."""
-    installed = {"bagel_rt": __version__, "python": platform.python_version()}
+    # torch's own version states the CUDA version it was built for, such as +cu132; that of its package does not.
+    installed = {"bagel_rt": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in _PACKAGES:
         try:
             installed[package] = version(package)
