@@ -37,10 +37,15 @@ def parse_json_object(raw: bytes, source: Path | str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file; CheckpointError if it holds anything else."""
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most ``max_bytes``; CheckpointError for anything else."""
     with open_file(path) as file:
-        raw = file.read(_JSON_LIMIT + 1)
-    if len(raw) > _JSON_LIMIT:
-        raise CheckpointError(f"{path} must have at most {_JSON_LIMIT} bytes, got more. {REMEDY}.")
-    return parse_json_object(raw, path)
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise CheckpointError(f"{path} must have at most {max_bytes} bytes, got more. {REMEDY}.")
+    return raw
+
+
+def read_json(path: Path, max_bytes: int = _JSON_LIMIT) -> dict[str, Any]:
+    """Read the JSON object in a file; CheckpointError if it holds anything else or has more than ``max_bytes``."""
+    return parse_json_object(read_file(path, max_bytes), path)

@@ -8,7 +8,8 @@ from torch import nn
 
 from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig, VAEConfig, ViTConfig
 from bagel_rt.models.bagel.images import ResizeRule
-from bagel_rt.models.bagel.tokenizer import Tokenizer, qwen2_backend
+from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.models.bagel.tokenizer_files import qwen2_backend
 from bagel_rt.validation import invalid
 
 VISUAL_GEN_MODULES = ("vae2llm", "llm2vae", "time_embedder", "latent_pos_embed")  # absent with visual_gen=False

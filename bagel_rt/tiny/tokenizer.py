@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 
-from bagel_rt.models.bagel.tokenizer import qwen2_backend
+from bagel_rt.models.bagel.tokenizer_files import qwen2_backend
 from bagel_rt.validation import check, integer
 
 SPECIAL_TOKENS = (

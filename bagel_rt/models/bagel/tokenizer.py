@@ -7,29 +7,17 @@ for the embedded model also lower case.
 
 import codecs
 import operator
-import reprlib
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models
 
-from bagel_rt.checkpoint.files import open_file, read_json
 from bagel_rt.errors import CheckpointError
+from bagel_rt.models.bagel.tokenizer_files import REMEDY, read_backend
 
 START, END = "<|im_start|>", "<|im_end|>"
-
-_REMEDY = "Download the tokenizer files again from the published model folder"
-
-_ADDED_TOKEN_FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
-
-# Qwen2's pre-tokenization: English contractions, words with one preceding character, single digits, punctuation, line
-# breaks, spaces.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 # GPT-2's byte alphabet: a printable byte is written as its own character, the n-th other byte as character 256 + n.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -38,7 +26,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n,
 
 
 class Tokenizer:
-    """The tokenizer. ``len()`` is its number of tokens; a model's vocabulary may be padded to more.
+    """The tokenizer. ``len()`` is its largest id + 1; a model's vocabulary may be padded to more.
 
     Attributes:
         bos, eos: ids of <|im_start|> and <|im_end|>, which enclose every text.
@@ -56,13 +44,14 @@ class Tokenizer:
             CheckpointError: not a byte-level BPE, or a token is missing: one of the 256 bytes or the four above.
         """
         if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
-            raise CheckpointError(f"{source} must be a byte-level BPE tokenizer, as used by Qwen2. {_REMEDY}.")
+            raise CheckpointError(f"{source} must be a byte-level BPE tokenizer, as used by Qwen2. {REMEDY}.")
         missing = [character for character in _BYTE_OF if backend.token_to_id(character) is None]
         if missing:
-            raise CheckpointError(f"{source}: tokens for {len(missing)} of the 256 bytes are missing. {_REMEDY}.")
+            raise CheckpointError(f"{source}: tokens for {len(missing)} of the 256 bytes are missing. {REMEDY}.")
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._length = 1 + max(backend.get_vocab().values())
         names = (START, END, "<|vision_start|>", "<|vision_end|>")
         self.bos, self.eos, self.start_of_image, self.end_of_image = (
             _special_id(backend, name, source) for name in names
@@ -76,20 +65,10 @@ class Tokenizer:
             FileNotFoundError: neither exists.
             CheckpointError: a file is damaged or does not match the others; the message names it.
         """
-        folder = Path(path)
-        whole, parts = folder / "tokenizer.json", ("vocab.json", "merges.txt", "tokenizer_config.json")
-        if whole.exists():
-            return cls(_read_whole(whole), whole)
-        missing = [name for name in parts if not (folder / name).exists()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} must have tokenizer.json or all of {', '.join(parts)}; "
-                f"missing: {', '.join(missing)}. {_REMEDY}."
-            )
-        return cls(_read_parts(*(folder / name for name in parts)), folder / parts[-1])
+        return cls(*read_backend(Path(path)))
 
     def __len__(self) -> int:
-        return self._backend.get_vocab_size()
+        return self._length
 
     def encode(self, text: str) -> list[int]:
         """Encode a text, without adding tokens. The strings of special tokens become their ids.
@@ -115,7 +94,7 @@ class Tokenizer:
         for token in ids:
             spelling = self.spell(token)
             if spelling is None:
-                raise ValueError(f"token id must be below {len(self)}, the number of tokens, got {token}.")
+                raise ValueError(f"token id must be below {len(self)} and in the vocabulary, got {token}.")
             spellings.append(spelling)
         return b"".join(spellings).decode("utf-8", "replace")
 
@@ -198,59 +177,8 @@ class TextStream:
         return text[:cut]
 
 
-def qwen2_backend(model: models.BPE) -> tokenizers.Tokenizer:
-    """Add Qwen2's normalization, pre-tokenization and byte alphabet to a BPE. Special tokens are not added."""
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
 def _special_id(backend: tokenizers.Tokenizer, name: str, source: Path | str) -> int:
     token = backend.token_to_id(name)
     if token is None:
-        raise CheckpointError(f"{source}: the special token {name} is missing. {_REMEDY}.")
+        raise CheckpointError(f"{source}: the special token {name} is missing. {REMEDY}.")
     return token
-
-
-def _read_whole(path: Path) -> tokenizers.Tokenizer:
-    with open_file(path) as file:
-        raw = file.read()
-    try:
-        return tokenizers.Tokenizer.from_buffer(raw)
-    except Exception as error:  # tokenizers raises no narrower class
-        raise CheckpointError(f"{path} is not a valid tokenizer file: {error}. {_REMEDY}.") from None
-
-
-def _read_parts(vocab: Path, merges: Path, config: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = qwen2_backend(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # as in _read_whole
-        raise CheckpointError(f"{vocab} and {merges.name} are not a valid BPE: {error}. {_REMEDY}.") from None
-    for token, added in _added_tokens(config):
-        backend.add_tokens([added])
-        if backend.token_to_id(added.content) != token:
-            raise CheckpointError(
-                f"{config}: the id of {added.content} must be {backend.token_to_id(added.content)} to match "
-                f"{vocab.name}, got {token}. {_REMEDY}."
-            )
-    return backend
-
-
-def _added_tokens(path: Path) -> list[tuple[int, AddedToken]]:
-    """(id, token), sorted by id, from ``added_tokens_decoder`` in ``tokenizer_config.json``."""
-    entries: Any = read_json(path).get("added_tokens_decoder")
-    added = []
-    try:
-        for key, entry in entries.items():
-            flags = {flag: entry[flag] for flag in _ADDED_TOKEN_FLAGS if flag in entry}
-            added.append((int(key), AddedToken(entry["content"], **flags)))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{path}: added_tokens_decoder must map ids to a token's content and flags, got {reprlib.repr(entries)}. "
-            f"{_REMEDY}."
-        ) from None
-    return sorted(added, key=operator.itemgetter(0))

@@ -1,6 +1,7 @@
 """The tokenizer against recorded ids, tokenizer.json against the separate files, and streams against whole answers."""
 
 import json
+import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -220,7 +221,7 @@ INVALID_CALLS = {
     "bytes-as-text": (lambda t: t.encode(b"a"), "text must be a str, got bytes"),
     "none-as-text": (lambda t: t.encode(None), "got NoneType"),
     "lone-surrogate": (lambda t: t.encode("a\ud83d"), "surrogates"),
-    "id-past-the-end": (lambda t: t.decode([64, len(t)]), "token id must be below 366, .* got 366"),
+    "id-past-the-end": (lambda t: t.decode([64, len(t)]), "token id must be below 366 and in the vocabulary, got 366"),
     "negative-id": (lambda t: t.decode([-1]), "token id must be an integer from 0 .*, got -1"),
     "string-as-ids": (lambda t: t.decode("abc"), "token id must be an integer from 0 .*, got 'a'"),
     "fractional-id-in-an-answer": (lambda t: t.answer([t.bos, 1.5]), "got 1.5"),
@@ -246,26 +247,71 @@ def no_token(table: dict) -> None:
     del table["added_tokens_decoder"]["361"]
 
 
+def changed(change, message):
+    """A case of DAMAGED: tokenizer.json with a change of its values."""
+    return "tokenizer.json", lambda p: edit(p.parent, p.name, change), message
+
+
 DAMAGED = {
     "tokenizer-json-cut-short": (
-        "tokenizer.json", lambda p: p.write_bytes(p.read_bytes()[:5000]), "tokenizer.json is not a valid tokenizer",
+        "tokenizer.json", lambda p: p.write_bytes(p.read_bytes()[:5000]), "tokenizer.json is not JSON in UTF-8",
     ),
-    "tokenizer-json-that-is-a-list": ("tokenizer.json", lambda p: p.write_text("[]"), "is not a valid tokenizer"),
+    "tokenizer-json-that-is-a-list": (
+        "tokenizer.json", lambda p: p.write_text("[]"), "must be a JSON object, got list",
+    ),
     "tokenizer-json-that-is-a-folder": (
         "tokenizer.json", lambda p: (p.unlink(), p.mkdir()), "tokenizer.json is not a file",
     ),
     "no-start-of-image-in-tokenizer-json": (
         "tokenizer.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens"].pop(9)),
-        r"tokenizer.json: the special token <\|vision_start\|> is missing",
+        r"tokenizer.json: added_tokens: the id of <\|vision_end\|> must be 361 to follow the vocabulary, got 362",
     ),
     "byte-that-no-token-spells": (
         "tokenizer.json",
         lambda p: edit(p.parent, p.name, lambda v: v["model"]["vocab"].update({"new": v["model"]["vocab"].pop("~")})),
         "tokenizer.json: tokens for 1 of the 256 bytes are missing",
     ),
+    "regular-expression-of-exponential-time": changed(
+        lambda v: v["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(a+)+$"),
+        "pre_tokenizer must be Qwen2's: .*, got",
+    ),
+    "normalizer-that-grows-a-text": changed(
+        lambda v: v.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x" * 99}),
+        "normalizer must be null, NFC, Lowercase or a sequence of both, got .*Replace",
+    ),
+    "long-sequence-of-normalizers": changed(
+        lambda v: v.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}),
+        "normalizer must be null, NFC",
+    ),
+    "random-tokenization": changed(lambda v: v["model"].update(dropout=0.5), "model.dropout must be None .*, got 0.5"),
+    "other-decoder": changed(lambda v: v.update(decoder={"type": "Metaspace"}), "decoder must be ByteLevel, got"),
+    "word-pieces": changed(lambda v: v["model"].update(type="WordPiece"), "model must be a byte-level BPE"),
+    "merge-of-unknown-tokens": changed(
+        lambda v: v["model"]["merges"].append(["zz", "yy"]), "the token 'zz' of a merge is not in the vocabulary",
+    ),
+    "merges-that-are-a-number": changed(lambda v: v["model"].update(merges=3), "not a valid BPE"),
+    "vocabulary-that-is-a-list": changed(lambda v: v["model"].update(vocab=[]), "not a valid BPE"),
+    "id-of-two-tokens": changed(
+        lambda v: v["model"]["vocab"].update(new=0), "ids must be different integers from 0 to 2097151",
+    ),
+    "id-that-is-negative": changed(lambda v: v["model"]["vocab"].update(new=-1), "ids must be different integers"),
+    "id-that-is-a-fraction": changed(lambda v: v["model"]["vocab"].update(new=0.5), "ids must be different integers"),
+    "id-past-every-vocabulary": changed(
+        lambda v: v["model"]["vocab"].update(new=1 << 40), "ids must be different integers",
+    ),
+    "long-token": changed(
+        lambda v: v["model"]["vocab"].update({"x" * 5000: 9999}), "a token must have at most 1024 characters",
+    ),
+    "long-added-token": changed(
+        lambda v: v["added_tokens"][0].update(content="x" * 5000), "added_tokens must have tokens with an id",
+    ),
+    "added-token-with-a-flag-that-is-text": changed(
+        lambda v: v["added_tokens"][0].update(lstrip="no"), "added_tokens must have tokens with an id",
+    ),
+    "added-tokens-that-are-text": changed(lambda v: v.update(added_tokens="x"), "must be"),
     "vocab-cut-short": (
-        "vocab.json", lambda p: p.write_bytes(p.read_bytes()[:900]), "merges.txt are not a valid BPE",
+        "vocab.json", lambda p: p.write_bytes(p.read_bytes()[:900]), "vocab.json is not JSON in UTF-8",
     ),
     "empty-vocab": ("vocab.json", lambda p: p.write_text("{}"), "vocab.json and merges.txt are not a valid BPE"),
     "merges-of-unknown-tokens": (
@@ -274,22 +320,23 @@ DAMAGED = {
     "merges-of-one-word": ("merges.txt", lambda p: p.write_text("#version: 0.2\nt h\nthe\n"), "not a valid BPE"),
     "config-that-is-not-json": ("tokenizer_config.json", lambda p: p.write_text("{"), "_config.json is not JSON"),
     "config-without-added-tokens": (
-        "tokenizer_config.json", lambda p: p.write_text("{}"), "_config.json: added_tokens_decoder must .*, got None",
+        "tokenizer_config.json", lambda p: p.write_text("{}"),
+        "_config.json: added_tokens_decoder must have at most 4096 tokens, got None",
     ),
     "added-token-without-an-id": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens_decoder"].update(x={"content": "<x>"})),
-        "added_tokens_decoder must map ids to a token's content and flags, got",
+        "added_tokens_decoder must have tokens with an id, a content of 1 to 1024 characters and flags, got",
     ),
     "added-token-without-content": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, lambda v: v["added_tokens_decoder"].update({"400": {"text": "<x>"}})),
-        "added_tokens_decoder must map ids to a token's content and flags, got",
+        "added_tokens_decoder must have tokens with an id, a content of 1 to 1024 characters and flags, got",
     ),
     "added-token-that-is-missing": (
         "tokenizer_config.json",
         lambda p: edit(p.parent, p.name, no_token),
-        r"the id of <\|vision_end\|> must be 361 to match vocab.json, got 362",
+        r"the id of <\|vision_end\|> must be 361 to follow the vocabulary, got 362",
     ),
 }  # fmt: skip
 
@@ -301,6 +348,45 @@ def test_error_names_the_damaged_file_and_the_remedy(tmp_path, name, damage, mes
     with pytest.raises(CheckpointError, match=message) as caught:
         Tokenizer.from_folder(tmp_path)
     assert "published" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", *PARTS])
+def test_rejects_a_large_file_unread_and_a_fifo_unopened(tmp_path, name):
+    copy_files(tmp_path, ["tokenizer.json"] if name == "tokenizer.json" else PARTS)
+    with open(tmp_path / name, "ab") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(CheckpointError, match=f"{name} must have at most 33554432 bytes, got more"):
+        Tokenizer.from_folder(tmp_path)
+    if hasattr(os, "mkfifo"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"{name} is not a file"):
+            Tokenizer.from_folder(tmp_path)
+
+
+def test_lowercase_normalizer_is_used(tmp_path):
+    copy_files(tmp_path, ["tokenizer.json"])
+    steps = [{"type": "NFC"}, {"type": "Lowercase"}]
+    edit(
+        tmp_path, "tokenizer.json", lambda values: values.update(normalizer={"type": "Sequence", "normalizers": steps})
+    )
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("A LARGE Red Star É") == tokenizer.encode("a large red star é")
+    assert tokenizer.encode(START) == [tokenizer.bos]
+
+
+def test_length_covers_ids_beyond_a_gap(tmp_path):
+    copy_files(tmp_path, ["tokenizer.json"])
+
+    def move(values):  # special tokens into the vocabulary, before the gap
+        added = {token["content"]: token["id"] for token in values["added_tokens"]}
+        values["model"]["vocab"].update(added, unusual=5000)
+
+    edit(tmp_path, "tokenizer.json", move)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert len(tokenizer) == 5001
+    with pytest.raises(ValueError, match="below 5001 and in the vocabulary, got 4999"):
+        tokenizer.decode([4999])
 
 
 @pytest.mark.parametrize("name", PARTS)
