@@ -2,7 +2,12 @@
 
 run.py         uvicorn around the application
 app.py         the routes
-schema.py      request bodies, and the model's requests made from them
+schema.py      request bodies
+neutral.py     fields that are accepted only with values that ask for nothing
+bodies.py      read JSON bodies and forms
+model_requests.py  the model's requests, made from request bodies
+errors.py      errors with OpenAI's code and param
+stops.py       texts that end before a stop string
 images.py      fetch and encode images
 decoder.py     the process that decodes images; decoder_pool.py starts and stops such processes
 worker.py      jobs of the model thread that deliver to the event loop

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import anyio
 from fastapi import FastAPI, Request, Response
 from PIL import Image
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -20,17 +18,17 @@ from bagel_rt.model_thread import ModelThread
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageResult
 from bagel_rt.serve import schema
+from bagel_rt.serve.bodies import parse_json, read_body, read_form
 from bagel_rt.serve.decoder_pool import DecoderPool
-from bagel_rt.serve.images import read_url
+from bagel_rt.serve.errors import FieldError, errors_of
+from bagel_rt.serve.images import JPEG_QUALITY, read_url
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
-from bagel_rt.serve.middleware import Gate, error_response_for, parse_body, release_body
+from bagel_rt.serve.middleware import Gate, error_response_for, release_body
+from bagel_rt.serve.model_requests import chat_requests, image_requests, prompt_tokens
 from bagel_rt.serve.responses import ChatResponse, EventStream, InThread, images_response
 from bagel_rt.serve.worker import AsyncJob, Completion, start_worker
 
-_EDIT_FILES = ("image", "image[]")
-_INTERVAL = "cfg_interval"  # a list in a form: JSON or, from OpenAI's client, fields named with []
-_CHARSETS = (b"utf-8", b"utf8", b"us-ascii")  # of a form; some other codecs of Python take hours on hostile input
 # Threads that build requests, read images, and encode responses. They are separate, so that slow images delay neither
 # requests without images nor finished responses.
 _BUILDERS = 2
@@ -121,131 +119,95 @@ class Server:
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
-            raise HTTPException(404, f"model must be {self.name!r} or left out, got {name[:60]!r}")
+            allowed = f"{self.name!r} or left out"
+            raise FieldError("model", f"must be {allowed}, got {name[:60]!r}.", "model_not_found", 404)
 
     async def generations(self, request: Request, deadline: float) -> Response:
         """Text to images."""
-        body = schema.Generation.model_validate(parse_body(await _read_body(request)))
+        body = schema.Generation.model_validate(parse_json(await read_body(request)))
         release_body(request)
         return await self._draw(request, deadline, body, [])
 
     async def edits(self, request: Request, deadline: float) -> Response:
         """Images and a text to images."""
-        files, fields = await self._read_form(request)
+        files, fields = await read_form(request, self.limits.images)
         if not files:
-            raise ValueError("image is missing. Send the image to edit as a file of multipart/form-data.")
+            text = "is missing. Send the image to edit as a file of multipart/form-data."
+            raise FieldError("image", text, "missing_required_parameter")
         body = schema.Edit.model_validate(fields)
         self._check_model(body.model)
         images = []
         while files:  # drops each file once it is decoded: none should be held in the queue
-            images.append(await self._read(self._decode, files.pop(0)))
+            images.append(await self._read(self._decode, "image", files.pop(0)))
         release_body(request)
         return await self._draw(request, deadline, body, images)
-
-    async def _read_form(self, request: Request) -> tuple[list[bytes], dict[str, Any]]:
-        """(contents of the files, fields) of a form.
-
-        Raises:
-            ValueError: unsupported charset, unknown file, or a repeated field.
-        """
-        charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
-        if charset.lower() not in _CHARSETS:
-            raise ValueError(f"the form's charset must be UTF-8, got {charset[:40].decode('latin-1')!r}")
-        files, interval = [], []
-        fields: dict[str, Any] = {}
-        async with request.form(max_files=self.limits.images, max_fields=40) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    if name not in _EDIT_FILES:
-                        raise ValueError(f"a file must be named image or image[], got {name[:40]!r}")
-                    files.append(await value.read())
-                elif name == f"{_INTERVAL}[]":
-                    interval.append(value)
-                elif name in fields:
-                    raise ValueError(f"{name[:40]!r} is given twice. Send it once.")
-                elif name == _INTERVAL:
-                    fields[name] = parse_body(f'{{"{name}": {value}}}'.encode())[name]
-                else:
-                    fields[name] = value
-        if interval and _INTERVAL in fields:
-            raise ValueError(f"{_INTERVAL} and {_INTERVAL}[] are both given. Send one of them.")
-        if interval:
-            fields[_INTERVAL] = interval
-        return files, fields
-
-    def _decode(self, data: bytes) -> Image.Image:
-        return self._decoders.decode(data, self.bagel.model.config.vae_transform)
 
     async def _draw(
         self, request: Request, deadline: float, body: schema.ImageFields, images: list[Image.Image]
     ) -> Response:
         self._check_model(body.model)
-        requests = await self._build(schema.image_requests, self.bagel, self.limits, body, images)
+        requests = await self._build(image_requests, self.bagel, self.limits, body, images)
         first = requests[0]
-        steps = first.image and first.image.num_timesteps
-        batch_key = (schema.drawn_size(self.bagel, first), steps, first.system is None)
+        batch_key = (first.size, first.image and first.image.num_timesteps, first.system is None)
         jobs = [AsyncJob[ImageResult](one, "image", deadline, batch_key) for one in requests]
         self.worker.submit(jobs)
         async with _cancel_on_disconnect(request, jobs):
             results = [await job.finish() for job in jobs]
         self.metrics.images.inc(len(results))
-        prompt_tokens = schema.prompt_tokens(self.bagel, first)
-        return JSONResponse(await self._write(images_response, results, body.output_format, prompt_tokens))
+        quality = JPEG_QUALITY if body.output_compression is None else body.output_compression
+        tokens = prompt_tokens(self.bagel, first)
+        return JSONResponse(await self._write(images_response, results, body.output_format, quality, tokens))
 
     async def completions(self, request: Request, deadline: float) -> Response:
         """Texts and images to a text or, with ``modalities`` of both, to texts and images."""
         begun = time.perf_counter()
-        body = schema.Chat.model_validate(parse_body(await _read_body(request)))
+        body = schema.Chat.model_validate(parse_json(await read_body(request)))
         self._check_model(body.model)
-        parts = [await self._read_part(part) for part in self._parts(body)]
+        images = sum(part.type == "image_url" for _, part in body.parts)
+        if images > self.limits.images:
+            raise FieldError("messages", f"must have at most {self.limits.images} images, got {images}.")
+        parts = [await self._read_part(param, part) for param, part in body.parts]
         body.messages = []  # the encoded images should not be held in the queue
         release_body(request)
-        model_request = await self._build(schema.chat_request, self.bagel, self.limits, body, parts)
-        prompt_tokens = sum(schema.prompt_tokens(self.bagel, model_request))
-        job = AsyncJob[Completion](model_request, "interleaved" if body.draws else "text", deadline)
-        self.worker.submit([job])
-        response = ChatResponse(job, self.name, prompt_tokens, self._write)
+        requests = await self._build(chat_requests, self.bagel, self.limits, body, parts)
+        kind = "interleaved" if body.draws else "text"
+        jobs = [AsyncJob[Completion](one, kind, deadline, stops=body.stop) for one in requests]
+        self.worker.submit(jobs)
+        response = ChatResponse(jobs, self.name, sum(prompt_tokens(self.bagel, requests[0])), self._write)
         if body.stream:
 
             def ended(status: int) -> None:
                 self._count(response)
                 self.metrics.record("/v1/chat/completions", status, time.perf_counter() - begun)
 
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(job, response.events(with_usage), ended)
-        async with _cancel_on_disconnect(request, [job]):
+            return EventStream(jobs, response.events(body.stream_options.include_usage), ended)
+        async with _cancel_on_disconnect(request, jobs):
             content = await response.whole()
         self._count(response)
         return JSONResponse(content)
 
     def _count(self, response: ChatResponse) -> None:
-        if response.completion is not None:
-            self.metrics.tokens.inc(response.completion.tokens)
-            self.metrics.images.inc(sum(isinstance(part, ImageResult) for part in response.completion.parts))
+        for completion in response.completions:
+            self.metrics.tokens.inc(completion.tokens)
+            self.metrics.images.inc(sum(isinstance(part, ImageResult) for part in completion.parts))
 
-    def _parts(self, body: schema.ChatFields) -> list[schema.TextPart | schema.ImagePart]:
-        parts = [part for message in body.messages for part in message.parts]
-        images = sum(part.type == "image_url" for part in parts)
-        if images > self.limits.images:
-            raise ValueError(f"messages must have at most {self.limits.images} images, got {images}")
-        return parts
-
-    async def _read_part(self, part: schema.TextPart | schema.ImagePart) -> str | Image.Image:
+    async def _read_part(self, param: str, part: schema.TextPart | schema.ImagePart) -> str | Image.Image:
         if part.type == "text":
             return part.text
-        return await self._read(self._read_url, part.image_url.url)
+        return await self._read(self._read_url, f"{param}.image_url.url", part.image_url.url)
 
-    def _read_url(self, url: str) -> Image.Image:
-        return self._decode(read_url(url, self.limits, self.hosts))
+    def _read_url(self, param: str, url: str) -> Image.Image:
+        with errors_of(param, "invalid_image_url"):
+            data = read_url(url, self.limits, self.hosts)
+        return self._decode(param, data)
+
+    def _decode(self, param: str, data: bytes) -> Image.Image:
+        with errors_of(param, "invalid_image"):
+            return self._decoders.decode(data, self.bagel.model.config.vae_transform)
 
 
 async def _run_limited(limiter: anyio.CapacityLimiter, function: Callable[..., T], *arguments: Any) -> T:
     return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
-
-
-async def _read_body(request: Request) -> bytes:
-    """The bytes of a body; unlike ``request.body()``, the request does not keep them."""
-    return b"".join([chunk async for chunk in request.stream()])
 
 
 @asynccontextmanager

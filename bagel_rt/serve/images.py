@@ -13,13 +13,17 @@ import socket
 import ssl
 import time
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
 from PIL import Image
 
 from bagel_rt.serve.limits import Limits
 
+JPEG_QUALITY = 95
+"""Default quality of JPEG and WebP, up to 100."""
+
 _MEDIA = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from that of URLs
 _FETCH_SECONDS = 10.0  # from the connection to the last byte
 # IPv6 networks that lead to any IPv4 address, private ones included: NAT64 and 6to4.
 _TUNNELS = [ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")]
@@ -31,6 +35,7 @@ def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> b
     Raises:
         ValueError: another kind of URL, or too large.
     """
+    url = url.strip()
     if url[:5].lower() == "data:":
         return _decode_data_url(url)
     parts = urlsplit(url)
@@ -40,21 +45,26 @@ def read_url(url: str, limits: Limits, hosts: frozenset[str] = frozenset()) -> b
     return _fetch(parts, parts.hostname, limits.body)
 
 
-def encode(image: Image.Image, output_format: str) -> str:
-    """Encode an image as "png", "jpeg" or "webp", in base64."""
+def encode(image: Image.Image, output_format: str, quality: int = JPEG_QUALITY) -> str:
+    """Encode an image as "png", or as "jpeg" or "webp" with a quality from 0 to 100, in base64."""
     out = io.BytesIO()
-    image.save(out, _MEDIA[output_format], **({"quality": 95} if output_format != "png" else {}))
+    image.save(out, _MEDIA[output_format], **({} if output_format == "png" else {"quality": max(quality, 1)}))
     return base64.b64encode(out.getvalue()).decode()
 
 
 def _decode_data_url(url: str) -> bytes:
+    """Decode a data URL: percent-encoded, or base64 with or without padding and line breaks, in either alphabet."""
     header, comma, content = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise ValueError("image_url is a data URL without base64 content. Write data:image/png;base64,...")
+    if not comma:
+        raise ValueError("image_url must be a data URL such as data:image/png;base64,..., got one without a comma")
+    data = unquote_to_bytes(content)
+    if not header.rstrip().lower().endswith(";base64"):
+        return data
+    data = data.translate(_STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
     try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"image_url is a data URL with invalid base64: {error}") from None
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"image_url must be a data URL with valid base64: {error}") from None
 
 
 class _DeadlineSocket(ssl.SSLSocket):

@@ -21,7 +21,7 @@ class Limits:
     side: int = checked(integer(1), 2048, help="Pixels of the longer side of a generated image.")
     steps: int = checked(integer(2), 200, help="Timesteps per image.")
     written_tokens: int = checked(integer(1), 4096, help="Tokens of a generated text.")
-    outputs: int = checked(integer(1, MAX_BATCH), 8, help="Images generated for one request.")
+    outputs: int = checked(integer(1, MAX_BATCH), 10, help="Images, or answers, generated for one request.")
     connections: int = checked(
         integer(1), 1000, help="Open connections; one more closes the one that has been idle longest."
     )

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import json
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bagel_rt.errors import Cancelled
 from bagel_rt.model_thread import Busy, DeadlineExceeded, Stopping
 from bagel_rt.serve.admission import Admission, Admitted
+from bagel_rt.serve.errors import RequestError, describe
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CLOSED
 from bagel_rt.serve.worker import Failed
@@ -31,7 +31,6 @@ MAX_HEAD = 32 << 10
 """Bytes of a request's headers."""
 MAX_URL = 8 << 10
 """Bytes of a path with its query."""
-_PIECES = 1 << 16  # JSON punctuation in a body; base64, which may be long, has none
 
 
 class TooLarge(Exception):
@@ -161,11 +160,9 @@ def error_response_for(error: Exception) -> JSONResponse:
     """Map an exception to an error response; log server faults under the id in the response."""
     wrong, ours = "invalid_request_error", "server_error"
     if isinstance(error, ValidationError):
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-        deepest = max(errors, key=lambda one: len(one["loc"]))  # for a text-or-list field: the error inside the list
-        where = ".".join(map(str, deepest["loc"]))[:200]
-        message = f"{where}: {deepest['msg']}" if where else f"body: {deepest['msg']}"
-        return error_response(400, message, wrong, param=where or None)
+        error = describe(error)
+    if isinstance(error, RequestError):
+        return error_response(error.status, str(error), wrong, error.code, error.param or None)
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail), wrong, **(error.headers or {}))
     if isinstance(error, TooLarge):
@@ -195,21 +192,3 @@ def error_response_for(error: Exception) -> JSONResponse:
     name = uuid.uuid4().hex[:12]
     log.error("error %s", name, exc_info=error)
     return error_response(500, f"the server failed in this request (error {name})", ours, "internal")
-
-
-def parse_body(data: bytes) -> dict:
-    """Parse a body as a JSON object.
-
-    Raises:
-        ValueError: not a JSON object, or so many values that parsing would take many times the body's size.
-    """
-    pieces = sum(map(data.count, (b",", b"[", b"{", b":")))
-    if pieces > _PIECES:
-        raise ValueError(f"the body must have at most {_PIECES} commas, colons and brackets, got {pieces}")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the body must be JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"the body must be a JSON object, got {type(value).__name__}")
-    return value

@@ -5,7 +5,6 @@ import time
 
 import h11
 from fastapi import FastAPI
-from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -39,9 +38,9 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         self._since = time.monotonic()  # of the last event: the protocol that is idle longest is closed first
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(_HEAD_SECONDS, self._head_timed_out)
-        app = self.config.app  # in Ray's proxy not this package's
-        limits = app.state.server.limits if isinstance(app, FastAPI) else Limits()
-        if len(self.connections) > max_connections(limits):
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        if len(self.connections) > max_connections(app.state.server.limits):
             others = self.connections - {self}
             idle = [one for one in others if isinstance(one, BoundedProtocol) and one.is_idle()]
             min(idle, key=lambda one: one._since, default=self).transport.abort()
@@ -69,7 +68,7 @@ class BoundedProtocol(H11Protocol):
         """Refuse what h11 cannot parse, or does not, because it is too long."""
         head = self.conn.trailing_data[0]
         kind = "invalid_request_error"
-        if len(head) <= (self.config.h11_max_incomplete_event_size or DEFAULT_MAX_INCOMPLETE_EVENT_SIZE):
+        if len(head) <= MAX_HEAD:
             self._refuse(error_response(400, "the request must be HTTP/1.1", kind))
         elif b"\n" not in head:
             self._refuse(error_response(414, f"the URL must have at most {MAX_URL} bytes", kind))

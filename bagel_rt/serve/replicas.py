@@ -26,7 +26,6 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.config import HTTP_PROTOCOLS
 
 from bagel_rt.serve.limits import Limits
 
@@ -343,9 +342,5 @@ def _error(message: str, kind: str, code: str) -> bytes:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """Middlewares of every proxy; called by Ray in the proxy's process, before it starts uvicorn.
-
-    Ray does not let an application choose uvicorn's protocol, so this replaces the one that uvicorn chooses by itself.
-    """
-    HTTP_PROTOCOLS["auto"] = "bagel_rt.serve.protocol:BoundedProtocol"
+    """Middlewares of every proxy; called by Ray."""
     return [Middleware(ProxyErrors)]

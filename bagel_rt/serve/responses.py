@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,18 +24,20 @@ InThread = Callable[..., Awaitable[Any]]
 """An async function that runs a function with its arguments in another thread."""
 
 
-def images_response(results: list[ImageResult], output_format: str, prompt_tokens: tuple[int, int]) -> dict:
+def images_response(
+    results: list[ImageResult], output_format: str, quality: int, prompt_tokens: tuple[int, int]
+) -> dict[str, Any]:
     """The body of a response with images.
 
     Args:
         results: one or more.
-        output_format: "png", "jpeg" or "webp".
+        output_format, quality: as of :func:`~bagel_rt.serve.images.encode`.
         prompt_tokens: (text tokens, image tokens) of the request.
     """
     data = []
     for result in results:
         thought = {"revised_prompt": result.thought} if result.thought is not None else {}
-        data.append({"b64_json": encode(result.image, output_format), "seed": result.seed} | thought)
+        data.append({"b64_json": encode(result.image, output_format, quality), "seed": result.seed} | thought)
     input_tokens, output_tokens = sum(prompt_tokens), sum(len(result.latents) for result in results)
     details = {"text_tokens": prompt_tokens[0], "image_tokens": prompt_tokens[1]}
     usage = {"input_tokens": input_tokens, "input_tokens_details": details, "output_tokens": output_tokens}
@@ -45,93 +47,100 @@ def images_response(results: list[ImageResult], output_format: str, prompt_token
 
 
 class ChatResponse:
-    """The response of a chat job, whole or streamed.
+    """The response of chat jobs, one for each choice, whole or streamed.
 
     Attributes:
-        completion: the job's result; None until it has one.
+        completions: results of the jobs, as far as they have one.
     """
 
-    def __init__(self, job: AsyncJob[Completion], model: str, prompt_tokens: int, in_thread: InThread):
+    def __init__(self, jobs: Sequence[AsyncJob[Completion]], model: str, prompt_tokens: int, in_thread: InThread):
         """
         Args:
-            job: a submitted chat.
+            jobs: submitted, one for each choice.
             model: its name.
             prompt_tokens: of the request.
             in_thread: encodes images with it.
         """
-        self._job, self._model, self._prompt_tokens, self._in_thread = job, model, prompt_tokens, in_thread
+        self._jobs, self._model, self._prompt_tokens, self._in_thread = jobs, model, prompt_tokens, in_thread
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self.completion: Completion | None = None
+        self.completions: list[Completion] = []
 
-    async def whole(self) -> dict:
+    async def whole(self) -> dict[str, Any]:
         """The body of an unstreamed response.
 
         Raises:
             Exception: as :meth:`~bagel_rt.serve.worker.AsyncJob.listen`.
         """
-        async with aclosing(self._deltas()) as deltas:
-            found = [delta async for delta in deltas if delta is not None]
-        images = [image for delta in found for image in delta.get("images", ())]
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.get("content", "") for delta in found)}
-        if images:
-            message["images"] = images
-        choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
-        return self._body("chat.completion", [choice]) | {"usage": self._usage()}
+        choices = []
+        for index, job in enumerate(self._jobs):
+            async with aclosing(self._deltas(job)) as deltas:
+                found = [delta async for delta in deltas if delta is not None]
+            message: dict[str, Any] = {"role": "assistant", "content": "".join(d.get("content", "") for d in found)}
+            if images := [image for delta in found for image in delta.get("images", ())]:
+                message["images"] = images
+            reason = _finish_reason(job.result)
+            choices.append({"index": index, "message": message, "finish_reason": reason, "logprobs": None})
+        return self._body("chat.completion", choices) | {"usage": self._usage()}
 
     async def events(self, with_usage: bool) -> AsyncGenerator[str, None]:
-        """Server-sent events: the role, deltas, the finish reason, usage if ``with_usage``, and [DONE]; a comment after
-        each period without news.
+        """Server-sent events: for each choice the role, deltas and the finish reason; usage if ``with_usage``; [DONE].
+
+        A comment follows each period without news.
 
         Raises:
             Exception: as :meth:`~bagel_rt.serve.worker.AsyncJob.listen`.
         """
-        yield self._event({"role": "assistant", "content": ""})
-        async with aclosing(self._deltas(_SILENCE)) as deltas:
-            async for delta in deltas:
-                yield _WAIT if delta is None else self._event(delta)
-        yield self._event({}, self._reason())
+        for index, job in enumerate(self._jobs):  # the model answers one after the other
+            yield self._event(index, {"role": "assistant", "content": ""})
+            async with aclosing(self._deltas(job, _SILENCE)) as deltas:
+                async for delta in deltas:
+                    yield _WAIT if delta is None else self._event(index, delta)
+            yield self._event(index, {}, _finish_reason(job.result))
         if with_usage:
             yield _event(self._body("chat.completion.chunk", []) | {"usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    async def _deltas(self, silence: float | None = None) -> AsyncGenerator[dict | None, None]:
-        """Deltas of the message; None after ``silence`` seconds without one."""
-        async with aclosing(self._job.listen(silence)) as pieces:
+    async def _deltas(
+        self, job: AsyncJob[Completion], silence: float | None = None
+    ) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """Deltas of a message; None after ``silence`` seconds without one."""
+        async with aclosing(job.listen(silence)) as pieces:
             async for piece in pieces:
                 yield None if piece is None else {"content": piece}
-        self.completion = self._job.result
-        for part in self.completion.parts:
+        self.completions.append(job.result)
+        for part in job.result.parts:
             yield await self._in_thread(_part_delta, part)
 
-    def _reason(self) -> str:
-        return "length" if self._job.result.cut else "stop"
-
-    def _usage(self) -> dict:
-        prompt, tokens = self._prompt_tokens, self._job.result.tokens
+    def _usage(self) -> dict[str, int]:
+        prompt, tokens = self._prompt_tokens, sum(completion.tokens for completion in self.completions)
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
-    def _event(self, delta: dict, reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+    def _event(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
         return _event(self._body("chat.completion.chunk", [choice]))
 
-    def _body(self, kind: str, choices: list) -> dict:
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events of a job. The job is cancelled when the stream ends, also if the client disconnects before the
-    first event or between two. An error becomes the last event."""
+def _finish_reason(completion: Completion) -> str:
+    return "length" if completion.cut else "stop"
 
-    def __init__(self, job: AsyncJob, events: AsyncGenerator[str, None], ended: Callable[[int], None]):
+
+class EventStream(StreamingResponse):
+    """Server-sent events of jobs. The jobs are cancelled when the stream ends, also if the client disconnects before
+    the first event or between two. An error becomes the last event."""
+
+    def __init__(self, jobs: Sequence[AsyncJob], events: AsyncGenerator[str, None], ended: Callable[[int], None]):
         """
         Args:
-            job: source of the events.
+            jobs: sources of the events.
             events: each ends with an empty line.
             ended: called once, with the status that an unstreamed response would have.
         """
         self._guarded = self._with_errors(events)
         super().__init__(self._guarded, media_type="text/event-stream", headers=_STREAM_HEADERS)
-        self._job, self._events, self._ended, self._status = job, events, ended, CLOSED
+        self._jobs, self._events, self._ended, self._status = jobs, events, ended, CLOSED
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # For spec versions above 2.3, Starlette does not watch for a disconnect while nothing is sent.
@@ -139,7 +148,8 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.cancel()
+            for job in self._jobs:
+                job.cancel()
             await self._guarded.aclose()
             await self._events.aclose()
             self._ended(self._status)
@@ -155,11 +165,11 @@ class EventStream(StreamingResponse):
             yield _event(json.loads(bytes(response.body)))
 
 
-def _event(body: dict) -> str:
+def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
-def _part_delta(part: str | ImageResult) -> dict:
+def _part_delta(part: str | ImageResult) -> dict[str, Any]:
     """A text or image of an interleaved answer, as a delta."""
     if isinstance(part, str):
         return {"content": part}

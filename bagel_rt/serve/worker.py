@@ -16,6 +16,7 @@ from bagel_rt.engine import Engine
 from bagel_rt.model_thread import DeadlineExceeded, Job, ModelThread
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageResult, Progress, Request
+from bagel_rt.serve.stops import StoppedText
 
 log = logging.getLogger("bagel_rt.serve")
 
@@ -58,22 +59,25 @@ class AsyncJob(Job, Generic[R]):
     Attributes:
         request: checked.
         kind: "image", "text" or "interleaved".
+        stops: texts that end the answer.
         result: an ImageResult or a Completion; set when :meth:`listen` ends.
     """
 
     result: R
 
-    def __init__(self, request: Request, kind: str, deadline: float, batch_key: Hashable = None):
+    def __init__(
+        self, request: Request, kind: str, deadline: float, batch_key: Hashable = None, stops: Sequence[str] = ()
+    ):
         super().__init__(deadline, batch_key)
-        self.request, self.kind = request, kind
+        self.request, self.kind, self.stops = request, kind, stops
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         # Only the event loop touches what has arrived.
         self._pieces: list[str] = []
         self._outcome: list[R | Exception] = []  # empty or one
 
     def publish(self, piece: str) -> None:
-        """Send a piece of text to the event loop, from any thread."""
-        if not self.ended:
+        """Send a piece of text, if it is not empty, to the event loop, from any thread."""
+        if piece and not self.ended:
             self._send(self._pieces, piece)
 
     def deliver(self, outcome: Any) -> None:
@@ -159,18 +163,29 @@ def _run(engine: Engine, jobs: list[AsyncJob], check: Callable[[], None]) -> Seq
 
     first = jobs[0]
     parts: list[str | ImageResult] = []
+    stopped = False
     if first.kind == "image":
         return [_to_host(result) for result in engine.run_images([job.request for job in jobs], progress)]
     if first.kind == "interleaved":
-        parts += [
-            part if isinstance(part, str) else _to_host(part)
-            for part in engine.run_interleaved(first.request, progress)
-        ]
+        for part in engine.run_interleaved(first.request, progress):
+            if isinstance(part, str):
+                text = StoppedText(first.stops)
+                part, stopped = text.feed(part) + text.finish(), text.stopped
+                parts.append(part)
+            else:
+                parts.append(_to_host(part))
+            if stopped:
+                break
     else:
+        text = StoppedText(first.stops)
         with closing(engine.run_answer(first.request, progress)) as pieces:
             for piece in pieces:
-                first.publish(piece)
-    return [Completion(parts, tokens, last >= first.request.text.max_think_token_n - 1)]
+                first.publish(text.feed(piece))
+                if text.stopped:
+                    break
+        first.publish(text.finish())
+        stopped = text.stopped
+    return [Completion(parts, tokens, not stopped and last >= first.request.text.max_think_token_n - 1)]
 
 
 def _to_host(result: ImageResult) -> ImageResult:
