@@ -16,7 +16,7 @@ PREFILL_ROWS = [("gen", "ssssssnnnn")] * 4 + [("und", f"ssssss{seen}") for seen 
 PREFILL_ROWS += [("und", f"ssssss{seen:n<4}") for seen in ("b", "bb", "bbb", "bbbb")]
 WITH, WITHOUT = "ssssssssssssssssnnnnnn", "ssssssnnnnnnnnnnssssss"
 STEP_ROWS = [("gen", WITH)] * 4 + [("gen", WITHOUT)] * 4 + [("und", WITH)] * 2 + [("und", WITHOUT)] * 2
-LEGEND = (  # (colour, x, words)
+LEGEND = (  # (class, x, words)
     ("seen", 24, "seen by every row of its query block: no mask"),
     ("bounded", 330, "seen where the slot is below the row's limit"),
     ("gen", 640, "generation rows"),

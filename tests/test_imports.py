@@ -77,48 +77,51 @@ def unit_of(module: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] != "__version__" else ""
 
 
-def offences(sources: dict[str, str]) -> dict[tuple[str, str], str]:
+def violations(sources: dict[str, str]) -> dict[tuple[str, str], str]:
     """Every import that breaks a rule: (importing module, imported module or rule) -> a sentence."""
     graph = {name: {target for target, _ in imports_of(name, sources, runs=True)} - {name} for name in sources}
-
-    def reaches(start: str, end: str) -> bool:
-        seen, ahead = set(), [start]
-        while ahead:
-            if (here := ahead.pop()) == end:
-                return True
-            if here not in seen:
-                seen.add(here)
-                ahead += graph.get(here, ())
-        return False
-
     found = {}
     for name in sources:
-        unit = unit_of(name)
         for target, relative in imports_of(name, sources):
-            other = unit_of(target)
-            if not target.startswith(PACKAGE):
-                problem = "which is not part of the package"
-            elif name == PACKAGE and target != name:
-                problem = "but the root imports on demand only"
-            elif other not in RANKS:
-                problem = "which has no place in LAYERS"
-            elif other != unit and RANKS[other] <= RANKS[unit]:
-                problem = f"but {other} is not below {unit}"
-            elif unit == other == "kernels" and not relative:
+            if unit_of(name) == unit_of(target) == "kernels" and not relative:
                 found[name, "absolute"] = f"{name} imports {target}, but imports inside kernels/ must be relative"
-                continue
-            elif unit == "kernels" and other not in ("kernels", "_C"):
-                problem = "but kernels/ leaves its package only for _C"
-            elif target in graph[name] and reaches(target, name):
-                problem = "which imports it back"
-            else:
-                continue
-            found[name, target] = f"{name} imports {target}, {problem}"
+            elif problem := problem_of_import(name, target, graph):
+                found[name, target] = f"{name} imports {target}, {problem}"
     return found
 
 
+def problem_of_import(name: str, target: str, graph: dict[str, set[str]]) -> str:
+    """The rule that an import breaks; "" for none."""
+    unit, other = unit_of(name), unit_of(target)
+    if not target.startswith(PACKAGE):
+        return "which is not part of the package"
+    if name == PACKAGE and target != name:
+        return "but the root imports on demand only"
+    if other not in RANKS:
+        return "which has no place in LAYERS"
+    if other != unit and RANKS[other] <= RANKS[unit]:
+        return f"but {other} is not below {unit}"
+    if unit == "kernels" and other not in ("kernels", "_C"):
+        return "but kernels/ leaves its package only for _C"
+    if target in graph[name] and reaches(target, name, graph):
+        return "which imports it back"
+    return ""
+
+
+def reaches(start: str, end: str, graph: dict[str, set[str]]) -> bool:
+    """Whether a module imports another, directly or through others."""
+    seen, ahead = set(), [start]
+    while ahead:
+        if (here := ahead.pop()) == end:
+            return True
+        if here not in seen:
+            seen.add(here)
+            ahead += graph.get(here, ())
+    return False
+
+
 def test_imports_only_go_down():
-    found = offences(read_package())
+    found = violations(read_package())
     assert not found, "\n".join(text for _, text in sorted(found.items()))
 
 
@@ -133,7 +136,7 @@ def test_the_root_holds_few_modules():
 
 
 def problem_of(module: str, source: str) -> str:
-    """The only offence of a module with this source in a small package; "" for none."""
+    """The only violation of a module with this source in a small package; "" for none."""
     sources = {
         "bagel_rt": "",
         "bagel_rt.errors": "",
@@ -146,9 +149,9 @@ def problem_of(module: str, source: str) -> str:
         "bagel_rt.kernels.norm": "",
         "bagel_rt.kernels.linear": "",
     }
-    before = offences(sources)
+    before = violations(sources)
     assert before == {}
-    found = {(name, target): text for (name, target), text in offences(sources | {module: source}).items()}
+    found = {(name, target): text for (name, target), text in violations(sources | {module: source}).items()}
     return next((text for (name, _), text in found.items() if name == module), "")
 
 

@@ -32,10 +32,10 @@ def test_info_reports_versions_devices_ops_and_environment():
 
 
 def test_info_explains_why_the_extension_is_absent(monkeypatch):
-    monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION", None)
-    monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION_ERROR", "no compiler\n")
+    monkeypatch.setattr("bagel_rt.check.info.EXTENSION", None)
+    monkeypatch.setattr("bagel_rt.check.info.EXTENSION_ERROR", "no compiler\n")
     assert "\nextension: absent: no compiler\n" in good("info")
-    monkeypatch.setattr("bagel_rt.runtime.plan.EXTENSION", object())
+    monkeypatch.setattr("bagel_rt.check.info.EXTENSION", object())
     assert "\nextension: compiled\n" in good("info")
     monkeypatch.setattr("bagel_rt.kernels.extension.EXTENSION", object())
     monkeypatch.setattr("bagel_rt.kernels.extension._build_log", lambda: "nvcc is broken\n")
