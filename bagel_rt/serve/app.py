@@ -20,11 +20,11 @@ from bagel_rt.request import ImageResult
 from bagel_rt.serve import schema
 from bagel_rt.serve.bodies import parse_json, read_body, read_form
 from bagel_rt.serve.decoder_pool import DecoderPool
-from bagel_rt.serve.errors import FieldError, errors_of
+from bagel_rt.serve.errors import FieldError, RequestError, error_response_for, errors_of, shown
 from bagel_rt.serve.images import JPEG_QUALITY, read_url
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
-from bagel_rt.serve.middleware import Gate, error_response_for, release_body
+from bagel_rt.serve.middleware import Gate, release_body
 from bagel_rt.serve.model_requests import chat_requests, image_requests, prompt_tokens
 from bagel_rt.serve.responses import ChatResponse, EventStream, InThread, images_response
 from bagel_rt.serve.worker import AsyncJob, Completion, start_worker
@@ -260,17 +260,30 @@ def create_app(
 
         return handler
 
-    for route, handle in (
-        ("/v1/images/generations", server.generations),
-        ("/v1/images/edits", server.edits),
-        ("/v1/chat/completions", server.completions),
-    ):
-        app.add_api_route(route, counted(route, handle), methods=["POST"])
-    app.add_api_route("/v1/models", server.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model:path}", server.model, methods=["GET"])
-    app.add_api_route("/health", server.health, methods=["GET"])
-    app.add_api_route("/metrics", server.scrape, methods=["GET"])
-    app.add_exception_handler(HTTPException, lambda _, error: error_response_for(error))
+    routes: dict[str, tuple[str, Callable[..., Any]]] = {
+        "/v1/images/generations": ("POST", server.generations),
+        "/v1/images/edits": ("POST", server.edits),
+        "/v1/chat/completions": ("POST", server.completions),
+        "/v1/models": ("GET", server.models),
+        "/v1/models/{model:path}": ("GET", server.model),
+        "/health": ("GET", server.health),
+        "/metrics": ("GET", server.scrape),
+    }
+    for route, (method, handle) in routes.items():
+        app.add_api_route(route, counted(route, handle) if method == "POST" else handle, methods=[method])
+
+    def unknown(request: Request, error: Exception) -> Response:
+        """The response to an unknown route, or to a wrong method of one."""
+        assert isinstance(error, HTTPException)
+        if error.status_code not in (404, 405):
+            return error_response_for(error)
+        known = ", ".join(f"{method} {route.partition('{')[0]}" for route, (method, _) in routes.items())
+        message = f"there is no route {request.method} {shown(request.url.path)}. Routes are {known}."
+        response = error_response_for(RequestError(message, "", "unknown_url", error.status_code))
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, lambda _, error: error_response_for(error))
     app.add_middleware(Gate, key=key, limits=limits)
     return app

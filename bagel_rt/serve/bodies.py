@@ -35,6 +35,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
     pieces = sum(map(data.count, (b",", b"[", b"{", b":")))
     if pieces > _PIECES:
         raise FieldError("", f"must have at most {_PIECES} commas, colons and brackets, got {pieces}.")
+    if not data:
+        raise FieldError("", "must be a JSON object, got no body.", "invalid_json")
     value = _parse("", data)
     if not isinstance(value, dict):
         raise FieldError("", f"must be a JSON object, got {type(value).__name__}.", "invalid_type")
@@ -94,6 +96,8 @@ async def read_form(request: Request, max_files: int) -> tuple[list[bytes], dict
                 interval.append(_read_value(name, value))
             elif name in fields:
                 raise _repeated(name)
+            elif (base := name.partition("[")[0]) != name and base in neutral.IMAGES:
+                neutral.IMAGES[base].check(base, value)
             elif value or name in _TEXTS:
                 fields[name] = _parse(name, value) if name == _INTERVAL else _read_value(name, value)
     if interval and _INTERVAL in fields:

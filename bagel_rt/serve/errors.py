@@ -1,12 +1,23 @@
-"""Errors of requests, with OpenAI's ``code`` and ``param``."""
+"""Errors of requests and the responses to them, with OpenAI's ``code`` and ``param``."""
 
+import logging
 import reprlib
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 
+from bagel_rt.errors import Cancelled
+from bagel_rt.model_thread import Busy, DeadlineExceeded, Stopping
+from bagel_rt.serve.metrics import CLOSED
+from bagel_rt.serve.worker import Failed
 from bagel_rt.validation import Spec, invalid
+
+log = logging.getLogger("bagel_rt.serve")
 
 _ALLOWED = {  # pydantic's error type, up to its last part -> the allowed values
     "string": "a string",
@@ -115,3 +126,44 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def _joined(path: str, field: str) -> str:
     return f"{path}.{field}" if path and field else path or field
+
+
+def error_response(
+    status: int, message: str, kind: str, code: str | None = None, param: str | None = None, **headers: str
+) -> JSONResponse:
+    """An error response in OpenAI's format."""
+    body = {"error": {"message": message[:1000], "type": kind, "param": param, "code": code}}
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse(body, status, headers=names)
+
+
+def error_response_for(error: Exception) -> JSONResponse:
+    """Map an exception to an error response; log server faults under the id in the response."""
+    wrong, ours = "invalid_request_error", "server_error"
+    if isinstance(error, ValidationError):
+        error = describe(error)
+    if isinstance(error, RequestError):
+        return error_response(error.status, str(error), wrong, error.code, error.param or None)
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, str(error.detail), wrong, **(error.headers or {}))
+    if isinstance(error, Busy):
+        return error_response(429, "the queue is full. Try again.", "rate_limit_error", "busy", Retry_After="1")
+    if isinstance(error, DeadlineExceeded):
+        message = "the request took too long. Ask for less, or try again."
+        return error_response(504, message, ours, "timeout", X_Should_Retry="false")
+    if isinstance(error, Stopping):
+        return error_response(
+            503, "the server takes no more requests. Try again later.", ours, "stopping", Retry_After="5"
+        )
+    if isinstance(error, (Cancelled, ClientDisconnect)):
+        return error_response(CLOSED, "the client disconnected", ours, "cancelled")
+    if isinstance(error, ValueError):
+        return error_response(400, str(error), wrong)
+    if isinstance(error, Failed) and error.memory:
+        message = f"out of memory in this request (error {error.name}). Ask for smaller or fewer images."
+        return error_response(503, message, ours, "memory", X_Should_Retry="false")
+    if isinstance(error, Failed):
+        return error_response(500, f"the model failed in this request (error {error.name})", ours, "internal")
+    name = uuid.uuid4().hex[:12]
+    log.error("error %s", name, exc_info=error)
+    return error_response(500, f"the server failed in this request (error {name})", ours, "internal")

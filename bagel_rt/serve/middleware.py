@@ -1,28 +1,19 @@
-"""Between the network and the routes: API key, size limits, and errors mapped to responses."""
+"""Between the network and the routes: API key, and limits of headers, bodies and requests."""
 
 import asyncio
 import hmac
-import logging
 import os
 import time
-import uuid
 
 import anyio
-from pydantic import ValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bagel_rt.errors import Cancelled
 from bagel_rt.model_thread import Busy, DeadlineExceeded, Stopping
 from bagel_rt.serve.admission import Admission, Admitted
-from bagel_rt.serve.errors import RequestError, describe
+from bagel_rt.serve.errors import RequestError, error_response, error_response_for
 from bagel_rt.serve.limits import Limits
-from bagel_rt.serve.metrics import CLOSED
-from bagel_rt.serve.worker import Failed
-
-log = logging.getLogger("bagel_rt.serve")
 
 _KEY = "BAGEL_RT_API_KEY"
 _BODY_SECONDS = 10.0  # for a body, beside a second for each _BODY_RATE bytes
@@ -31,10 +22,6 @@ MAX_HEAD = 32 << 10
 """Bytes of a request's headers."""
 MAX_URL = 8 << 10
 """Bytes of a path with its query."""
-
-
-class TooLarge(Exception):
-    """A body has more bytes than its argument, the limit."""
 
 
 def read_key() -> str | None:
@@ -47,10 +34,6 @@ def read_key() -> str | None:
     if key is not None and not key.strip():
         raise ValueError(f"{_KEY} is set but empty. Set it to the key that clients must send, or unset it.")
     return key and key.strip()
-
-
-class TooSlow(Exception):
-    """A body arrives more slowly than :data:`_BODY_RATE`."""
 
 
 class Gate:
@@ -99,7 +82,7 @@ class Gate:
             return error_response(401, message, wrong, "invalid_api_key", WWW_Authenticate="Bearer")
         length = named.get(b"content-length", b"0")
         if length.isdigit() and (len(length) >= 20 or int(length) > self._body):
-            return error_response_for(TooLarge(self._body))
+            return error_response_for(_too_large(self._body))
         return None
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, admitted: Admitted) -> None:
@@ -111,10 +94,10 @@ class Gate:
             with anyio.move_on_after(left) as scope:
                 message = await receive()
             if scope.cancelled_caught:
-                raise TooSlow
+                raise _too_slow()
             size = len(message.get("body", b""))
             if seen + size > self._body:
-                raise TooLarge(self._body)
+                raise _too_large(self._body)
             admitted.receive(size)
             seen += size
             if not message.get("more_body", False):
@@ -147,48 +130,10 @@ def release_body(request: Request) -> None:
     request.scope["bagel_rt.release"]()
 
 
-def error_response(
-    status: int, message: str, kind: str, code: str | None = None, param: str | None = None, **headers: str
-) -> JSONResponse:
-    """An error response in OpenAI's format."""
-    body = {"error": {"message": message[:1000], "type": kind, "param": param, "code": code}}
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return JSONResponse(body, status, headers=names)
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"the body must have at most {limit} bytes. Send smaller images.", "", "body_too_large", 413)
 
 
-def error_response_for(error: Exception) -> JSONResponse:
-    """Map an exception to an error response; log server faults under the id in the response."""
-    wrong, ours = "invalid_request_error", "server_error"
-    if isinstance(error, ValidationError):
-        error = describe(error)
-    if isinstance(error, RequestError):
-        return error_response(error.status, str(error), wrong, error.code, error.param or None)
-    if isinstance(error, HTTPException):
-        return error_response(error.status_code, str(error.detail), wrong, **(error.headers or {}))
-    if isinstance(error, TooLarge):
-        message = f"the body must have at most {error.args[0]} bytes. Send smaller images."
-        return error_response(413, message, wrong, "body_too_large")
-    if isinstance(error, TooSlow):
-        message = f"the body must arrive within {_BODY_SECONDS:g} s plus one second for each {_BODY_RATE} bytes"
-        return error_response(408, message, wrong, "body_too_slow")
-    if isinstance(error, Busy):
-        return error_response(429, "the queue is full. Try again.", "rate_limit_error", "busy", Retry_After="1")
-    if isinstance(error, DeadlineExceeded):
-        message = "the request took too long. Ask for less, or try again."
-        return error_response(504, message, ours, "timeout", X_Should_Retry="false")
-    if isinstance(error, Stopping):
-        return error_response(
-            503, "the server takes no more requests. Try again later.", ours, "stopping", Retry_After="5"
-        )
-    if isinstance(error, (Cancelled, ClientDisconnect)):
-        return error_response(CLOSED, "the client disconnected", ours, "cancelled")
-    if isinstance(error, ValueError):
-        return error_response(400, str(error), wrong)
-    if isinstance(error, Failed) and error.memory:
-        message = f"out of memory in this request (error {error.name}). Ask for smaller or fewer images."
-        return error_response(503, message, ours, "memory", X_Should_Retry="false")
-    if isinstance(error, Failed):
-        return error_response(500, f"the model failed in this request (error {error.name})", ours, "internal")
-    name = uuid.uuid4().hex[:12]
-    log.error("error %s", name, exc_info=error)
-    return error_response(500, f"the server failed in this request (error {name})", ours, "internal")
+def _too_slow() -> RequestError:
+    message = f"the body must arrive within {_BODY_SECONDS:g} s plus one second for each {_BODY_RATE} bytes"
+    return RequestError(message, "", "body_too_slow", 408)

@@ -89,7 +89,7 @@ def _check_request(param: str, bagel: Bagel, limits: Limits, request: Request) -
 
 def _check_text(param: str, text: str) -> None:
     if not text.strip():
-        raise invalid_field(param, text, "a text of at least one character that is no space")
+        raise invalid_field(param, text, "a text that is not empty")
 
 
 def _check_marks(param: str, text: str) -> None:

@@ -8,8 +8,9 @@ from fastapi import FastAPI
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from bagel_rt.serve.errors import error_response
 from bagel_rt.serve.limits import Limits
-from bagel_rt.serve.middleware import MAX_HEAD, MAX_URL, error_response
+from bagel_rt.serve.middleware import MAX_HEAD, MAX_URL
 
 _HEAD_SECONDS = 10.0  # from opening a connection, or from a request's first byte, to the end of its headers
 

@@ -11,9 +11,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bagel_rt.request import ImageResult
+from bagel_rt.serve.errors import error_response_for
 from bagel_rt.serve.images import encode
 from bagel_rt.serve.metrics import CLOSED
-from bagel_rt.serve.middleware import error_response_for
 from bagel_rt.serve.worker import AsyncJob, Completion
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer the stream

@@ -130,7 +130,7 @@ UNSUPPORTED = {  # path of the error -> (route, fields, code, part of the messag
     "seed": (DRAW, {"seed": 1.5}, "invalid_type", "must be an integer, got 1.5"),
     "cfg_interval": (DRAW, {"cfg_interval": [1, 0]}, "invalid_value", "0 <= low <= high <= 1"),
     "guidance_scale": (DRAW, {"guidance_scale": 7}, "unsupported_parameter", "Set cfg_text_scale"),
-    "prompt": (DRAW, {"prompt": " \n"}, "invalid_value", "at least one character"),
+    "prompt": (DRAW, {"prompt": " \n"}, "invalid_value", "a text that is not empty"),
     "think": (DRAW, {"think": "yes"}, "invalid_type", "true or false, got 'yes'"),
     "do_sample": (DRAW, {"do_sample": True}, "invalid_value", "Set think to true"),
 }  # fmt: skip
@@ -147,7 +147,7 @@ def test_unsupported_values_are_refused_with_code_and_param(http, param):
 
 
 MESSAGES = {  # path of the error -> (messages, part of the message)
-    "messages": ([{"role": "user", "content": " "}], "at least one character"),
+    "messages": ([{"role": "user", "content": " "}], "a text that is not empty"),
     "messages[0].role": ([{"role": "tool", "content": "x"}], "'developer', 'user' or 'assistant', got 'tool'"),
     "messages[0].content": ([{"role": "user", "content": 5}], "a string or a list of parts, got int"),
     "messages[0].content[0].type": ([{"role": "user", "content": [{"type": "file"}]}], "must be 'text' or 'image_url'"),
@@ -313,3 +313,15 @@ def _orientation(value: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = value
     return exif
+
+
+def test_unknown_routes_name_the_known_ones(client, http):
+    with pytest.raises(openai.NotFoundError, match="there is no route POST /v1/responses. Routes are POST /v1/images/"):
+        client.responses.create(model="small", input="x")
+    error = http.post("/chat/completions", json={}).json()["error"]
+    assert error["code"] == "unknown_url" and "POST /v1/chat/completions" in error["message"]
+
+
+def test_bracketed_fields_of_a_form_have_the_reason_of_their_field(client):
+    with pytest.raises(openai.BadRequestError, match="svg must be left out"):
+        client.images.edit(image=png(), prompt="x", extra_body={"svg": {"model": "x"}})
