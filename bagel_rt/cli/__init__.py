@@ -6,6 +6,7 @@ loaded. PyTorch is imported inside the commands only, so that ``--help`` and usa
 """
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,13 @@ from bagel_rt.cli.ui import ui
 _INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+class _Warnings(logging.Handler):
+    """Prints warnings on stderr in the form of the error messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"bagel-rt: {record.levelname.lower()}: {self.format(record)}", err=True)
+
+
 class _Commands(TyperGroup):
     """The command group: an error in any command becomes one line on stderr and an exit code."""
 
@@ -37,6 +45,7 @@ class _Commands(TyperGroup):
         for stream in filter(None, (sys.stdout, sys.stderr)):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
+        logging.lastResort = _Warnings(logging.WARNING)  # for a command that does not configure logging
         try:
             code = super().main(*args, **options | {"standalone_mode": False}) or 0
         except (KeyboardInterrupt, typer.Abort):
@@ -50,14 +59,20 @@ class _Commands(TyperGroup):
 
 
 def _error_message(error: Exception) -> tuple[str, int]:
-    """The line that describes an error, and the exit code."""
+    """The text that describes an error, and the exit code. One line, unless the error has advice on more."""
     if hasattr(error, "format_message"):  # a usage error, raised by typer
         command = getattr(getattr(error, "ctx", None), "command_path", "bagel-rt")
-        return f"{error.format_message()} (see {command} --help)", 2
+        message = error.format_message().rstrip(".")
+        if "unexpected extra argument" in message:
+            message += ". Put a prompt of several words in quotes"
+        return f"{message}. See {command} --help.", 2
     if isinstance(error, _INPUT_ERRORS):
         return str(error), 2
+    name = type(error).__name__
+    if name == "OutOfMemoryError":  # torch's, which is not imported here; the engine adds advice to it
+        return f"{name}: {error}", 1
     summary = next(iter(str(error).splitlines()), "no reason given")
-    return f"{type(error).__name__}: {summary} (set BAGEL_RT_DEBUG=1 for a traceback)", 1
+    return f"{name}: {summary} (set BAGEL_RT_DEBUG=1 for a traceback)", 1
 
 
 app = typer.Typer(

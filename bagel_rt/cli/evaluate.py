@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from bagel_rt.cli import options as cli_options
 from bagel_rt.cli.options import RunOptions
+from bagel_rt.cli.outputs import Overwrite, check_file
 from bagel_rt.cli.parsing import OptionGroup, image_settings, with_options
 from bagel_rt.cli.report import plain_text
 from bagel_rt.cli.run import Run
-from bagel_rt.files import atomic_write, write_png
+from bagel_rt.files import IMAGE_FORMATS, atomic_write, write_image
 from bagel_rt.models.bagel.settings import MAX_BATCH, check_seed, resolve_settings
 from bagel_rt.validation import integer
 
@@ -32,14 +33,6 @@ _DRAWN = ("generate", "edit")
 _SECTIONS = {"edit": "edits", "ask": "questions"}
 
 
-def _writable_report(path: Path | None) -> Path | None:
-    return path and cli_options.writable_file(path)
-
-
-def _writable_sheet(path: Path | None) -> Path | None:
-    return path and cli_options.writable_png(path)
-
-
 _Tasks = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,11 +44,11 @@ _Seed = Annotated[int, typer.Option(help="Seed of the examples and of the model'
 _Batch = Annotated[int, typer.Option(help="Images generated in one batch."), integer(1, MAX_BATCH)]
 _Sheet = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.png", callback=_writable_sheet, help="Write a contact sheet of the first examples."),
+    typer.Option(metavar="FILE", help="Write a contact sheet of the first examples: .png, .jpg, .jpeg or .webp."),
 ]
 _Report = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.json", callback=_writable_report, help="Write the JSON report, with every example."),
+    typer.Option(metavar="FILE.json", help="Write the JSON report, with every example."),
 ]
 
 
@@ -69,6 +62,7 @@ def evaluate(
     batch: _Batch = 16,
     sheet: _Sheet = None,
     report: _Report = None,
+    overwrite: Overwrite = False,
     *,
     chosen: OptionGroup,
     options: RunOptions,
@@ -83,6 +77,10 @@ def evaluate(
     from bagel_rt.tiny.evaluate import CATEGORIES, choose_problems, scores
     from bagel_rt.tiny.evaluate import evaluate as solve
 
+    if sheet is not None:
+        check_file("--sheet", sheet, tuple(IMAGE_FORMATS), overwrite)
+    if report is not None:
+        check_file("--report", report, (".json",), overwrite)
     settings = chosen.as_arguments()
     resolved = {name: image for name in _DRAWN if (image := resolve_settings(name, settings).image)}
     check_seed(seed)
@@ -110,7 +108,7 @@ def evaluate(
                 file.write((json.dumps(run.report, indent=1) + "\n").encode())
         if sheet is not None:
             parameters = {name: value for name, value in run.report.items() if name != "trials"}
-            write_png(_contact_sheet(run.report, trials), sheet, parameters)
+            write_image(_contact_sheet(run.report, trials), sheet, parameters)
         run.print(_table(run.report))
     if ended is not None:
         raise ended

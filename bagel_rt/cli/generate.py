@@ -8,65 +8,76 @@ from typing import Annotated
 import typer
 
 from bagel_rt.cli import options as cli_options
-from bagel_rt.cli.options import RequestOptions, Think
+from bagel_rt.cli.inputs import check_stdin, read_image, read_part, read_prompt
+from bagel_rt.cli.options import RequestOptions, SizeOptions, Think
+from bagel_rt.cli.outputs import OutputOptions
 from bagel_rt.cli.parsing import OptionGroup, hyperparameters, with_options
-from bagel_rt.cli.run import Run, numbered
+from bagel_rt.cli.run import Run
 from bagel_rt.models.bagel.settings import MAX_ROUNDS
 from bagel_rt.validation import integer
 
 
-@with_options(settings=hyperparameters("generate"), options=RequestOptions)
+@with_options(
+    target=OutputOptions, dimensions=SizeOptions, settings=hyperparameters("generate"), options=RequestOptions
+)
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; put each in quotes.")],
-    output: cli_options.Outputs,
-    width: cli_options.Side = None,
-    height: cli_options.Side = None,
-    negative_prompt: cli_options.Negative = None,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT", help="What to generate, in quotes; - reads it from stdin.")
+    ],
     *,
+    target: OutputOptions,
+    dimensions: SizeOptions,
+    negative_prompt: cli_options.Negative = None,
     settings: OptionGroup,
     options: RequestOptions,
 ) -> None:
     """Generate an image from a prompt, or one from each of several prompts, as one batch.
 
-    The PNG's "parameters" hold the prompt, the seed and all settings. From prompt to prompt the seed increases by one.
+    The image's metadata hold the prompt, the seed and all settings. From prompt to prompt the seed increases by one.
     The options under Text need --think.
     """
     request = options.request("generate", settings) | {"negative_prompt": negative_prompt}
-    request["size"] = cli_options.read_size(options.folder, width, height)
-    with Run("generate", options) as run:
+    paths = target.paths(len(prompts), len(prompts) > 1, options.as_json)
+    request["size"] = dimensions.resolve(options.folder)
+    check_stdin(prompts)
+    prompts = [read_prompt(prompt) for prompt in prompts]
+    options.show_hint(prompts)
+    with Run("generate", options, target) as run:
         results = run.bagel.generate(prompts, progress=run.bars, **request)
-        for number, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
-            path = numbered(output, number) if len(prompts) > 1 else output
+        for path, prompt, result in zip(paths, prompts, results, strict=True):
             run.write_image(result, path, prompt=prompt, think=options.think)
 
 
-@with_options(settings=hyperparameters("edit"), options=RequestOptions)
+@with_options(target=OutputOptions, settings=hyperparameters("edit"), options=RequestOptions)
 def edit(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image to edit.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to change, in quotes.")],
-    output: cli_options.Output,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image to edit; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to change, in quotes; - reads it from stdin.")],
+    *,
+    target: OutputOptions,
     more: cli_options.MoreImages = None,
     negative_prompt: cli_options.Negative = None,
-    *,
     settings: OptionGroup,
     options: RequestOptions,
 ) -> None:
-    """Edit an image as a prompt says, or combine it with those given by --image.
+    """Edit an image as the prompt instructs, or combine it with those of --image.
 
-    The result has the size of the last image given, after the model's resize rule. The PNG's "parameters" hold the
+    The result has the size of the last input image, after the model's resize rule. The image's metadata hold the
     prompt, the seed and all settings. The options under Text need --think.
     """
     request = options.request("edit", settings) | {"negative_prompt": negative_prompt}
-    paths = [image, *(more or ())]
-    images = cli_options.read_images(paths)
-    with Run("edit", options) as run:
+    (path,) = target.paths(1, False, options.as_json)
+    sources = [image, *(more or ())]
+    check_stdin([prompt, *map(str, sources)])
+    images, prompt = [read_image(source) for source in sources], read_prompt(prompt)
+    options.show_hint([prompt])
+    with Run("edit", options, target) as run:
         result = run.bagel.edit(images, prompt, progress=run.bars, **request)
-        run.write_image(result, output, prompt=prompt, images=[path.name for path in paths], think=options.think)
+        run.write_image(result, path, prompt=prompt, images=[source.name for source in sources], think=options.think)
 
 
 @with_options(settings=hyperparameters("chat"), options=RequestOptions)
 def chat(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, in quotes.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question, in quotes; - reads it from stdin.")],
     images: cli_options.MoreImages = None,
     *,
     settings: OptionGroup,
@@ -74,8 +85,10 @@ def chat(
 ) -> None:
     """Ask about images, or about anything else; the answer is printed while it is generated."""
     request = options.request("chat", settings)
-    paths = images or []
-    opened = cli_options.read_images(paths)
+    sources = images or []
+    check_stdin([prompt, *map(str, sources)])
+    opened, prompt = [read_image(source) for source in sources], read_prompt(prompt)
+    options.show_hint([prompt])
     with Run("chat", options) as run:
         bars = run.bars if options.as_json or not sys.stdout.isatty() else None  # on a terminal the answer is progress
         pieces = []
@@ -84,7 +97,7 @@ def chat(
             run.print(piece, end="")
         run.print("")
         run.add_text("".join(pieces))
-        parameters = {"prompt": prompt, "images": [path.name for path in paths]}
+        parameters = {"prompt": prompt, "images": [source.name for source in sources]}
         run.report |= {"seed": request.pop("seed"), "parameters": parameters | request}
 
 
@@ -95,42 +108,45 @@ class InterleaveOptions(RequestOptions):
     think: Think = True
 
 
-@with_options(settings=hyperparameters("interleave"), options=InterleaveOptions)
+@with_options(
+    target=OutputOptions, dimensions=SizeOptions, settings=hyperparameters("interleave"), options=InterleaveOptions
+)
 def interleave(
     parts: Annotated[
         list[str],
         typer.Argument(
-            metavar="PART...",
+            metavar="PART",
             help="Texts, in quotes, and image files, in order. A part that names a file is an image, any other a text; "
-            "force either with image:PART or text:PART.",
+            "force either with image:PART or text:PART. - reads a text from stdin, image:- an image.",
         ),
     ],
-    output: cli_options.Numbered,
+    *,
+    target: OutputOptions,
     max_rounds: Annotated[
         int, typer.Option(help=f"Maximum number of images, 1 to {MAX_ROUNDS}."), integer(1, MAX_ROUNDS)
     ] = 3,
-    width: cli_options.Side = None,
-    height: cli_options.Side = None,
-    *,
+    dimensions: SizeOptions,
     settings: OptionGroup,
     options: InterleaveOptions,
 ) -> None:
     """Texts and images in, texts and images out; for models trained on interleaved generation (ThinkMorph).
 
     Texts are printed when all is done, with each image's file name in its place. Images have the size of the last
-    input image; --width and --height apply if there is none.
+    input image; --size, --width and --height apply if there is none.
     """
     request = options.request("interleave", settings)
-    size = cli_options.read_size(options.folder, width, height)
-    inputs = [cli_options.read_part(part) for part in parts]
-    names = [item if isinstance(item, str) else Path(part).name for part, item in zip(parts, inputs, strict=True)]
-    with Run("interleave", options) as run:
-        images = 0
-        for output_part in run.bagel.interleave(inputs, max_rounds=max_rounds, size=size, progress=run.bars, **request):
-            if isinstance(output_part, str):
-                run.print(output_part)
-                run.add_text(output_part)
+    paths = target.paths(max_rounds, True, options.as_json)
+    size = dimensions.resolve(options.folder)
+    check_stdin(parts)
+    inputs = [read_part(part) for part in parts]
+    options.show_hint(entry for entry in inputs if isinstance(entry, str))
+    names = [entry if isinstance(entry, str) else Path(part).name for part, entry in zip(parts, inputs, strict=True)]
+    with Run("interleave", options, target) as run:
+        images = iter(paths)
+        for output in run.bagel.interleave(inputs, max_rounds=max_rounds, size=size, progress=run.bars, **request):
+            if isinstance(output, str):
+                run.print(output)
+                run.add_text(output)
             else:
-                images += 1
-                run.write_image(output_part, numbered(output, images), parts=names, think=options.think)
+                run.write_image(output, next(images), parts=names, think=options.think)
         run.report |= {"seed": request.pop("seed"), "parameters": {"parts": names} | request}

@@ -3,11 +3,10 @@
 Values are checked before a model is loaded. An invalid value raises ValueError.
 """
 
-import os
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,54 +15,23 @@ import typer
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
 from bagel_rt.cli.parsing import OptionGroup
-from bagel_rt.files import partial_path
 from bagel_rt.models.bagel.settings import check_seed, resolve_settings
-from bagel_rt.validation import integer
+from bagel_rt.tiny.world import prompt_hint
+from bagel_rt.validation import integer, parse_size
 
 if TYPE_CHECKING:  # imported inside the functions, to keep ``bagel-rt --help`` fast
     import torch
-    from PIL import Image
 
     from bagel_rt.pipeline import Bagel
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
-def writable_file(path: Path) -> Path:
-    """Return the path if a file can be written there, else raise typer.BadParameter."""
-    try:
-        if path.is_dir():
-            raise typer.BadParameter(f"{path} is a folder. Give the name of a file in it.")
-        partial_path(path).touch()
-        partial_path(path).unlink()
-    except OSError as error:
-        raise typer.BadParameter(f"{path}: cannot write a file there ({error.strerror})") from None
-    return path
-
-
-def writable_png(path: Path) -> Path:
-    """Return the path if a PNG can be written there, else raise typer.BadParameter."""
-    if path.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{path}: images are written as PNG. Give a name that ends in .png.")
-    return writable_file(path)
-
-
-def _output(help: str) -> Any:
-    return typer.Option("--output", "-o", metavar="FILE.png", callback=writable_png, help=help)
-
-
-Output = Annotated[Path, _output("Where to write the image. An existing file is replaced.")]
-Outputs = Annotated[
-    Path, _output("Where to write the image; several images: FILE-1.png, FILE-2.png, ... Existing files are replaced.")
+MoreImages = Annotated[
+    list[Path] | None, typer.Option("--image", metavar="FILE", help="Another image; - is stdin. Repeatable.")
 ]
-Numbered = Annotated[Path, _output("Images are written to FILE-1.png, FILE-2.png, ... Existing files are replaced.")]
-MoreImages = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="Another image. Repeatable.")]
 Seed = Annotated[int | None, typer.Option(show_default="random", help="The same seed repeats a result on one machine.")]
 Think = Annotated[bool, typer.Option(help="Let the model write its reasoning first.")]
 Negative = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Prompt that text guidance moves away from; default: no prompt.")
 ]
-Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the model's largest square")]
 
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 selects a free one."), integer(0, 65535)]
 
@@ -114,11 +82,50 @@ class ModelOptions(OptionGroup):
     def folder(self) -> Path:
         return self.model or DEFAULT_MODEL
 
+    def show_hint(self, prompts: Iterable[str]) -> None:
+        """With the embedded model, print a hint on stderr if a prompt is about anything but colored shapes."""
+        if self.folder.resolve() == DEFAULT_MODEL.resolve() and (hint := prompt_hint(prompts)):
+            typer.echo(f"bagel-rt: hint: {hint} For other prompts, use --model with a downloaded checkpoint.", err=True)
+
     def load(self, progress: bool = False) -> "Bagel":
         """Load the model and return a :class:`bagel_rt.Bagel`."""
         from bagel_rt.pipeline import Bagel
 
         return Bagel.from_pretrained(self.folder, read_device(self.device), read_dtype(self.dtype), progress=progress)
+
+
+_Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the model's default resolution")]
+
+
+@dataclass(frozen=True)
+class SizeOptions(OptionGroup):
+    """The size of the images to generate."""
+
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", show_default="the model's default", help="Such as 1024x768."),
+    ] = None
+    width: _Side = None
+    height: _Side = None
+
+    def resolve(self, model: Path) -> tuple[int, int] | None:
+        """Return (height, width) for the model in this folder, or None if no side is given.
+
+        A single missing side is the model's default resolution.
+        """
+        from bagel_rt.models.bagel.config import BagelConfig
+
+        height, width = self.height, self.width
+        if self.size is not None:
+            if width is not None or height is not None:
+                raise ValueError("--size must be left out with --width or --height. Give either.")
+            height, width = read_size("--size", self.size)
+        elif width is None and height is None:
+            return None
+        config = BagelConfig.from_folder(model)
+        height, width = (config.default_resolution if side is None else side for side in (height, width))
+        config.check_size(height, width)
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -152,19 +159,9 @@ def shows_progress(progress: bool | None) -> bool:
     return sys.stderr.isatty() if progress is None else progress
 
 
-def read_size(model: Path, width: int | None, height: int | None) -> tuple[int, int] | None:
-    """Return (height, width), or None if both are missing.
-
-    A single missing side defaults to the side of the model's largest square.
-    """
-    from bagel_rt.models.bagel.config import BagelConfig
-
-    if width is None and height is None:
-        return None
-    config = BagelConfig.from_folder(model)
-    height, width = (config.default_resolution if side is None else side for side in (height, width))
-    config.check_size(height, width)
-    return height, width
+def read_size(option: str, text: str) -> tuple[int, int]:
+    """Parse WIDTHxHEIGHT and return (height, width); the error names ``option``."""
+    return parse_size(option, text.lower())
 
 
 def check_address(host: str, port: int) -> None:
@@ -194,24 +191,3 @@ def read_dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
     return getattr(torch, name) if name else None
-
-
-def read_images(paths: Sequence[Path | str]) -> "list[Image.Image]":
-    """Open the images."""
-    from bagel_rt.models.bagel.images import open_image
-
-    return [open_image(path) for path in paths]
-
-
-def read_part(part: str) -> "str | Image.Image":
-    """Read a part of ``interleave``'s input: a text, or the image in a file."""
-    kind, _, rest = part.partition(":")
-    if kind == "text":
-        return rest
-    if kind == "image":
-        return read_images([rest])[0]
-    if os.path.isfile(part):
-        return read_images([part])[0]
-    if part.lower().endswith(_IMAGE_SUFFIXES) and not any(map(str.isspace, part)):
-        raise ValueError(f"{part}: no such file. For a text, write text:{part}")
-    return part

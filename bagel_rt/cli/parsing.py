@@ -127,9 +127,10 @@ def _describe(name: str, annotation: Any) -> _Parameter:
     kinds = [member for member in get_args(kind) if member is not NoneType]
     if NoneType in get_args(kind):
         (kind,) = kinds
-    declared = [flag.partition("/")[0] for flag in info.param_decls or () if flag.startswith("--")]
     if isinstance(info, OptionInfo):
-        flag = declared[0] if declared else "--" + name.replace("_", "-")
+        declared = [info.default, *(info.param_decls or ())]  # within Annotated, the first name is in "default"
+        names = [flag.partition("/")[0] for flag in declared if isinstance(flag, str) and flag.startswith("--")]
+        flag = names[0] if names else "--" + name.replace("_", "-")
     else:
         flag = (info.metavar or name).removesuffix("...")
     return _Parameter(flag, kind, spec)

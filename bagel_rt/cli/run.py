@@ -1,6 +1,7 @@
 """Run a command on a loaded model: progress bars, output images and texts, and the JSON report."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,8 @@ from tqdm import tqdm
 
 from bagel_rt import __version__
 from bagel_rt.cli.options import RunOptions, shows_progress
-from bagel_rt.files import write_png
+from bagel_rt.cli.outputs import STDOUT, OutputOptions
+from bagel_rt.files import QUALITY, save_image, write_image
 
 if TYPE_CHECKING:  # imported inside the commands only, to keep ``bagel-rt --help`` fast
     from bagel_rt.request import ImageResult, Progress
@@ -27,10 +29,12 @@ class Run:
         outputs: the texts and images in the report.
     """
 
-    def __init__(self, task: str, options: RunOptions):
+    def __init__(self, task: str, options: RunOptions, target: OutputOptions | None = None):
         shown, start = shows_progress(options.progress), time.perf_counter()
         self.bagel = options.load(shown)
         self.bars, self._as_json, self._loaded = Bars(shown), options.as_json, time.perf_counter()
+        self._quality = QUALITY if target is None or target.quality is None else target.quality
+        self._text_to_stderr = target is not None and target.uses_stdout  # stdout is for the image
         self.outputs: list[dict[str, Any]] = []
         self._source = {
             "task": task,
@@ -57,23 +61,29 @@ class Run:
             typer.echo(json.dumps(self.report))
 
     def print(self, text: str, end: str = "\n") -> None:
-        """Print a text immediately, unless stdout is for JSON."""
+        """Print a text immediately, unless stdout is for JSON. If stdout is for an image, print it on stderr."""
         if not self._as_json:
-            typer.echo(text + end, nl=False)
+            typer.echo(text + end, nl=False, err=self._text_to_stderr)
 
     def add_text(self, text: str) -> None:
         """Add a text to the report."""
         self.outputs.append({"type": "text", "text": text})
 
     def write_image(self, result: "ImageResult", path: Path, **request: Any) -> None:
-        """Write an ImageResult with its parameters, and add it to the report."""
+        """Write an ImageResult with its parameters to a file or to stdout, and add it to the report."""
         self.bars.close()
         parameters = self._source | {"seed": result.seed} | request | result.parameters
         if result.thought is not None:
             parameters["thought"] = result.thought
             self.print(result.thought)
-        write_png(result.image, path, parameters)
-        self.print(f"{path}: {result.image.width}x{result.image.height}, seed {result.seed}")
+        name = str(path)
+        if path == STDOUT:
+            name = "stdout"
+            save_image(result.image, sys.stdout.buffer, "PNG", parameters)
+            sys.stdout.flush()
+        else:
+            write_image(result.image, path, parameters, self._quality)
+        self.print(f"{name}: {result.image.width}x{result.image.height}, seed {result.seed}")
         self.outputs.append({"type": "image", "path": str(path), "seed": result.seed, "parameters": parameters})
 
 
@@ -95,8 +105,3 @@ class Bars:
         """Clear the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
-
-
-def numbered(path: Path, number: int) -> Path:
-    """out.png, 2 -> out-2.png."""
-    return path.with_name(f"{path.stem}-{number}{path.suffix}")

@@ -65,7 +65,7 @@ class Examples:
 
 
 def main() -> None:
-    from bagel_rt.files import write_png
+    from bagel_rt.files import write_image
     from bagel_rt.pipeline import Bagel
 
     bagel, made = Bagel.from_pretrained(device="cpu"), {}
@@ -75,7 +75,7 @@ def main() -> None:
         made[name] = bagel.edit(made[given].image, text, seed=seed)
     FOLDER.mkdir(exist_ok=True)
     for name, (*_, text, seed) in (GENERATED | EDITED).items():
-        write_png(made[name].image, FOLDER / f"{name}.png", {"prompt": text, "seed": seed} | made[name].parameters)
+        write_image(made[name].image, FOLDER / f"{name}.png", {"prompt": text, "seed": seed} | made[name].parameters)
 
 
 if __name__ == "__main__":

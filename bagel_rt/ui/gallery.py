@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from bagel_rt.files import write_png
+from bagel_rt.files import write_image
 from bagel_rt.request import ImageResult
 
 SHOWN = 24  # images in a page's gallery
@@ -69,7 +69,7 @@ class Gallery:
         parameters = self._source | {"seed": result.seed} | request | result.parameters
         if result.thought is not None:
             parameters["thought"] = result.thought
-        write_png(result.image, path, parameters)
+        write_image(result.image, path, parameters)
         files = self._pages.get(page, _Files())
         return self._keep(page, files, files.images, (path, f"{caption:.120} · seed {result.seed}"), KEPT)
 
