@@ -200,6 +200,7 @@ def _tile(trial: "Trial") -> "Tile":
     lines = [(example.text, INK)]
     if isinstance(trial.result, str):
         lines.append((trial.result or "(no answer)", RIGHT if trial.correct else WRONG))
-        lines += [] if trial.correct else [(f"right: {example.answer}", INK)]
+        if example.task == "ask" and not trial.correct:
+            lines.append((f"right: {example.answer}", INK))
         return Tile(shown, tuple(lines), trial.correct)
     return Tile((*shown, trial.result), (*lines, *((failure, WRONG) for failure in trial.failures[:1])), trial.correct)

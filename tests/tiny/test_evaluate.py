@@ -300,14 +300,14 @@ def test_eval_writes_nothing_without_results(monkeypatch, tmp_path):
         pytest.param(("--seed", -1), "seed must be an integer from 0", id="negative seed"),
         pytest.param(("--task", "draw"), "task must be generate, edit or ask, got 'draw'", id="unknown task"),
         pytest.param(("--batch", 65), "--batch", id="batch too large"),
-        pytest.param(("--num-timesteps", 1), "num_timesteps must be an integer from 2", id="no steps"),
+        pytest.param(("--num-timesteps", 1), "--num-timesteps must be an integer from 2", id="no steps"),
         pytest.param(
             ("--cfg-img-scale", "nan"),
             "from 0 to 100, got nan",
             id="NaN scale",
         ),
-        pytest.param(("--sheet", "sheet.jpg"), "a name that ends in .png", id="sheet is not a PNG"),
-        pytest.param(("--report", "/no/report.json"), "cannot write a file there", id="report in a missing folder"),
+        pytest.param(("--sheet", "sheet.tif"), "a file name that ends in .png", id="sheet of an unknown format"),
+        pytest.param(("--report", "/no/report.json"), "Create /no first.", id="report in a missing folder"),
         pytest.param(("--model", "/no"), "no such folder", id="missing model"),
     ],
 )
