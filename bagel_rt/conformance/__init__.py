@@ -17,7 +17,7 @@ from bagel_rt.conformance.bagel import components
 from bagel_rt.conformance.bagel.case_runner import CaseRunner
 from bagel_rt.conformance.bagel.end_to_end import run_request_case
 from bagel_rt.conformance.bagel.training import run_training_case
-from bagel_rt.conformance.compare import Comparison, compare_values
+from bagel_rt.conformance.compare import Comparison, Meta, Tensors, compare_values
 from bagel_rt.errors import CheckpointError
 from bagel_rt.pipeline import Bagel
 
@@ -47,7 +47,7 @@ class CaseReport:
     def worst(self) -> Comparison | None:
         """The comparison to report: failed before passed, tensors before images, then by error over tolerance."""
 
-        def rank(comparison):
+        def rank(comparison: Comparison) -> tuple[bool, bool, float]:
             relative = comparison.tolerance < 1  # the tolerance of an image is one of 256 levels
             error = math.inf if math.isnan(comparison.error) else comparison.error
             closeness = error / comparison.tolerance if comparison.tolerance else error
@@ -84,7 +84,7 @@ def run_case(bagel: Bagel, pack: Path, case: Path) -> CaseReport:
         return CaseReport(case.name, [Comparison(f"{type(error).__name__}: {error}", 1.0, 0.0, False, note)])
 
 
-def _run(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict) -> list[Comparison]:
+def _run(bagel: Bagel, pack: Path, case: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     for key, run_component_case in _COMPONENT_CASES.items():
         if key in meta:
             return run_component_case(bagel, pack, meta, golden)

@@ -1,8 +1,15 @@
 """Compare a computed value with a recorded one."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+Meta = dict[str, Any]
+"""The ``meta.json`` of a case: inputs, hyper-parameters, and results that are not tensors."""
+
+Tensors = dict[str, torch.Tensor]
+"""The recorded tensors of a case, or computed ones, by name."""
 
 TOLERANCE = 5e-5  # relative to the largest recorded magnitude; both sides are float32
 
@@ -42,7 +49,7 @@ def compare_tensors(
     return Comparison(name, error, tolerance, error <= tolerance, note)
 
 
-def compare_values(name: str, actual, recorded, note: str = "") -> Comparison:
+def compare_values(name: str, actual: object, recorded: object, note: str = "") -> Comparison:
     """Compare values for equality."""
     equal = actual == recorded
     if not equal:
@@ -50,6 +57,6 @@ def compare_values(name: str, actual, recorded, note: str = "") -> Comparison:
     return Comparison(name, 0.0 if equal else 1.0, 0.0, equal, note)
 
 
-def _shortened(value) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -1,25 +1,29 @@
 """Cases of the runtime: recorded requests run step by step through contexts, decoder and denoiser."""
 
 import os
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from bagel_rt.conformance.compare import Comparison, compare_tensors, compare_values
+from bagel_rt.conformance.compare import Comparison, Meta, Tensors, compare_tensors, compare_values
 from bagel_rt.kernels import guided_velocity
-from bagel_rt.models.bagel.contents import NoisedImage
+from bagel_rt.models.bagel.contents import Content, NoisedImage, VAEImage, ViTImage
 from bagel_rt.models.bagel.contexts import Noise, frame_text
 from bagel_rt.models.bagel.embed import position_ids, unpatchify
-from bagel_rt.models.bagel.guidance import BRANCHES
+from bagel_rt.models.bagel.guidance import BRANCHES, FlowGuidance
 from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
 from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.models.bagel.transformer import Transformer
 from bagel_rt.models.bagel.vision import vision_tower
+from bagel_rt.pipeline import Bagel
+from bagel_rt.runtime.batch import ForwardBatch
 from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.decode import generate_tokens
 from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
+from bagel_rt.runtime.slots import KVCache
 
 
 class _RecordingTransformer(Transformer):
@@ -27,9 +31,10 @@ class _RecordingTransformer(Transformer):
 
     def __init__(self, transformer: Transformer):
         super().__init__(transformer.config, transformer.layers, transformer.norm)
-        self.input, self.layer_outputs = None, []
+        self.input = torch.empty(0)
+        self.layer_outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def forward(self, hidden, batch, cache):
+    def forward(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache, *_: object) -> torch.Tensor:
         self.input, self.layer_outputs = hidden.clone(), []
         for index, layer in enumerate(self.layers):
             attended = self.attend(layer, hidden, batch, *cache.layer(index))
@@ -41,13 +46,14 @@ class _RecordingTransformer(Transformer):
 class CaseRunner:
     """Runs one recorded case, context update by context update, and compares every recorded tensor."""
 
-    def __init__(self, bagel, pack: Path, case: Path, meta: dict, golden: dict):
+    def __init__(self, bagel: Bagel, pack: Path, case: Path, meta: Meta, golden: Tensors):
         self.bagel, self.model, self.pack, self.case = bagel, bagel.model, pack, case
         self.meta, self.golden = meta, golden
         self.comparisons: list[Comparison] = []
         self.contexts: dict[str, list[Context]] = {}  # "gen" and "no_img" -> one context per sample
         self.snapshots: dict[str, list[list[Context]]] = {"gen": [], "no_img": []}  # the contexts after every update
         self._image_files = self._list_image_files()
+        self._resized = Image.new("RGB", (1, 1))  # the current image, resized for the autoencoder
 
     def run(self) -> list[Comparison]:
         """Run the recorded updates and generations."""
@@ -59,22 +65,22 @@ class CaseRunner:
             self._run_image_generation(image)
         return self.comparisons
 
-    def _list_image_files(self):
+    def _list_image_files(self) -> Iterator[Path]:
         """Image files in the order in which they enter a context: inputs, then generated images that are fed back."""
         inputs = self.meta["inputs"]
         names = inputs.get("interleave_inputs", [inputs["image"]] if "image" in inputs else [])
         yield from (self.pack / name for name in names if os.path.isfile(self.pack / name))
         yield from (self.case / output["image"] for output in self.meta["outputs"] if "image" in output)
 
-    def _compare_tensor(self, name: str, actual: torch.Tensor, rows=None) -> None:
+    def _compare_tensor(self, name: str, actual: torch.Tensor, rows: list[int] | None = None) -> None:
         """Compare with the recording, if there is one; ``rows`` are the ones that it holds, None for all."""
         if name in self.golden:
             self.comparisons.append(compare_tensors(name, actual if rows is None else actual[rows], self.golden[name]))
 
-    def _compare_value(self, name: str, actual, recorded) -> None:
+    def _compare_value(self, name: str, actual: object, recorded: object) -> None:
         self.comparisons.append(compare_values(name, actual, recorded))
 
-    def _run_update(self, update: dict) -> None:
+    def _run_update(self, update: Meta) -> None:
         """Extend a context; compare token ids, lengths, positions, hidden states, keys and values."""
         name = f"u{update['index']:02d}_{update['kind']}"
         count = len(update["kv_len_before"])
@@ -104,7 +110,7 @@ class CaseRunner:
         rows = self.meta["updates"][int(name[1:3])].get("rows_stored")
         order = torch.from_numpy(plan.order).to(self.model.device)
 
-        def unpack(packed):
+        def unpack(packed: torch.Tensor) -> torch.Tensor:
             """Rows in expert-major order -> rows in sequence order, as recorded."""
             return torch.empty_like(packed).index_copy_(0, order, packed)
 
@@ -126,7 +132,7 @@ class CaseRunner:
         if update is self.meta["updates"][-1] and update["kind"] == "text":
             self._compare_tensor("lm_head_logits_last_update", unpack(self.model.logits(hidden)))
 
-    def _make_contents(self, update: dict, name: str) -> list:
+    def _make_contents(self, update: Meta, name: str) -> Sequence[Content]:
         """The contents of an update, one per sample, made as for a request."""
         config, tokenizer = self.model.config, self.bagel.tokenizer
         if update["kind"] == "text":
@@ -143,14 +149,15 @@ class CaseRunner:
         previous = self.meta["updates"][update["index"] - 1]["kind"] if update["index"] else None
         if update["kind"] == "vae" or previous != "vae":
             self._resized = config.vae_transform.resize(to_rgb(Image.open(next(self._image_files))))
-        content = self._encode_latents(name) if update["kind"] == "vae" else self._encode_patches(name)
         if update["kind"] == "vae":
-            self._compare_value(f"{name}.grid", [[content.grid_h, content.grid_w]], update["latent_grid_hw"])
-        else:
-            self._compare_value(f"{name}.patch count", content.grid_h * content.grid_w, update["num_patches"])
-        return [content]
+            latents = self._encode_latents(name)
+            self._compare_value(f"{name}.grid", [[latents.grid_h, latents.grid_w]], update["latent_grid_hw"])
+            return [latents]
+        patches = self._encode_patches(name)
+        self._compare_value(f"{name}.patch count", patches.grid_h * patches.grid_w, update["num_patches"])
+        return [patches]
 
-    def _encode_latents(self, name: str):
+    def _encode_latents(self, name: str) -> VAEImage:
         """The clean latents of the current image, with the recorded sampling noise."""
         config, pixels = self.model.config, image_to_tensor(self._resized)[None]
         content = self.model.encode_latents(self._resized, Noise(0, [self.golden[f"{name}.eps"]]))
@@ -162,7 +169,7 @@ class CaseRunner:
             self._compare_tensor(f"{name}.{part}", tensor)
         return content
 
-    def _encode_patches(self, name: str):
+    def _encode_patches(self, name: str) -> ViTImage:
         """The ViT patches of the current image."""
         config = self.model.config
         content = self.model.encode_patches(config.vit_transform.resize(self._resized))
@@ -183,31 +190,28 @@ class CaseRunner:
             if [context.length for context in contexts] == lengths
         )
 
-    def _run_text_generation(self, text: dict) -> None:
+    def _run_text_generation(self, text: Meta) -> None:
         """Decode greedily; compare token ids, and the logits of the first and the last forward."""
         name = f"g{text['index']:02d}"
         [context] = self._contexts_at("gen", text["start_kv_len"])
         self._compare_value(f"{name}.start_rope", [context.position], text["start_rope"])
-        model, tokenizer, logits = self.model, self.bagel.tokenizer, []
-        compute_logits = model.logits
+        model, tokenizer = self.model, self.bagel.tokenizer
+        logits: list[torch.Tensor] = []
 
-        def record_logits(hidden):
-            logits.append(compute_logits(hidden))
+        def record_logits(hidden: torch.Tensor) -> torch.Tensor:
+            logits.append(model.logits(hidden))
             return logits[-1]
 
-        model.logits = record_logits  # shadows the method
-        try:
-            tokens = generate_tokens(model, model.text, [context], tokenizer.bos, tokenizer.eos, text["max_length"])
-            ids = [token for _, token in tokens]
-        finally:
-            del model.logits
+        mode = replace(model.text, logits=record_logits)
+        tokens = generate_tokens(model, mode, [context], tokenizer.bos, tokenizer.eos, text["max_length"])
+        ids = [token for _, token in tokens]
         self._compare_value(f"{name}.ids", [tokenizer.bos, *ids], text["returned_ids_including_start"])
         self._compare_value(f"{name}.argmax", [int(row.argmax()) for row in logits], text["argmax_each_step"])
         self._compare_value(f"{name}.forward passes", len(logits), text["forward_passes"])
         self._compare_tensor(f"{name}.first_logits", logits[0][0])
         self._compare_tensor(f"{name}.last_logits", logits[-1][0])
 
-    def _run_image_generation(self, image: dict) -> None:
+    def _run_image_generation(self, image: Meta) -> None:
         """Denoise; compare the schedule, every branch's velocity at every step, and the image."""
         name, config = f"i{image['index']:02d}", self.model.config
         contexts = self._guidance_contexts(image, name)
@@ -225,7 +229,7 @@ class CaseRunner:
         guided = [scales[0] > 1 for scales in image["effective_scales_per_step"]]
         self._compare_value(f"{name}.guided steps", guidance.guided, guided)
         for index in range(len(denoiser)):
-            self._run_step(denoiser, index, name)
+            self._run_step(denoiser, guidance, index, name)
         self._compare_tensor(f"{name}.final_latent", denoiser.state)
         if len(tasks) == 1:
             [(grid_h, grid_w)] = grids
@@ -236,7 +240,7 @@ class CaseRunner:
                 f"{name}.pos_ids", position_ids(grid_h, grid_w, config.max_latent_size, config.interpolate_pos)
             )
 
-    def _guidance_contexts(self, image: dict, name: str) -> list[list[Context]]:
+    def _guidance_contexts(self, image: Meta, name: str) -> list[list[Context]]:
         """The cond, no_text and no_img contexts of an image generation, for each branch one per sample."""
         recorded = image["contexts"]
         cond = self._contexts_at("gen", recorded["gen"]["kv_len"])
@@ -249,28 +253,32 @@ class CaseRunner:
                 self._compare_value(f"{name}.{branch} rope", positions, ropes * (len(positions) // len(ropes)))
         return [cond, no_text, no_img]
 
-    def _run_step(self, denoiser: Denoiser, index: int, name: str) -> None:
+    def _run_step(self, denoiser: Denoiser, guidance: FlowGuidance, index: int, name: str) -> None:
         """Run one denoising step; compare the velocity of every branch and the guided velocity."""
-        name, guidance = f"{name}.step{index:03d}", denoiser.guidance
-        settings = guidance.settings[0]
+        name, settings = f"{name}.step{index:03d}", guidance.settings[0]
         self._compare_tensor(f"{name}.x_t", denoiser.state)
-        branches = list(zip(*denoiser.branch_outputs(index), strict=True))
-        for number, (branch, velocities) in enumerate(zip(BRANCHES, branches, strict=True)):
+        outputs = denoiser.branch_outputs(index)  # for each image, one per branch
+        for number, branch in enumerate(BRANCHES):
             if f"{name}.v_{branch}" in self.golden:
-                if velocities[0] is None:  # the official code evaluates this branch and ignores the result
+                velocities = [output for of_image in outputs if (output := of_image[number]) is not None]
+                if not velocities:  # the official code evaluates this branch and ignores the result
                     contexts = [task.branches[number] for task in denoiser.tasks]
                     velocities = denoiser.outputs_of(contexts, index)
                 self._compare_tensor(f"{name}.v_{branch}", torch.cat(velocities))
         scales = (settings.cfg_text_scale, settings.cfg_img_scale) if guidance.guided[index] else (1.0, 1.0)
-        renorm = (settings.cfg_renorm_type, settings.cfg_renorm_min)
+
+        def guide(velocities: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+            cond, no_text, no_img = velocities
+            assert cond is not None
+            return guided_velocity(cond, no_text, no_img, *scales, settings.cfg_renorm_type, settings.cfg_renorm_min)
+
         if len(denoiser.tasks) > 1 and settings.cfg_renorm_type == "global":
             # The official norm is taken over the batch, ours over each image. Take this step as the official code does.
-            batched = [None if velocities[0] is None else torch.cat(velocities) for velocities in branches]
-            v = guided_velocity(*batched, *scales, *renorm)
+            batched = [[v for v in of_branch if v is not None] for of_branch in zip(*outputs, strict=True)]
+            v = guide(tuple(torch.cat(velocities) if velocities else None for velocities in batched))
             self._compare_tensor(f"{name}.v", v)
             denoiser.state.sub_(v * guidance.dts[index, 0])
             return
         if f"{name}.v" in self.golden:
-            guided = [guided_velocity(*velocities, *scales, *renorm) for velocities in zip(*branches, strict=True)]
-            self._compare_tensor(f"{name}.v", torch.cat(guided))
+            self._compare_tensor(f"{name}.v", torch.cat([guide(of_image) for of_image in outputs]))
         denoiser.step(index)

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bagel_rt.conformance.compare import Comparison, compare_tensors, compare_values
+from bagel_rt.conformance.compare import Comparison, Meta, Tensors, compare_tensors, compare_values
 from bagel_rt.models.bagel.embed import position_ids, sincos_table, time_embedding, time_sinusoid
 from bagel_rt.models.bagel.guidance import schedule
 from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
 from bagel_rt.models.bagel.vision import connect, embed_patches, encoder_layer, image_attention_plan, vision_tower
+from bagel_rt.pipeline import Bagel
 
 
-def run_tokenizer_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
+def run_tokenizer_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     """Compare special tokens, encoded texts and their roundtrips, and decoded ids."""
     tokenizer = bagel.tokenizer
     special = [tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image]
@@ -29,13 +30,13 @@ def run_tokenizer_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comp
     return comparisons
 
 
-def run_image_transforms_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
+def run_image_transforms_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     """Compare the output sizes of the resize rules, and the pixels of every recorded image."""
     comparisons = []
     for name, table in meta["size_rules"].items():
         rule = ResizeRule(table["max_size"], table["min_size"], table["stride"], table["max_pixels"])
         for key, img_num in (("rows", 1), ("rows_img_num_3", 3)):
-            sizes = [list(rule.output_size(*row["in_wh"], img_num)) for row in table[key]]
+            sizes = [list(rule.output_size(w, h, img_num)) for w, h in (row["in_wh"] for row in table[key])]
             comparisons.append(compare_values(f"{name} {key}", sizes, [row["out_wh"] for row in table[key]]))
     config = bagel.model.config
     for row in meta["pixel_cases"]:
@@ -58,7 +59,7 @@ def run_image_transforms_case(bagel, pack: Path, meta: dict, golden: dict) -> li
     return comparisons
 
 
-def run_positions_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
+def run_positions_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     """Compare position ids, sin-cos tables, time embeddings, rotary tables and timestep schedules."""
     weights, tensors = bagel.model.weights, {}
     for row in meta["position_id_rows"]:
@@ -82,7 +83,7 @@ def run_positions_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comp
     return _compare_all(golden, tensors, inputs=("rope_pos", "t"))
 
 
-def run_vit_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
+def run_vit_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     """Compare the vision tower on packed images, layer by layer."""
     model = bagel.model
     config, weights = model.config, model.weights
@@ -112,14 +113,14 @@ def run_vit_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison
     return _compare_all(golden, tensors)
 
 
-def run_vae_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison]:
+def run_vae_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     """Compare the autoencoder: encoding one image, encoding two on a zero-padded canvas, decoding."""
     model, vae, inputs = bagel.model, bagel.model.vae, meta["inputs"]
 
-    def load_pixels(path):
+    def load_pixels(path: str) -> torch.Tensor:
         return image_to_tensor(model.config.vae_transform.resize(to_rgb(Image.open(pack / path))))
 
-    def on_device(tensor):
+    def on_device(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(model.device)
 
     pixels = on_device(load_pixels(inputs["image"])[None])
@@ -141,7 +142,7 @@ def run_vae_case(bagel, pack: Path, meta: dict, golden: dict) -> list[Comparison
     return _compare_all(golden, tensors, inputs=("eps", "random_latent", "padded_eps"))
 
 
-def _compare_all(golden: dict, tensors: dict, inputs: tuple[str, ...] = ()) -> list[Comparison]:
+def _compare_all(golden: Tensors, tensors: Tensors, inputs: tuple[str, ...] = ()) -> list[Comparison]:
     """Compare every recorded tensor but the inputs; one that was not computed fails."""
     absent = torch.empty(0)
     return [

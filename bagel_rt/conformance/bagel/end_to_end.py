@@ -1,6 +1,7 @@
 """Cases as whole requests: from inputs, hyper-parameters and recorded noise to texts and images, through the engine."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bagel_rt.conformance.compare import Comparison, compare_tensors, compare_values
+from bagel_rt.conformance.compare import Comparison, Meta, Tensors, compare_tensors, compare_values
 from bagel_rt.engine import Engine
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
@@ -26,11 +27,11 @@ class _ScriptedEngine(Engine):
         super().__init__(engine.model, engine.tokenizer)
         self._texts = iter(texts)
 
-    def _stream_text(self, *_):
+    def _stream_text(self, *_: object) -> Iterator[str]:
         yield next(self._texts)
 
 
-def run_request_case(bagel: Bagel, pack: Path, case: Path, meta: dict, golden: dict) -> list[Comparison]:
+def run_request_case(bagel: Bagel, pack: Path, case: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     """Run the recorded request with the recorded noise; compare every output and every final latent."""
     inputs, hyper = meta["inputs"], meta["inputs"]["hyper"]
     understanding, interleaved = hyper["understanding_output"], "thinkmorph" in meta["case"]
@@ -78,13 +79,13 @@ def _compare_image(name: str, actual: Image.Image, recorded: Image.Image) -> Com
     return Comparison(name, error, 1, error <= 1, "levels")
 
 
-def load_inputs(pack: Path, meta: dict) -> list[str | Image.Image]:
+def load_inputs(pack: Path, meta: Meta) -> list[str | Image.Image]:
     """The recorded texts and images of a request; an image is recorded as its path in the pack."""
     inputs = meta["inputs"]["interleave_inputs"]
     return [Image.open(pack / part) if os.path.isfile(pack / part) else part for part in inputs]
 
 
-def recorded_noise(meta: dict, golden: dict) -> list[torch.Tensor]:
+def recorded_noise(meta: Meta, golden: Tensors) -> list[torch.Tensor]:
     """The recorded noise in the order in which the official code drew it: by length of the context at that time.
 
     At the same length, a generated image comes before an encoded one: it is encoded there when it is fed back.

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bagel_rt.conformance.compare import TOLERANCE, Comparison, compare_tensors, compare_values
+from bagel_rt.conformance.compare import TOLERANCE, Comparison, Meta, Tensors, compare_tensors, compare_values
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify, position_ids
-from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
+from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
+from bagel_rt.pipeline import Bagel
 from bagel_rt.runtime.plan import Plan, visibility
 from bagel_rt.train.batch import TrainingBatch
 from bagel_rt.train.objective import encode_padded, latent_tokens, training_losses
@@ -37,14 +38,14 @@ _INTEGER_TENSORS = (
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def run_training_case(bagel, pack: Path, case: Path) -> list[Comparison]:
+def run_training_case(bagel: Bagel, pack: Path, case: Path) -> list[Comparison]:
     """Run a recorded training step; compare the mask, hidden states, per-token losses, losses and gradients."""
     meta, golden = json.loads((case / "meta.json").read_text("utf-8")), load_file(case / "tensors.safetensors")
     packing, inputs = meta["packing"], meta["inputs"]
     parameters = Parameters(bagel.model)
     model, config = parameters.model(), bagel.model.config
     for_vae, for_vit = _load_pixels(config, pack, packing["samples"])
-    latent_grids = [config.latent_grid(pixels.shape[1:]) for pixels in for_vae]
+    latent_grids = [config.latent_grid((pixels.shape[1], pixels.shape[2])) for pixels in for_vae]
     patches = [patchify(pixels, config.vit.patch_size) for pixels in for_vit]
     batch = _make_batch(golden, packing, patches)
     plan = batch.plan()
@@ -110,10 +111,10 @@ def _compare_norms(gradients: dict[str, torch.Tensor], recorded: dict[str, float
     return comparisons
 
 
-def _load_pixels(config: BagelConfig, pack: Path, samples: list[dict]) -> tuple[list, list]:
+def _load_pixels(config: BagelConfig, pack: Path, samples: list[Meta]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Pixels [3, H, W] for the autoencoder and for the ViT, in packing order, each resized from the original."""
 
-    def resized(rule, letter):
+    def resized(rule: ResizeRule, letter: str) -> Image.Image:
         return rule.resize(to_rgb(Image.open(pack / "images" / f"{letter}.png")))
 
     letters = [_SAMPLE_IMAGES[sample["name"]] for sample in samples]
@@ -122,7 +123,7 @@ def _load_pixels(config: BagelConfig, pack: Path, samples: list[dict]) -> tuple[
     return for_vae, for_vit
 
 
-def _make_batch(golden: dict, packing: dict, patches: list) -> TrainingBatch:
+def _make_batch(golden: Tensors, packing: Meta, patches: list[torch.Tensor]) -> TrainingBatch:
     """The recorded batch, without the padding at its end."""
     samples = len(packing["samples"])
     splits = int(np.searchsorted(np.cumsum(packing["split_lens_with_pad"]), packing["sequence_length"])) + 1
