@@ -241,9 +241,10 @@ def generate_tokens(
         raise ValueError(f"noise must have shape [{max_length}, {groups}, V], got {tuple(noise.shape)}")
     loop = DecodeLoop(model, mode, contexts, starts, max_length, sampling, graphs or GraphCache(None), noise, keep)
     texts: list[list[int]] = [[] for _ in range(groups)]
-    running = set(range(groups))
+    running, steps = set(range(groups)), 0
     try:
         for index, tokens in enumerate(_tokens(loop, max_length)):
+            steps = index + 1
             for group in sorted(running):
                 if stop is not None and (tokens[group] == stop or index == max_length - 1):
                     running.discard(group)
@@ -255,7 +256,7 @@ def generate_tokens(
     finally:
         loop.close()
         for row in range(rows if keep else 0):
-            fed = [starts[row], *texts[row // mode.group]][:max_length]
+            fed = [starts[row], *texts[row // mode.group]][:steps]  # the tokens of the last step were not fed
             loop.keep(row, fed, max_length)
 
 

@@ -121,6 +121,20 @@ def test_kept_texts_continue_as_if_they_had_been_prefilled(bagel):
     assert decode(bagel, [kept], length=5) == decode(bagel, [fresh], length=5)
 
 
+def test_kept_texts_that_are_closed_early_hold_only_what_was_fed(bagel):
+    with torch.inference_mode():
+        kept, other = contexts_of(bagel, [TEXTS[0], TEXTS[1]])
+        length = kept.length
+        [first, second] = decode(bagel, [kept.clone(), other.clone()])
+        tokens = generate_tokens(bagel.model, bagel.model.text, [kept, other], bagel.tokenizer.bos, None, 12, keep=True)
+        for _ in range(5):  # two tokens of each text and the third of the first
+            next(tokens)
+        tokens.close()
+    assert kept.history[-1] == DecodedText((bagel.tokenizer.bos, *first[:2])) and kept.length == length + 3
+    assert other.history[-1] == DecodedText((bagel.tokenizer.bos, *second[:2]))
+    assert decode(bagel, [kept], length=3)  # it can be continued
+
+
 def test_ids_that_the_mode_masks_are_never_drawn(bagel):
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS[:1])
