@@ -3,27 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 
+from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids
-from bagel_rt.runtime.context import Context
-
-
-class ContextBatch:
-    """One context per sample of a batch, in place of the official ``NaiveCache``.
-
-    ``copy.deepcopy`` copies no keys and values: a copy shares its slots until one of the two is extended.
-    """
-
-    def __init__(self, contexts: Sequence[Context]):
-        self.contexts = list(contexts)
-
-    def __deepcopy__(self, memo) -> "ContextBatch":
-        return ContextBatch([context.clone() for context in self.contexts])
-
-    @property
-    def seq_lens(self) -> int:
-        """Number of cached tokens, summed over samples."""
-        return sum(context.length for context in self.contexts)
 
 
 def grid_from_position_ids(name: str, ids: torch.Tensor, max_side: int, interpolate: bool) -> tuple[int, int]:
@@ -78,3 +61,25 @@ def reject_taylorseer(enabled: bool) -> None:
     """Raise ValueError if ``enable_taylorseer`` is set."""
     if enabled:
         raise ValueError("enable_taylorseer must be False, got True. Step caching changes images and is not supported.")
+
+
+def official_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB as the official ``pil_img2rgb``, which differs from this package for some modes.
+
+    An image with a transparent color or in mode RGBA is composited on white. Other modes are converted by Pillow, which
+    drops the alpha channel of LA and clips 16-bit levels. EXIF orientation is not applied.
+    """
+    if image.mode == "RGBA" or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image)
+        return canvas
+    rgb = image.convert("RGB")  # always another object
+    rgb.info = {}  # the orientation must not be applied later
+    return rgb
+
+
+def floor_size(config: BagelConfig, size: Sequence[int]) -> tuple[int, int]:
+    """(height, width) rounded down to multiples of the latent stride, as the official code does by integer division."""
+    height, width = (int(side) // config.latent_stride * config.latent_stride for side in size)
+    return height, width

@@ -1,6 +1,8 @@
 """Convert the configuration and the tokenizer of the official code."""
 
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import models
@@ -13,6 +15,7 @@ from bagel_rt.models.bagel.tokenizer_files import qwen2_backend
 from bagel_rt.validation import invalid
 
 VISUAL_GEN_MODULES = ("vae2llm", "llm2vae", "time_embedder", "latent_pos_embed")  # absent with visual_gen=False
+T = TypeVar("T")
 _REQUIRED = ("config", "language_model", "vit_model", "connector", "vit_pos_embed")
 
 
@@ -21,7 +24,7 @@ def has_visual_gen(official: nn.Module) -> bool:
     return bool(getattr(getattr(official, "config", None), "visual_gen", True))
 
 
-def convert_config(official: nn.Module, vae_transform=None, vit_transform=None) -> BagelConfig:
+def convert_config(official: nn.Module, vae_transform: object = None, vit_transform: object = None) -> BagelConfig:
     """The configuration of an official ``Bagel`` module.
 
     Args:
@@ -43,7 +46,8 @@ def convert_config(official: nn.Module, vae_transform=None, vit_transform=None) 
             f"model must be an official Bagel module, got {type(official).__name__} without {', '.join(missing)}. Pass "
             "the module that the official repository loads."
         )
-    config, llm, vit = official.config, official.config.llm_config, official.config.vit_config
+    config: Any = official.config
+    llm, vit = config.llm_config, config.vit_config
     _check_architecture(config, llm, vit)
     vae = _convert(VAEConfig, config.vae_config) if visual_gen else VAEConfig()
     latent_stride = vae.downsample * config.latent_patch_size
@@ -64,16 +68,16 @@ def convert_config(official: nn.Module, vae_transform=None, vit_transform=None) 
     )
 
 
-def _convert(kind, source, **values):
+def _convert(kind: type[T], source: object, **values: Any) -> T:
     """A config dataclass from an official config object, whose attributes have the names of the JSON keys."""
-    for item in fields(kind):
+    for item in fields(kind):  # type: ignore[arg-type]  # typeshed has no bound for the class of a dataclass
         if item.name not in values:
             value = getattr(source, item.metadata.get("key", item.name))
             values[item.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 
 
-def _check_architecture(config, llm, vit) -> None:
+def _check_architecture(config: object, llm: object, vit: object) -> None:
     """Raise ValueError unless the module computes what the published model computes."""
     remedy = "Only the published architecture is supported"
     for name, source, key, allowed in (
@@ -92,7 +96,7 @@ def _check_architecture(config, llm, vit) -> None:
         raise invalid("llm_config.rope_scaling", scaling, "None", remedy)
 
 
-def _convert_transform(name: str, transform, unit: int) -> ResizeRule:
+def _convert_transform(name: str, transform: object, unit: int) -> ResizeRule:
     """Resize rule of an official ``ImageTransform``; for None, the published one in multiples of ``unit`` pixels."""
     if transform is None:
         published = getattr(BagelConfig, name)
@@ -108,7 +112,7 @@ def _convert_transform(name: str, transform, unit: int) -> ResizeRule:
     return ResizeRule(*(getattr(resize, name) for name in names))
 
 
-def convert_tokenizer(official, new_token_ids: dict[str, int]) -> Tokenizer:
+def convert_tokenizer(official: Any, new_token_ids: Mapping[str, int]) -> Tokenizer:
     """The tokenizer of the official scripts.
 
     Args:

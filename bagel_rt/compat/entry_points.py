@@ -5,31 +5,34 @@ without the cache. The runtime derives the indexes from the context, so index ar
 grids, start tokens and noise are read from the arguments, because callers may choose them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from bagel_rt.compat.arguments import (
-    ContextBatch,
     check_latent_position_ids,
     extract_answer,
     first_position,
     grid_from_position_ids,
     reject_taylorseer,
 )
+from bagel_rt.compat.caches import OfficialCache, read_contexts, write_contexts
 from bagel_rt.compat.exclusive import entry_point, exclusive
+from bagel_rt.compat.noise import draw_sampling_seed
 from bagel_rt.compat.weight_sharing import WeightSync
 from bagel_rt.models.bagel.contents import MARKERS, Content, NoisedImage, Text, VAEImage, ViTImage
 from bagel_rt.models.bagel.embed import patchify
 from bagel_rt.models.bagel.model import BagelModel
-from bagel_rt.models.bagel.settings import ImageSettings
+from bagel_rt.models.bagel.settings import ImageSettings, RenormType
 from bagel_rt.runtime.context import Context, Prefill
-from bagel_rt.runtime.decode import MAX_TEXTS, Sampling, generate_tokens
+from bagel_rt.runtime.decode import Sampling, generate_tokens
 from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
 from bagel_rt.runtime.graphs import GraphCache
-from bagel_rt.validation import invalid
+from bagel_rt.runtime.slots import KVCache
+from bagel_rt.validation import check, integer, invalid
 
 
 class EntryPoints:
@@ -38,7 +41,13 @@ class EntryPoints:
     Thread-safe: calls run one at a time.
     """
 
-    def __init__(self, model: BagelModel, cache=None, graphs: GraphCache | None = None, visual_gen: bool = True):
+    def __init__(
+        self,
+        model: BagelModel,
+        cache: KVCache | None = None,
+        graphs: GraphCache | None = None,
+        visual_gen: bool = True,
+    ):
         """
         Args:
             model: the network.
@@ -78,14 +87,14 @@ class EntryPoints:
     @entry_point
     def forward_cache_update_text(
         self,
-        past_key_values,
-        packed_text_ids,
-        packed_text_position_ids,
-        text_token_lens,
-        packed_text_indexes,
-        packed_key_value_indexes,
-        key_values_lens,
-    ) -> ContextBatch:
+        past_key_values: OfficialCache,
+        packed_text_ids: torch.Tensor,
+        packed_text_position_ids: torch.Tensor,
+        text_token_lens: torch.Tensor,
+        packed_text_indexes: torch.Tensor,
+        packed_key_value_indexes: torch.Tensor,
+        key_values_lens: torch.Tensor,
+    ) -> OfficialCache:
         """Append a text to each sample's context. The ids include the start and end token."""
         lengths = text_token_lens.tolist()
         texts = [Text(tuple(ids.tolist())) for ids in packed_text_ids.split(lengths)]
@@ -95,19 +104,19 @@ class EntryPoints:
     @entry_point
     def forward_cache_update_vit(
         self,
-        past_key_values,
-        packed_text_ids,
-        packed_text_indexes,
-        packed_vit_tokens,
-        packed_vit_token_indexes,
-        packed_vit_position_ids,
-        vit_token_seqlens,
-        packed_position_ids,
-        packed_seqlens,
-        packed_indexes,
-        packed_key_value_indexes,
-        key_values_lens,
-    ) -> ContextBatch:
+        past_key_values: OfficialCache,
+        packed_text_ids: torch.Tensor,
+        packed_text_indexes: torch.Tensor,
+        packed_vit_tokens: torch.Tensor,
+        packed_vit_token_indexes: torch.Tensor,
+        packed_vit_position_ids: torch.Tensor,
+        vit_token_seqlens: torch.Tensor,
+        packed_position_ids: torch.Tensor,
+        packed_seqlens: torch.Tensor,
+        packed_indexes: torch.Tensor,
+        packed_key_value_indexes: torch.Tensor,
+        key_values_lens: torch.Tensor,
+    ) -> OfficialCache:
         """Append an image's ViT patches, [grid_h * grid_w, features], to each sample's context."""
         self._set_markers(packed_text_ids)
         lengths, images = vit_token_seqlens.tolist(), []
@@ -117,78 +126,81 @@ class EntryPoints:
         positions = packed_position_ids.split(packed_seqlens.tolist())
         return self._append(past_key_values, key_values_lens, images, positions, position_step=0)
 
-    @entry_point
+    @torch.no_grad()
     def forward_cache_update_vae(
         self,
-        vae_model,
-        past_key_values,
-        padded_images,
-        patchified_vae_latent_shapes,
-        packed_vae_position_ids,
-        packed_timesteps,
-        packed_vae_token_indexes,
-        packed_text_ids,
-        packed_text_indexes,
-        packed_position_ids,
-        packed_seqlens,
-        packed_indexes,
-        key_values_lens,
-        packed_key_value_indexes,
-    ) -> ContextBatch:
+        vae_model: Any,
+        past_key_values: OfficialCache,
+        padded_images: torch.Tensor,
+        patchified_vae_latent_shapes: Sequence[tuple[int, int]],
+        packed_vae_position_ids: torch.Tensor,
+        packed_timesteps: torch.Tensor,
+        packed_vae_token_indexes: torch.Tensor,
+        packed_text_ids: torch.Tensor,
+        packed_text_indexes: torch.Tensor,
+        packed_position_ids: torch.Tensor,
+        packed_seqlens: torch.Tensor,
+        packed_indexes: torch.Tensor,
+        key_values_lens: torch.Tensor,
+        packed_key_value_indexes: torch.Tensor,
+    ) -> OfficialCache:
         """Append an image's clean latents to each sample's context; ``vae_model.encode`` computes them, on the device
         and in the dtype of ``vae_model``."""
         self.check_visual_gen()
-        self._set_markers(packed_text_ids)
         if packed_timesteps.any():
             raise invalid("packed_timesteps", packed_timesteps.tolist(), "0, because images in a context are clean")
         config = self.model.config
-        patch, images = config.latent_patch_size, []
+        patch = config.latent_patch_size
+        images: list[VAEImage] = []
         grids = [(int(grid_h), int(grid_w)) for grid_h, grid_w in patchified_vae_latent_shapes]
         lengths = [grid_h * grid_w for grid_h, grid_w in grids]
         for ids, grid in zip(packed_vae_position_ids.split(lengths), grids, strict=True):
             check_latent_position_ids(ids, grid, config.max_latent_size, config.interpolate_pos)
         if "encode" not in vars(vae_model):  # an accelerated autoencoder converts the pixels itself
             padded_images = padded_images.to(next(vae_model.parameters()))
+        # Outside the inference scope, which disables autocast: the official autoencoder runs as its caller wants it.
         padded_latents = vae_model.encode(padded_images)
-        for latent, (grid_h, grid_w) in zip(padded_latents, grids, strict=True):
-            tokens = patchify(latent[:, : grid_h * patch, : grid_w * patch], patch)
-            images.append(VAEImage(tokens, grid_h, grid_w))
-        positions = packed_position_ids.split(packed_seqlens.tolist())
-        return self._append(past_key_values, key_values_lens, images, positions, position_step=0)
+        with self.inference_scope():
+            self._set_markers(packed_text_ids)
+            for latent, (grid_h, grid_w) in zip(padded_latents, grids, strict=True):
+                tokens = patchify(latent[:, : grid_h * patch, : grid_w * patch], patch)
+                images.append(VAEImage(tokens, grid_h, grid_w))
+            positions = packed_position_ids.split(packed_seqlens.tolist())
+            return self._append(past_key_values, key_values_lens, images, positions, position_step=0)
 
     @entry_point
     def generate_image(
         self,
-        packed_text_ids,
-        packed_text_indexes,
-        packed_init_noises,
-        packed_vae_position_ids,
-        packed_vae_token_indexes,
-        packed_seqlens,
-        packed_position_ids,
-        packed_indexes,
-        past_key_values,
-        key_values_lens,
-        packed_key_value_indexes,
-        num_timesteps=24,
-        timestep_shift=1.0,
-        cfg_renorm_min=0.0,
-        cfg_renorm_type="global",
-        cfg_interval=(0, 1),
-        cfg_text_scale=1.0,
-        cfg_text_packed_query_indexes=None,
-        cfg_text_packed_position_ids=None,
-        cfg_text_past_key_values=None,
-        cfg_text_key_values_lens=None,
-        cfg_text_packed_key_value_indexes=None,
-        cfg_img_scale=1.0,
-        cfg_img_packed_query_indexes=None,
-        cfg_img_packed_position_ids=None,
-        cfg_img_past_key_values=None,
-        cfg_img_key_values_lens=None,
-        cfg_img_packed_key_value_indexes=None,
-        cfg_type="parallel",
-        enable_taylorseer=False,
+        packed_text_ids: torch.Tensor,
+        packed_text_indexes: torch.Tensor,
+        packed_init_noises: torch.Tensor,
+        packed_vae_position_ids: torch.Tensor,
+        packed_vae_token_indexes: torch.Tensor,
+        packed_seqlens: torch.Tensor,
+        packed_position_ids: torch.Tensor,
+        packed_indexes: torch.Tensor,
+        past_key_values: OfficialCache,
+        key_values_lens: torch.Tensor,
+        packed_key_value_indexes: torch.Tensor,
+        num_timesteps: int = 24,
+        timestep_shift: float = 1.0,
+        cfg_renorm_min: float = 0.0,
+        cfg_renorm_type: RenormType = "global",
+        cfg_interval: tuple[float, float] = (0, 1),
+        cfg_text_scale: float = 1.0,
+        cfg_text_packed_query_indexes: torch.Tensor | None = None,
+        cfg_text_packed_position_ids: torch.Tensor | None = None,
+        cfg_text_past_key_values: OfficialCache | None = None,
+        cfg_text_key_values_lens: torch.Tensor | None = None,
+        cfg_text_packed_key_value_indexes: torch.Tensor | None = None,
+        cfg_img_scale: float = 1.0,
+        cfg_img_packed_query_indexes: torch.Tensor | None = None,
+        cfg_img_packed_position_ids: torch.Tensor | None = None,
+        cfg_img_past_key_values: OfficialCache | None = None,
+        cfg_img_key_values_lens: torch.Tensor | None = None,
+        cfg_img_packed_key_value_indexes: torch.Tensor | None = None,
+        cfg_type: str = "parallel",
+        enable_taylorseer: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Denoise an image for each sample.
 
@@ -209,11 +221,13 @@ class EntryPoints:
         no_text = no_img = cond
         # Without text guidance the official code drops image guidance too.
         if settings.cfg_text_scale > 1:
-            branch = (cfg_text_past_key_values, cfg_text_key_values_lens, cfg_text_packed_position_ids)
-            no_text = self._clone_contexts(*branch, lengths)
+            no_text = self._clone_contexts(
+                cfg_text_past_key_values, cfg_text_key_values_lens, cfg_text_packed_position_ids, lengths
+            )
             if settings.cfg_img_scale > 1:
-                branch = (cfg_img_past_key_values, cfg_img_key_values_lens, cfg_img_packed_position_ids)
-                no_img = self._clone_contexts(*branch, lengths)
+                no_img = self._clone_contexts(
+                    cfg_img_past_key_values, cfg_img_key_values_lens, cfg_img_packed_position_ids, lengths
+                )
         tokens, config = [length - MARKERS for length in lengths], self.model.config
         table = (config.max_latent_size, config.interpolate_pos)
         grids = [
@@ -244,59 +258,74 @@ class EntryPoints:
     @entry_point
     def generate_text(
         self,
-        past_key_values,
-        packed_key_value_indexes,
-        key_values_lens,
-        packed_start_tokens,
-        packed_query_position_ids,
-        max_length,
-        do_sample=False,
-        temperature=1.0,
-        end_token_id=None,
+        past_key_values: OfficialCache,
+        packed_key_value_indexes: torch.Tensor,
+        key_values_lens: torch.Tensor,
+        packed_start_tokens: torch.Tensor,
+        packed_query_position_ids: torch.Tensor,
+        max_length: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        end_token_id: int | None = None,
     ) -> torch.Tensor:
-        """Generate a text after each sample's context. The contexts do not change.
+        """Generate a text after each sample's context, and append the tokens that were fed to the contexts.
 
-        As in the official code, the batch ends when its first sample does. Here a sample that ends earlier is padded
-        with the end token. Sampling is seeded from the torch generator of the model's device.
+        As in the official code, all texts end where the first sample does. Sampling is seeded from the torch generator
+        of the model's device.
 
         Returns:
             Token ids, int64 [steps, samples], beginning with the start token.
-
-        Raises:
-            ValueError: more than 8 samples, or different start tokens.
         """
         starts = packed_start_tokens.tolist()
-        if len(set(starts)) != 1 or len(starts) > MAX_TEXTS:
-            raise invalid(
-                "packed_start_tokens",
-                starts,
-                f"1 to {MAX_TEXTS} equal tokens, one per sample",
-                "Split the batch over several calls",
-            )
-        contexts = self._clone_contexts(past_key_values, key_values_lens, packed_query_position_ids, [1] * len(starts))
-        ids = self.generate_ids(contexts, starts[0], end_token_id, max_length, do_sample, temperature)
+        contexts = self._read_contexts(past_key_values, key_values_lens)
+        for context, positions in zip(contexts, packed_query_position_ids.split([1] * len(starts)), strict=True):
+            context.position = first_position(positions, 0)
+        ids = self.generate_ids(contexts, starts, end_token_id, max_length, do_sample, temperature, keep=True)
+        write_contexts(past_key_values, contexts, self.cache)
         with torch.inference_mode(False):  # as in denoise()
             return torch.tensor(ids, device=packed_start_tokens.device).T.contiguous()
 
     def generate_ids(
-        self, contexts: Sequence[Context], start: int, end: int | None, max_length: int, do_sample, temperature
+        self,
+        contexts: Sequence[Context],
+        starts: Sequence[int],
+        end: int | None,
+        max_length: int,
+        do_sample: bool,
+        temperature: float,
+        keep: bool = False,
     ) -> list[list[int]]:
-        """Token ids of a text after each context, ``start`` included, cut or padded to the length of the first."""
+        """Token ids of a text after each context, beginning with its start token.
+
+        All texts are as long as the first, which ends before ``end`` or after ``max_length`` tokens. With ``keep`` the
+        ids are appended to the contexts.
+        """
+        check("max_length", max_length, integer(1))
         sampling = [
             Sampling(temperature, seed=draw_sampling_seed(self.model)) if do_sample else Sampling() for _ in contexts
         ]
-        end = -1 if end is None else end
-        texts: list[list[int]] = [[start] for _ in contexts]
-        decoding = generate_tokens(self.model, self.model.text, contexts, start, end, max_length, sampling, self.graphs)
+        texts = [[start] for start in starts]
+        decoding = generate_tokens(
+            self.model, self.model.text, contexts, starts, None, max_length, sampling, self.graphs, keep=keep
+        )
         with closing(decoding) as tokens:
             for index, token in tokens:
+                if index == 0 and token == end:
+                    break
                 texts[index].append(token)
-        length = len(texts[0])
-        return [(text + [end] * length)[:length] for text in texts]
+        return [text[:max_length] for text in texts]
 
     @entry_point
     def chat(
-        self, tokenizer, new_token_ids, image_transform, images, prompt, max_length, do_sample=False, temperature=1.0
+        self,
+        tokenizer: Any,
+        new_token_ids: Mapping[str, int | torch.Tensor],
+        image_transform: Callable[[Any], torch.Tensor],
+        images: Sequence[Any],
+        prompt: str,
+        max_length: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
     ) -> str:
         """Answer a prompt about images, with the official tokenizer and transform."""
         marker_ids = {name: int(token) for name, token in new_token_ids.items()}
@@ -309,7 +338,7 @@ class EntryPoints:
             prefill.append(context, ViTImage(patchify(pixels, patch), *grid))
         prefill.append(context, Text((start, *tokenizer.encode(prompt), end)))
         prefill.run()
-        [ids] = self.generate_ids([context], start, end, max_length, do_sample, temperature)
+        [ids] = self.generate_ids([context], [start], end, max_length, do_sample, temperature)
         return extract_answer(tokenizer.decode(ids))
 
     def _set_markers(self, ids: torch.Tensor) -> None:
@@ -320,58 +349,47 @@ class EntryPoints:
             raise invalid("packed_text_ids", pairs, f"{markers} for every image", "Use one pair of image markers")
         self.model.markers = markers
 
-    def _get_contexts(self, past_key_values, key_values_lens) -> ContextBatch:
-        """The contexts of the caller's cache, checked against its lengths; new ones if it is empty, official or not."""
-        lengths = key_values_lens.tolist()
-        if isinstance(past_key_values, ContextBatch):
-            batch = past_key_values
-        elif getattr(past_key_values, "seq_lens", None) == 0:
-            batch = ContextBatch([])
-        else:
-            raise TypeError(
-                "past_key_values must be empty or returned by the accelerated module, got a "
-                f"{type(past_key_values).__name__} that is neither. Start with an empty cache after accelerate()."
-            )
-        if not batch.contexts:
-            batch.contexts += [Context(self.cache) for _ in lengths]
-        cached = [context.length for context in batch.contexts]
-        if cached != lengths:
-            raise invalid("key_values_lens", lengths, f"{cached}, the lengths of past_key_values")
-        if any(context.cache is not self.cache for context in batch.contexts):
-            raise ValueError("past_key_values must belong to this model. Start with an empty cache.")
-        return batch
-
-    def _clone_contexts(self, past_key_values, key_values_lens, position_ids, lengths: list[int]) -> list[Context]:
-        """Clones of the caller's contexts, which must not change, at the RoPE positions that the caller passed."""
+    def _read_contexts(self, past_key_values: OfficialCache, key_values_lens: torch.Tensor) -> list[Context]:
+        """The contexts of a cache that the call fills."""
         if past_key_values is None:
-            raise ValueError("the cache of a guidance branch must be set when guidance is on, got None.")
-        contexts = self._get_contexts(past_key_values, key_values_lens).contexts
+            raise TypeError("past_key_values must be a NaiveCache, got None. Pass an empty one to start a context.")
+        return read_contexts(past_key_values, key_values_lens.tolist(), self.cache)
+
+    def _clone_contexts(
+        self,
+        past_key_values: OfficialCache | None,
+        key_values_lens: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        lengths: Sequence[int],
+    ) -> list[Context]:
+        """Clones of the caller's contexts, which must not change, at the RoPE positions that the caller passed.
+
+        Args:
+            past_key_values: may be None for empty contexts, as in the official code.
+            lengths: number of position ids of each sample, which are equal.
+        """
+        if key_values_lens is None or position_ids is None:
+            raise TypeError("a guidance branch must have key_values_lens and packed_position_ids, got None.")
+        contexts = read_contexts(past_key_values, key_values_lens.tolist(), self.cache)
         clones = [context.clone() for context in contexts]
-        for clone, positions in zip(clones, position_ids.split(lengths), strict=True):
+        for clone, positions in zip(clones, position_ids.split(list(lengths)), strict=True):
             clone.position = first_position(positions, 0)
         return clones
 
     def _append(
         self,
-        past_key_values,
-        key_values_lens,
+        past_key_values: OfficialCache,
+        key_values_lens: torch.Tensor,
         contents: Sequence[Content],
         positions: Sequence[torch.Tensor],
         position_step: int,
-    ) -> ContextBatch:
-        """Append one content to each sample's context, at the RoPE positions that the caller passed."""
-        batch = self._get_contexts(past_key_values, key_values_lens)
+    ) -> OfficialCache:
+        """Append one content to each sample's context, at the RoPE positions that the caller passed; fill the cache."""
+        contexts = self._read_contexts(past_key_values, key_values_lens)
         prefill = Prefill(self.model, self.cache)
-        for context, content, content_positions in zip(batch.contexts, contents, positions, strict=True):
+        for context, content, content_positions in zip(contexts, contents, positions, strict=True):
             context.position = first_position(content_positions, position_step)
             prefill.append(context, content)
         prefill.run()
-        return batch
-
-
-def draw_sampling_seed(model: BagelModel) -> int:
-    """A seed from the torch generator of the model's device, with which the official code samples tokens.
-
-    On a GPU, latent noise comes from the CPU generator, so it is the same with and without sampled text.
-    """
-    return int(torch.randint(2**62, (), device=model.device))
+        write_contexts(past_key_values, contexts, self.cache)
+        return past_key_values

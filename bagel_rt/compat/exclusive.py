@@ -3,18 +3,20 @@ autocast."""
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from bagel_rt.models.bagel.model import BagelModel
 
-_LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # model -> lock; models that share weights share a lock
+Lock = AbstractContextManager[bool]
+_LOCKS: WeakKeyDictionary[BagelModel, Lock] = WeakKeyDictionary()  # models that share weights share a lock
 
 
-def model_lock(model: BagelModel):
+def model_lock(model: BagelModel) -> Lock:
     """The reentrant lock that a thread holds while the model computes."""
     return _LOCKS.setdefault(model, threading.RLock())
 
@@ -36,11 +38,23 @@ def exclusive(model: BagelModel) -> Iterator[None]:
         yield
 
 
-def entry_point(method):
+class HasInferenceScope(Protocol):
+    """The owner of an :func:`entry_point`."""
+
+    def inference_scope(self) -> AbstractContextManager[None]:
+        """Exclusive use of the model in inference mode."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound=HasInferenceScope)
+
+
+def entry_point(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """Decorate a method to run inside ``self.inference_scope()``."""
 
     @functools.wraps(method)
-    def wrapped(self, *args, **kwargs):
+    def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.inference_scope():
             return method(self, *args, **kwargs)
 

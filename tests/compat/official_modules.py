@@ -46,7 +46,17 @@ def module_tree(state: dict[str, torch.Tensor], root: nn.Module | None = None) -
 class NaiveCache:
     """An empty official cache."""
 
-    seq_lens = 0
+    def __init__(self, num_layers: int = 3):
+        self.key_cache = dict.fromkeys(range(num_layers))
+        self.value_cache = dict.fromkeys(range(num_layers))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.key_cache)
+
+    @property
+    def seq_lens(self) -> int:
+        return 0 if self.key_cache[0] is None else self.key_cache[0].shape[0]
 
 
 class OfficialBagel(nn.Module):
@@ -215,9 +225,10 @@ class OfficialScript:
         return latent
 
     def generate_text(self, context: dict, max_length: int, **options) -> str:
+        """On a copy of the cache, because the entry point fills it."""
         marker_ids = self.official.new_token_ids
         ids = self.model.generate_text(
-            past_key_values=context["past_key_values"],
+            past_key_values=deepcopy(context["past_key_values"]),
             packed_start_tokens=torch.tensor([marker_ids["bos_token_id"]]),
             packed_query_position_ids=torch.tensor(context["ropes"]),
             key_values_lens=torch.tensor(context["kv_lens"], dtype=torch.int),

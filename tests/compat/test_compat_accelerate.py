@@ -2,11 +2,19 @@
 
 import threading
 from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
 from conftest import CHECKPOINT
-from official_modules import OfficialScript, RecordedRequest, load_official, make_inferencer, run_script
+from official_modules import (
+    NaiveCache,
+    OfficialScript,
+    RecordedRequest,
+    load_official,
+    make_inferencer,
+    run_script,
+)
 from PIL import Image
 from torch import nn
 
@@ -89,12 +97,12 @@ def batch(official):
     script.add_text(contexts[0], "a cat")
     script.add_text(contexts[1], "two dogs in a park")
     lengths = torch.tensor([context["kv_lens"][0] for context in contexts])
-    ids = [id for context in contexts for id in context["past_key_values"].contexts[0].history[0].ids]
+    ids = [id for context in contexts for id in context["past_key_values"].key_cache.batch.contexts[0].history[0].ids]
     positions = torch.cat([torch.arange(length) for length in lengths])
     indexes = torch.arange(len(ids))
     # Positional arguments, to check their order too.
     batch = official.model.forward_cache_update_text(
-        type(contexts[0]["past_key_values"])([]), torch.tensor(ids), positions, lengths, indexes,
+        NaiveCache(), torch.tensor(ids), positions, lengths, indexes,
         torch.tensor([], dtype=torch.int64), torch.tensor([0, 0]),
     )  # fmt: skip
     return contexts, batch, lengths, indexes
@@ -109,18 +117,16 @@ def test_batched_text_equals_single_text(batch, official):
         assert extract_answer(official.tokenizer.decode(ids[:, sample])) == script.generate_text(context, 8)
 
 
-def test_rejects_different_start_tokens(batch, official):
-    _, batch, lengths, indexes = batch
-    bos = official.new_token_ids["bos_token_id"]
-    with pytest.raises(ValueError, match="packed_start_tokens must be 1 to 8 equal tokens"):
-        official.model.generate_text(batch, indexes, lengths, torch.tensor([bos, bos + 1]), lengths, 8)
-
-
-def test_rejects_more_than_eight_samples(batch, official):
-    _, batch, lengths, indexes = batch
-    bos = official.new_token_ids["bos_token_id"]
-    with pytest.raises(ValueError, match="packed_start_tokens must be 1 to 8 equal tokens"):
-        official.model.generate_text(batch, indexes, lengths, torch.tensor([bos] * 9), lengths, 8)
+def test_batch_of_texts_ends_with_the_first_one(batch, official):
+    contexts, batch, lengths, indexes = batch
+    starts = torch.tensor([official.new_token_ids["bos_token_id"]] * 2)
+    ids = official.model.generate_text(deepcopy(batch), indexes, lengths, starts, lengths, 8)
+    for end in ids[3, 0], ids[3, 1]:  # drawn by the first sample; drawn by the second, which continues
+        ended = official.model.generate_text(
+            deepcopy(batch), indexes, lengths, starts, lengths, 8, end_token_id=int(end)
+        )
+        length = next((step for step in range(1, 8) if ids[step, 0] == end), 8)
+        assert torch.equal(ended, ids[:length])
 
 
 def test_encodes_images_on_the_device_of_the_official_autoencoder(official):
@@ -231,14 +237,6 @@ def test_rejects_wrong_cache_lengths(text_context):
         script.add_text({**context, "kv_lens": [3]}, "a dog")
 
 
-def test_rejects_a_filled_official_cache(text_context):
-    script, _ = text_context
-    context = script.context()
-    context["past_key_values"].seq_lens = 5
-    with pytest.raises(TypeError, match="past_key_values must be empty or returned by .*, got a NaiveCache"):
-        script.add_text(context, "a dog")
-
-
 def test_rejects_a_cache_of_another_model(text_context):
     _, context = text_context
     other = load_official(CHECKPOINT)
@@ -291,7 +289,5 @@ def test_rejects_unsupported_generation_arguments(text_context, official):
     noise, settings = torch.zeros(4, official.ours.latent_features), {"num_timesteps": 4, "cfg_text_scale": 4.0}
     with pytest.raises(ValueError, match="enable_taylorseer must be False"):
         script.generate_image((32, 32), noise, context, context, context, enable_taylorseer=True, **settings)
-    with pytest.raises(ValueError, match="the cache of a guidance branch must be set"):
-        script.generate_image((32, 32), noise, context, {**context, "past_key_values": None}, context, **settings)
     with pytest.raises(TypeError, match="unexpected keyword argument 'cfg_img_scales'"):
         script.generate_image((32, 32), noise, context, context, context, cfg_img_scales=1.0, **settings)

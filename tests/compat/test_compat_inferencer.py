@@ -1,5 +1,8 @@
 """``InterleaveInferencer`` against recorded requests of the official one."""
 
+import inspect
+import io
+from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -145,7 +148,7 @@ def test_rejects_missing_constructor_arguments(official):
     [
         ({"enable_taylorseer": True}, "enable_taylorseer must be False"),
         ({"cfg_renorm_type": "local"}, "'local'"),
-        ({"image_shapes": (50, 50)}, "size must be"),
+        ({"image_shapes": (15, 32)}, "size must be"),
         ({"num_timesteps": 1}, "num_timesteps must be"),
     ],
 )
@@ -163,3 +166,171 @@ def test_rejects_an_image_update_without_vae_and_vit(official):
     inferencer = make_inferencer(official)
     with pytest.raises(ValueError, match="vae or vit must be True"):
         inferencer.update_context_image(Image.new("RGB", (64, 64)), inferencer.init_gen_context(), vae=False, vit=False)
+
+
+# What official callers pass
+
+
+def test_sizes_are_rounded_down_to_the_stride(official):
+    inferencer, options = make_inferencer(official), {"num_timesteps": 3}
+    torch.manual_seed(1)
+    rounded = inferencer(text="a cat", image_shapes=[47, 63], **options)["image"]
+    torch.manual_seed(1)
+    exact = inferencer(text="a cat", image_shapes=(32, 48), **options)["image"]
+    assert rounded.size == (48, 32) and max_difference(rounded, exact) == 0
+    context = inferencer.update_context_text("a cat", inferencer.init_gen_context())
+    assert inferencer.gen_image((47, 63), context, **options).size == (48, 32)
+    assert inferencer.decode_image(torch.zeros(6, official.ours.latent_features), (47, 63)).size == (48, 32)
+
+
+def test_image_shapes_have_no_effect_with_an_input_image(official):
+    image = Image.new("RGB", (64, 64), "teal")
+    output = make_inferencer(official)(image=image, text="a cat", num_timesteps=3, image_shapes=None)
+    assert output["image"].size == (64, 64)
+
+
+def test_temperature_has_no_effect_without_sampling(official):
+    options = {"understanding_output": True, "max_think_token_n": 6}
+    inferencer = make_inferencer(official)
+    assert inferencer(text="why?", text_temperature=0, **options) == inferencer(text="why?", **options)
+
+
+@pytest.mark.parametrize("understanding", [False, True])
+def test_empty_prompt_runs_as_in_the_official_code(understanding, official):
+    inferencer, options = make_inferencer(official), {"image_shapes": (32, 32), "num_timesteps": 3}
+    if understanding:
+        options = {"understanding_output": True, "max_think_token_n": 6}
+    torch.manual_seed(1)
+    output = inferencer(text="", **options)
+    context = inferencer.update_context_text("", inferencer.init_gen_context())
+    assert context["kv_lens"] == [2]  # the start and the end token
+    if understanding:
+        assert output["text"] == inferencer.gen_text(context, 6, do_sample=False)
+    else:
+        torch.manual_seed(1)
+        branches = {"cfg_text_precontext": inferencer.init_gen_context(), "cfg_img_precontext": context}
+        expected = inferencer.gen_image((32, 32), context, cfg_text_scale=3.0, num_timesteps=3, **branches)
+        assert max_difference(output["image"], expected) == 0
+
+
+def encoded(inferencer, image) -> torch.Tensor:
+    """What the model keeps of an image."""
+    context = inferencer.update_context_image(image, inferencer.init_gen_context(), vae=False)
+    return context["past_key_values"].key_cache[2]
+
+
+def test_exif_orientation_is_not_applied(official):
+    inferencer, stored = make_inferencer(official), Image.linear_gradient("L").resize((64, 96))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    stored.convert("RGB").save(file, "PNG", exif=exif)
+    oriented = Image.open(file)
+    assert oriented.getexif()[0x0112] == 6
+    assert torch.equal(encoded(inferencer, oriented), encoded(inferencer, stored.convert("RGB")))
+    options = {"text": "a cat", "num_timesteps": 3}
+    assert inferencer(image=oriented, **options)["image"].size == (64, 96)
+
+
+@pytest.mark.parametrize(
+    "mode, stored, expected",
+    [
+        ("RGBA", (200, 0, 0, 0), (255, 255, 255)),
+        ("LA", (200, 0), (200, 200, 200)),  # its alpha channel is dropped, unlike in bagel_rt.Bagel
+        ("L", 200, (200, 200, 200)),
+    ],
+)
+def test_modes_are_converted_as_in_the_official_code(mode, stored, expected, official):
+    inferencer = make_inferencer(official)
+    images = (Image.new(mode, (64, 64), stored), Image.new("RGB", (64, 64), expected))
+    assert torch.equal(*(encoded(inferencer, image) for image in images))
+
+
+# Subclasses
+
+
+class Traced(InterleaveInferencer):
+    """Overrides every step, and counts their calls."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.calls = Counter()
+
+    def init_gen_context(self):
+        self.calls["init_gen_context"] += 1
+        return super().init_gen_context()
+
+    def update_context_text(self, text, gen_context):
+        self.calls["update_context_text"] += 1
+        return super().update_context_text(text, gen_context)
+
+    def update_context_image(self, image, gen_context, vae=True, vit=True):
+        self.calls["update_context_image"] += 1
+        return super().update_context_image(image, gen_context, vae, vit)
+
+    def gen_text(self, *arguments, **options):
+        self.calls["gen_text"] += 1
+        return super().gen_text(*arguments, **options)
+
+    def gen_image(self, *arguments, **options):
+        self.calls["gen_image"] += 1
+        return super().gen_image(*arguments, **options)
+
+    def decode_image(self, latent, image_shape):
+        self.calls["decode_image"] += 1
+        return super().decode_image(latent, image_shape)
+
+
+def traced(official) -> Traced:
+    return Traced(*(vars(official)[name] for name in inspect.signature(InterleaveInferencer).parameters))
+
+
+@pytest.mark.parametrize("name", ["12_t2i_app_default", "22_edit_channel_rgba", "23_multi_image", "25_image_last",
+                                  "33_und_think", "40_think_t2i", "41_think_edit"])  # fmt: skip
+def test_overridden_steps_give_the_official_outputs(name, official, monkeypatch):
+    request, inferencer = RecordedRequest(name), traced(official)
+    request.patch_randn(monkeypatch)
+    request.check_outputs(inferencer.interleave_inference(request.inputs, **request.hyper))
+    generates, thinks = not request.hyper["understanding_output"], request.system is not None
+    texts, images = ([isinstance(part, kind) for part in request.inputs].count(True) for kind in (str, Image.Image))
+    assert inferencer.calls == {
+        "init_gen_context": 1,
+        "update_context_text": 2 * (texts + thinks) + (thinks and generates),
+        **({"update_context_image": images} if images else {}),
+        **({"gen_text": 1} if thinks or not generates else {}),
+        **({"gen_image": 1, "decode_image": 1} if generates else {}),
+    }
+
+
+@pytest.mark.parametrize("step", ["init_gen_context", "update_context_text", "gen_image", "decode_image"])
+def test_a_step_replaced_on_the_instance_is_used(step, official):
+    inferencer, calls = make_inferencer(official), []
+    original = getattr(inferencer, step)
+    setattr(inferencer, step, lambda *arguments, **options: calls.append(step) or original(*arguments, **options))
+    inferencer(text="a cat", image_shapes=(32, 32), num_timesteps=3)
+    assert calls
+
+
+def test_overridden_decode_image_gets_latents_on_the_cpu_and_the_requested_shape(official):
+    class Latents(InterleaveInferencer):
+        def decode_image(self, latent, image_shape):
+            assert latent.device.type == "cpu" and not latent.is_inference()
+            return Image.new("RGB", image_shape[::-1], "teal")
+
+    inferencer = Latents(*(vars(official)[name] for name in inspect.signature(InterleaveInferencer).parameters))
+    output = inferencer(text="a cat", image_shapes=(32, 48), num_timesteps=3)
+    assert output["image"].size == (48, 32) and output["image"].getpixel((0, 0)) == (0, 128, 128)
+
+
+def test_overridden_gen_text_writes_the_thought(official, monkeypatch):
+    inferencer, thoughts = make_inferencer(official), []
+    monkeypatch.setattr(inferencer, "gen_text", lambda context, **options: thoughts.append(options) or "a blue cat")
+    options = {"image_shapes": (32, 32), "num_timesteps": 3, "max_think_token_n": 9, "text_temperature": 0.7}
+    assert inferencer(text="a cat", think=True, **options)["text"] == "a blue cat"
+    assert thoughts == [{"max_length": 9, "do_sample": False, "temperature": 0.7}]
+
+
+def test_overridden_gen_image_may_use_taylorseer(official):
+    inferencer = make_inferencer(official)
+    inferencer.gen_image = lambda *_, enable_taylorseer, **__: Image.new("RGB", (16, 16)) if enable_taylorseer else None
+    assert inferencer(text="a cat", enable_taylorseer=True)["image"].size == (16, 16)
