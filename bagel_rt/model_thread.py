@@ -199,7 +199,7 @@ class ModelThread:
         """Run a batch. If it fails, run its jobs one by one: one of them may be at fault, or all exceed the memory."""
 
         def check() -> None:
-            if all([job.expire() for job in jobs]):
+            if all([job.expire() for job in jobs]):  # noqa: C419 - a list: every job is to expire
                 raise Cancelled
 
         try:

@@ -221,10 +221,9 @@ def run_tests(stage: Stage, deadline: float, save, folder: Path, patterns=TESTS)
     with tempfile.TemporaryDirectory() as logs:
         running = {}
         for file in files:
-            output = open(Path(logs) / file.stem, "w")
             command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(file)]
-            running[file] = _spawn(command, stdout=output, stderr=output)
-            output.close()
+            with open(Path(logs) / file.stem, "w") as output:
+                running[file] = _spawn(command, stdout=output, stderr=output)
         for file, process in running.items():
             try:
                 status = process.wait(max(deadline - time.monotonic(), 0.01))

@@ -80,7 +80,8 @@ def spans(style: str) -> str:
 
 def shared_style() -> str:
     """The style sheet of the hand-written diagrams."""
-    return re.search(r"^  <style>.*</defs>$", (FOLDER / "loop.svg").read_text(encoding="utf-8"), re.M | re.S).group()
+    diagram = (FOLDER / "loop.svg").read_text(encoding="utf-8")
+    return re.search(r"^  <style>.*</defs>$", diagram, re.MULTILINE | re.DOTALL).group()
 
 
 if __name__ == "__main__":

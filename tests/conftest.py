@@ -13,7 +13,7 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
-import torch  # noqa: E402
+import torch
 
 PACK = Path(__file__).parent / "conformance" / "bagel"
 CHECKPOINT = PACK / "checkpoint"

@@ -18,9 +18,9 @@ def grid_from_position_ids(name: str, ids: torch.Tensor, max_side: int, interpol
     count, ids = len(ids), ids.cpu()
     for grid_h in range(1, count + 1):
         grid_w, remainder = divmod(count, grid_h)
-        if remainder == 0 and (interpolate or max(grid_h, grid_w) <= max_side):
-            if torch.equal(position_ids(grid_h, grid_w, max_side, interpolate), ids):
-                return grid_h, grid_w
+        fits = remainder == 0 and (interpolate or max(grid_h, grid_w) <= max_side)
+        if fits and torch.equal(position_ids(grid_h, grid_w, max_side, interpolate), ids):
+            return grid_h, grid_w
     raise ValueError(
         f"{name} must be the ids of a grid in a {max_side}x{max_side} position table, got {count} ids: "
         f"{ids[:8].tolist()}, .... Pass what the official prepare_* function returns."
@@ -54,7 +54,7 @@ def first_position(positions: torch.Tensor, step: int) -> int:
 
 def extract_answer(text: str) -> str:
     """The text between the first pair of start and end markers, as the official code cuts it."""
-    return text.split("<|im_end|>")[0].split("<|im_start|>")[1]
+    return text.split("<|im_end|>", maxsplit=1)[0].split("<|im_start|>")[1]
 
 
 def reject_taylorseer(enabled: bool) -> None:

@@ -84,12 +84,8 @@ async def read_form(request: Request, max_files: int) -> tuple[list[bytes], dict
     async with request.form(max_files=max_files, max_fields=_FIELDS) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                if _IMAGE.fullmatch(name):
-                    files.append(await value.read())
-                    continue
-                if name in neutral.IMAGES:
-                    neutral.IMAGES[name].check(name, "a file")
-                raise FieldError("", f"must have files named image or image[], got {shown(name)}.")
+                files.append(await _read_file(name, value))
+                continue
             if _IMAGE.fullmatch(name):
                 raise FieldError("image", "must be a file, got a text. With curl, write image=@FILE.")
             if name == f"{_INTERVAL}[]":
@@ -105,6 +101,15 @@ async def read_form(request: Request, max_files: int) -> tuple[list[bytes], dict
     if interval:
         fields[_INTERVAL] = interval
     return files, fields
+
+
+async def _read_file(name: str, file: UploadFile) -> bytes:
+    """The content of a form's file."""
+    if _IMAGE.fullmatch(name):
+        return await file.read()
+    if name in neutral.IMAGES:
+        neutral.IMAGES[name].check(name, "a file")
+    raise FieldError("", f"must have files named image or image[], got {shown(name)}.")
 
 
 def _read_value(name: str, text: str) -> str | bool | int | float:

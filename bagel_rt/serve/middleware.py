@@ -111,7 +111,8 @@ class Gate:
 
         try:
             with anyio.move_on_after(self._seconds):
-                return await self._app({**scope, "bagel_rt.release": admitted.release_body}, bounded, watched)
+                await self._app({**scope, "bagel_rt.release": admitted.release_body}, bounded, watched)
+                return
             error: Exception = DeadlineExceeded()
         except asyncio.CancelledError:  # uvicorn shuts down and gives this request no more time
             error = Stopping()

@@ -93,10 +93,9 @@ def load_autoencoder(folder: Path, config: VAEConfig) -> AutoEncoder:
 @torch.inference_mode()
 def measure_latents(model: AutoEncoder, count: int) -> dict[str, float]:
     """The ``scale_factor`` and ``shift_factor`` that normalize the latents of ``count`` images to mean 0 and std 1."""
-    noise, samples = torch.Generator().manual_seed(1), []
-    for pixels in _images("train", count)[1]:
-        samples.append(sample_posterior(*model.moments(pixels), noise).double())
-    latents = torch.cat(samples)
+    noise = torch.Generator().manual_seed(1)
+    batches = _images("train", count)[1]
+    latents = torch.cat([sample_posterior(*model.moments(pixels), noise).double() for pixels in batches])
     return {"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()}
 
 

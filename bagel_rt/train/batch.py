@@ -108,7 +108,7 @@ class TrainingBatch:
         sizes = {"packed_position_ids": (len(self), "row in sample_lens")}
         for name, others in _PER_ROW.items():
             count = len(getattr(self, name))
-            sizes |= {name: (count, name), **{other: (count, name) for other in others}}
+            sizes |= {name: (count, name), **dict.fromkeys(others, (count, name))}
         for name, (count, source) in sizes.items():
             tensor = getattr(self, name)
             if tensor is None and name == "ce_loss_weights":

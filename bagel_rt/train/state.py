@@ -30,7 +30,7 @@ def load_state(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads(file.metadata()["metadata"])
-            stored = {name: file.get_tensor(name) for name in file.keys()}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a training state: {error}. Remove it to start over.") from None
     for name in sorted(stored.keys() | tensors.keys()):

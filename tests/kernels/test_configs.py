@@ -66,7 +66,7 @@ def test_loading_a_model_sets_the_current_gpu(monkeypatch, capability, device, c
     capability(9, 0)
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
 
     def load(*_):
         raise Loaded

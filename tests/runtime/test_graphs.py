@@ -172,19 +172,19 @@ def test_buffers_are_bounded_and_the_least_recently_used_of_a_kind_goes_first():
 
 def test_released_buffers_are_free_though_their_run_still_exists():
     graphs, owner = GraphCache(None), Owner()
-    first = graphs.acquire(("a",), lambda: [], owner)
+    first = graphs.acquire(("a",), list, owner)
     first.release()
-    assert graphs.acquire(("a",), lambda: [], Owner()) is first
+    assert graphs.acquire(("a",), list, Owner()) is first
     del owner
 
 
 def test_buffers_in_use_are_not_given_to_another_run():
     graphs, owner = GraphCache(None), Owner()
-    first = graphs.acquire(("a",), lambda: [], owner)
-    second = graphs.acquire(("a",), lambda: [], other := Owner())
+    first = graphs.acquire(("a",), list, owner)
+    second = graphs.acquire(("a",), list, other := Owner())
     assert first is not second and first.buffers is not second.buffers
     del owner
-    assert graphs.acquire(("a",), lambda: [], Owner()) is not second, "its run still exists"
+    assert graphs.acquire(("a",), list, Owner()) is not second, "its run still exists"
     del other
 
 

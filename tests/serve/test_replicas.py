@@ -21,12 +21,12 @@ import pytest
 if find_spec("ray") is None:  # which reads its environment when it is imported, so not here
     pytest.skip("the extra [ray] is not installed", allow_module_level=True)
 
-import httpx  # noqa: E402
-from conftest import CHECKPOINT  # noqa: E402
-from PIL import Image  # noqa: E402
+import httpx
+from conftest import CHECKPOINT
+from PIL import Image
 
-from bagel_rt.serve import replicas  # noqa: E402
-from bagel_rt.serve.replicas import Options, ProxyErrors  # noqa: E402
+from bagel_rt.serve import replicas
+from bagel_rt.serve.replicas import Options, ProxyErrors
 
 DRAW, CHAT = "/v1/images/generations", "/v1/chat/completions"
 QUICK = {"prompt": "a cat", "size": "32x32", "num_timesteps": 3}
@@ -173,8 +173,8 @@ def test_errors_of_proxy_and_replica_are_json(http):
 def test_disconnect_stops_the_model(http):
     # Without the middleware, the last header would keep the request running.
     for headers in ({}, {"X-Request-Id": "\xff"}, {"X-Request-Disconnect-Disabled": "?1"}):
+        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
         with pytest.raises(httpx.ReadTimeout):
-            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
             http.post(DRAW, json=SLOW, headers=encoded, timeout=2)
 
     def idle():  # according to each of the two

@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import httpx  # noqa: E402
-import openai  # noqa: E402
+import httpx
+import openai
 from commands import run
-from PIL import Image  # noqa: E402
-from serving import (  # noqa: E402
+from PIL import Image
+from serving import (
     CHAT,
     DRAW,
     EDIT,
@@ -29,7 +29,7 @@ from serving import (  # noqa: E402
     running,
 )
 
-from bagel_rt.serve.limits import Limits  # noqa: E402
+from bagel_rt.serve.limits import Limits
 
 QUICK = {"num_timesteps": 3}
 

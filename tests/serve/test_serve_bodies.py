@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import httpx  # noqa: E402
-from PIL import Image  # noqa: E402
-from serving import CHAT, DRAW, EDIT, PATIENCE, chat_body, data_url, draw, held, image_part, png, send, until  # noqa: E402
+import httpx
+from PIL import Image
+from serving import CHAT, DRAW, EDIT, PATIENCE, chat_body, data_url, draw, held, image_part, png, send, until
 
-from bagel_rt.serve import app as app_module  # noqa: E402
-from bagel_rt.serve.decoder_pool import DecoderPool  # noqa: E402
+from bagel_rt.serve import app as app_module
+from bagel_rt.serve.decoder_pool import DecoderPool
 
 FORM = "multipart/form-data; boundary=b"
 

@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import httpx  # noqa: E402
-import numpy as np  # noqa: E402
-import openai  # noqa: E402
-from PIL import Image  # noqa: E402
-from serving import CHAT, DRAW, EDIT, chat_body, data_url, decode_image, image_part, png, running  # noqa: E402
+import httpx
+import numpy as np
+import openai
+from PIL import Image
+from serving import CHAT, DRAW, EDIT, chat_body, data_url, decode_image, image_part, png, running
 
-from bagel_rt.serve.stops import StoppedText  # noqa: E402
+from bagel_rt.serve.stops import StoppedText
 
 QUICK = {"num_timesteps": 2}
 SMALL = {"prompt": "x", "size": "32x32", **QUICK}

@@ -7,16 +7,16 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import httpx  # noqa: E402
-from serving import DRAW, IMAGE, PATIENCE, held, running, send, until  # noqa: E402
+import httpx
+from serving import DRAW, IMAGE, PATIENCE, held, running, send, until
 
-from bagel_rt.serve import middleware, protocol  # noqa: E402
-from bagel_rt.serve.limits import Limits  # noqa: E402
+from bagel_rt.serve import middleware, protocol
+from bagel_rt.serve.limits import Limits
 
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as (address, app):
+    with running() as (address, _):
         yield address.removeprefix("http://").split(":")
 
 

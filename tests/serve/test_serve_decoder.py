@@ -12,11 +12,11 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-from serving import png  # noqa: E402
+from serving import png
 
-from bagel_rt.model_thread import Stopping  # noqa: E402
-from bagel_rt.models.bagel.images import ResizeRule  # noqa: E402
-from bagel_rt.serve.decoder_pool import DecoderPool  # noqa: E402
+from bagel_rt.model_thread import Stopping
+from bagel_rt.models.bagel.images import ResizeRule
+from bagel_rt.serve.decoder_pool import DecoderPool
 
 LARGE = 30 << 20
 

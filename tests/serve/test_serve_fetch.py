@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import trustme  # noqa: E402
-from serving import LIMITS, png  # noqa: E402
+import trustme
+from serving import LIMITS, png
 
-from bagel_rt.serve import images  # noqa: E402
+from bagel_rt.serve import images
 
 NAME = "images.example"
 OK, END = b"HTTP/1.1 200 OK\r\n", b"\r\n"

@@ -18,14 +18,14 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import numpy as np  # noqa: E402
-from conftest import CHECKPOINT  # noqa: E402
-from PIL import Image  # noqa: E402
-from serving import CHAT, DRAW, EDIT, chat_body, data_url, image_part, png  # noqa: E402
+import numpy as np
+from conftest import CHECKPOINT
+from PIL import Image
+from serving import CHAT, DRAW, EDIT, chat_body, data_url, image_part, png
 
-from bagel_rt import Bagel  # noqa: E402
-from bagel_rt.serve.app import create_app  # noqa: E402
-from bagel_rt.serve.limits import Limits  # noqa: E402
+from bagel_rt import Bagel
+from bagel_rt.serve.app import create_app
+from bagel_rt.serve.limits import Limits
 
 LIMITS = Limits(
     body=1 << 17, pixels=1 << 12, images=2, prompt_tokens=60, side=32, steps=3, written_tokens=2, outputs=2, seconds=60

@@ -323,7 +323,7 @@ def test_questions_about_a_scene_are_distinct_and_correct():
     rng, kinds, each = np.random.default_rng(0), Counter(), Counter()
     for _ in range(300):
         scene, questions = make_questions(rng, "train", 6)
-        assert split_of(scene) == "train" and len(set(text for text, _ in questions)) == 6
+        assert split_of(scene) == "train" and len({text for text, _ in questions}) == 6
         answers = [answer for _, answer in questions]
         assert answers[-1] == described(scene) and described(scene) not in answers[:-1]
         assert all(answer == answer_to(text, scene) for text, answer in questions)
@@ -368,7 +368,7 @@ def test_center_of_a_place_is_at_no_contradicting_place(place):
     x, y = 0.25 + 0.25 * column, 0.25 + 0.25 * row
     there = {name for name in PLACES if is_at(name, x, y)}
     assert place in there
-    sides = {name for name in place.split()} | {place}  # the top left corner is also at the top and on the left
+    sides = {*place.split(), place}  # the top left corner is also at the top and on the left
     assert there == sides
     assert place_of([Thing("star", "red", "small", x, y)]) == place
 

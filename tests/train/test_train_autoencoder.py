@@ -143,9 +143,10 @@ def test_partial_step_is_not_saved(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "_foreach_lerp_", interrupted)
-        trainer.run(progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(progress=False)
     resumed = AutoencoderTrainer(CONFIG, plain_images, SETTINGS, tmp_path)
     assert resumed.step == 1 and all(map(torch.equal, tensors(resumed.averaged()), before))
 

@@ -87,9 +87,8 @@ def run_vit_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[
     """Compare the vision tower on packed images, layer by layer."""
     model = bagel.model
     config, weights = model.config, model.weights
-    images = []
-    for path in meta["images"]:
-        images.append(model.encode_patches(config.vit_transform.resize(to_rgb(Image.open(pack / path)))))
+    resize = config.vit_transform.resize
+    images = [model.encode_patches(resize(to_rgb(Image.open(pack / path)))) for path in meta["images"]]
     lengths = [image.grid_h * image.grid_w for image in images]
     max_side = config.vit.max_patches_per_side
     ids = torch.cat([position_ids(image.grid_h, image.grid_w, max_side, config.interpolate_pos) for image in images])
