@@ -19,6 +19,14 @@ from bagel_rt.validation import BOOLEAN, Spec, check_fields, checked, integer, i
 
 _GROUP_NORM_GROUPS = 32
 _ACTIVATION = "gelu_pytorch_tanh"
+# Settings that mean plain RoPE, in rope_scaling and rope_parameters; any other key must be null.
+_PLAIN_ROPE = {
+    "rope_type": "default",
+    "type": "default",
+    "factor": 1.0,
+    "attention_factor": 1.0,
+    "partial_rotary_factor": 1.0,
+}
 _Config = TypeVar("_Config", "TransformerConfig", "ViTConfig", "VAEConfig", "BagelConfig")
 
 
@@ -237,7 +245,6 @@ def _build(kind: type[_Config], values: dict[str, Any], source: Path | str, **de
 
 def _read_llm(values: dict[str, Any], source: Path) -> TransformerConfig:
     _require_value(values, "hidden_act", "silu", source)
-    _require_value(values, "rope_scaling", None, source)
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     head_dim = None  # if one of them is not a valid number, its own check fails first
     if type(hidden) is int and type(heads) is int and heads > 0:
@@ -245,7 +252,34 @@ def _read_llm(values: dict[str, Any], source: Path) -> TransformerConfig:
             raise _file_error(source, _uneven_heads(hidden, heads))
         head_dim = hidden // heads
         _require_value(values, "head_dim", head_dim, source)
-    return _build(TransformerConfig, values, source, head_dim=head_dim)
+    return _build(TransformerConfig, values | _read_rope_theta(values, source), source, head_dim=head_dim)
+
+
+def _read_rope_theta(values: dict[str, Any], source: Path) -> dict[str, Any]:
+    """{"rope_theta": theta}, or {} if there is none, from a file of transformers 4 or 5.
+
+    Version 4 writes ``rope_theta`` and, for other kinds than plain RoPE, ``rope_scaling``; version 5 writes both into
+    ``rope_parameters``. Only plain RoPE is supported.
+    """
+    _require_value(values, "partial_rotary_factor", _PLAIN_ROPE["partial_rotary_factor"], source)
+    thetas = {"rope_theta": values.get("rope_theta")}
+    for key in ("rope_scaling", "rope_parameters"):
+        section = _section(values, key, source)
+        for name in ("rope_type", "type", *section):  # the type first: it explains the other keys
+            value = section.get(name)
+            if name == "rope_theta":
+                thetas[f"{key}.rope_theta"] = value
+            elif value is not None and value != _PLAIN_ROPE.get(name):
+                allowed = f"{json.dumps(_PLAIN_ROPE.get(name))}, because only plain RoPE is supported"
+                raise _file_error(source, invalid(f"{key}.{name}", value, allowed))
+    thetas = {name: theta for name, theta in thetas.items() if theta is not None}
+    if not thetas:
+        return {}
+    (first, theta), *others = thetas.items()
+    for name, other in others:
+        if other != theta:
+            raise _file_error(source, invalid(name, other, f"equal to {first}, {theta!r}"))
+    return {"rope_theta": theta}
 
 
 def _read_vit(values: dict[str, Any], source: Path, main: dict[str, Any], main_source: Path) -> ViTConfig:

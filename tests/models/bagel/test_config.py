@@ -127,7 +127,6 @@ BAD_LLM = [
     pytest.param("rms_norm_eps", 0, "must be a number from 1e-12 to 0.1, got 0", id="norm-eps-zero"),
     pytest.param("rms_norm_eps", "1e-6", "must be a number from 1e-12 to 0.1, got '1e-6'", id="norm-eps-a-string"),
     pytest.param("hidden_act", "gelu", "must be \"silu\", got 'gelu'", id="another-activation"),
-    pytest.param("rope_scaling", {"type": "yarn"}, "must be null, got {'type': 'yarn'}", id="scaled-rope"),
 ]
 BAD_VIT = [
     pytest.param("num_hidden_layers", 1, "official loader drops the last layer", id="only-the-layer-that-is-dropped"),
@@ -209,6 +208,69 @@ def test_rejects_a_transform_stride_that_does_not_match_the_patch_size(tmp_path)
 @pytest.mark.parametrize("config, message", BAD_CONFIG)
 def test_rejects_invalid_values_in_config_json(tmp_path, config, message):
     assert_rejected(folder(tmp_path, config=config), "config.json", message, "must be ", "published model folder")
+
+
+PLAIN_ROPE = [
+    pytest.param({"rope_theta": 1000000}, id="integer"),
+    pytest.param({"rope_theta": 1e6, "rope_scaling": None, "rope_parameters": None}, id="null"),
+    pytest.param({"rope_theta": 1e6, "rope_scaling": {"rope_type": "default"}}, id="transformers-4"),
+    pytest.param({"rope_theta": 1e6, "rope_scaling": {"type": "default"}}, id="transformers-4-old-key"),
+    pytest.param({"rope_theta": 1e6, "rope_scaling": {"rope_type": "default", "type": "default"}}, id="both-keys"),
+    pytest.param({"rope_theta": 1e6, "rope_scaling": {}}, id="empty"),
+    pytest.param({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, id="transformers-5"),
+    pytest.param({"rope_parameters": {"rope_theta": 1e6}}, id="transformers-5-without-type"),
+    pytest.param({"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}}, id="theta-of-4-type-of-5"),
+    pytest.param({"rope_theta": None, "rope_parameters": {"rope_theta": 1e6, "factor": 1}}, id="neutral-factor"),
+    pytest.param({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1000000}}, id="same-theta-twice"),
+]
+
+
+@pytest.mark.parametrize("rope", PLAIN_ROPE)
+def test_reads_plain_rope_as_transformers_4_and_5_write_it(rope, tmp_path):
+    llm = {key: value for key, value in LLM.items() if not key.startswith("rope_")}
+    assert BagelConfig.from_folder(folder(tmp_path, llm=llm | rope)) == BAGEL_7B_MOT
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "llama3", "longrope", "su", "mrope", "proportional"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("type_key", ["rope_type", "type"])
+def test_rejects_unsupported_kinds_of_rope(kind, key, type_key, tmp_path):
+    section = {"rope_theta": 1e6, "factor": 4.0, type_key: kind}
+    with pytest.raises(CheckpointError, match=f"llm_config.json: {key}.{type_key} must be \"default\", .*got '{kind}'"):
+        BagelConfig.from_folder(folder(tmp_path, llm=LLM | {key: section}))
+
+
+CONTRADICTORY_ROPE = [
+    pytest.param(
+        {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta must be equal to rope_theta, 1000000.0, got 10000"
+    ),
+    pytest.param(
+        {"rope_theta": None, "rope_scaling": {"rope_theta": 5.0}, "rope_parameters": {"rope_theta": 6.0}},
+        "rope_parameters.rope_theta must be equal to rope_scaling.rope_theta, 5.0, got 6.0",
+    ),
+    pytest.param({"rope_scaling": {"rope_type": "default", "type": "linear"}}, "rope_scaling.type must be"),
+    pytest.param(
+        {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section must be null, because"
+    ),
+    pytest.param({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor must be 1.0, because"),
+    pytest.param({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.0"),
+    pytest.param({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, got 0.5"),
+    pytest.param({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention must be null"),
+    pytest.param({"rope_parameters": "default"}, "rope_parameters must be an object, got 'default'"),
+    pytest.param(
+        {"rope_parameters": {"rope_theta": [1e6]}}, r"must be equal to rope_theta, 1000000.0, got \[1000000.0\]"
+    ),
+    pytest.param(
+        {"rope_theta": None, "rope_parameters": {"rope_theta": "1e6"}}, "rope_theta must be a number from 1 to"
+    ),
+    pytest.param({"rope_theta": None}, "rope_theta must be a number from 1 to 1e[+]12, got None"),
+]
+
+
+@pytest.mark.parametrize("rope, message", CONTRADICTORY_ROPE, ids=range(len(CONTRADICTORY_ROPE)))
+def test_rejects_contradictory_rope_settings(rope, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        BagelConfig.from_folder(folder(tmp_path, llm=LLM | rope))
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "rope_theta", "vocab_size"])
