@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
+from bagel_rt.checkpoint.find import describe_missing_folder
 from bagel_rt.engine import Engine
 from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels.backend import check_backend, choose_backend
@@ -56,6 +57,7 @@ class Bagel:
         backend: str | None = None,
         graphs: bool = True,
         progress: bool = False,
+        weights: str | None = None,
     ) -> "Bagel":
         """Load an official checkpoint folder.
 
@@ -71,6 +73,8 @@ class Bagel:
             graphs: on CUDA, capture steps as CUDA graphs and replay them. False runs eagerly, with the same results,
                 for debugging.
             progress: show a progress bar while the weights are loaded.
+            weights: file name, or its stem, of the weights to load if the folder contains several, such as "model" or
+                "model_bf16.safetensors". Default: ``ema``, else ``model``.
 
         Raises:
             FileNotFoundError: the folder or a file does not exist.
@@ -79,7 +83,7 @@ class Bagel:
         """
         folder = Path(folder) if folder is not None else DEFAULT_MODEL
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder. Give the path of a downloaded BAGEL checkpoint folder.")
+            raise FileNotFoundError(describe_missing_folder(folder))
         device = _resolve_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         check("dtype", dtype, one_of(DTYPES))
@@ -96,7 +100,8 @@ class Bagel:
             )
         markers = (tokenizer.start_of_image, tokenizer.end_of_image)
         with torch.inference_mode():
-            return cls(BagelModel.from_folder(folder, config, markers, device, dtype, progress), tokenizer, graphs)
+            model = BagelModel.from_folder(folder, config, markers, device, dtype, progress, weights)
+            return cls(model, tokenizer, graphs)
 
     def generate(
         self,

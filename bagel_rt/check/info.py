@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from bagel_rt import __version__
-from bagel_rt.checkpoint.read import check_weights, find_weights
+from bagel_rt.checkpoint.find import find_weights
+from bagel_rt.checkpoint.read import check_weights
 from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels.extension import EXTENSION, EXTENSION_ERROR, cuda_error
 from bagel_rt.models.bagel.config import BagelConfig

@@ -1,6 +1,7 @@
 """Open the files of a model folder: regular files only, JSON objects of bounded size."""
 
 import json
+import reprlib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 from bagel_rt.errors import CheckpointError
 
 _JSON_LIMIT = 16 << 20  # bytes; the largest weight index of a published model has a few hundred kilobytes
+DOWNLOAD = "hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir"
 REMEDY = "Fix the file, or download it again from the published model folder"
 
 
@@ -24,6 +26,23 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
             yield file
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Put the published file there.") from None
+
+
+def check_content(start: bytes, source: Path | str) -> None:
+    """Raise CheckpointError if the first bytes of a file are something that downloads leave in place of the file."""
+    text = start[:64].lstrip().lower()
+    if not start:
+        raise CheckpointError(f"{source} is empty. Download it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{source} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder, or download it "
+            "with `hf download`."
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise CheckpointError(
+            f"{source} is a web page, such as an error or login page, saved in place of the file. Download it again "
+            "with `hf download`."
+        )
 
 
 def parse_json_object(raw: bytes, source: Path | str) -> dict[str, Any]:
@@ -43,9 +62,15 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raw = file.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise CheckpointError(f"{path} must have at most {max_bytes} bytes, got more. {REMEDY}.")
+    check_content(raw, path)
     return raw
 
 
 def read_json(path: Path, max_bytes: int = _JSON_LIMIT) -> dict[str, Any]:
     """Read the JSON object in a file; CheckpointError if it holds anything else or has more than ``max_bytes``."""
     return parse_json_object(read_file(path, max_bytes), path)
+
+
+def printable(name: str) -> str:
+    """A tensor or file name from an untrusted file, safe to print on a terminal."""
+    return name if name.isprintable() and len(name) <= 200 else reprlib.repr(name)

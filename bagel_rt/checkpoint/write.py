@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import torch
 
-from bagel_rt.checkpoint.read import DTYPES
+from bagel_rt.checkpoint.header import DTYPES
 from bagel_rt.files import atomic_write
 from bagel_rt.validation import check, one_of
 

@@ -120,11 +120,12 @@ def application(options: Options) -> "Application":
     from ray.serve.config import BackpressureConfig
 
     from bagel_rt.checkpoint import DEFAULT_MODEL
+    from bagel_rt.checkpoint.find import describe_missing_folder
     from bagel_rt.serve.middleware import read_key
 
     folder, limits = Path(options.folder or DEFAULT_MODEL).resolve(), Limits(**options.limits)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Give the path of a downloaded BAGEL checkpoint folder.")
+        raise ValueError(describe_missing_folder(options.folder or folder))
     device = _device(options)
     name, key = options.name or folder.name, read_key()
     hosts = frozenset(host.lower() for host in options.image_hosts)

@@ -206,6 +206,9 @@ def _file_error(source: Path | str, error: ValueError) -> CheckpointError:
 
 def _read_required(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
+        inner = next((file for depth in ("*", "*/*") for file in path.parent.glob(f"{depth}/{path.name}")), None)
+        if inner is not None:  # such as the snapshot in a download cache
+            raise CheckpointError(f"{path} is missing. The model is in {inner.parent}. Give that folder.")
         raise CheckpointError(
             f"{path} is missing. Download it from the published model folder; a copy inside config.json is not enough."
         )

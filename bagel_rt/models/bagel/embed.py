@@ -4,11 +4,15 @@ Sources: the official BAGEL modeling code (position ids, TimestepEmbedder), Vasw
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from bagel_rt.models.bagel.weights import TIME_FREQUENCIES, Affine
+if TYPE_CHECKING:  # weights imports this module
+    from bagel_rt.models.bagel.weights import Affine
+
+TIME_FREQUENCIES = 256  # width of the sinusoid that enters the time embedder (official TimestepEmbedder)
 
 
 def position_ids(grid_h: int, grid_w: int, max_side: int, interpolate: bool = False) -> torch.Tensor:
@@ -61,7 +65,7 @@ def time_sinusoid(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def time_embedding(layers: tuple[Affine, Affine], t: torch.Tensor) -> torch.Tensor:
+def time_embedding(layers: "tuple[Affine, Affine]", t: torch.Tensor) -> torch.Tensor:
     """Timesteps [n] in [0, 1] -> [n, H]: sinusoid, linear, SiLU, linear."""
     first, second = layers
     return F.linear(F.silu(F.linear(time_sinusoid(t).to(first.weight.dtype), *first)), *second)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bagel_rt.checkpoint.read import WeightSlot, check_weights, find_weights, load_weights
+from bagel_rt.checkpoint.find import find_weights
+from bagel_rt.checkpoint.read import WeightSlot, check_weights, load_weights
 from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels import decode_linear
 from bagel_rt.models.bagel.autoencoder import AutoEncoder
@@ -35,7 +36,7 @@ from bagel_rt.runtime.graphs import GraphCache
 from bagel_rt.runtime.slots import KVCache
 
 # Recomputed by rotary code, or state of a trainer: harmless leftovers that official-format files may carry.
-IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.position_ids")
+IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.position_ids", "n_averaged", "vit_model.vision_model.head.*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +84,18 @@ class BagelModel:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, config: BagelConfig, markers: tuple[int, int], device, dtype, progress: bool = False
+        cls,
+        folder: str | Path,
+        config: BagelConfig,
+        markers: tuple[int, int],
+        device,
+        dtype,
+        progress: bool = False,
+        weights: str | None = None,
     ) -> "BagelModel":
         """Read ``ema.safetensors`` and ``ae.safetensors`` (or their shards) of an official checkpoint folder.
+
+        ``weights`` names another file than ``ema.safetensors``; see :func:`~bagel_rt.checkpoint.find.find_weights`.
 
         Raises:
             CheckpointError: a file or tensor is missing, left over, corrupt or of the wrong shape.
@@ -93,7 +103,7 @@ class BagelModel:
         files, problems = {}, []
         for stem, slots in cls.allocate(config, markers, "meta", dtype).weight_slots().items():
             try:  # before anything of the configuration's size is allocated
-                files[stem] = find_weights(folder, stem)
+                files[stem] = find_weights(folder, stem, weights if stem == "ema" else None)
                 check_weights(files[stem], slots, IGNORED_TENSORS)
             except CheckpointError as error:
                 problems.append(str(error))

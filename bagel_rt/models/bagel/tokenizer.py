@@ -1,8 +1,8 @@
 """The Qwen2 byte-level BPE tokenizer, and the official rule that extracts an answer from generated tokens.
 
 A token of the vocabulary is a sequence of bytes, written with one character per byte (GPT-2's byte alphabet). An added
-token, such as ``<|im_start|>``, is written as it is. Any text can be encoded; decoding returns its normalized form: NFC,
-for the embedded model also lower case.
+token, such as ``<|im_start|>``, is written as it is. Any text can be encoded; decoding returns its normalized form:
+NFC, for the embedded model also lower case.
 """
 
 import codecs

@@ -12,15 +12,26 @@ Loading needs no conversion pass: a :class:`~bagel_rt.checkpoint.read.WeightSlot
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from bagel_rt.checkpoint.read import WeightSlot
 from bagel_rt.models.bagel.config import BagelConfig, TransformerConfig, ViTConfig
+from bagel_rt.models.bagel.embed import TIME_FREQUENCIES, sincos_table
 
-TIME_FREQUENCIES = 256  # width of the sinusoid that enters the time embedder (official TimestepEmbedder)
+_VISION, _CONNECTOR, _IMAGES = "vision tower", "vision connector", "image generation layers"
+# Start of the official names -> the part of the model, for error messages.
+_PARTS = {
+    "vit_model.": _VISION,
+    "connector.": _CONNECTOR,
+    "vit_pos_embed.": _CONNECTOR,
+    "vae2llm.": _IMAGES,
+    "llm2vae.": _IMAGES,
+    "time_embedder.": _IMAGES,
+    "latent_pos_embed.": _IMAGES,
+}
 
 
 class Pair(NamedTuple):
@@ -153,8 +164,8 @@ class BagelWeights:
             "language_model.model.norm_moe_gen.weight": self.norm.gen,
             "language_model.model.norm.weight": self.norm.und,
             "language_model.lm_head.weight": self.lm_head,
-            "latent_pos_embed.pos_embed": self.latent_positions,
-            "vit_pos_embed.pos_embed": self.vit_positions,
+            "latent_pos_embed.pos_embed": _table_slot(self.latent_positions, config.max_latent_size),
+            "vit_pos_embed.pos_embed": _table_slot(self.vit_positions, config.vit.max_patches_per_side),
         }
         for module, affine in (
             ("connector.fc1", self.connector[0]),
@@ -170,10 +181,25 @@ class BagelWeights:
             prefix = f"language_model.model.layers.{index}."
             for expert, suffix in enumerate(("_moe_gen", "")):
                 views |= dict(_layer_views(prefix, layer, expert, suffix, config.llm))
-        return {
+        slots = {
             name: view if isinstance(view, WeightSlot) else WeightSlot(view, tuple(view.shape))
             for name, view in views.items()
         }
+        return {name: replace(slot, part=_part(name)) for name, slot in slots.items()}
+
+
+def _part(name: str) -> str:
+    """The part of the model that a tensor belongs to."""
+    part = next((part for start, part in _PARTS.items() if name.startswith(start)), None)
+    return part or ("image generation expert" if "_moe_gen." in name else "language model")
+
+
+def _table_slot(view: torch.Tensor, side: int) -> WeightSlot:
+    """The slot of a sine-cosine position table. Training drops it from checkpoints, so that it may have to be computed.
+
+    The published tables are rounded to bfloat16.
+    """
+    return WeightSlot(view, tuple(view.shape), default=lambda: sincos_table(view.shape[1], side).bfloat16())
 
 
 def _affine_views(module: str, affine: Affine) -> dict[str, torch.Tensor]:

@@ -292,8 +292,16 @@ def test_configs_embedded_in_config_json_do_not_replace_their_files(tmp_path, fi
     assert_rejected(tmp_path, file, "is missing", "a copy inside config.json is not enough", "published model folder")
 
 
+@pytest.mark.parametrize("subfolder", ["BAGEL-7B-MoT", "snapshots/4f8a"])
+def test_error_for_a_folder_around_the_model_names_the_inner_folder(tmp_path, subfolder):
+    (tmp_path / subfolder).mkdir(parents=True)
+    folder(tmp_path / subfolder)
+    assert_rejected(
+        tmp_path, "llm_config.json is missing", f"The model is in {tmp_path / subfolder}. Give that folder."
+    )
+
+
 BAD_JSON = [
-    pytest.param(b"", "is not JSON in UTF-8", id="empty-file"),
     pytest.param(b"{", "is not JSON in UTF-8", id="truncated-file"),
     pytest.param(b'{"a": "\xff"}', "can't decode byte 0xff", id="invalid-UTF-8"),
     pytest.param(b"[]", "must be a JSON object, got list", id="list"),
