@@ -83,7 +83,7 @@ class ModelThread:
             bagel: from now on only this thread may use it, except for its checks.
             run: ``run(jobs, check)`` runs a batch and returns its results. It calls ``check()`` between steps, which
                 raises Cancelled once all jobs of the batch have ended.
-            on_error: ``on_error(exception, jobs)`` returns the exception to deliver; ``jobs`` is the batch size.
+            on_error: ``on_error(exception, jobs)`` returns the exception to deliver to the jobs of a batch.
             queue: maximum number of waiting jobs.
             batch: maximum number of jobs that run together.
             observe: called with ("batch", jobs) and ("waited", seconds).
@@ -211,7 +211,7 @@ class ModelThread:
                 job.cancel()
             return
         except Exception as error:
-            failure = self._on_error(error, len(jobs))
+            failure = self._on_error(error, jobs)
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
         if out_of_memory:  # outside the handler, which keeps the frames of the error and their tensors
             self._bagel.release_memory()

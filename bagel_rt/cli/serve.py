@@ -28,6 +28,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="A host to fetch images from, over HTTPS. Repeatable."),
     ] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Write each log record as a JSON object.")] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="Run replicas under Ray Serve, one per GPU; needs the extra [ray].")
     ] = False,
@@ -41,7 +42,7 @@ def serve(
     """Serve a model over HTTP, with OpenAI's API: images, edits, chat.
 
     With BAGEL_RT_API_KEY in the environment, clients must send it as a bearer token. SIGTERM and Ctrl-C let running
-    requests finish, for at most --grace seconds.
+    requests finish, for at most --grace seconds; a second signal ends the server at once.
     """
     try:
         from bagel_rt.serve.app import create_app
@@ -63,7 +64,7 @@ def serve(
     hosts = frozenset(entry.lower() for entry in image_host or ())
     app = create_app(options.load(), name or options.folder.resolve().name, checked, key, hosts)
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
-    make_server(app, host, port).run()
+    make_server(app, host, port, json_logs=log_json).run()
 
 
 def _serve_replicas(host: str, port: int, **options: Any) -> None:

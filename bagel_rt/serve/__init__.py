@@ -6,14 +6,15 @@ schema.py      request bodies
 neutral.py     fields that are accepted only with values that ask for nothing
 bodies.py      read JSON bodies and forms
 model_requests.py  the model's requests, made from request bodies
-errors.py      errors with OpenAI's code and param
+errors.py      errors with OpenAI's code and param, and the responses to them
+request_log.py  ids, log lines and counts of requests
 stops.py       texts that end before a stop string
 images.py      fetch and encode images
 decoder.py     the process that decodes images; decoder_pool.py starts and stops such processes
 worker.py      jobs of the model thread that deliver to the event loop
 responses.py   response bodies and streams
 protocol.py    HTTP/1.1 with limits of connections and headers
-middleware.py  API key, size limits, error responses
+middleware.py  API key and size limits
 admission.py   counts of requests and bytes, in all and for each client
 limits.py      bounds of requests
 metrics.py     counters of /metrics

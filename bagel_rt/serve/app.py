@@ -26,6 +26,7 @@ from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
 from bagel_rt.serve.middleware import Gate, release_body
 from bagel_rt.serve.model_requests import chat_requests, image_requests, prompt_tokens
+from bagel_rt.serve.request_log import RequestLog
 from bagel_rt.serve.responses import ChatResponse, EventStream, InThread, images_response
 from bagel_rt.serve.worker import AsyncJob, Completion, start_worker
 
@@ -94,12 +95,19 @@ class Server:
             self._ending.start()
         return self._ending
 
-    async def health(self) -> Response:
+    async def ready(self) -> Response:
         """200 while requests are accepted, else 503."""
+        return self._health("ok")
+
+    async def live(self) -> Response:
+        """200 until the model thread has failed, then 503: only a new process helps."""
+        return self._health("ok", "stopping")
+
+    def _health(self, *healthy: str) -> Response:
         worker = self.worker
         status = "failed" if worker.failure is not None else "stopping" if worker.stopping else "ok"
         state = {"status": status, "model": self.name, "queue": worker.waiting}
-        return JSONResponse(state, 200 if status == "ok" else 503)
+        return JSONResponse(state, 200 if status in healthy else 503)
 
     async def scrape(self) -> Response:
         """Metrics in Prometheus' text format."""
@@ -160,7 +168,7 @@ class Server:
 
     async def completions(self, request: Request, deadline: float) -> Response:
         """Texts and images to a text or, with ``modalities`` of both, to texts and images."""
-        begun = time.perf_counter()
+        begun = time.monotonic()
         body = schema.Chat.model_validate(parse_json(await read_body(request)))
         self._check_model(body.model)
         images = sum(part.type == "image_url" for _, part in body.parts)
@@ -175,18 +183,16 @@ class Server:
         self.worker.submit(jobs)
         response = ChatResponse(jobs, self.name, sum(prompt_tokens(self.bagel, requests[0])), self._write)
         if body.stream:
-
-            def ended(status: int) -> None:
-                self._count(response)
-                self.metrics.record("/v1/chat/completions", status, time.perf_counter() - begun)
-
-            return EventStream(jobs, response.events(body.stream_options.include_usage), ended)
+            events = response.events(body.stream_options.include_usage)
+            return EventStream(jobs, events, lambda: self._count(begun, jobs, response))
         async with _cancel_on_disconnect(request, jobs):
             content = await response.whole()
-        self._count(response)
+        self._count(begun, jobs, response)
         return JSONResponse(content)
 
-    def _count(self, response: ChatResponse) -> None:
+    def _count(self, begun: float, jobs: Sequence[AsyncJob], response: ChatResponse) -> None:
+        if (first := jobs[0].first_piece_at) is not None:
+            self.metrics.first_piece.observe(first - begun)
         for completion in response.completions:
             self.metrics.tokens.inc(completion.tokens)
             self.metrics.images.inc(sum(isinstance(part, ImageResult) for part in completion.parts))
@@ -247,16 +253,12 @@ def create_app(
     app = FastAPI(title="bagel_rt", lifespan=server.lifespan, openapi_url=None, redirect_slashes=False)
     app.state.server = server
 
-    def counted(route: str, handle: Callable[[Request, float], Awaitable[Response]]) -> Callable[..., Any]:
+    def with_deadline(handle: Callable[[Request, float], Awaitable[Response]]) -> Callable[..., Any]:
         async def handler(request: Request) -> Response:
-            begun = time.perf_counter()
             try:
-                response = await handle(request, time.monotonic() + limits.seconds)
+                return await handle(request, time.monotonic() + limits.seconds)
             except Exception as error:
-                response = error_response_for(error)
-            if not isinstance(response, EventStream):  # a stream is counted at its end
-                server.metrics.record(route, response.status_code, time.perf_counter() - begun)
-            return response
+                return error_response_for(error)
 
         return handler
 
@@ -266,11 +268,13 @@ def create_app(
         "/v1/chat/completions": ("POST", server.completions),
         "/v1/models": ("GET", server.models),
         "/v1/models/{model:path}": ("GET", server.model),
-        "/health": ("GET", server.health),
+        "/health": ("GET", server.ready),
+        "/health/ready": ("GET", server.ready),
+        "/health/live": ("GET", server.live),
         "/metrics": ("GET", server.scrape),
     }
     for route, (method, handle) in routes.items():
-        app.add_api_route(route, counted(route, handle) if method == "POST" else handle, methods=[method])
+        app.add_api_route(route, with_deadline(handle) if method == "POST" else handle, methods=[method])
 
     def unknown(request: Request, error: Exception) -> Response:
         """The response to an unknown route, or to a wrong method of one."""
@@ -286,4 +290,5 @@ def create_app(
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, lambda _, error: error_response_for(error))
     app.add_middleware(Gate, key=key, limits=limits)
+    app.add_middleware(RequestLog, metrics=server.metrics, routes=[route for route in routes if "{" not in route])
     return app

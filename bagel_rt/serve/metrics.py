@@ -20,6 +20,9 @@ class Metrics:
         histogram = partial(Histogram, registry=self._registry)
         self.requests = counter("bagel_rt_requests", "Requests by route and status", ["route", "status"])
         self.seconds = histogram("bagel_rt_request_seconds", "Latency of requests", ["route"], buckets=_SECONDS)
+        self.first_piece = histogram(
+            "bagel_rt_first_token_seconds", "Time from a chat request to its first text", buckets=_SECONDS
+        )
         self.waited = histogram("bagel_rt_queue_seconds", "Time in the queue", buckets=_SECONDS)
         self.batch = histogram("bagel_rt_batch_size", "Requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64))
         self.images = counter("bagel_rt_images", "Generated images")

@@ -131,12 +131,12 @@ class EventStream(StreamingResponse):
     """Server-sent events of jobs. The jobs are cancelled when the stream ends, also if the client disconnects before
     the first event or between two. An error becomes the last event."""
 
-    def __init__(self, jobs: Sequence[AsyncJob], events: AsyncGenerator[str, None], ended: Callable[[int], None]):
+    def __init__(self, jobs: Sequence[AsyncJob], events: AsyncGenerator[str, None], ended: Callable[[], None]):
         """
         Args:
             jobs: sources of the events.
             events: each ends with an empty line.
-            ended: called once, with the status that an unstreamed response would have.
+            ended: called once.
         """
         self._guarded = self._with_errors(events)
         super().__init__(self._guarded, media_type="text/event-stream", headers=_STREAM_HEADERS)
@@ -152,7 +152,8 @@ class EventStream(StreamingResponse):
                 job.cancel()
             await self._guarded.aclose()
             await self._events.aclose()
-            self._ended(self._status)
+            scope["bagel_rt.entry"].status = self._status
+            self._ended()
 
     async def _with_errors(self, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
         try:

@@ -16,6 +16,7 @@ from bagel_rt.engine import Engine
 from bagel_rt.model_thread import DeadlineExceeded, Job, ModelThread
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageResult, Progress, Request
+from bagel_rt.serve.request_log import REQUEST_ID
 from bagel_rt.serve.stops import StoppedText
 
 log = logging.getLogger("bagel_rt.serve")
@@ -60,6 +61,8 @@ class AsyncJob(Job, Generic[R]):
         request: checked.
         kind: "image", "text" or "interleaved".
         stops: texts that end the answer.
+        request_id: of the HTTP request.
+        first_piece_at: when the first piece of text was published, on the clock of ``time.monotonic``; or None.
         result: an ImageResult or a Completion; set when :meth:`listen` ends.
     """
 
@@ -69,7 +72,8 @@ class AsyncJob(Job, Generic[R]):
         self, request: Request, kind: str, deadline: float, batch_key: Hashable = None, stops: Sequence[str] = ()
     ):
         super().__init__(deadline, batch_key)
-        self.request, self.kind, self.stops = request, kind, stops
+        self.request, self.kind, self.stops, self.request_id = request, kind, stops, REQUEST_ID.get()
+        self.first_piece_at: float | None = None
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         # Only the event loop touches what has arrived.
         self._pieces: list[str] = []
@@ -78,6 +82,7 @@ class AsyncJob(Job, Generic[R]):
     def publish(self, piece: str) -> None:
         """Send a piece of text, if it is not empty, to the event loop, from any thread."""
         if piece and not self.ended:
+            self.first_piece_at = self.first_piece_at or time.monotonic()
             self._send(self._pieces, piece)
 
     def deliver(self, outcome: Any) -> None:
@@ -145,10 +150,11 @@ def start_worker(
     return ModelThread(bagel, partial(_run, bagel.engine), _log_failure, queue, batch, observe)
 
 
-def _log_failure(error: Exception, count: int) -> Failed:
-    """Log the error. Its frames would keep the model's tensors, so the job gets an exception without them."""
+def _log_failure(error: Exception, jobs: Sequence[AsyncJob]) -> Failed:
+    """Log the error. Its frames would keep the model's tensors, so the jobs get an exception without them."""
     failed = Failed(uuid.uuid4().hex[:12], isinstance(error, torch.OutOfMemoryError))
-    log.error("error %s in %d request(s)", failed.name, count, exc_info=error)
+    ids = ", ".join(sorted({job.request_id for job in jobs}))
+    log.error("error %s in request %s", failed.name, ids, exc_info=error)
     return failed
 
 

@@ -196,7 +196,7 @@ class Jobs:
         self._thread.stop(_CLOSE_SECONDS)
 
 
-def _log_failure(error: Exception, _: int) -> Exception:
+def _log_failure(error: Exception, _: object) -> Exception:
     if not isinstance(error, ValueError):  # those explain what is wrong with the request
         _LOG.error("a request failed", exc_info=error)
     return error.with_traceback(None)  # whose frames would keep the model's tensors

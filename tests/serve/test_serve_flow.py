@@ -192,6 +192,10 @@ def test_running_requests_finish_within_the_grace_period(threads):
         until(lambda: server.worker.running + server.worker.waiting == 6)
         server.uvicorn.should_exit = True
         until(lambda: server.worker.stopping)
+        # While it drains, new connections are still answered.
+        assert httpx.get(f"{server.address}/health/live").status_code == 200
+        assert httpx.get(f"{server.address}/health/ready").json()["status"] == "stopping"
+        assert draw(server).json()["error"]["code"] == "stopping"
         server.go.set()
         assert [answer.result().status_code for answer in answers] == [200] * 6
 
@@ -210,6 +214,7 @@ def test_health_reports_a_dead_model_thread():
         server.worker.failure = RuntimeError("CUDA error")
         answer = server.http.get("/health")
         assert answer.status_code == 503 and answer.json()["status"] == "failed"
+        assert server.http.get("/health/live").status_code == server.http.get("/health/ready").status_code == 503
         assert draw(server).status_code == 503
 
 
@@ -260,7 +265,8 @@ def test_sigterm_lets_requests_finish(threads):
 
 
 @pytest.mark.slow
-def test_second_interrupt_ends_the_server_at_once(threads):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_ends_the_server_at_once(threads, number):
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--port", "0", "--device", "cpu", "--grace", "1000"]
     command += ["--model", str(CHECKPOINT), "--steps", "1000"]
     with listening(command) as (server, address):
@@ -269,12 +275,10 @@ def test_second_interrupt_ends_the_server_at_once(threads):
         sent = [threads.submit(draw, SimpleNamespace(address=address), **request) for _ in range(4)]
         with httpx.Client(base_url=address) as http:
             until(lambda: metric(http, "bagel_rt_running ") and metric(http, "bagel_rt_queue ") == 24)
-        server.send_signal(signal.SIGINT)
-        log = []
-        while "Waiting for" not in (log or [""])[-1]:
-            log.append(server.stderr.readline())
-        server.send_signal(signal.SIGINT)
-        assert server.wait(PATIENCE) == 130
+            server.send_signal(number)
+            until(lambda: http.get("/health").status_code == 503)
+        server.send_signal(number)
+        assert server.wait(PATIENCE) == 128 + number
         for one in sent:
             assert isinstance(one.exception(), httpx.HTTPError) or one.result().status_code == 503
 
