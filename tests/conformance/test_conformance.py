@@ -1,5 +1,6 @@
 """Every case of the conformance pack, and how failures are reported."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bagel_rt import Bagel
 from bagel_rt.conformance import find_cases, run_case
+from bagel_rt.conformance.bagel.training import every_nth_row
 from bagel_rt.conformance.compare import compare_tensors, compare_values
 from bagel_rt.kernels import qk_norm_rope
 
@@ -88,6 +90,55 @@ def test_nan_fails():
 def test_integers_must_be_equal():
     assert not compare_tensors("x", torch.tensor([1]), torch.tensor([2])).passed
     assert compare_values("x", [1, 2], [1, 2]).passed and not compare_values("x", [1, 2], [1, 3]).passed
+
+
+# What packs may write in another way
+
+
+def edit_meta(case, change) -> None:
+    path = case / "meta.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+@pytest.fixture
+def copy_case(tmp_path):
+    """Copies a case, and the images, into a pack of its own."""
+
+    def copy(name):
+        shutil.copytree(PACK / "images", tmp_path / "images", dirs_exist_ok=True)
+        return tmp_path, shutil.copytree(PACK / "cases" / name, tmp_path / "cases" / name)
+
+    return copy
+
+
+def test_order_of_keys_does_not_matter(bagel, copy_case):
+    for name, key in (("00_tokenizer", "special_token_ids"), ("10_t2i_nocfg_shift1", "outputs")):
+        pack, case = copy_case(name)
+
+        def reverse(meta, key=key):
+            reversed_keys = [dict(reversed(part.items())) for part in (meta[key] if key == "outputs" else [meta[key]])]
+            meta[key] = reversed_keys if key == "outputs" else reversed_keys[0]
+
+        edit_meta(case, reverse)
+        assert run_case(bagel, pack, case).passed, name
+
+
+@pytest.mark.parametrize("stride", [1, 5, 11, 37])
+def test_hidden_rows_may_be_recorded_in_any_stride(stride, bagel, copy_case):
+    pack, case = copy_case("60_train_packed")
+    golden = load_file(case / "tensors.safetensors")
+    golden["last_hidden_rows"] = golden["last_hidden_rows"][::stride].contiguous()  # of every seventh row
+    save_file(golden, case / "tensors.safetensors")
+    report = run_case(bagel, pack, case)
+    assert report.passed, report.worst
+
+
+def testevery_nth_row_finds_the_stride_that_lengths_leave_open():
+    rows = torch.arange(100.0)[:, None]  # strides 10 and 11 both leave 10 rows
+    for stride in (1, 7, 10, 11, 60, 100):
+        assert torch.equal(every_nth_row(rows, rows[::stride]), rows[::stride])
 
 
 # Damaged cases

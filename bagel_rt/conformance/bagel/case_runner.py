@@ -183,7 +183,7 @@ class CaseRunner:
     def _contexts_at(self, name: str, lengths: list[int]) -> list[Context]:
         """The contexts when they had these lengths; for lengths of zero, empty contexts."""
         if not any(lengths):
-            return [Context(self.bagel.cache) for _ in self.snapshots["gen"][-1]]
+            return [Context(self.bagel.cache) for _ in lengths]
         return next(
             contexts
             for contexts in reversed(self.snapshots[name])

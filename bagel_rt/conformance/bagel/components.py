@@ -17,9 +17,14 @@ from bagel_rt.pipeline import Bagel
 def run_tokenizer_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[Comparison]:
     """Compare special tokens, encoded texts and their roundtrips, and decoded ids."""
     tokenizer = bagel.tokenizer
-    special = [tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image]
+    special = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "start_of_image": tokenizer.start_of_image,
+        "end_of_image": tokenizer.end_of_image,
+    }
     comparisons = [
-        compare_values("special token ids", special, list(meta["special_token_ids"].values())),
+        compare_values("special token ids", special, meta["special_token_ids"]),
         compare_values("length", len(tokenizer), meta["tokenizer_length"]),
     ]
     for index, row in enumerate(meta["encode"]):

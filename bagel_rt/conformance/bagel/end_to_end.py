@@ -57,7 +57,8 @@ def run_request_case(bagel: Bagel, pack: Path, case: Path, meta: Meta, golden: T
         [result] = engine.run_images([request])
         outputs = [result] if result.thought is None else [result.thought, result]
     kinds = ["image" if isinstance(output, ImageResult) else "text" for output in outputs]
-    comparisons = [compare_values("request.outputs", kinds, [next(iter(output)) for output in meta["outputs"]])]
+    recorded_kinds = ["image" if "image" in output else "text" for output in meta["outputs"]]
+    comparisons = [compare_values("request.outputs", kinds, recorded_kinds)]
     latents = iter(sorted(name for name in golden if name.endswith(".final_latent")))
     for index, (output, recorded) in enumerate(zip(outputs, meta["outputs"], strict=False)):
         if isinstance(output, str):
