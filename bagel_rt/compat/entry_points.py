@@ -19,6 +19,7 @@ from bagel_rt.compat.arguments import (
     grid_from_position_ids,
     reject_taylorseer,
 )
+from bagel_rt.compat.batch_guidance import BatchGuidance, official_guidance
 from bagel_rt.compat.caches import OfficialCache, read_contexts, write_contexts
 from bagel_rt.compat.exclusive import entry_point, exclusive
 from bagel_rt.compat.noise import draw_sampling_seed
@@ -204,8 +205,8 @@ class EntryPoints:
     ) -> tuple[torch.Tensor, ...]:
         """Denoise an image for each sample.
 
-        Unlike in the official code, the norm of ``cfg_renorm_type="global"`` is taken over each image, not over the
-        batch. ``cfg_type`` has no effect, as in the official code.
+        As in the official code, the norm of ``cfg_renorm_type="global"`` is taken over all images, and ``cfg_type`` has
+        no effect.
 
         Returns:
             Latents [grid_h * grid_w, features] of each image, on the device of the noise.
@@ -248,8 +249,9 @@ class EntryPoints:
 
         The latents are on ``device``.
         """
-        guidance = self.model.guidance(tasks, [settings] * len(tasks))
-        with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
+        guidance = official_guidance(self.model, tasks, settings)
+        deduplicate = not isinstance(guidance, BatchGuidance)
+        with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs, deduplicate)) as denoiser:
             for index in tqdm(range(len(denoiser))):
                 denoiser.step(index)
             with torch.inference_mode(False):  # callers get ordinary tensors, which autograd accepts

@@ -1,13 +1,15 @@
 """``accelerate``: the entry points of an official module against recorded requests."""
 
+import json
 import threading
 from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, PACK
 from official_modules import (
+    GUIDANCE,
     NaiveCache,
     OfficialScript,
     RecordedRequest,
@@ -16,11 +18,13 @@ from official_modules import (
     run_script,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from bagel_rt.compat import accelerate
 from bagel_rt.compat.arguments import extract_answer
 from bagel_rt.compat.exclusive import model_lock
+from bagel_rt.models.bagel.embed import position_ids
 
 
 @pytest.fixture
@@ -127,6 +131,60 @@ def test_batch_of_texts_ends_with_the_first_one(batch, official):
         )
         length = next((step for step in range(1, 8) if ids[step, 0] == end), 8)
         assert torch.equal(ended, ids[:length])
+
+
+@pytest.mark.parametrize("renorm", ["global", "channel"])
+def test_batch_of_images_has_the_official_latents(renorm, official):
+    """As the official GenEval script runs it: renormalization "global" takes one norm over the batch."""
+    folder = PACK / "cases" / "19_t2i_batch2"
+    golden, meta = load_file(folder / "tensors.safetensors"), json.loads((folder / "meta.json").read_text())
+    [update], [image] = meta["updates"], meta["image_generations"]
+    accelerate(official.model)
+    lengths, none = torch.tensor(update["kv_len_after"]), torch.tensor([], dtype=torch.int64)
+    rows = torch.cat([torch.arange(length) for length in lengths])
+    cache = official.model.forward_cache_update_text(
+        NaiveCache(), torch.tensor(update["token_ids"]), rows, lengths, rows, none, torch.zeros(2, dtype=torch.int64)
+    )
+    ids = official.new_token_ids
+    grids = [(height // 16, width // 16) for height, width in image["image_sizes_hw"]]
+    tokens = torch.tensor([grid_h * grid_w + 2 for grid_h, grid_w in grids])
+    settings = {name: image[name] for name in (*GUIDANCE, "num_timesteps", "timestep_shift")}
+
+    def generate(first, last):
+        pick = slice(first, last)
+        noise = golden["i00.init_noise"].split((tokens - 2).tolist())
+        side = official.ours.max_latent_size
+        return official.model.generate_image(
+            packed_text_ids=torch.tensor([ids["start_of_image"], ids["end_of_image"]] * (last - first)),
+            packed_text_indexes=none,
+            packed_init_noises=torch.cat(noise[pick]),
+            packed_vae_position_ids=torch.cat([position_ids(*grid, side) for grid in grids[pick]]),
+            packed_vae_token_indexes=none,
+            packed_seqlens=tokens[pick],
+            packed_position_ids=lengths[pick].repeat_interleave(tokens[pick]),
+            packed_indexes=none,
+            past_key_values=cache if last - first == 2 else one_sample(cache, lengths, first),
+            key_values_lens=lengths[pick],
+            packed_key_value_indexes=none,
+            cfg_text_key_values_lens=torch.zeros(last - first, dtype=torch.int64),
+            cfg_text_packed_position_ids=torch.zeros(int(tokens[pick].sum()), dtype=torch.int64),
+            **settings | {"cfg_renorm_type": renorm},
+        )
+
+    latents = torch.cat(generate(0, 2))
+    if renorm == "global":
+        recorded = golden["i00.final_latent"]
+        assert (latents - recorded).abs().max() <= 5e-5 * recorded.abs().max()
+    else:  # images do not depend on each other
+        torch.testing.assert_close(latents, torch.cat([*generate(0, 1), *generate(1, 2)]), rtol=1e-4, atol=1e-4)
+
+
+def one_sample(cache, lengths, index) -> NaiveCache:
+    """One sample of a batch, as a cache of its own."""
+    own = NaiveCache()
+    for name in ("key_cache", "value_cache"):
+        setattr(own, name, {n: layer.split(lengths.tolist())[index] for n, layer in getattr(cache, name).items()})
+    return own
 
 
 def test_encodes_images_on_the_device_of_the_official_autoencoder(official):
