@@ -37,6 +37,6 @@ def make_random_checkpoint(
     check_seed(seed)
     config = BAGEL_7B_MOT if like is None else BagelConfig.from_folder(like)
     tokenizer = {} if like is None else {"tokenizer": like}
-    size = make(folder, config, seed, int(shard_gib * 2**30), cli_options.shows_progress(progress), **tokenizer)
+    size = make(folder, config, seed, int(shard_gib * 2**30), progress is not False, **tokenizer)
     report = {"folder": str(folder), "seed": seed, "bytes": size}
     typer.echo(json.dumps(report) if as_json else f"{folder}: {size:,} bytes of random weights, seed {seed}")

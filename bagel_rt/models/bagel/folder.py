@@ -15,6 +15,7 @@ STORED_AS = {"ema": torch.bfloat16, "ae": torch.float32}
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 _GENERATION_FILE = "generation_config.json"
+_VAE_RESOLUTION = 256  # required and unused by the official autoencoder
 
 
 def missing_tokenizer_files(folder: Path) -> list[str]:
@@ -43,7 +44,9 @@ def official_json(config: BagelConfig) -> dict[str, dict[str, Any]]:
     llm |= {"model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     sides = {"vit_max_num_patch_per_side": vit.pop("vit_max_num_patch_per_side")}
     vit["num_hidden_layers"] += 1  # the official loader drops the last layer
-    vit |= {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
+    # The official vision tower derives the size of its position table from image_size.
+    image_size = config.vit.patch_size * config.vit.max_patches_per_side
+    vit |= {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "image_size": image_size}
     rules = {"vae": config.vae_transform, "vit": config.vit_transform}
     main = {
         "architectures": ["BagelForConditionalGeneration"],
@@ -54,7 +57,7 @@ def official_json(config: BagelConfig) -> dict[str, dict[str, Any]]:
         **sides,
         "llm_config": llm,
         "vit_config": vit,
-        "vae_config": vae | {"downsample": config.vae.downsample},
+        "vae_config": vae | {"downsample": config.vae.downsample, "resolution": _VAE_RESOLUTION},
         "image_transforms": {name: [rule.max_size, rule.min_size, rule.stride] for name, rule in rules.items()},
     }
     return {"config.json": main, "llm_config.json": llm, "vit_config.json": vit}

@@ -14,6 +14,8 @@ import hashlib
 import math
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from bagel_rt.validation import invalid
 
 _CHUNK = 1 << 22  # numbers per generator; changing it changes the weights of every seed
 _DISK_MARGIN = 64 << 20  # bytes for files other than weights
+_LINE_SECONDS = 5  # between two lines of progress
 
 
 def random_weight(name: str, shape: tuple[int, ...], normal: Callable[[float, float], torch.Tensor]) -> torch.Tensor:
@@ -99,7 +102,7 @@ def make_random_checkpoint(
         config: the shapes.
         seed: of the weights.
         shard_bytes: maximum tensor bytes per shard; a larger tensor gets its own shard.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, or lines if it is not a terminal.
         tokenizer: folder of the tokenizer to copy. The default, of the embedded model, has a few hundred tokens.
 
     Returns:
@@ -128,11 +131,11 @@ def make_random_checkpoint(
         if read != config:
             raise ValueError(f"the official files cannot express this configuration: {config} would be read as {read}.")
         copy_tokenizer(tokenizer, folder)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", disable=not progress) as bar:
+        with _progress(total, progress) as advance:
 
             def tensor(stem: str, name: str) -> torch.Tensor:
                 drawn = random_tensor(name, shapes[stem][name], STORED_AS[stem], seed)
-                bar.update(drawn.nbytes)
+                advance(drawn.nbytes)
                 return drawn
 
             save_sharded(
@@ -149,6 +152,28 @@ def make_random_checkpoint(
 
 
 @contextmanager
+def _progress(total: int, enabled: bool) -> Iterator[Callable[[int], object]]:
+    """Yield a function that takes the bytes written since its last call and shows the progress towards ``total``."""
+    if not enabled:
+        yield lambda count: None
+        return
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit="B", unit_scale=True, desc="random weights") as bar:
+            yield bar.update
+        return
+    done, last = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        if done == total or time.monotonic() - last >= _LINE_SECONDS:
+            last = time.monotonic()
+            print(f"random weights: {done * 100 // total}% of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+@contextmanager
 def _new_folder(folder: Path, size: int) -> Iterator[None]:
     """Create ``folder`` or use an empty one; if the block fails, delete the files in it, and the folder if it is new.
 
@@ -162,7 +187,8 @@ def _new_folder(folder: Path, size: int) -> Iterator[None]:
     free = shutil.disk_usage(parent).free
     if free < size + _DISK_MARGIN:
         raise ValueError(
-            f"the disk of {folder} must have {(size + _DISK_MARGIN) / 1e9:.1f} GB free, got {free / 1e9:.1f} GB."
+            f"the disk of {folder} must have {(size + _DISK_MARGIN) / 1e9:.1f} GB free, got {free / 1e9:.1f} GB. "
+            "Free some space, or write to another disk."
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -137,6 +137,20 @@ def test_folder_has_the_official_layout(folder):
         assert (part.get_dtype(), part.get_shape()) == (stored[name].get_dtype(), stored[name].get_shape()), name
 
 
+def test_json_files_have_what_the_official_loader_reads(folder):
+    # The official code builds the ViT's position table from image_size and patch_size (default 224 and 16), and the
+    # autoencoder from all of these values.
+    vit = json.loads((folder / "vit_config.json").read_text())
+    assert vit["image_size"] == json.loads((CHECKPOINT / "vit_config.json").read_text())["image_size"] == 140
+    vae = json.loads((folder / "config.json").read_text())["vae_config"]
+    assert vae == json.loads((CHECKPOINT / "config.json").read_text())["vae_config"]
+    published = official_json(BAGEL_7B_MOT)
+    assert (
+        published["vit_config.json"]["image_size"] == 980
+        and published["config.json"]["vae_config"]["resolution"] == 256
+    )
+
+
 def test_random_model_generates_edits_and_answers(folder):
     bagel = Bagel.from_pretrained(folder, device="cpu")
     generated = bagel.generate("a fox", size=(64, 48), num_timesteps=5, seed=1, think=True, max_think_token_n=5)
@@ -210,8 +224,10 @@ def test_command_writes_a_usable_model(tmp_path):
         assert result.exit_code == 0, result.output
         return result
 
-    result = run("make-random-checkpoint", tmp_path / "m", "--like", CHECKPOINT, "--seed", 2, "--json", "--progress")
-    assert "random weights: 100%" in result.stderr
+    result = run("make-random-checkpoint", tmp_path / "m", "--like", CHECKPOINT, "--seed", 2, "--json")
+    assert result.stderr.splitlines()[-1] == "random weights: 100% of 0.0 GB"  # not a terminal
+    quiet = run("make-random-checkpoint", tmp_path / "q", "--like", CHECKPOINT, "--seed", 2, "--json", "--no-progress")
+    assert quiet.stderr == ""
     report = json.loads(result.stdout)
     assert (report["folder"], report["seed"]) == (str(tmp_path / "m"), 2) and report["bytes"] > 2_900_000
     run("generate", "x", "-o", tmp_path / "x.png", "--model", tmp_path / "m", "--num-timesteps", 3)
