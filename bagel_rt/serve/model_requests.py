@@ -44,15 +44,15 @@ def chat_requests(bagel: Bagel, limits: Limits, body: ChatFields, parts: list[st
     Raises:
         RequestError: a field is out of range.
     """
-    most_rounds = min(limits.outputs, MAX_ROUNDS)
-    _check_limit("max_tokens", body.most_tokens, limits.written_tokens)
-    _check_limit("max_rounds", body.max_rounds, most_rounds)
+    max_rounds = min(limits.outputs, MAX_ROUNDS)
+    _check_limit("max_tokens", body.token_limit, limits.written_tokens)
+    _check_limit("max_rounds", body.max_rounds, max_rounds)
     settings = _resolve("interleave" if body.draws else "chat", body, limits)
     seeds = _read_seeds(body.seed, body.n, limits)
     images = [part for part in parts if not isinstance(part, str)]
     rounds = size = None
     if body.draws:
-        rounds = body.max_rounds or min(3, most_rounds)
+        rounds = body.max_rounds or min(3, max_rounds)
         # Any size: clients send the whole conversation with the same fields again, once it contains an image, too.
         size = _read_size(bagel, limits, body.size or "auto", [])
     thinks = body.draws if body.think is None else body.think
@@ -73,15 +73,15 @@ def prompt_tokens(bagel: Bagel, request: Request) -> tuple[int, int]:
 def _check_request(param: str, bagel: Bagel, limits: Limits, request: Request) -> None:
     """Check the client's texts against the server's limits, then the whole request against the model's."""
     texts = [part for part in (*request.inputs, request.negative_prompt) if isinstance(part, str)]
-    most, characters = limits.prompt_tokens, sum(map(len, texts))
-    if characters > _CHARACTERS * most:
-        text = f"must have at most {most} tokens on this server, got {characters} characters."
+    limit, characters = limits.prompt_tokens, sum(map(len, texts))
+    if characters > _CHARACTERS * limit:
+        text = f"must have at most {limit} tokens on this server, got {characters} characters."
         raise FieldError(param, text, "context_length_exceeded")
     for text in texts:
         _check_marks(param, text)
     tokens = count_tokens(bagel.model.config, bagel.tokenizer, texts, False)[0]
-    if tokens > most:
-        text = f"must have at most {most} tokens on this server, got {tokens}."
+    if tokens > limit:
+        text = f"must have at most {limit} tokens on this server, got {tokens}."
         raise FieldError(param, text, "context_length_exceeded")
     with errors_of(param):
         bagel.check_request(request)
@@ -101,17 +101,17 @@ def _check_marks(param: str, text: str) -> None:
             raise FieldError(param, f"must have at most {_MARKS} combining marks on one character. Remove some.")
 
 
-def _check_limit(param: str, value: int | None, most: int) -> None:
-    if value is not None and value > most:
-        raise invalid_field(param, value, f"at most {most} on this server")
+def _check_limit(param: str, value: int | None, limit: int) -> None:
+    if value is not None and value > limit:
+        raise invalid_field(param, value, f"at most {limit} on this server")
 
 
 def _resolve(task: str, body: ImageFields | ChatFields, limits: Limits) -> Task:
     """The task's settings; defaults beyond the server's limits are lowered to them."""
-    given = body.hyperparameters
-    _check_limit("num_timesteps", given.get("num_timesteps"), limits.steps)
-    _check_limit("max_think_token_n", given.get("max_think_token_n"), limits.written_tokens + 1)
-    image, text = resolve_settings(task, given)
+    settings = body.hyperparameters
+    _check_limit("num_timesteps", settings.get("num_timesteps"), limits.steps)
+    _check_limit("max_think_token_n", settings.get("max_think_token_n"), limits.written_tokens + 1)
+    image, text = resolve_settings(task, settings)
     if image is not None:
         image = replace(image, num_timesteps=min(image.num_timesteps, limits.steps))
     return Task(image, replace(text, max_think_token_n=min(text.max_think_token_n, limits.written_tokens + 1)))

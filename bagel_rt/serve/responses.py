@@ -85,7 +85,7 @@ class ChatResponse:
     async def events(self, with_usage: bool) -> AsyncGenerator[str, None]:
         """Server-sent events: for each choice the role, deltas and the finish reason; usage if ``with_usage``; [DONE].
 
-        A comment follows each period without news.
+        A comment keeps the connection open while there is no output.
 
         Raises:
             Exception: as :meth:`~bagel_rt.serve.worker.AsyncJob.listen`.

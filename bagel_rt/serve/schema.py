@@ -27,7 +27,7 @@ from bagel_rt.serve.neutral import Neutral
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 _DRAWING = tuple(field.name for field in fields(ImageSettings))
 _THINKING = ("max_think_token_n", "do_sample", "text_temperature")
-_LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-3, 1e-6  # of the model; smaller values are as good as none
+_LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-3, 1e-6  # of the model; smaller values are the same as greedy decoding
 _MAX_STOPS = 16
 M = TypeVar("M", bound=BaseModel)
 
@@ -63,8 +63,8 @@ class _Strict(BaseModel):
                 )
         return kept
 
-    def given(self, *names: str) -> dict[str, Any]:
-        """Those of the fields that the request sets."""
+    def set_fields(self, *names: str) -> dict[str, Any]:
+        """Those of these fields that the request sets."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -99,7 +99,7 @@ class ImageFields(_Strict):
     @model_validator(mode="after")
     def _check_effects(self) -> "ImageFields":
         """Refuse values without an effect."""
-        unused = [] if self.think else list(self.given(*_THINKING))
+        unused = [] if self.think else list(self.set_fields(*_THINKING))
         if unused:
             raise FieldError(unused[0], "has no effect without thoughts. Set think to true.")
         if self.output_format == "png" and self.output_compression not in (None, 100):
@@ -111,7 +111,7 @@ class ImageFields(_Strict):
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Those that the request sets."""
-        return self.given(*_DRAWING, *_THINKING)
+        return self.set_fields(*_DRAWING, *_THINKING)
 
 
 class _Edit(ImageFields):
@@ -228,12 +228,12 @@ class ChatFields(_Strict):
     @model_validator(mode="after")
     def _check_effects(self) -> "ChatFields":
         """Refuse values without an effect."""
-        unused = [] if self.draws else list(self.given(*_DRAWING, "max_rounds", "size"))
+        unused = [] if self.draws else list(self.set_fields(*_DRAWING, "max_rounds", "size"))
         if unused:
             raise FieldError(unused[0], "has no effect without images. Set modalities to ['text', 'image'].")
         if self.draws and self.n > 1:
             raise invalid_field("n", self.n, "1 if the answer may contain images")
-        for name, value in self.given("top_p", "top_k").items():
+        for name, value in self.set_fields("top_p", "top_k").items():
             if self.temperature is None and value != HYPERPARAMETERS[name].default:
                 raise FieldError(name, "has no effect without sampling. Set temperature above 0.")
         return self
@@ -254,21 +254,21 @@ class ChatFields(_Strict):
         return "image" in self.modalities
 
     @property
-    def most_tokens(self) -> int | None:
+    def token_limit(self) -> int | None:
         """Maximum tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Those that the request sets."""
-        given = self.given(*_DRAWING, "top_p", "top_k")
-        if self.most_tokens is not None:
-            given["max_think_token_n"] = self.most_tokens + 1  # counts forward passes; the last one writes nothing
+        settings = self.set_fields(*_DRAWING, "top_p", "top_k")
+        if self.token_limit is not None:
+            settings["max_think_token_n"] = self.token_limit + 1  # counts forward passes; the last one writes nothing
         if self.temperature is not None:
-            given["do_sample"] = self.temperature >= _LEAST_TEMPERATURE
-            if given["do_sample"]:
-                given["text_temperature"] = self.temperature
-        return given
+            settings["do_sample"] = self.temperature >= _LEAST_TEMPERATURE
+            if settings["do_sample"]:
+                settings["text_temperature"] = self.temperature
+        return settings
 
 
 Chat = _with_hyperparameters(ChatFields, *_DRAWING, "top_p", "top_k")

@@ -21,11 +21,11 @@ from bagel_rt.serve.run import make_server
 DRAW, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
 LIMITS = Limits(body=1 << 20, pixels=1 << 16, images=2, prompt_tokens=200, side=96, steps=2000, outputs=3, queue=4)
 IMAGE = {"prompt": "x", "size": "32x32", "num_timesteps": 3, "seed": 1}
-PATIENCE = 120
+TIMEOUT = 120
 
 
 @contextmanager
-def running(limits=LIMITS, key=None, hosts=frozenset()):
+def running_server(limits=LIMITS, key=None, hosts=frozenset()):
     """Run a server in a thread; yields its address and application."""
     app = create_app(Bagel.from_pretrained(CHECKPOINT, device="cpu"), "small", limits, key, hosts)
     server = make_server(app, log_level="error")
@@ -44,9 +44,9 @@ def running(limits=LIMITS, key=None, hosts=frozenset()):
 
 
 @contextmanager
-def held(**limits):
+def paused_server(**limits):
     """Run a server whose model stays at its first step until ``go`` is set."""
-    with running(Limits(**limits)) as (address, app), httpx.Client(base_url=address, timeout=PATIENCE) as http:
+    with running_server(Limits(**limits)) as (address, app), httpx.Client(base_url=address, timeout=TIMEOUT) as http:
         engine, go = app.state.server.bagel.engine, threading.Event()
         draw, answer, step = engine.run_images, engine.run_answer, SimpleNamespace(stage="image", step=1)
 
@@ -71,9 +71,9 @@ def held(**limits):
             go.set()
 
 
-def until(condition):
+def wait_until(condition):
     """Wait for a condition."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -81,12 +81,12 @@ def until(condition):
 
 def draw(server, **options):
     """Request a small image; returns the response."""
-    return httpx.post(f"{server.address}{DRAW}", json=IMAGE | options, timeout=PATIENCE)
+    return httpx.post(f"{server.address}{DRAW}", json=IMAGE | options, timeout=TIMEOUT)
 
 
 def send(server, route, content, kind="application/json", length=None):
     """Open a connection and send a request, incomplete if ``length`` exceeds the content."""
-    connection = socket.create_connection(server.address.removeprefix("http://").split(":"), PATIENCE)
+    connection = socket.create_connection(server.address.removeprefix("http://").split(":"), TIMEOUT)
     length = len(content) if length is None else length
     head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
     connection.sendall(head.encode() + content)

@@ -31,7 +31,7 @@ from bagel_rt.serve.replicas import Options, ProxyErrors
 DRAW, CHAT = "/v1/images/generations", "/v1/chat/completions"
 QUICK = {"prompt": "a cat", "size": "32x32", "num_timesteps": 3}
 SLOW = QUICK | {"size": "128x128", "num_timesteps": 1000, "n": 8}  # for minutes
-PATIENCE = 240  # seconds; a replica starts in a few, but machines differ
+TIMEOUT = 240  # seconds; a replica starts in a few, but machines differ
 OPTIONS = Options(folder=str(CHECKPOINT), name="small", replicas=2, device="cpu", limits={"steps": 1000, "grace": 5})
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
@@ -44,12 +44,12 @@ def environment(tmp_path_factory):
     return variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def talk(address: str, begun: threading.Semaphore) -> str:
-    """A streamed answer of many words; ``begun`` is released with its first event."""
+def stream_text(address: str, begun: threading.Semaphore) -> str:
+    """Stream a long text; ``begun`` is released with its first event."""
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "stream": True}
     lines = []
-    with httpx.stream("POST", f"{address}{CHAT}", json=body, timeout=PATIENCE) as answer:
-        for line in answer.iter_lines():
+    with httpx.stream("POST", f"{address}{CHAT}", json=body, timeout=TIMEOUT) as response:
+        for line in response.iter_lines():
             lines.append(line)
             if len(lines) == 1:
                 begun.release()
@@ -68,30 +68,30 @@ def test_serve_ray_answers_all_requests_on_sigterm(environment):
         try:
             line = next(line for line in server.stdout if "running on" in line)
             address = next(word.strip(";") for word in line.split() if word.startswith("http"))
-            assert httpx.post(f"{address}{DRAW}", json=QUICK, timeout=PATIENCE).status_code == 200
+            assert httpx.post(f"{address}{DRAW}", json=QUICK, timeout=TIMEOUT).status_code == 200
 
             def draw(**options):
-                return httpx.post(f"{address}{DRAW}", json=QUICK | options, timeout=PATIENCE)
+                return httpx.post(f"{address}{DRAW}", json=QUICK | options, timeout=TIMEOUT)
 
             drawn = [threads.submit(draw, **SLOW)]
-            streams = [threads.submit(talk, address, begun) for _ in range(4)]
+            streams = [threads.submit(stream_text, address, begun) for _ in range(4)]
             for _ in streams:
-                assert begun.acquire(timeout=PATIENCE)
+                assert begun.acquire(timeout=TIMEOUT)
             drawn += [threads.submit(draw, num_timesteps=50) for _ in range(2)]
-            time.sleep(1)  # in which these, too, reach a replica
+            time.sleep(1)  # for these to reach a replica
             server.send_signal(signal.SIGTERM)
             with suppress(httpx.TransportError):  # until the port is closed
                 while True:
-                    after.append(httpx.post(f"{address}{DRAW}", json=QUICK, timeout=PATIENCE))
+                    after.append(httpx.post(f"{address}{DRAW}", json=QUICK, timeout=TIMEOUT))
                     time.sleep(0.2)
-            assert server.wait(PATIENCE) == 143
+            assert server.wait(TIMEOUT) == 143
         finally:
             server.kill()
     for stream in streams:
         last = stream.result().splitlines()[-1].removeprefix("data: ")
         assert last == "[DONE]" or json.loads(last)["error"]["code"] == "stopping"
-    for answer in [*(one.result() for one in drawn), *after]:
-        assert answer.status_code == 200 or (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+    for response in [*(one.result() for one in drawn), *after]:
+        assert response.status_code == 200 or response.json()["error"]["code"] == "stopping"
     assert drawn[0].result().status_code == 503 and after[-1].status_code == 503
 
 
@@ -108,7 +108,7 @@ def address(environment):
 
 @pytest.fixture
 def http(address):
-    with httpx.Client(base_url=address, timeout=PATIENCE) as client:
+    with httpx.Client(base_url=address, timeout=TIMEOUT) as client:
         yield client
 
 
@@ -121,52 +121,52 @@ def alive() -> dict:
     return {a["name"].rpartition("#")[2]: ray.get_actor(a["name"], a["namespace"]) for a in found}
 
 
-def until(condition):
-    """Wait until something is so."""
-    end = time.monotonic() + PATIENCE
+def wait_until(condition):
+    """Wait for a condition."""
+    end = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.2)
 
 
-def who_answers(address: str) -> set[str]:
-    """The replicas that take part when many requests come at once."""
-    with httpx.Client(base_url=address, timeout=PATIENCE) as client, ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda _: client.post(DRAW, json=QUICK | {"num_timesteps": 20}), range(16)))
-    return {answer.headers["x-replica"] for answer in answers if answer.status_code == 200}
+def responding_replicas(address: str) -> set[str]:
+    """The replicas that respond to many concurrent requests."""
+    with httpx.Client(base_url=address, timeout=TIMEOUT) as client, ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda _: client.post(DRAW, json=QUICK | {"num_timesteps": 20}), range(16)))
+    return {response.headers["x-replica"] for response in replies if response.status_code == 200}
 
 
 def replaced(address: str, lost: str) -> bool:
-    """Whether there are two replicas at work, and this one is not among them."""
+    """Whether two replicas respond and ``lost`` is not one of them."""
     found = set(alive())
-    return lost not in found and len(found) == 2 and who_answers(address) == found
+    return lost not in found and len(found) == 2 and responding_replicas(address) == found
 
 
 @pytest.mark.slow
 def test_requests_are_shared(address):
-    assert who_answers(address) == set(alive()) and len(alive()) == 2
+    assert responding_replicas(address) == set(alive()) and len(alive()) == 2
 
 
 @pytest.mark.slow
 def test_response_equals_the_library(http, bagel):
-    answer = http.post(DRAW, json=QUICK | {"seed": 3}).json()
-    drawn = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-    wanted = bagel.generate("a cat", size=(32, 32), seed=3, num_timesteps=3).image
-    assert drawn.tobytes() == wanted.tobytes()
+    response = http.post(DRAW, json=QUICK | {"seed": 3}).json()
+    drawn = Image.open(io.BytesIO(base64.b64decode(response["data"][0]["b64_json"])))
+    expected = bagel.generate("a cat", size=(32, 32), seed=3, num_timesteps=3).image
+    assert drawn.tobytes() == expected.tobytes()
 
 
 @pytest.mark.slow
-def test_a_stream_comes_in_pieces(http):
+def test_stream_arrives_in_pieces(http):
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "stream": True}
-    with http.stream("POST", CHAT, json=body) as answer:
-        lines = [line for line in answer.iter_lines() if line]
+    with http.stream("POST", CHAT, json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]" and len(lines) > 4
 
 
 @pytest.mark.slow
 def test_errors_of_proxy_and_replica_are_json(http):
-    for answer in (http.post(DRAW, json={}), http.get("/nothing"), http.post("/v1/models")):
-        assert answer.status_code in (400, 404, 405) and answer.json()["error"]["message"]
+    for response in (http.post(DRAW, json={}), http.get("/nothing"), http.post("/v1/models")):
+        assert response.status_code in (400, 404, 405) and response.json()["error"]["message"]
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_disconnect_stops_the_model(http):
         texts = {a.headers["x-replica"]: a.text for a in (http.get("/metrics") for _ in range(10))}
         return len(texts) == 2 and all("bagel_rt_running 0.0" in text for text in texts.values())
 
-    until(idle)
+    wait_until(idle)
 
 
 @pytest.mark.slow
@@ -192,17 +192,17 @@ def test_killed_replica_fails_its_requests_and_is_restarted(address, http):
     with ThreadPoolExecutor(6) as threads:
         body = QUICK | {"size": "64x64", "num_timesteps": 1000}
         sent = [threads.submit(http.post, DRAW, json=body) for _ in range(6)]
-        until(lambda: all(ray.get([actor.get_num_ongoing_requests.remote() for actor in before.values()])))
+        wait_until(lambda: all(ray.get([actor.get_num_ongoing_requests.remote() for actor in before.values()])))
         lost = sorted(before)[0]
         ray.kill(before[lost], no_restart=False)
-        answers = [one.result(PATIENCE) for one in sent]
-    refused = [answer for answer in answers if answer.status_code == 503]
-    assert refused and all(answer.json()["error"]["code"] == "replica_lost" for answer in refused)
-    assert all(answer.headers["retry-after"] == "1" for answer in refused)
-    drawn = [answer for answer in answers if answer.status_code == 200]
-    assert drawn and all(answer.headers["x-replica"] != lost for answer in drawn)
+        replies = [one.result(TIMEOUT) for one in sent]
+    refused = [response for response in replies if response.status_code == 503]
+    assert refused and all(response.json()["error"]["code"] == "replica_lost" for response in refused)
+    assert all(response.headers["retry-after"] == "1" for response in refused)
+    drawn = [response for response in replies if response.status_code == 200]
+    assert drawn and all(response.headers["x-replica"] != lost for response in drawn)
     assert len(refused) + len(drawn) == 6
-    until(lambda: replaced(address, lost))
+    wait_until(lambda: replaced(address, lost))
 
 
 @pytest.mark.slow
@@ -216,12 +216,11 @@ def test_replica_with_a_dead_model_thread_is_replaced(address):
     before = alive()
     lost = sorted(before)[0]
     ray.get(before[lost].__ray_call__.remote(lose))
-    until(lambda: replaced(address, lost))
+    wait_until(lambda: replaced(address, lost))
 
 
-def listened_at() -> set[str]:
-    """Addresses and ports, in hexadecimal, that this process and those that come of it listen at, but for the loopback
-    interface."""
+def listening_addresses() -> set[str]:
+    """Addresses and ports, in hexadecimal, on which this process and its descendants listen, except loopback."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -247,17 +246,17 @@ def listened_at() -> set[str]:
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="what listens is read from Linux' /proc")
 def test_ray_listens_on_loopback_only(address):
 
-    assert not listened_at()
+    assert not listening_addresses()
     with socket.create_server(("0.0.0.0", 0)) as elsewhere:
-        assert [entry.rpartition(":")[2] for entry in listened_at()] == [f"{elsewhere.getsockname()[1]:04X}"]
+        assert [entry.rpartition(":")[2] for entry in listening_addresses()] == [f"{elsewhere.getsockname()[1]:04X}"]
 
 
 # Without Ray's processes
 
 
 def conversation(*messages, headers=()):
-    """An application that sends these messages; what a client of ``ProxyErrors`` around it gets, and what headers the
-    application."""
+    """Run ``ProxyErrors`` around an application that sends these messages; returns what the client receives, and the
+    headers that the application receives."""
     sent, got = [], []
 
     async def app(scope, receive, send):
@@ -336,7 +335,7 @@ def test_bad_options_are_refused_before_ray_starts(options, message):
         Options(replicas=0)
 
 
-def test_an_empty_key_is_refused(monkeypatch):
+def test_empty_key_is_refused(monkeypatch):
     monkeypatch.setenv("BAGEL_RT_API_KEY", " ")
     with pytest.raises(ValueError, match="BAGEL_RT_API_KEY is set but empty"):
         replicas.application(OPTIONS)

@@ -26,7 +26,7 @@ from serving import (
     image_part,
     metric,
     png,
-    running,
+    running_server,
 )
 
 from bagel_rt.serve.limits import Limits
@@ -36,7 +36,7 @@ QUICK = {"num_timesteps": 3}
 
 @pytest.fixture(scope="module")
 def address():
-    with running() as (address, _):
+    with running_server() as (address, _):
         yield address
 
 
@@ -55,53 +55,53 @@ def http(address):
 
 
 def test_generated_images_equal_the_library(client, bagel):
-    answer = client.images.generate(prompt="a cat", n=2, size="48x32", extra_body=QUICK | {"seed": 5})
-    assert len(answer.data) == 2
-    for number, item in enumerate(answer.data):
-        wanted = bagel.generate("a cat", size=(32, 48), seed=5 + number, **QUICK).image
-        assert np.abs(np.asarray(decode_image(item.b64_json), int) - np.asarray(wanted, int)).max() <= 1
+    response = client.images.generate(prompt="a cat", n=2, size="48x32", extra_body=QUICK | {"seed": 5})
+    assert len(response.data) == 2
+    for number, item in enumerate(response.data):
+        expected = bagel.generate("a cat", size=(32, 48), seed=5 + number, **QUICK).image
+        assert np.abs(np.asarray(decode_image(item.b64_json), int) - np.asarray(expected, int)).max() <= 1
 
 
 def test_edit_takes_files_and_both_forms_of_cfg_interval(client, bagel):
     files = [("a.png", png(), "image/png"), ("b.png", png(32, 48, 1), "image/png")]
     sources = [Image.open(io.BytesIO(file[1])) for file in files]
-    wanted = bagel.edit(sources, "mix them", seed=2, cfg_interval=(0.2, 1), **QUICK).image
+    expected = bagel.edit(sources, "mix them", seed=2, cfg_interval=(0.2, 1), **QUICK).image
     for interval in ("[0.2, 1]", [0.2, 1]):
         request = QUICK | {"seed": 2, "cfg_interval": interval}
-        answer = client.images.edit(image=files, prompt="mix them", extra_body=request)
-        assert (np.asarray(decode_image(answer.data[0].b64_json)) == np.asarray(wanted)).all()
-    assert answer.usage.input_tokens_details.image_tokens > answer.usage.output_tokens > 0
-    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+        response = client.images.edit(image=files, prompt="mix them", extra_body=request)
+        assert (np.asarray(decode_image(response.data[0].b64_json)) == np.asarray(expected)).all()
+    assert response.usage.input_tokens_details.image_tokens > response.usage.output_tokens > 0
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
 
 
 def test_edits_of_one_image_run_in_one_batch(client, bagel, http):
     before = metric(http, "bagel_rt_batch_size_count")
-    answer = client.images.edit(image=png(), prompt="brighter", n=3, extra_body=QUICK | {"seed": 2})
-    for number, item in enumerate(answer.data):
-        wanted = bagel.edit(Image.open(io.BytesIO(png())), "brighter", seed=2 + number, **QUICK).image
-        assert np.abs(np.asarray(decode_image(item.b64_json), int) - np.asarray(wanted, int)).max() <= 1
+    response = client.images.edit(image=png(), prompt="brighter", n=3, extra_body=QUICK | {"seed": 2})
+    for number, item in enumerate(response.data):
+        expected = bagel.edit(Image.open(io.BytesIO(png())), "brighter", seed=2 + number, **QUICK).image
+        assert np.abs(np.asarray(decode_image(item.b64_json), int) - np.asarray(expected, int)).max() <= 1
     assert metric(http, "bagel_rt_batch_size_count") == before + 1
 
 
 def test_thought_is_returned_as_revised_prompt(client, bagel):
     request = QUICK | {"seed": 5, "think": True, "max_think_token_n": 6}
-    answer = client.images.generate(prompt="a cat", size="48x32", extra_body=request)
+    response = client.images.generate(prompt="a cat", size="48x32", extra_body=request)
     result = bagel.generate("a cat", size=(32, 48), **request)
-    assert answer.data[0].revised_prompt == result.thought and answer.data[0].seed == 5
-    assert np.abs(np.asarray(decode_image(answer.data[0].b64_json), int) - np.asarray(result.image, int)).max() <= 1
+    assert response.data[0].revised_prompt == result.thought and response.data[0].seed == 5
+    assert np.abs(np.asarray(decode_image(response.data[0].b64_json), int) - np.asarray(result.image, int)).max() <= 1
 
 
 def test_shrinking_a_large_image_does_not_change_the_result(client, bagel):
-    answer = client.images.edit(image=png(250, 200), prompt="brighter", extra_body=QUICK | {"seed": 2})
-    wanted = bagel.edit(Image.open(io.BytesIO(png(250, 200))), "brighter", seed=2, **QUICK).image
-    assert (np.asarray(decode_image(answer.data[0].b64_json)) == np.asarray(wanted)).all()
+    response = client.images.edit(image=png(250, 200), prompt="brighter", extra_body=QUICK | {"seed": 2})
+    expected = bagel.edit(Image.open(io.BytesIO(png(250, 200))), "brighter", seed=2, **QUICK).image
+    assert (np.asarray(decode_image(response.data[0].b64_json)) == np.asarray(expected)).all()
 
 
 def test_chat_returns_text_and_usage(client, bagel):
     request = chat_body("look", image_part(data_url(png())), "what is it?", max_tokens=9, model="small")
-    answer = client.chat.completions.create(**request)
-    assert answer.choices[0].message.content and answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 9 and answer.usage.prompt_tokens > 20
+    response = client.chat.completions.create(**request)
+    assert response.choices[0].message.content and response.choices[0].finish_reason == "length"
+    assert response.usage.completion_tokens == 9 and response.usage.prompt_tokens > 20
     plain = client.chat.completions.create(
         model="small", messages=[{"role": "user", "content": "hello"}], max_completion_tokens=12
     )
@@ -128,12 +128,12 @@ def test_interleaved_answer_equals_the_library(client, bagel, monkeypatch):
     monkeypatch.setattr("bagel_rt.models.bagel.model.BagelModel.image_request", "")
     request = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 6, "seed": 3}
     how = {"modalities": ["text", "image"], "max_rounds": 2, "size": "48x32", **QUICK}
-    wanted = bagel.interleave(["draw"], max_rounds=2, size=(32, 48), seed=3, max_think_token_n=7, **QUICK)
-    answer = client.chat.completions.create(**request, extra_body=how)
-    message = answer.choices[0].message
-    assert message.content == wanted[0] + wanted[2] and len(message.images) == 2
-    assert answer.usage.completion_tokens == 12 and answer.choices[0].finish_reason == "length"
-    for item, result in zip(message.images, wanted[1::2], strict=True):
+    expected = bagel.interleave(["draw"], max_rounds=2, size=(32, 48), seed=3, max_think_token_n=7, **QUICK)
+    response = client.chat.completions.create(**request, extra_body=how)
+    message = response.choices[0].message
+    assert message.content == expected[0] + expected[2] and len(message.images) == 2
+    assert response.usage.completion_tokens == 12 and response.choices[0].finish_reason == "length"
+    for item, result in zip(message.images, expected[1::2], strict=True):
         drawn = decode_image(item["image_url"]["url"].partition(",")[2])
         assert (np.asarray(drawn) == np.asarray(result.image)).all()
 
@@ -143,14 +143,14 @@ def test_interleaved_answer_equals_the_library(client, bagel, monkeypatch):
     assert kinds[:4] == ["text", "image"] * 2
 
     again = [*request["messages"], message, {"role": "user", "content": "once more"}]
-    answer = client.chat.completions.create(**request | {"messages": again}, extra_body=how)
-    assert len(answer.choices[0].message.images) == 2
+    response = client.chat.completions.create(**request | {"messages": again}, extra_body=how)
+    assert len(response.choices[0].message.images) == 2
 
 
 def test_system_prompt_does_not_count_against_the_limit(client):
     request = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 4}
-    answer = client.chat.completions.create(**request, extra_body={"modalities": ["text", "image"], **QUICK})
-    assert answer.usage.prompt_tokens > LIMITS.prompt_tokens  # it is counted, though
+    response = client.chat.completions.create(**request, extra_body={"modalities": ["text", "image"], **QUICK})
+    assert response.usage.prompt_tokens > LIMITS.prompt_tokens  # it is counted, though
 
 
 def test_null_and_neutral_values_are_accepted(http):
@@ -160,7 +160,7 @@ def test_null_and_neutral_values_are_accepted(http):
 
 
 def test_defaults_stay_within_the_limits(http):
-    with running(replace(LIMITS, steps=2, written_tokens=3, side=50)) as (address, _):
+    with running_server(replace(LIMITS, steps=2, written_tokens=3, side=50)) as (address, _):
         drawn = httpx.post(f"{address}{DRAW}", json={"prompt": "x", "think": True}, timeout=60).json()
         assert drawn["size"] == "48x48" and len(drawn["data"][0]["revised_prompt"]) > 0
         request = httpx.post(f"{address}{CHAT}", json=chat_body("x"), timeout=60).json()
@@ -179,15 +179,15 @@ def test_models_health_and_metrics(client, http):
 
 
 def test_wrong_method_returns_the_allowed_one(http):
-    answer = http.get(DRAW)
-    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+    response = http.get(DRAW)
+    assert response.status_code == 405 and response.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
 def test_image_has_the_requested_format(http, form):
     body = {"prompt": "a cat", "size": "32x32", "output_format": form, **QUICK}
-    answer = http.post("/v1/images/generations", json=body).json()
-    assert decode_image(answer["data"][0]["b64_json"]).format.lower() == form
+    response = http.post("/v1/images/generations", json=body).json()
+    assert decode_image(response["data"][0]["b64_json"]).format.lower() == form
 
 
 # Refused requests
@@ -200,8 +200,8 @@ def bomb(side) -> bytes:
 
 
 REFUSED = {
-    "no JSON": (DRAW, b"{", "the body must be JSON"),
-    "no object": (DRAW, b"[1]", "the body must be a JSON object, got list"),
+    "invalid JSON": (DRAW, b"{", "the body must be JSON"),
+    "a JSON array": (DRAW, b"[1]", "the body must be a JSON object, got list"),
     "nesting": (DRAW, b"[" * 60_000, "the body must be JSON"),
     "many values": (DRAW, b'{"prompt": [' + b"[]," * 99_999 + b"0]}", "commas, colons and brackets"),
     "a surrogate as a name": (
@@ -210,14 +210,14 @@ REFUSED = {
         r"\ud800 is not a supported field",
     ),
     "no prompt": (DRAW, {}, "prompt is missing"),
-    "a prompt that is none": (DRAW, {"prompt": 3}, "prompt must be a string, got 3"),
+    "a prompt of another type": (DRAW, {"prompt": 3}, "prompt must be a string, got 3"),
     "an unknown field": (
         DRAW,
         {"prompt": "x", "stlye": "vivid"},
         "stlye is not a supported field. Supported are prompt,",
     ),
     "image URLs": (DRAW, {"prompt": "x", "response_format": "url"}, "response_format"),
-    "a size that is none": (DRAW, {"prompt": "x", "size": "big"}, "size must be auto or WIDTHxHEIGHT"),
+    "a malformed size": (DRAW, {"prompt": "x", "size": "big"}, "size must be auto or WIDTHxHEIGHT"),
     "a size off the grid": (DRAW, {"prompt": "x", "size": "50x50"}, "multiples of 16"),
     "a size beyond the limit": (
         DRAW,
@@ -232,7 +232,7 @@ REFUSED = {
         "num_timesteps must be an integer from 2 to 1000",
     ),
     "guidance out of range": (DRAW, {"prompt": "x", "cfg_text_scale": 1e9}, "must be a number from 0 to 100"),
-    "a number that is none": (
+    "NaN": (
         DRAW,
         b'{"prompt": "x", "cfg_text_scale": NaN}',
         "the body must be JSON, which has no NaN",
@@ -243,14 +243,14 @@ REFUSED = {
     "settings of thoughts without one": (DRAW, {"prompt": "x", "do_sample": True}, "do_sample has no effect"),
     "many marks": (DRAW, {"prompt": "a" + "\u0315\u0f73" * 50}, "at most 64 combining marks"),
     "lone surrogates": (DRAW, b'{"prompt": "\\ud800"}', "prompt must be valid Unicode"),
-    "another model": (DRAW, {"prompt": "x", "model": "dall-e-3"}, "got 'dall-e-3'"),
+    "the name of another model": (DRAW, {"prompt": "x", "model": "dall-e-3"}, "got 'dall-e-3'"),
     "no messages": (CHAT, {"messages": []}, "messages"),
     "no content": (CHAT, {"messages": [{"role": "user"}]}, "messages must have content"),
     "an unknown role": (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "role"),
     "too many choices": (CHAT, chat_body("x", n=4), "n must be at most 3 on this server, got 4"),
     "choices with images": (CHAT, chat_body("x", n=2, modalities=["image"]), "n must be 1 if the answer"),
-    "too long an answer": (CHAT, chat_body("x", max_tokens=10**9), "max_tokens must be at most"),
-    "no answer": (CHAT, chat_body("x", max_tokens=0), "max_tokens must be >= 1, got 0"),
+    "a large max_tokens": (CHAT, chat_body("x", max_tokens=10**9), "max_tokens must be at most"),
+    "max_tokens of 0": (CHAT, chat_body("x", max_tokens=0), "max_tokens must be >= 1, got 0"),
     "a negative temperature": (CHAT, chat_body("x", temperature=-1), "temperature"),
     "sampling without a temperature": (CHAT, chat_body("x", top_p=0.5), "Set temperature above 0"),
     "a size without images": (CHAT, chat_body("x", size="32x32"), "size has no effect without images"),
@@ -259,7 +259,7 @@ REFUSED = {
         chat_body("x", modalities=["image"], max_rounds=4),
         "max_rounds must be at most 3",
     ),
-    "no rounds": (CHAT, chat_body("x", modalities=["image"], max_rounds=0), "max_rounds must be >= 1, got 0"),
+    "max_rounds of 0": (CHAT, chat_body("x", modalities=["image"], max_rounds=0), "max_rounds must be >= 1, got 0"),
     "a network address": (CHAT, chat_body(image_part("http://example.com/a.png")), "must be a data: URL"),
     "a file": (CHAT, chat_body(image_part("file:///etc/passwd")), "must be a data: URL"),
     "a data URL without data": (CHAT, chat_body(image_part("data:image/png;base64")), "got one without a comma"),
@@ -267,16 +267,16 @@ REFUSED = {
     "not an image": (CHAT, chat_body(image_part("data:image/png;base64,aGVsbG8=")), "not an image"),
     "half an image": (CHAT, chat_body(image_part(data_url(png()[:200]))), "damaged"),
     "a bomb": (CHAT, chat_body(image_part(data_url(bomb(9000)))), "got 9000x9000"),
-    "a larger one": (CHAT, chat_body(image_part(data_url(bomb(20000)))), "decompression bomb"),
+    "a larger bomb": (CHAT, chat_body(image_part(data_url(bomb(20000)))), "decompression bomb"),
     "many images": (CHAT, chat_body(*[image_part(data_url(png()))] * 3), "at most 2 images, got 3"),
 }
 
 
 @pytest.mark.parametrize("route, body, message", REFUSED.values(), ids=REFUSED)
 def test_invalid_request_is_refused_with_a_reason(http, route, body, message):
-    answer = http.post(route, **({"content": body} if isinstance(body, bytes) else {"json": body}))
-    assert 400 <= answer.status_code < 500, answer.text
-    assert message in answer.json()["error"]["message"]
+    response = http.post(route, **({"content": body} if isinstance(body, bytes) else {"json": body}))
+    assert 400 <= response.status_code < 500, response.text
+    assert message in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -313,12 +313,12 @@ def test_invalid_request_is_refused_with_a_reason(http, route, body, message):
     ],
 )
 def test_invalid_form_is_refused_with_a_reason(http, files, fields, message):
-    answer = http.post(EDIT, files=files, data=fields)
-    assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+    response = http.post(EDIT, files=files, data=fields)
+    assert response.status_code == 400 and message in response.json()["error"]["message"], response.text
 
 
 def test_many_combining_marks_do_not_block_the_server(http):
-    begun = time.monotonic()  # normalising them would take a minute, in which nothing else is answered
+    begun = time.monotonic()  # normalizing them would block the server for a minute
     for prompt in ("a" + "\u0315" * 1500 + "\u0300" * 1500, "\u0f73" * 3000):
         assert "combining marks" in http.post(DRAW, json={"prompt": prompt}).json()["error"]["message"]
     request = chat_body("हिन्दी ข้อความ́ é", max_tokens=2)
@@ -331,8 +331,8 @@ def test_only_forms_in_utf_8_are_decoded(http):
     body = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + b"-a" * 100_000 + b"\r\n--b--\r\n"
     for charset in ("punycode", "utf-7", "utf-16"):
         kind = {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}
-        answer = http.post(EDIT, content=body, headers=kind, timeout=10)
-        assert answer.status_code == 400 and charset in answer.json()["error"]["message"]
+        response = http.post(EDIT, content=body, headers=kind, timeout=10)
+        assert response.status_code == 400 and charset in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("route", [DRAW, EDIT])
@@ -344,16 +344,16 @@ def test_large_body_is_refused_while_received(http, route):
 
     kind = {"content-type": "multipart/form-data; boundary=b"} if route == EDIT else {}
     for content in (b"x" * (LIMITS.body + 1), pieces()):
-        answer = http.post(route, content=content, headers=kind)
-        assert answer.status_code == 413 and "must have at most" in answer.json()["error"]["message"]
+        response = http.post(route, content=content, headers=kind)
+        assert response.status_code == 413 and "must have at most" in response.json()["error"]["message"]
 
 
 def test_api_key_is_required():
-    with running(key="schlüssel") as (address, _), httpx.Client(base_url=address) as http:
+    with running_server(key="schlüssel") as (address, _), httpx.Client(base_url=address) as http:
         assert http.get("/health").status_code == 200
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic schl"}):
-            answer = http.get("/v1/models", headers=header)
-            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+            response = http.get("/v1/models", headers=header)
+            assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
         right = {"Authorization": "Bearer schlüssel".encode()}
         assert http.get("/v1/models", headers=right).status_code == 200
 
@@ -363,8 +363,8 @@ def test_server_error_does_not_leak_details(address, http, monkeypatch):
         raise RuntimeError("secret of /root/model")
 
     monkeypatch.setattr("bagel_rt.engine.Engine.run_images", fail)
-    answer = http.post(DRAW, json={"prompt": "x", "size": "32x32"})
-    assert answer.status_code == 500 and "secret" not in answer.text and "Traceback" not in answer.text
+    response = http.post(DRAW, json={"prompt": "x", "size": "32x32"})
+    assert response.status_code == 500 and "secret" not in response.text and "Traceback" not in response.text
 
 
 def test_serve_checks_its_options(tmp_path):
@@ -382,12 +382,12 @@ def test_serve_checks_its_options(tmp_path):
         assert code == 2 and "cannot bind" in message
 
 
-@pytest.mark.parametrize("given", [{"seconds": float("nan")}, {"grace": float("inf")}, {"steps": 1}, {"images": 64}])
-def test_invalid_limits_are_refused(given):
-    with pytest.raises(ValueError, match=next(iter(given))):
-        Limits(**given)
+@pytest.mark.parametrize("fields", [{"seconds": float("nan")}, {"grace": float("inf")}, {"steps": 1}, {"images": 64}])
+def test_invalid_limits_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Limits(**fields)
 
 
 def test_every_error_body_is_json(http):
-    for answer in (http.get("/v1/nothing"), http.get(DRAW), http.post("/v1/models"), http.post(f"{DRAW}/")):
-        assert answer.status_code in (404, 405) and json.loads(answer.text)["error"]["message"]
+    for response in (http.get("/v1/nothing"), http.get(DRAW), http.post("/v1/models"), http.post(f"{DRAW}/")):
+        assert response.status_code in (404, 405) and json.loads(response.text)["error"]["message"]

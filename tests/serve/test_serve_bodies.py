@@ -12,7 +12,20 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import httpx
 from PIL import Image
-from serving import CHAT, DRAW, EDIT, PATIENCE, chat_body, data_url, draw, held, image_part, png, send, until
+from serving import (
+    CHAT,
+    DRAW,
+    EDIT,
+    TIMEOUT,
+    chat_body,
+    data_url,
+    draw,
+    image_part,
+    paused_server,
+    png,
+    send,
+    wait_until,
+)
 
 from bagel_rt.serve import app as app_module
 from bagel_rt.serve.decoder_pool import DecoderPool
@@ -33,9 +46,9 @@ def form(file: bytes) -> bytes:
 
 
 def test_queued_requests_hold_little_memory(threads):
-    with held() as server:
+    with paused_server() as server:
         first = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
+        wait_until(lambda: server.worker.running == 1)
         most = server.app.state.server.bagel.model.config.vae_transform.max_size
         tracemalloc.start()  # sees bodies, but not Pillow's memory
         try:
@@ -43,7 +56,7 @@ def test_queued_requests_hold_little_memory(threads):
             large = len(edit)
             connections = [send(server, EDIT, edit, FORM), send(server, CHAT, chat)]
             del edit, chat
-            until(lambda: server.worker.waiting == 2)
+            wait_until(lambda: server.worker.waiting == 2)
             gc.collect()
             assert tracemalloc.get_traced_memory()[0] < large / 2 and large > 6 << 20
         finally:
@@ -58,19 +71,19 @@ def test_queued_requests_hold_little_memory(threads):
 
 
 def test_total_size_of_held_bodies_is_bounded(threads):
-    with held(body=1 << 20) as server:
+    with paused_server(body=1 << 20) as server:
         first = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
+        wait_until(lambda: server.worker.running == 1)
         waiting = []
         for seed in range(10):
             waiting.append(send(server, EDIT, form(png(550, 550, seed)), FORM))
-            until(lambda: server.worker.waiting == len(waiting))  # bodies of queued requests have been released
+            wait_until(lambda: server.worker.waiting == len(waiting))  # bodies of queued requests have been released
         # One client may hold the bytes of four bodies.
         slow = [send(server, DRAW, b"x" * ((1 << 20) - 1), length=1 << 20) for _ in range(4)]
-        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all of them have arrived
+        wait_until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all of them have arrived
         for connection in slow:
             connection.close()
-        until(lambda: draw(server, num_timesteps=0).status_code == 400)
+        wait_until(lambda: draw(server, num_timesteps=0).status_code == 400)
         for connection in waiting:
             connection.close()
         server.go.set()
@@ -82,25 +95,25 @@ def test_slow_decoding_delays_neither_finished_responses_nor_texts(threads, monk
 
     def slowly(*arguments):
         reading.append(1)
-        go_on.wait(PATIENCE)
+        go_on.wait(TIMEOUT)
         return decode(*arguments)
 
     def edit(server):
         files, fields = {"image": png()}, {"prompt": "x", "num_timesteps": "3"}
-        return httpx.post(f"{server.address}{EDIT}", files=files, data=fields, timeout=PATIENCE)
+        return httpx.post(f"{server.address}{EDIT}", files=files, data=fields, timeout=TIMEOUT)
 
     decode = DecoderPool.decode
     monkeypatch.setattr(DecoderPool, "decode", slowly)
-    with held() as server:
+    with paused_server() as server:
         first = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
+        wait_until(lambda: server.worker.running == 1)
         edits = [threads.submit(edit, server) for _ in range(app_module._READERS)]
-        until(lambda: len(reading) == len(edits))
+        wait_until(lambda: len(reading) == len(edits))
         server.go.set()
         try:
-            assert first.result(PATIENCE).status_code == 200
-            chat = httpx.post(f"{server.address}{CHAT}", json=chat_body("hello", max_tokens=4), timeout=PATIENCE)
+            assert first.result(TIMEOUT).status_code == 200
+            chat = httpx.post(f"{server.address}{CHAT}", json=chat_body("hello", max_tokens=4), timeout=TIMEOUT)
             assert chat.status_code == 200
         finally:
             go_on.set()
-        assert [answer.result().status_code for answer in edits] == [200] * len(edits)
+        assert [response.result().status_code for response in edits] == [200] * len(edits)

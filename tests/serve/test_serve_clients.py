@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import openai
 from PIL import Image
-from serving import CHAT, DRAW, EDIT, chat_body, data_url, decode_image, image_part, png, running
+from serving import CHAT, DRAW, EDIT, chat_body, data_url, decode_image, image_part, png, running_server
 
 from bagel_rt.serve.stops import StoppedText
 
@@ -24,7 +24,7 @@ SMALL = {"prompt": "x", "size": "32x32", **QUICK}
 
 @pytest.fixture(scope="module")
 def address():
-    with running() as (address, _):
+    with running_server() as (address, _):
         yield address
 
 
@@ -68,8 +68,8 @@ NEUTRAL_IMAGES = {
 
 @pytest.mark.parametrize("fields", [NEUTRAL_CHAT, NEUTRAL_ELSEWHERE], ids=["openai", "others"])
 def test_chat_accepts_fields_that_ask_for_nothing(http, fields):
-    answer = http.post(CHAT, json=chat_body("x", max_tokens=2, **fields))
-    assert answer.status_code == 200, answer.text
+    response = http.post(CHAT, json=chat_body("x", max_tokens=2, **fields))
+    assert response.status_code == 200, response.text
 
 
 def test_generation_and_edit_accept_fields_that_ask_for_nothing(http, client):
@@ -77,8 +77,8 @@ def test_generation_and_edit_accept_fields_that_ask_for_nothing(http, client):
     assert http.post(DRAW, json=fields | {"prompt": "x", "size": "32x32"}).status_code == 200
     client.images.edit(image=png(), prompt="x", extra_body=fields)
     form = {name: json.dumps(value).strip('"') for name, value in fields.items() if value is not None}
-    answer = http.post(EDIT, files={"image[0]": png()}, data=form | {"prompt": "x", "model": "small", "mask": ""})
-    assert answer.status_code == 200, answer.text
+    response = http.post(EDIT, files={"image[0]": png()}, data=form | {"prompt": "x", "model": "small", "mask": ""})
+    assert response.status_code == 200, response.text
 
 
 def test_messages_of_frameworks_are_accepted(http):
@@ -94,8 +94,8 @@ def test_messages_of_frameworks_are_accepted(http):
         {"type": "image_url", "image_url": {"url": url, "detail": "original"}},
     ]
     messages = [{"role": "developer", "content": ""}, earlier, {"role": "user", "content": parts, "name": "u"}]
-    answer = http.post(CHAT, json={"messages": messages, "max_tokens": 2})
-    assert answer.status_code == 200, answer.text
+    response = http.post(CHAT, json={"messages": messages, "max_tokens": 2})
+    assert response.status_code == 200, response.text
 
 
 UNSUPPORTED = {  # path of the error -> (route, fields, code, part of the message)
@@ -139,9 +139,9 @@ UNSUPPORTED = {  # path of the error -> (route, fields, code, part of the messag
 @pytest.mark.parametrize("param", UNSUPPORTED)
 def test_unsupported_values_are_refused_with_code_and_param(http, param):
     route, fields, code, message = UNSUPPORTED[param]
-    answer = http.post(route, json=(chat_body("x", max_tokens=2) if route == CHAT else SMALL) | fields)
-    error = answer.json()["error"]
-    assert answer.status_code == (404 if code == "model_not_found" else 400)
+    response = http.post(route, json=(chat_body("x", max_tokens=2) if route == CHAT else SMALL) | fields)
+    error = response.json()["error"]
+    assert response.status_code == (404 if code == "model_not_found" else 400)
     assert (error["param"], error["code"], error["type"]) == (param.strip(), code, "invalid_request_error")
     assert message in error["message"] and error["message"].startswith(param.strip())
 
@@ -167,14 +167,14 @@ MESSAGES = {  # path of the error -> (messages, part of the message)
 @pytest.mark.parametrize("param", MESSAGES)
 def test_errors_name_the_path_in_the_messages(http, param):
     messages, message = MESSAGES[param]
-    answer = http.post(CHAT, json={"messages": messages, "max_tokens": 2})
-    error = answer.json()["error"]
-    assert answer.status_code == 400 and error["param"] == param and message in error["message"], error
+    response = http.post(CHAT, json={"messages": messages, "max_tokens": 2})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param and message in error["message"], error
 
 
 def test_repeated_names_are_refused(http):
-    answer = http.post(DRAW, content=b'{"prompt": "x", "seed": 1, "seed": 2}')
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "seed"
+    response = http.post(DRAW, content=b'{"prompt": "x", "seed": 1, "seed": 2}')
+    assert response.status_code == 400 and response.json()["error"]["param"] == "seed"
 
 
 # Stop strings
@@ -182,21 +182,21 @@ def test_repeated_names_are_refused(http):
 
 @pytest.fixture(scope="module")
 def whole(address):
-    """The answer without a stop string."""
-    answer = httpx.post(f"{address}{CHAT}", json=chat_body("hello", max_tokens=16), timeout=60).json()
-    return answer["choices"][0]["message"]["content"]
+    """The response without a stop string."""
+    response = httpx.post(f"{address}{CHAT}", json=chat_body("hello", max_tokens=16), timeout=60).json()
+    return response["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("start, length", [(0, 1), (4, 1), (4, 5), (7, 9)])
 def test_stop_string_ends_the_answer_and_is_left_out(client, whole, start, length):
     stop = whole[start : start + length]
     request = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "stop": stop}
-    wanted = whole[: whole.find(stop)]
-    answer = client.chat.completions.create(**request)
-    assert answer.choices[0].message.content == wanted and answer.choices[0].finish_reason == "stop"
-    assert answer.usage.completion_tokens < 16
+    expected = whole[: whole.find(stop)]
+    response = client.chat.completions.create(**request)
+    assert response.choices[0].message.content == expected and response.choices[0].finish_reason == "stop"
+    assert response.usage.completion_tokens < 16
     chunks = list(client.chat.completions.create(**request | {"stop": ["never", stop]}, stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
@@ -213,9 +213,9 @@ def test_stop_string_ends_an_interleaved_answer(client, monkeypatch):
     request = {"model": "small", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 6, "seed": 3}
     how = {"modalities": ["text", "image"], "max_rounds": 2, "size": "48x32", **QUICK}
     text = client.chat.completions.create(**request, extra_body=how).choices[0].message.content
-    answer = client.chat.completions.create(**request, stop=text[2:4], extra_body=how).choices[0]
-    assert answer.message.content == text[: text.find(text[2:4])] and answer.finish_reason == "stop"
-    assert not hasattr(answer.message, "images")
+    response = client.chat.completions.create(**request, stop=text[2:4], extra_body=how).choices[0]
+    assert response.message.content == text[: text.find(text[2:4])] and response.finish_reason == "stop"
+    assert not hasattr(response.message, "images")
 
 
 def test_stopped_text_does_not_depend_on_the_pieces():
@@ -225,14 +225,14 @@ def test_stopped_text_does_not_depend_on_the_pieces():
         stops = ["".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randrange(4))]
         ends = [min((text[:end].rfind(s), s) for s in stops if text[:end].endswith(s)) for end in range(len(text) + 1)
                 if any(text[:end].endswith(s) for s in stops)]  # fmt: skip
-        wanted = text[: ends[0][0]] if ends else text
+        expected = text[: ends[0][0]] if ends else text
         cuts = sorted(rng.choices(range(len(text) + 1), k=3))
         stopped, found = StoppedText(stops), ""
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             found += stopped.feed(text[start:end])
             if stopped.stopped:
                 break
-        assert (found + stopped.finish(), stopped.stopped) == (wanted, bool(ends))
+        assert (found + stopped.finish(), stopped.stopped) == (expected, bool(ends))
 
 
 # Several choices, formats, and encodings
@@ -241,12 +241,12 @@ def test_stopped_text_does_not_depend_on_the_pieces():
 def test_several_choices_have_consecutive_seeds(client):
     request = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 2}
     alone = [client.chat.completions.create(**request, seed=seed) for seed in (4, 5, 6)]
-    texts = [answer.choices[0].message.content for answer in alone]
-    answer = client.chat.completions.create(**request, seed=4, n=3)
-    assert [choice.message.content for choice in answer.choices] == texts
-    assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    assert answer.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
-    assert answer.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    texts = [response.choices[0].message.content for response in alone]
+    response = client.chat.completions.create(**request, seed=4, n=3)
+    assert [choice.message.content for choice in response.choices] == texts
+    assert [choice.index for choice in response.choices] == [0, 1, 2]
+    assert response.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    assert response.usage.prompt_tokens == alone[0].usage.prompt_tokens
     streamed = ["", "", ""]
     for chunk in client.chat.completions.create(**request, seed=4, n=3, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
@@ -254,10 +254,10 @@ def test_several_choices_have_consecutive_seeds(client):
 
 
 def test_ten_images_in_one_request():
-    with running(limits=None) as (address, _):
+    with running_server(limits=None) as (address, _):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        answer = client.images.generate(prompt="x", n=10, size="32x32", extra_body=QUICK)
-        assert len(answer.data) == 10
+        response = client.images.generate(prompt="x", n=10, size="32x32", extra_body=QUICK)
+        assert len(response.data) == 10
         with pytest.raises(openai.BadRequestError, match="n must be at most 10 on this server, got 11"):
             client.images.generate(prompt="x", n=11, size="32x32", extra_body=QUICK)
 
@@ -265,16 +265,16 @@ def test_ten_images_in_one_request():
 @pytest.mark.parametrize("form", ["jpeg", "webp"])
 def test_output_compression_is_the_quality(client, form):
     request = {"prompt": "a cat", "size": "64x64", "output_format": form, "extra_body": QUICK | {"seed": 1}}
-    answers = [client.images.generate(**request, output_compression=quality) for quality in (0, 50, 100)]
-    files = [base64.b64decode(answer.data[0].b64_json) for answer in answers]
-    assert len(files[0]) < len(files[1]) < len(files[2]) and answers[0].output_format == form
+    replies = [client.images.generate(**request, output_compression=quality) for quality in (0, 50, 100)]
+    files = [base64.b64decode(response.data[0].b64_json) for response in replies]
+    assert len(files[0]) < len(files[1]) < len(files[2]) and replies[0].output_format == form
     assert all(Image.open(io.BytesIO(file)).format.lower() == form for file in files)
 
 
 def test_edit_accepts_the_size_that_results(client):
     for size in ("auto", "96x64"):
-        answer = client.images.edit(image=png(), prompt="x", size=size, extra_body=QUICK)
-        assert answer.size == "96x64" and decode_image(answer.data[0].b64_json).size == (96, 64)
+        response = client.images.edit(image=png(), prompt="x", size=size, extra_body=QUICK)
+        assert response.size == "96x64" and decode_image(response.data[0].b64_json).size == (96, 64)
 
 
 CONTENT = png(20, 20)  # whose base64 has +, / and padding
@@ -295,18 +295,18 @@ DATA_URLS = {
 @pytest.mark.parametrize("plain", [False, True], ids=["object", "string"])
 def test_data_urls_of_all_kinds_are_read(http, url, plain):
     part = {"type": "image_url", "image_url": url if plain else {"url": url}}
-    answers = [http.post(CHAT, json=chat_body(one, "x", max_tokens=4)) for one in (part, image_part(data_url(CONTENT)))]
-    texts = [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+    replies = [http.post(CHAT, json=chat_body(one, "x", max_tokens=4)) for one in (part, image_part(data_url(CONTENT)))]
+    texts = [response.json()["choices"][0]["message"]["content"] for response in replies]
     assert texts[0] == texts[1]
 
 
 def test_photo_with_an_orientation_is_edited_upright(client, bagel):
     image = Image.open(io.BytesIO(png(40, 24)))
     image.save(out := io.BytesIO(), "JPEG", exif=_orientation(6), quality=95)
-    answer = client.images.edit(image=out.getvalue(), prompt="x", extra_body=QUICK | {"seed": 1})
+    response = client.images.edit(image=out.getvalue(), prompt="x", extra_body=QUICK | {"seed": 1})
     upright = Image.fromarray(np.rot90(np.asarray(Image.open(out)), -1))
-    wanted = bagel.edit(upright, "x", seed=1, **QUICK).image
-    assert (np.asarray(decode_image(answer.data[0].b64_json)) == np.asarray(wanted)).all()
+    expected = bagel.edit(upright, "x", seed=1, **QUICK).image
+    assert (np.asarray(decode_image(response.data[0].b64_json)) == np.asarray(expected)).all()
 
 
 def _orientation(value: int) -> Image.Exif:

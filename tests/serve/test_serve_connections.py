@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import httpx
-from serving import DRAW, IMAGE, PATIENCE, held, running, send, until
+from serving import DRAW, IMAGE, TIMEOUT, paused_server, running_server, send, wait_until
 
 from bagel_rt.serve import middleware, protocol
 from bagel_rt.serve.limits import Limits
@@ -16,13 +16,13 @@ from bagel_rt.serve.limits import Limits
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as (address, _):
+    with running_server() as (address, _):
         yield address.removeprefix("http://").split(":")
 
 
 def exchange(server, *pieces: bytes) -> bytes:
     """Send pieces until the server closes the connection; returns what it sent."""
-    with socket.create_connection(server, PATIENCE) as connection:
+    with socket.create_connection(server, TIMEOUT) as connection:
         received = b""
         try:
             for piece in pieces:
@@ -74,22 +74,22 @@ def test_slow_bodies_are_refused(server, monkeypatch):
 
 
 def test_idle_connections_give_way_to_new_ones():
-    with running(Limits(connections=20)) as (address, app):
+    with running_server(Limits(connections=20)) as (address, app):
         host, port = address.removeprefix("http://").split(":")
         idle = [socket.create_connection((host, port)) for _ in range(60)]
-        assert httpx.get(f"{address}/health", timeout=PATIENCE).status_code == 200
+        assert httpx.get(f"{address}/health", timeout=TIMEOUT).status_code == 200
         assert len(app.state.uvicorn.server_state.connections) <= 20
         for connection in idle:
             connection.close()
 
 
 def test_running_requests_keep_their_connection():
-    with held(connections=2) as server:
+    with paused_server(connections=2) as server:
         host, port = server.address.removeprefix("http://").split(":")
         running_one = send(server, DRAW, httpx.Request("POST", server.address, json=IMAGE).content)
-        until(lambda: server.worker.running == 1)
+        wait_until(lambda: server.worker.running == 1)
         idle = [socket.create_connection((host, port)) for _ in range(9)]
-        assert httpx.get(f"{server.address}/health", timeout=PATIENCE).status_code == 200
+        assert httpx.get(f"{server.address}/health", timeout=TIMEOUT).status_code == 200
         server.go.set()
         assert running_one.recv(12) == b"HTTP/1.1 200"
         for connection in idle:
@@ -97,19 +97,19 @@ def test_running_requests_keep_their_connection():
 
 
 def test_unfinished_bodies_of_one_client_do_not_keep_others_out():
-    with running(Limits(queue=2, batch=1, side=96)) as (address, _):
+    with running_server(Limits(queue=2, batch=1, side=96)) as (address, _):
         host, port = address.removeprefix("http://").split(":")
         head = f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n".encode()
         slow = [socket.create_connection((host, port)) for _ in range(20)]
         for connection in slow:
             connection.sendall(head)
         invalid = IMAGE | {"num_timesteps": 0}
-        until(lambda: httpx.post(address + DRAW, json=invalid, timeout=PATIENCE).status_code == 429)
-        other = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=PATIENCE)
+        wait_until(lambda: httpx.post(address + DRAW, json=invalid, timeout=TIMEOUT).status_code == 429)
+        other = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=TIMEOUT)
         assert other.post(address + DRAW, json=IMAGE).status_code == 200
         for connection in slow:
             connection.close()
-        until(lambda: httpx.post(address + DRAW, json=invalid, timeout=PATIENCE).status_code == 400)
+        wait_until(lambda: httpx.post(address + DRAW, json=invalid, timeout=TIMEOUT).status_code == 400)
 
 
 def test_connections_are_bounded_by_the_limit_of_open_files():

@@ -64,7 +64,7 @@ def site(authority, monkeypatch):
     listening = socket.create_server(("127.0.0.1", 0))
     site = SimpleNamespace(port=listening.getsockname()[1], pieces=[], pause=0.0, requests=[])
 
-    def answer(connection):
+    def response(connection):
         with suppress(OSError), certified.wrap_socket(connection, server_side=True) as secure:
             request = b""
             while not request.endswith(2 * END):
@@ -77,7 +77,7 @@ def site(authority, monkeypatch):
     def answer_all():
         with suppress(OSError):
             while True:
-                answer(listening.accept()[0])
+                response(listening.accept()[0])
 
     thread = threading.Thread(target=answer_all)
     thread.start()

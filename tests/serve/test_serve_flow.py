@@ -21,14 +21,14 @@ from serving import (  # noqa: E402
     DRAW,
     EDIT,
     IMAGE,
-    PATIENCE,
+    TIMEOUT,
     chat_body,
     draw,
-    held,
     metric,
+    paused_server,
     png,
     send,
-    until,
+    wait_until,
 )
 
 from bagel_rt.serve import responses, run  # noqa: E402
@@ -43,105 +43,105 @@ def threads():
 def leave(server, **options):
     """Request an image and disconnect before the response."""
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.address}{DRAW}", json=IMAGE | options, timeout=httpx.Timeout(PATIENCE, read=0.3))
+        httpx.post(f"{server.address}{DRAW}", json=IMAGE | options, timeout=httpx.Timeout(TIMEOUT, read=0.3))
 
 
 def test_full_queue_returns_429_and_equal_sizes_share_a_batch(threads):
-    with held(queue=3, batch=4) as server:
+    with paused_server(queue=3, batch=4) as server:
         first = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
+        wait_until(lambda: server.worker.running == 1)
         others = [threads.submit(draw, server, seed=seed) for seed in (2, 3, 4)]
-        until(lambda: server.worker.waiting == 3)
+        wait_until(lambda: server.worker.waiting == 3)
         busy = draw(server)
         assert busy.status_code == 429 and busy.headers["retry-after"]
         assert busy.json()["error"]["type"] == "rate_limit_error"
         server.go.set()
-        assert [answer.result().status_code for answer in (first, *others)] == [200] * 4
+        assert [response.result().status_code for response in (first, *others)] == [200] * 4
         assert metric(server.http, "bagel_rt_batch_size_count") == 2
         assert metric(server.http, "bagel_rt_batch_size_sum") == 4
 
 
 def test_retrying_client_succeeds(threads):
-    with held(queue=1, batch=1) as server:
-        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=50, timeout=PATIENCE)
+    with paused_server(queue=1, batch=1) as server:
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=50, timeout=TIMEOUT)
         request = {"prompt": "x", "size": "32x32", "extra_body": {"num_timesteps": 3}}
-        answers = [threads.submit(client.images.generate, **request) for _ in range(5)]
-        until(lambda: metric(server.http, 'bagel_rt_requests_total{route="/v1/images/generations",status="429"}'))
+        replies = [threads.submit(client.images.generate, **request) for _ in range(5)]
+        wait_until(lambda: metric(server.http, 'bagel_rt_requests_total{route="/v1/images/generations",status="429"}'))
         server.go.set()
-        assert all(answer.result().data for answer in answers)
+        assert all(response.result().data for response in replies)
 
 
 def test_excess_requests_are_refused_unread(threads):
-    with held(queue=1, batch=1) as server:  # holds four requests
+    with paused_server(queue=1, batch=1) as server:  # holds four requests
         slow = [send(server, DRAW, b"", length=99) for _ in range(4)]  # clients that never finish their request
-        until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all four are held
+        wait_until(lambda: draw(server, num_timesteps=0).status_code == 429)  # 400 until all four are admitted
         assert server.http.get("/health").status_code == 200
         for connection in slow:
             connection.close()
-        until(lambda: draw(server, num_timesteps=0).status_code == 400)
+        wait_until(lambda: draw(server, num_timesteps=0).status_code == 400)
 
 
 def test_disconnect_stops_a_running_image():
-    with held() as server:
+    with paused_server() as server:
         leave(server)
-        until(lambda: not server.worker.running)
-        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+        wait_until(lambda: not server.worker.running)
+        wait_until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
         cache = server.app.state.server.bagel.cache
         assert cache.free_slots == cache.slots
 
 
 def test_disconnect_removes_a_waiting_request(threads):
-    with held() as server:
+    with paused_server() as server:
         first = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
+        wait_until(lambda: server.worker.running == 1)
         for _ in range(2):
             leave(server)
-        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 2)
+        wait_until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 2)
         server.go.set()
         assert first.result().status_code == 200
-        until(lambda: not server.worker.waiting)
+        wait_until(lambda: not server.worker.waiting)
         assert metric(server.http, "bagel_rt_batch_size_sum") == 1
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_disconnect_stops_a_running_text(stream):
-    with held() as server:
+    with paused_server() as server:
         request = chat_body("x", stream=stream)
         if stream:
-            with server.http.stream("POST", CHAT, json=request) as answer:
-                pieces = answer.iter_text()
-                until(lambda: "first " in next(pieces))
+            with server.http.stream("POST", CHAT, json=request) as response:
+                pieces = response.iter_text()
+                wait_until(lambda: "first " in next(pieces))
                 assert server.worker.running == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
-                server.http.post(CHAT, json=request, timeout=httpx.Timeout(PATIENCE, read=0.3))
-        until(lambda: not server.worker.running)
-        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+                server.http.post(CHAT, json=request, timeout=httpx.Timeout(TIMEOUT, read=0.3))
+        wait_until(lambda: not server.worker.running)
+        wait_until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
 
 
 def test_disconnect_removes_a_waiting_stream(threads):
-    with held() as server:
+    with paused_server() as server:
         first = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
-        with server.http.stream("POST", CHAT, json=chat_body("x", stream=True)) as answer:
-            assert '"role": "assistant"' in next(answer.iter_text())
+        wait_until(lambda: server.worker.running == 1)
+        with server.http.stream("POST", CHAT, json=chat_body("x", stream=True)) as response:
+            assert '"role": "assistant"' in next(response.iter_text())
             assert server.worker.waiting == 1
-        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+        wait_until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
         server.go.set()
         assert first.result().status_code == 200
-        until(lambda: not server.worker.waiting)
+        wait_until(lambda: not server.worker.waiting)
         assert metric(server.http, "bagel_rt_batch_size_sum") == 1
 
 
 def test_deadline_ends_running_and_waiting_requests(threads):
-    with held(seconds=4) as server:
+    with paused_server(seconds=4) as server:
         drawn = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1 or drawn.done())
+        wait_until(lambda: server.worker.running == 1 or drawn.done())
         waiting = threads.submit(draw, server, size="48x48")
-        lines = httpx.post(f"{server.address}{CHAT}", json=chat_body("x", stream=True), timeout=PATIENCE).text
-        for answer in (drawn.result(), waiting.result()):
-            assert answer.status_code == 504 and "took too long" in answer.json()["error"]["message"]
-            assert answer.headers["x-should-retry"] == "false"
+        lines = httpx.post(f"{server.address}{CHAT}", json=chat_body("x", stream=True), timeout=TIMEOUT).text
+        for response in (drawn.result(), waiting.result()):
+            assert response.status_code == 504 and "took too long" in response.json()["error"]["message"]
+            assert response.headers["x-should-retry"] == "false"
         last = json.loads(lines.strip().splitlines()[-1].removeprefix("data: "))
         assert last["error"]["code"] == "timeout" and "[DONE]" not in lines
         server.go.set()
@@ -149,21 +149,21 @@ def test_deadline_ends_running_and_waiting_requests(threads):
 
 
 def test_unfinished_body_times_out():
-    with held(seconds=0.5) as server:
+    with paused_server(seconds=0.5) as server:
         with send(server, DRAW, b"", length=99) as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 504")
 
 
 def test_disconnect_during_the_body_logs_no_error(caplog):
-    with held() as server:
+    with paused_server() as server:
         with send(server, DRAW, b"{", length=99):
-            until(lambda: server.uvicorn.server_state.tasks)
-        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+            wait_until(lambda: server.uvicorn.server_state.tasks)
+        wait_until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
         assert not caplog.records
 
 
 def test_error_event_raises_in_openai_client():
-    with held(seconds=0.7) as server:
+    with paused_server(seconds=0.7) as server:
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
         messages = [{"role": "user", "content": "x"}]
         with pytest.raises(openai.APIError, match="took too long"):
@@ -171,49 +171,49 @@ def test_error_event_raises_in_openai_client():
 
 
 def test_running_requests_fail_after_the_grace_period(threads):
-    with held(grace=0.3) as server:
+    with paused_server(grace=0.3) as server:
         drawn = threads.submit(draw, server)
-        until(lambda: server.worker.running == 1)
+        wait_until(lambda: server.worker.running == 1)
         waiting = threads.submit(draw, server, size="48x48")
         streamed = threads.submit(
-            httpx.post, f"{server.address}{CHAT}", json=chat_body("x", stream=True), timeout=PATIENCE
+            httpx.post, f"{server.address}{CHAT}", json=chat_body("x", stream=True), timeout=TIMEOUT
         )
-        until(lambda: server.worker.waiting == 2)
+        wait_until(lambda: server.worker.waiting == 2)
         server.uvicorn.should_exit = True
-        for answer in (drawn.result(), waiting.result()):
-            assert answer.status_code == 503 and answer.json()["error"]["code"] == "stopping"
+        for response in (drawn.result(), waiting.result()):
+            assert response.status_code == 503 and response.json()["error"]["code"] == "stopping"
         assert '"code": "stopping"' in streamed.result().text
-        until(lambda: not server.worker._thread.is_alive())
+        wait_until(lambda: not server.worker._thread.is_alive())
 
 
 def test_running_requests_finish_within_the_grace_period(threads):
-    with held(grace=60) as server:
-        answers = [threads.submit(draw, server, seed=seed) for seed in range(6)]
-        until(lambda: server.worker.running + server.worker.waiting == 6)
+    with paused_server(grace=60) as server:
+        replies = [threads.submit(draw, server, seed=seed) for seed in range(6)]
+        wait_until(lambda: server.worker.running + server.worker.waiting == 6)
         server.uvicorn.should_exit = True
-        until(lambda: server.worker.stopping)
+        wait_until(lambda: server.worker.stopping)
         # While it drains, new connections are still answered.
         assert httpx.get(f"{server.address}/health/live").status_code == 200
         assert httpx.get(f"{server.address}/health/ready").json()["status"] == "stopping"
         assert draw(server).json()["error"]["code"] == "stopping"
         server.go.set()
-        assert [answer.result().status_code for answer in answers] == [200] * 6
+        assert [response.result().status_code for response in replies] == [200] * 6
 
 
 def test_unfinished_request_gets_503_on_shutdown(monkeypatch):
     monkeypatch.setattr(run, "_MARGIN", 0)
-    with held(grace=0.6) as server:
+    with paused_server(grace=0.6) as server:
         with send(server, DRAW, b"", length=99) as connection:
-            until(lambda: server.uvicorn.server_state.tasks)
+            wait_until(lambda: server.uvicorn.server_state.tasks)
             server.uvicorn.should_exit = True
             assert connection.recv(4096).startswith(b"HTTP/1.1 503")
 
 
 def test_health_reports_a_dead_model_thread():
-    with held() as server:
+    with paused_server() as server:
         server.worker.failure = RuntimeError("CUDA error")
-        answer = server.http.get("/health")
-        assert answer.status_code == 503 and answer.json()["status"] == "failed"
+        response = server.http.get("/health")
+        assert response.status_code == 503 and response.json()["status"] == "failed"
         assert server.http.get("/health/live").status_code == server.http.get("/health/ready").status_code == 503
         assert draw(server).status_code == 503
 
@@ -221,15 +221,15 @@ def test_health_reports_a_dead_model_thread():
 def test_out_of_memory_returns_503():
     import torch
 
-    with held() as server:
+    with paused_server() as server:
 
         def exhausted(requests, progress):
             raise torch.OutOfMemoryError("CUDA out of memory: /root/model")
 
         server.app.state.server.bagel.engine.run_images = exhausted
-        answer = draw(server)
-        assert answer.status_code == 503 and answer.headers["x-should-retry"] == "false"
-        assert "out of memory" in answer.text and "/root" not in answer.text
+        response = draw(server)
+        assert response.status_code == 503 and response.headers["x-should-retry"] == "false"
+        assert "out of memory" in response.text and "/root" not in response.text
 
 
 @contextmanager
@@ -256,11 +256,11 @@ def test_sigterm_lets_requests_finish(threads):
         with httpx.Client(base_url=address) as http:
             request = IMAGE | {"size": "96x96", "num_timesteps": 60}
             sent = [threads.submit(draw, SimpleNamespace(address=address), **request) for _ in range(3)]
-            until(lambda: metric(http, "bagel_rt_queue ") + metric(http, "bagel_rt_running ") == 3)
+            wait_until(lambda: metric(http, "bagel_rt_queue ") + metric(http, "bagel_rt_running ") == 3)
         log = threads.submit(server.stderr.read)
         server.send_signal(signal.SIGTERM)
-        assert [answer.result().status_code for answer in sent] == [200] * 3
-        assert server.wait(PATIENCE) == 143
+        assert [response.result().status_code for response in sent] == [200] * 3
+        assert server.wait(TIMEOUT) == 143
         assert "Traceback" not in log.result()
 
 
@@ -274,34 +274,34 @@ def test_second_signal_ends_the_server_at_once(threads, number):
         # More than can be done between the two interrupts, however busy the machine is.
         sent = [threads.submit(draw, SimpleNamespace(address=address), **request) for _ in range(4)]
         with httpx.Client(base_url=address) as http:
-            until(lambda: metric(http, "bagel_rt_running ") and metric(http, "bagel_rt_queue ") == 24)
+            wait_until(lambda: metric(http, "bagel_rt_running ") and metric(http, "bagel_rt_queue ") == 24)
             server.send_signal(number)
-            until(lambda: http.get("/health").status_code == 503)
+            wait_until(lambda: http.get("/health").status_code == 503)
         server.send_signal(number)
-        assert server.wait(PATIENCE) == 128 + number
+        assert server.wait(TIMEOUT) == 128 + number
         for one in sent:
             assert isinstance(one.exception(), httpx.HTTPError) or one.result().status_code == 503
 
 
 def test_disconnect_stops_a_running_edit():
-    with held() as server:
+    with paused_server() as server:
         with pytest.raises(httpx.ReadTimeout):
             server.http.post(
-                EDIT, files={"image": png()}, data={"prompt": "x"}, timeout=httpx.Timeout(PATIENCE, read=0.3)
+                EDIT, files={"image": png()}, data={"prompt": "x"}, timeout=httpx.Timeout(TIMEOUT, read=0.3)
             )
-        until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
-        until(lambda: not server.worker.running)
+        wait_until(lambda: metric(server.http, "bagel_rt_cancelled_total") == 1)
+        wait_until(lambda: not server.worker.running)
 
 
 def test_silent_stream_sends_keep_alive_comments(threads, monkeypatch):
     monkeypatch.setattr(responses, "_SILENCE", 0.05)
-    with held() as server:
+    with paused_server() as server:
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
         request = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}
         chunks = threads.submit(lambda: list(client.chat.completions.create(**request)))
-        with server.http.stream("POST", CHAT, json=request) as answer:
-            pieces = answer.iter_text()
-            until(lambda: ": wait\n\n" in next(pieces))
+        with server.http.stream("POST", CHAT, json=request) as response:
+            pieces = response.iter_text()
+            wait_until(lambda: ": wait\n\n" in next(pieces))
             server.go.set()
             assert "".join(pieces).endswith("data: [DONE]\n\n")
         assert chunks.result()[-1].choices[0].finish_reason == "length"

@@ -1,7 +1,7 @@
 """Ten thousand slightly broken bodies, forms and images: none causes a 5xx, and every refusal has a message.
 
 Requests pass through the whole application, in process. Of the accepted ones, every fourth runs the model; the others
-get a stored answer.
+get a stored response.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ ODD = [
 
 
 def odd(rng):
-    """A copy of a random one."""
+    """A copy of a random value of ``ODD``."""
     return json.loads(json.dumps(rng.choice(ODD)))
 
 
@@ -138,14 +138,14 @@ def image_files():
     """Image files of every supported kind."""
     noise = np.random.default_rng(0).integers(0, 256, (18, 26, 4), np.uint8)
     rgba = Image.fromarray(noise)
-    rgb, grey, palette = rgba.convert("RGB"), rgba.convert("L"), rgba.convert("P")
+    rgb, gray, palette = rgba.convert("RGB"), rgba.convert("L"), rgba.convert("P")
     deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
     turned = {"save_all": True, "append_images": [rgb.rotate(90)]}
     kinds = [
-        *(("PNG", image, {}) for image in (rgb, rgba, grey, palette, deep, grey.convert("1"), rgba.convert("LA"))),
+        *(("PNG", image, {}) for image in (rgb, rgba, gray, palette, deep, gray.convert("1"), rgba.convert("LA"))),
         *(("PNG", palette, {"transparency": value}) for value in (3, bytes(range(9)))),
         ("PNG", rgb, {"transparency": (1, 2, 3)}),
-        *(("JPEG", image, {}) for image in (rgb, grey, rgba.convert("CMYK"))),
+        *(("JPEG", image, {}) for image in (rgb, gray, rgba.convert("CMYK"))),
         ("JPEG", rgb, {"progressive": True}),
         *(("WEBP", rgba, options) for options in ({}, {"lossless": True}, turned)),
         *(("GIF", palette, options) for options in ({}, {"transparency": 2}, turned)),
@@ -264,8 +264,8 @@ async def post(app, route, kind, body, rng=None):
 
 
 def quick(engine):
-    """Make an engine return stored answers, except for every fourth request."""
-    draw, answer, interleave = engine.run_images, engine.run_answer, engine.run_interleaved
+    """Make an engine return stored replies, except for every fourth request."""
+    draw, response, interleave = engine.run_images, engine.run_answer, engine.run_interleaved
     turn, last = itertools.count(), {}
 
     def run_images(requests, progress):
@@ -275,7 +275,7 @@ def quick(engine):
         return results
 
     def run_answer(request, progress):
-        return (piece for piece in ["x"]) if next(turn) % 4 else answer(request, progress)
+        return (piece for piece in ["x"]) if next(turn) % 4 else response(request, progress)
 
     def run_interleaved(request, progress):
         return ["x"] if next(turn) % 4 else interleave(request, progress)
@@ -310,8 +310,8 @@ def run(app, cases, whole=False):
     async def post_all():
         async with app.router.lifespan_context(app):
             for number, (route, kind, body) in enumerate(cases):
-                status, answer = await post(app, route, kind, body, None if whole else random.Random(number))
-                check(status, answer, (number, route, kind, body))
+                status, response = await post(app, route, kind, body, None if whole else random.Random(number))
+                check(status, response, (number, route, kind, body))
                 found[status] += 1
             assert app.state.server.worker.failure is None
 

@@ -9,14 +9,14 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
-from serving import CHAT, DRAW, IMAGE, LIMITS, chat_body, metric, running, until  # noqa: E402
+from serving import CHAT, DRAW, IMAGE, LIMITS, chat_body, metric, running_server, wait_until  # noqa: E402
 
 from bagel_rt.serve.request_log import JsonFormatter, TextFormatter  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def address():
-    with running(key="secret") as (address, _):
+    with running_server(key="secret") as (address, _):
         yield address
 
 
@@ -28,8 +28,8 @@ def http(address):
 
 def test_every_response_has_a_request_id(address, http):
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
-    answer = client.chat.completions.create(**chat_body("x", max_tokens=2, model="small"))
-    assert len(answer._request_id) == 32
+    response = client.chat.completions.create(**chat_body("x", max_tokens=2, model="small"))
+    assert len(response._request_id) == 32
     assert http.get("/v1/nothing").headers["x-request-id"] != http.get("/v1/nothing").headers["x-request-id"]
     refused = httpx.get(f"{address}/v1/models")
     assert refused.status_code == 401 and refused.headers["x-request-id"]
@@ -46,7 +46,7 @@ def test_log_line_has_id_status_and_duration(http, caplog):
         http.post(DRAW, json={}, headers={"X-Request-Id": "first"})
         http.get("/v1/a%0Ab", headers={"X-Request-Id": "second"})
         http.get("/health")
-        until(lambda: len(caplog.records) == 2)
+        wait_until(lambda: len(caplog.records) == 2)
     first, second = caplog.records
     assert (first.request_id, first.method, first.path, first.status) == ("first", "POST", DRAW, 400)
     assert first.seconds > 0 and f"POST {DRAW} 400 in " in first.getMessage()
@@ -74,7 +74,7 @@ def test_metrics_count_refused_requests(address, http):
     http.post(DRAW, content=b"x" * (LIMITS.body + 1))
     http.get("/v1/nothing")
     http.get("/somewhere/else")
-    until(
+    wait_until(
         lambda: (
             [count(DRAW, 401), count(DRAW, 413), count("other", 404)] == [before[0] + 1, before[1] + 1, before[2] + 2]
         )
@@ -85,5 +85,5 @@ def test_metrics_have_the_time_to_the_first_token(http):
     before = metric(http, "bagel_rt_first_token_seconds_count")
     for stream in (False, True):
         assert http.post(CHAT, json=chat_body("x", max_tokens=2, stream=stream)).status_code == 200
-    until(lambda: metric(http, "bagel_rt_first_token_seconds_count") == before + 2)
+    wait_until(lambda: metric(http, "bagel_rt_first_token_seconds_count") == before + 2)
     assert metric(http, "bagel_rt_first_token_seconds_sum") > 0

@@ -72,7 +72,7 @@ async def ends(*jobs):
     return [outcome.image if isinstance(outcome, ImageResult) else outcome for outcome in outcomes]
 
 
-async def until(condition):
+async def wait_until(condition):
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
@@ -108,7 +108,7 @@ def test_equal_keys_share_a_batch_and_others_keep_their_order(run, model):
         model.go.clear()
         jobs = [image_job("a"), image_job("b"), image_job("c", batch_key="other"), image_job("d")]
         worker.submit(jobs[:1])
-        await until(lambda: worker.running == 1)
+        await wait_until(lambda: worker.running == 1)
         worker.submit(jobs[1:])
         model.go.set()
         assert await ends(*jobs) == ["a", "b", "c", "d"]
@@ -132,7 +132,7 @@ def test_full_queue_takes_no_job_and_an_empty_one_any_number(run, model):
         model.go.clear()
         first = image_job("first")
         worker.submit([first])
-        await until(lambda: worker.running == 1)
+        await wait_until(lambda: worker.running == 1)
         many = [image_job(str(number)) for number in range(5)]
         worker.submit(many)  # more than the limit, but the queue is empty
         with pytest.raises(Busy):
@@ -153,7 +153,7 @@ def test_ended_jobs_never_run(run, model):
         model.go.clear()
         first, gone, late = image_job("first"), image_job("gone"), image_job("late", seconds=0.05)
         worker.submit([first])
-        await until(lambda: worker.running == 1)
+        await wait_until(lambda: worker.running == 1)
         worker.submit([gone, late])
         gone.cancel()
         assert isinstance((await ends(late))[0], DeadlineExceeded)
@@ -169,12 +169,12 @@ def test_batch_runs_until_all_its_jobs_are_cancelled(run, model):
         model.go.clear()
         stay, leave = image_job("stay"), image_job("leave")
         worker.submit([stay, leave])
-        await until(lambda: worker.running == 2)
+        await wait_until(lambda: worker.running == 2)
         leave.cancel()
         assert isinstance((await ends(leave))[0], Cancelled)
         assert worker.running == 2
         stay.cancel()
-        await until(lambda: worker.running == 0)
+        await wait_until(lambda: worker.running == 0)
 
     run(test)
 
@@ -184,7 +184,7 @@ def test_deadline_ends_a_running_job(run, model):
         model.go.clear()
         worker.submit([job := image_job("slow", seconds=0.05)])
         assert isinstance((await ends(job))[0], DeadlineExceeded)
-        await until(lambda: worker.running == 0)
+        await wait_until(lambda: worker.running == 0)
 
     run(test)
 
@@ -217,7 +217,7 @@ def test_waiting_pieces_are_joined(run, model):
     async def test(worker):
         job = AsyncJob(request("word"), "text", time.monotonic() + 60)
         worker.submit([job])
-        await until(lambda: job.ended and worker.running == 0)
+        await wait_until(lambda: job.ended and worker.running == 0)
         assert [piece async for piece in job.listen()] == ["word"]
         assert job.result == Completion([], 4, True)
 
@@ -258,7 +258,7 @@ def test_broken_connection_cancels_its_jobs(run, model):
         worker.submit([job := image_job("slow")])
         async with _cancel_on_disconnect(SimpleNamespace(receive=fail), [job]):
             assert [type(end) for end in await ends(job)] == [Cancelled]
-        await until(lambda: worker.running == 0)
+        await wait_until(lambda: worker.running == 0)
 
     run(test)
 
@@ -270,7 +270,7 @@ def test_closing_the_listener_cancels(run, model):
         async with aclosing(job.listen()) as pieces:
             await anext(pieces)
         model.go.set()
-        await until(lambda: worker.running == 0)
+        await wait_until(lambda: worker.running == 0)
         assert job.ended
 
     run(test)
@@ -281,7 +281,7 @@ def test_stop_fails_jobs_after_the_grace_period(run, model):
         model.go.clear()
         jobs = [image_job("runs", batch_key=None), image_job("waits", batch_key=None)]
         worker.submit(jobs)
-        await until(lambda: worker.running == 1)
+        await wait_until(lambda: worker.running == 1)
         stopping = asyncio.create_task(asyncio.to_thread(worker.stop, 0.05))
         assert [type(end) for end in await ends(*jobs)] == [Stopping, Stopping]
         await stopping
@@ -308,7 +308,7 @@ def test_stuck_step_does_not_block_stop(run, model):
 
     async def test(worker):
         worker.submit([job := image_job("stuck")])
-        await until(lambda: worker.running == 1)
+        await wait_until(lambda: worker.running == 1)
         await asyncio.to_thread(worker.stop, 0.05)
         assert isinstance((await ends(job))[0], Stopping)
         stuck.set()
@@ -326,7 +326,7 @@ def test_lost_device_ends_all_jobs(run, model, monkeypatch):
         jobs = [image_job("poison", batch_key=None), image_job("waits", batch_key=None)]
         worker.submit(jobs)
         assert [type(end) for end in await ends(*jobs)] == [Stopping, Stopping]
-        await until(lambda: worker.failure is not None)
+        await wait_until(lambda: worker.failure is not None)
         with pytest.raises(Stopping):
             worker.submit([image_job("after")])
 
@@ -359,9 +359,9 @@ def test_ended_job_releases_its_memory(run, model, monkeypatch, prompt):
                 await job.finish()
             except Failed:
                 pass
-            await until(lambda: worker.running == 0)
+            await wait_until(lambda: worker.running == 0)
             del job
-            await until(lambda: all(one() is None for one in kept))
+            await wait_until(lambda: all(one() is None for one in kept))
         finally:
             gc.enable()
 
