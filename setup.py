@@ -84,7 +84,7 @@ def show(text: str) -> None:
     try:
         with open("/dev/tty", "w") as terminal:
             if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():  # writing could stop a background job
-                terminal.write(f"{text}\n")
+                terminal.write(f"\r{text}\n")  # over the spinner of pip
     except (AttributeError, OSError):  # no terminal, or Windows
         pass
 
