@@ -1,4 +1,4 @@
-"""Write weights as sharded safetensors files with an index, one tensor in memory at a time."""
+"""Write weights as one safetensors file, or as shards with an index, with one tensor in memory at a time."""
 
 import json
 import math
@@ -16,13 +16,10 @@ LazyTensor: TypeAlias = tuple[str, Callable[[], torch.Tensor], tuple[int, ...], 
 """Name, function that returns the tensor, its shape, its dtype."""
 
 
-def save_sharded(
-    folder: Path | str,
-    stem: str,
-    tensors: Iterable[LazyTensor],
-    max_shard_bytes: int,
+def save_weights(
+    folder: Path | str, stem: str, tensors: Iterable[LazyTensor], max_shard_bytes: int | None = None
 ) -> Path:
-    """Write ``<stem>-0000k-of-0000N.safetensors`` and ``<stem>.safetensors.index.json``.
+    """Write ``<stem>.safetensors``, or shards ``<stem>-0000k-of-0000N.safetensors`` and their ``.index.json``.
 
     One tensor is in memory at a time. Files are written atomically, the index last.
 
@@ -30,18 +27,22 @@ def save_sharded(
         folder: created if it does not exist.
         stem: "ema" or "ae".
         tensors: in the order of the files; dtypes bf16, fp16, fp32 or fp64. Each function is called once, in order.
-        max_shard_bytes: maximum tensor bytes per shard; a larger tensor gets its own shard.
+        max_shard_bytes: maximum tensor bytes per shard; a larger tensor gets its own shard. Default: a single file.
 
     Returns:
-        The path of the index file.
+        The path of the single file or of the index.
 
     Raises:
         ValueError: no tensors, a duplicate name, an unsupported dtype, or a tensor that differs from its declared
             shape or dtype.
     """
     folder = Path(folder)
-    shards = _plan_shards(tensors, max_shard_bytes)
+    shards = _plan_shards(tensors, math.inf if max_shard_bytes is None else max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
+    if max_shard_bytes is None:
+        with atomic_write(folder / f"{stem}.safetensors") as file:
+            _write_shard(file, shards[0])
+        return folder / f"{stem}.safetensors"
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
@@ -63,11 +64,11 @@ class _TensorSpec(NamedTuple):
     size: int  # bytes
 
 
-def _plan_shards(tensors: Iterable[LazyTensor], max_shard_bytes: int) -> list[list[_TensorSpec]]:
+def _plan_shards(tensors: Iterable[LazyTensor], max_shard_bytes: float) -> list[list[_TensorSpec]]:
     """Split the tensors, in order, into shards of at most ``max_shard_bytes``."""
     shards: list[list[_TensorSpec]] = []
     names: set[str] = set()
-    room = 0
+    room = 0.0
     for name, make, shape, dtype in tensors:
         check(f"dtype of {name}", dtype, one_of(tuple(DTYPES.values())))
         if name in names:

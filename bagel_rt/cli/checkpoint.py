@@ -22,7 +22,11 @@ def make_random_checkpoint(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
-    shard_gib: Annotated[float, typer.Option(help="Approximate size of a file, in GiB."), number(0, 1024)] = 4.0,
+    shard_gib: Annotated[
+        float | None,
+        typer.Option(show_default="one file", help="Write shards of about this size, in GiB."),
+        number(0, 1024),
+    ] = None,
     as_json: cli_options.Json = False,
     progress: cli_options.Progress = None,
 ) -> None:
@@ -37,6 +41,7 @@ def make_random_checkpoint(
     check_seed(seed)
     config = BAGEL_7B_MOT if like is None else BagelConfig.from_folder(like)
     tokenizer = {} if like is None else {"tokenizer": like}
-    size = make(folder, config, seed, int(shard_gib * 2**30), progress is not False, **tokenizer)
+    shard_bytes = None if shard_gib is None else int(shard_gib * 2**30)
+    size = make(folder, config, seed, shard_bytes, progress is not False, **tokenizer)
     report = {"folder": str(folder), "seed": seed, "bytes": size}
     typer.echo(json.dumps(report) if as_json else f"{folder}: {size:,} bytes of random weights, seed {seed}")

@@ -13,7 +13,7 @@ from test_checkpoint import FILE, REMEDY, assert_rejected, make_slots
 
 from bagel_rt.checkpoint.find import find_weights
 from bagel_rt.checkpoint.read import load_weights
-from bagel_rt.checkpoint.write import save_sharded
+from bagel_rt.checkpoint.write import save_weights
 from bagel_rt.errors import CheckpointError
 
 
@@ -123,13 +123,13 @@ SAVED = {
 
 
 def declared(tensors, actual=None):
-    """Entries for save_sharded; every function returns ``actual`` instead of its tensor, if it is set."""
+    """Entries for save_weights; every function returns ``actual`` instead of its tensor, if it is set."""
     return [(name, lambda t=t: t if actual is None else actual, tuple(t.shape), t.dtype) for name, t in tensors.items()]
 
 
 @pytest.mark.parametrize("limit, shards", [(1 << 30, 1), (40, 2), (24, 3), (1, 5)])
 def test_saved_shards_load_here_and_with_the_safetensors_package(tmp_path, limit, shards):
-    index = save_sharded(tmp_path / "new", "ema", declared(SAVED), limit)
+    index = save_weights(tmp_path / "new", "ema", declared(SAVED), limit)
     files = sorted(file.name for file in (tmp_path / "new").iterdir())
     assert files == [f"ema-{k:05}-of-{shards:05}.safetensors" for k in range(1, shards + 1)] + [index.name]
     assert find_weights(tmp_path / "new", "ema") == index
@@ -145,6 +145,14 @@ def test_saved_shards_load_here_and_with_the_safetensors_package(tmp_path, limit
             assert torch.equal(shard.get_tensor(name), SAVED[name]) and shard.metadata() == {"format": "pt"}
 
 
+def test_saves_a_single_file_without_a_limit(tmp_path):
+    path = save_weights(tmp_path, "ema", declared(SAVED))
+    assert list(tmp_path.iterdir()) == [path] and path.name == "ema.safetensors"
+    slots = make_slots(SAVED)
+    load_weights(path, slots, progress=False)
+    assert all(torch.equal(slots[name].view, tensor) for name, tensor in SAVED.items())
+
+
 def test_saving_creates_each_tensor_once_and_keeps_one_in_memory(tmp_path):
     calls, alive, peak = [], set(), 0
 
@@ -157,7 +165,7 @@ def test_saving_creates_each_tensor_once_and_keeps_one_in_memory(tmp_path):
         peak = max(peak, len(alive))
         return torch.from_numpy(memory)
 
-    save_sharded(tmp_path, "ema", [(f"w{i}", lambda i=i: make(i), (4,), torch.float32) for i in range(6)], 48)
+    save_weights(tmp_path, "ema", [(f"w{i}", lambda i=i: make(i), (4,), torch.float32) for i in range(6)], 48)
     assert calls == list(range(6)) and peak == 1
 
 
@@ -173,12 +181,12 @@ def test_saving_creates_each_tensor_once_and_keeps_one_in_memory(tmp_path):
 )
 def test_failed_saving_leaves_no_file(tmp_path, tensors, message):
     with pytest.raises(ValueError, match=message):
-        save_sharded(tmp_path, "ema", tensors, 1 << 30)
+        save_weights(tmp_path, "ema", tensors, 1 << 30)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_saving_leaves_complete_shards_and_the_old_index(tmp_path):
-    index = save_sharded(tmp_path, "ema", declared(FILE), 24)
+    index = save_weights(tmp_path, "ema", declared(FILE), 24)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def fail():
@@ -187,7 +195,7 @@ def test_interrupted_saving_leaves_complete_shards_and_the_old_index(tmp_path):
     changed = {name: tensor * 2 for name, tensor in FILE.items()}
     tensors = declared({"a": changed["a"]}) + [("b", fail, (4,), torch.float32)]
     with pytest.raises(KeyboardInterrupt):
-        save_sharded(tmp_path, "ema", tensors, 24)
+        save_weights(tmp_path, "ema", tensors, 24)
     after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert after.keys() == before.keys() and len(after) == 3
     assert [name for name in after if after[name] != before[name]] == ["ema-00001-of-00002.safetensors"]

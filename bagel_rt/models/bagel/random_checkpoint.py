@@ -26,7 +26,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from bagel_rt.checkpoint import DEFAULT_MODEL
-from bagel_rt.checkpoint.write import save_sharded
+from bagel_rt.checkpoint.write import save_weights
 from bagel_rt.models.bagel.config import BAGEL_7B_MOT, BagelConfig
 from bagel_rt.models.bagel.embed import sincos_table
 from bagel_rt.models.bagel.folder import STORED_AS, copy_tokenizer, write_config
@@ -89,19 +89,19 @@ def make_random_checkpoint(
     folder: str | Path,
     config: BagelConfig = BAGEL_7B_MOT,
     seed: int = 0,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int | None = None,
     progress: bool = False,
     tokenizer: str | Path = DEFAULT_MODEL,
 ) -> int:
     """Write an official model folder with random weights. If it fails or is interrupted, all its files are deleted.
 
-    ``ema`` is bfloat16 in shards with an index; ``ae.safetensors`` is float32.
+    ``ema`` is bfloat16; ``ae.safetensors`` is float32.
 
     Args:
         folder: must not exist, or be empty.
         config: the shapes.
         seed: of the weights.
-        shard_bytes: maximum tensor bytes per shard; a larger tensor gets its own shard.
+        shard_bytes: maximum tensor bytes per shard of ``ema``. Default: one file, which the official code needs.
         progress: show a progress bar on stderr, or lines if it is not a terminal.
         tokenizer: folder of the tokenizer to copy. The default, of the embedded model, has a few hundred tokens.
 
@@ -138,7 +138,7 @@ def make_random_checkpoint(
                 advance(drawn.nbytes)
                 return drawn
 
-            save_sharded(
+            save_weights(
                 folder,
                 "ema",
                 [

@@ -228,6 +228,7 @@ def test_command_writes_a_usable_model(tmp_path):
     assert result.stderr.splitlines()[-1] == "random weights: 100% of 0.0 GB"  # not a terminal
     quiet = run("make-random-checkpoint", tmp_path / "q", "--like", CHECKPOINT, "--seed", 2, "--json", "--no-progress")
     assert quiet.stderr == ""
+    assert (tmp_path / "m" / "ema.safetensors").is_file()  # one file, as the official code expects
     report = json.loads(result.stdout)
     assert (report["folder"], report["seed"]) == (str(tmp_path / "m"), 2) and report["bytes"] > 2_900_000
     run("generate", "x", "-o", tmp_path / "x.png", "--model", tmp_path / "m", "--num-timesteps", 3)
