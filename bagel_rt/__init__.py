@@ -20,7 +20,7 @@ _LAZY_EXPORTS = {  # name: module
 __all__ = ["__version__", *_LAZY_EXPORTS]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _LAZY_EXPORTS:
         return getattr(import_module(f"bagel_rt.{_LAZY_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'bagel_rt' has no attribute {name!r}")

@@ -1,20 +1,20 @@
-"""Requests end to end: prefill, think, denoise, decode.
+"""Runs requests end to end: prefill, think, denoise, decode.
 
-Arguments are already checked. The model is used only through its interface (``bagel_rt.models.interface``).
+Requests are already checked. The model is used only through its interface (``bagel_rt.models.interface``).
 """
 
 import functools
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from bagel_rt.models.interface import ImageTextModel, RequestContexts, Tokenizer
-from bagel_rt.request import ImageResult, Progress, ProgressCallback, Request
+from bagel_rt.request import ImageRequest, ImageResult, InterleavedRequest, Progress, ProgressCallback, Request
 from bagel_rt.runtime.context import MAX_ROWS, Prefill
 from bagel_rt.runtime.decode import MAX_TEXTS, Sampling, generate_tokens
 from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
@@ -22,29 +22,29 @@ from bagel_rt.runtime.graphs import GraphCache, run_pipelined
 from bagel_rt.runtime.interface import Guidance
 from bagel_rt.runtime.slots import KVCache, SlotRange
 
-Report = Callable[[int, Callable[[], list]], None]  # (steps done, function that returns the results so far)
+Results = list[str] | list[Image.Image]
+Report = Callable[[int, Callable[[], Results]], None]  # (steps done, function that returns the results so far)
 T = TypeVar("T")
 
 
 class Engine:
-    """A model, its tokenizer and its KV cache. One request at a time; a request's slots are freed however it ends.
+    """A model, its tokenizer and its KV cache. Runs one request at a time and always frees its slots.
 
     Attributes:
         graphs: captured steps, and the buffers that outlive a request.
     """
 
-    def __init__(self, model: ImageTextModel, tokenizer: Tokenizer, graphs: bool = True):
+    def __init__(self, model: ImageTextModel, tokenizer: Tokenizer, graphs: bool = True) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.cache: KVCache = model.make_cache()
         self.graphs = GraphCache.for_device(model.device, graphs)
         self.cache.moved.append(self.graphs.invalidate)
 
-    def run_images(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[ImageResult]:
-        """One image for each request; stages of all requests are packed.
-
-        Inputs may be texts and images in any order. If a request has a system prompt, the model first writes a thought.
-        """
+    def run_images(
+        self, requests: Sequence[ImageRequest], progress: ProgressCallback | None = None
+    ) -> list[ImageResult]:
+        """Generate one image per request; each stage runs all requests together."""
 
         def run() -> list[ImageResult]:
             prefill = Prefill(self.model, self.cache)
@@ -62,13 +62,13 @@ class Engine:
         return self._run_with_retry(requests, run, weakref.WeakSet())
 
     def run_answer(self, request: Request, progress: ProgressCallback | None = None) -> Generator[str, None, None]:
-        """Text about the request's inputs, piece by piece."""
+        """Stream the answer to a request as pieces of text."""
         ranges: weakref.WeakSet[SlotRange] = weakref.WeakSet()
         length = request.text.max_think_token_n
 
-        def begin() -> tuple[Iterator[str], str | None]:
+        def begin() -> tuple[Generator[str, None, None], str | None]:
             prefill = Prefill(self.model, self.cache)
-            contexts = self._open(request, prefill, draws=False, written=length)
+            contexts = self._open(request, prefill, written=length)
             prefill.run()
             pieces = self._stream_text(contexts, request, request.seed, _reporter(progress, "text", [length - 1]))
             return pieces, next(pieces, None)
@@ -83,17 +83,20 @@ class Engine:
             pieces.close()
             _release(ranges)
 
-    def run_interleaved(self, request: Request, progress: ProgressCallback | None = None) -> list[str | ImageResult]:
+    def run_interleaved(
+        self, request: InterleavedRequest, progress: ProgressCallback | None = None
+    ) -> list[str | ImageResult]:
         """Generate text; if it requests an image, generate the image and continue, at most ``request.rounds`` times.
 
-        The model's texts and images are appended to the conditional context alone. The other contexts of guidance hold
-        the inputs only.
+        Generated texts and images are appended to the conditional context only. The contexts of the other guidance
+        branches hold the inputs only.
         """
 
         def run() -> list[str | ImageResult]:
-            length, parts = request.text.max_think_token_n, []
+            length = request.text.max_think_token_n
+            parts: list[str | ImageResult] = []
             prefill = Prefill(self.model, self.cache)
-            contexts = self._open(request, prefill, draws=True, written=length + 2)
+            contexts = self._open(request, prefill, written=length + 2)
             size = contexts.image_size or request.size
             for turn in range(request.rounds):
                 prefill.run()
@@ -124,12 +127,12 @@ class Engine:
 
     # The stages
 
-    def _prefill(self, requests: Sequence[Request], prefill: Prefill) -> list[RequestContexts]:
-        """Contexts of all requests, filled by packed forwards."""
+    def _prefill(self, requests: Sequence[ImageRequest], prefill: Prefill) -> list[RequestContexts]:
+        """Compute the contexts of all requests."""
         opened = []
         for request in requests:
             written = request.text.max_think_token_n + 2 if request.system is not None else 0
-            opened.append(self._open(request, prefill, draws=True, written=written))
+            opened.append(self._open(request, prefill, written=written))
             if request.negative_prompt is not None:
                 opened[-1].add_negative(request.negative_prompt)
         prefill.run()
@@ -157,9 +160,9 @@ class Engine:
         return thoughts
 
     def _denoise(
-        self, tasks: Sequence[DenoisingTask], requests: Sequence[Request], progress: ProgressCallback | None
+        self, tasks: Sequence[DenoisingTask], requests: Sequence[ImageRequest], progress: ProgressCallback | None
     ) -> list[torch.Tensor]:
-        """The final state of every task. Tasks with equally many steps run together, up to MAX_ROWS rows a forward."""
+        """The final state of each task. Tasks with equally many steps run together, up to MAX_ROWS rows."""
         settings = [request.image for request in requests]
         alone = [self.model.guidance([task], [one]) for task, one in zip(tasks, settings, strict=True)]
 
@@ -172,9 +175,9 @@ class Engine:
         latents: dict[int, torch.Tensor] = {}
         for number, group in enumerate(groups):
             report = _reporter(progress, "image", steps, number, group)
-            chosen = [tasks[index] for index in group]
-            guidance = self.model.guidance(chosen, [settings[index] for index in group])
-            latents |= zip(group, self._denoise_together(chosen, guidance, report), strict=True)
+            members = [tasks[index] for index in group]
+            guidance = self.model.guidance(members, [settings[index] for index in group])
+            latents |= zip(group, self._denoise_together(members, guidance, report), strict=True)
         return [latents[index] for index in range(len(tasks))]
 
     def _denoise_together(
@@ -182,7 +185,7 @@ class Engine:
     ) -> list[torch.Tensor]:
         """Denoise all tasks with one packed forward per step, and return their final states."""
         with closing(Denoiser(self.model, self.cache, tasks, guidance, self.graphs)) as denoiser:
-            preview = functools.partial(self._preview, weakref.ref(denoiser))  # weak: a preview must not hold slots
+            preview = functools.partial(self._preview, weakref.ref(denoiser))  # weak: a preview must not keep slots
             work = (functools.partial(denoiser.step, index) for index in range(len(denoiser)))
             for done in run_pipelined(self.model.device, work):
                 report(done, preview)
@@ -195,17 +198,18 @@ class Engine:
 
     # Parts of the stages
 
-    def _open(self, request: Request, prefill: Prefill, draws: bool, written: int) -> RequestContexts:
-        """Contexts holding the system prompt and the request's inputs, with room for ``written`` tokens."""
+    def _open(self, request: Request, prefill: Prefill, written: int) -> RequestContexts:
+        """Contexts with the system prompt and the inputs of a request, and slots for ``written`` tokens."""
+        noise, size = (request.noise, request.size) if isinstance(request, ImageRequest) else (None, None)
         return self.model.open_contexts(
             prefill,
             self.tokenizer,
             request.inputs,
             system=request.system,
             seed=request.seed,
-            noise=request.noise,
-            size=request.size,
-            draws=draws,
+            noise=noise,
+            size=size,
+            draws=request.draws,
             written=written,
         )
 
@@ -214,7 +218,8 @@ class Engine:
         if len(requests) == 1:
             return ["".join(self._stream_text(contexts[0], requests[0], requests[0].seed, report))]
         streams = [self.tokenizer.stream() for _ in requests]
-        texts, counts = [[] for _ in requests], [0] * len(requests)
+        texts: list[list[str]] = [[] for _ in requests]
+        counts = [0] * len(requests)
         with closing(self._tokens(contexts, requests, [request.seed for request in requests])) as tokens:
             for number, token in tokens:
                 counts[number] += 1
@@ -223,9 +228,12 @@ class Engine:
                     report(counts[number], lambda: list(map("".join, texts)))
         return ["".join([*pieces, stream.finish()]) for pieces, stream in zip(texts, streams, strict=True)]
 
-    def _stream_text(self, contexts: RequestContexts, request: Request, seed: int, report: Report) -> Iterator[str]:
+    def _stream_text(
+        self, contexts: RequestContexts, request: Request, seed: int, report: Report
+    ) -> Generator[str, None, None]:
         """The next text of a request, piece by piece."""
-        stream, pieces = self.tokenizer.stream(), []
+        stream = self.tokenizer.stream()
+        pieces: list[str] = []
         with closing(self._tokens([contexts], [request], [seed])) as tokens:
             for count, (_, token) in enumerate(tokens, start=1):
                 pieces.append(stream.feed(token))
@@ -259,7 +267,7 @@ class Engine:
         """The images predicted from the current step of a denoising."""
         denoiser = running()
         if denoiser is None or denoiser.closed:
-            raise RuntimeError("preview() must be called within the progress callback, got a call after it")
+            raise RuntimeError("preview() must be called within the progress callback, got a call after it.")
         return self._decode(denoiser.tasks, denoiser.estimates())
 
     # Memory
@@ -267,15 +275,16 @@ class Engine:
     def _run_with_retry(
         self, requests: Sequence[Request], run: Callable[[], T], ranges: "weakref.WeakSet[SlotRange]"
     ) -> T:
-        """``run()`` for requests. On out-of-memory, drop caches and retry once, if there was anything to drop.
+        """Run requests with ``run()``. On out-of-memory, drop caches and retry once, if there was anything to drop.
 
         Raises:
-            torch.OutOfMemoryError: the last try failed. States the expected memory and advice; the caches are dropped.
+            torch.OutOfMemoryError: the last try failed. The message states the expected memory and how to reduce it;
+                the caches are dropped.
         """
         if self.graphs.kept or self.cache.slots:
             with suppress(torch.OutOfMemoryError), self._guard(requests, ranges):
                 return run()
-        with self._guard(requests, ranges):  # outside the block above: its exception would hold tensors
+        with self._guard(requests, ranges):  # outside the block above, whose exception would keep tensors alive
             return run()
 
     @contextmanager
@@ -304,9 +313,11 @@ class Engine:
             raise torch.OutOfMemoryError(f"{error}\n{advice}") from error
 
 
-def _grouped(items: Iterable[int], key: Callable, weight: Callable, limit: int) -> Iterator[list[int]]:
+def _grouped(
+    items: Iterable[int], key: Callable[[int], Hashable], weight: Callable[[int], int], limit: int
+) -> Iterator[list[int]]:
     """Group items by key, in order. A group is split where its total weight would exceed the limit."""
-    groups = {}
+    groups: dict[Hashable, list[list[int]]] = {}
     for item in items:
         cuts = groups.setdefault(key(item), [[]])
         if cuts[-1] and sum(map(weight, cuts[-1])) + weight(item) > limit:
@@ -328,11 +339,11 @@ def _reporter(
     Args:
         lengths: number of steps of each group of the stage; progress counts through all of them.
         number: index of this group.
-        members: indexes of its requests, by which results are returned.
+        members: indexes of its requests, the keys of the results.
     """
     before, total = sum(lengths[:number]), sum(lengths)
 
-    def report(step: int, results: Callable[[], list]) -> None:
+    def report(step: int, results: Callable[[], Results]) -> None:
         if progress:
             with torch.inference_mode(False):  # the callback runs in ordinary mode
                 progress(Progress(stage, before + step, total, lambda: dict(zip(members, results(), strict=True))))
@@ -345,8 +356,8 @@ def _release(ranges: Iterable[SlotRange]) -> None:
         one.release()
 
 
-def _parameters(request: Request, size: tuple[int, int], wrote: bool) -> dict:
-    """Every hyper-parameter of an image, and those of texts if the model ``wrote`` one."""
+def _parameters(request: ImageRequest, size: tuple[int, int], wrote: bool) -> dict[str, Any]:
+    """Every hyper-parameter of an image, including those of text decoding if the model ``wrote`` a text."""
     parameters = {**asdict(request.image), "height": size[0], "width": size[1]}
     if wrote:
         parameters |= asdict(request.text)

@@ -1,7 +1,8 @@
 """The Python API: ``Bagel`` loads a checkpoint folder and generates, edits, answers and interleaves."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,22 @@ from bagel_rt.models.bagel.contexts import count_tokens, noise_shapes
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
-from bagel_rt.models.bagel.settings import MAX_BATCH, MAX_INPUTS, MAX_ROUNDS, resolve_settings, settings_per_prompt
+from bagel_rt.models.bagel.settings import (
+    MAX_BATCH,
+    MAX_INPUTS,
+    MAX_ROUNDS,
+    ImageTask,
+    resolve_settings,
+    settings_per_prompt,
+)
 from bagel_rt.models.bagel.tokenizer import Tokenizer
+from bagel_rt.models.bagel.workload import DTYPES
 from bagel_rt.request import (
+    ImageRequest,
     ImageResult,
     ImageSource,
+    InterleavedRequest,
+    Noise,
     ProgressCallback,
     Request,
     check_list,
@@ -32,8 +44,6 @@ from bagel_rt.request import (
 )
 from bagel_rt.validation import BOOLEAN, check, integer, invalid, one_of, per_prompt
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class Bagel:
     """A loaded model. Runs one request at a time and is not thread-safe.
@@ -43,8 +53,8 @@ class Bagel:
         model, tokenizer, cache: the model, tokenizer and KV cache of the engine.
     """
 
-    def __init__(self, model: BagelModel, tokenizer: Tokenizer, graphs: bool = True):
-        """Use a model that is already loaded; for ``graphs`` see :meth:`from_pretrained`."""
+    def __init__(self, model: BagelModel, tokenizer: Tokenizer, graphs: bool = True) -> None:
+        """Wrap a loaded model; for ``graphs`` see :meth:`from_pretrained`."""
         self.engine = Engine(model, tokenizer, graphs)
         self.model, self.tokenizer, self.cache = model, tokenizer, self.engine.cache
 
@@ -52,7 +62,7 @@ class Bagel:
     def from_pretrained(
         cls,
         folder: str | Path | None = None,
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         graphs: bool = True,
@@ -111,9 +121,9 @@ class Bagel:
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | None | Sequence[str | None] = None,
         think: bool | Sequence[bool] = False,
-        noise=None,
+        noise: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
         progress: ProgressCallback | None = None,
-        **hyperparameters,
+        **hyperparameters: Any,
     ) -> ImageResult | list[ImageResult]:
         """Generate an image from a prompt, or a batch of images from a list of prompts.
 
@@ -144,7 +154,7 @@ class Bagel:
         else:
             settings = settings_per_prompt("generate", hyperparameters, count)
 
-        def expand(name: str, value, is_shared: bool) -> list:
+        def expand(name: str, value: Any, is_shared: bool) -> list[Any]:
             """One value per prompt."""
             return [value] * count if single or is_shared else per_prompt(name, value, count)
 
@@ -158,14 +168,8 @@ class Bagel:
             expand("negative_prompt", negative_prompt, not isinstance(negative_prompt, (list, tuple))),
         )
         requests = [
-            self._request(
-                [text],
-                self.check_size(size),
-                seed,
-                settings,
-                noise,
-                _system_prompt(THINK_BEFORE_IMAGE, think),
-                negative,
+            self._image_request(
+                [text], size, seed, settings, noise, _system_prompt(THINK_BEFORE_IMAGE, think), negative
             )
             for text, size, seed, settings, noise, think, negative in zip(*arguments, strict=True)
         ]
@@ -180,9 +184,9 @@ class Bagel:
         seed: int | None = None,
         negative_prompt: str | None = None,
         think: bool = False,
-        noise=None,
+        noise: Noise = None,
         progress: ProgressCallback | None = None,
-        **hyperparameters,
+        **hyperparameters: Any,
     ) -> ImageResult:
         """Edit an image, or combine several, as the prompt instructs. The result has the size of the last image.
 
@@ -196,12 +200,13 @@ class Bagel:
         Other arguments: see :meth:`generate`; the defaults are the official ones of editing.
         """
         settings = resolve_settings("edit", hyperparameters)
-        inputs = [*open_images(images, minimum=1), check_text("prompt", prompt)]
+        inputs: list[str | Image.Image] = [*open_images(images, minimum=1), check_text("prompt", prompt)]
         system = _system_prompt(THINK_BEFORE_IMAGE, think)
-        request = self._request(inputs, None, resolve_seeds(seed, 1)[0], settings, noise, system, negative_prompt)
+        seed = resolve_seeds(seed, 1)[0]
+        request = self._image_request(inputs, None, seed, settings, noise, system, negative_prompt)
         return self.engine.run_images([request], progress)[0]
 
-    def chat(self, prompt: str, images: ImageSource | Sequence[ImageSource] = (), **options) -> str:
+    def chat(self, prompt: str, images: ImageSource | Sequence[ImageSource] = (), **options: Any) -> str:
         """Answer a prompt, with or without images, and return the whole text. Options as in :meth:`stream`."""
         return "".join(self.stream(prompt, images, **options))
 
@@ -213,8 +218,8 @@ class Bagel:
         think: bool = False,
         seed: int | None = None,
         progress: ProgressCallback | None = None,
-        **hyperparameters,
-    ) -> Iterator[str]:
+        **hyperparameters: Any,
+    ) -> Generator[str, None, None]:
         """Stream the answer to a prompt as pieces of text.
 
         Arguments are checked at the call; computation starts with the first ``next()``.
@@ -228,9 +233,10 @@ class Bagel:
             **hyperparameters: fields of :class:`TextSettings`.
         """
         settings = resolve_settings("chat", hyperparameters)
-        inputs = [*open_images(images), check_text("prompt", prompt)]
+        inputs: list[str | Image.Image] = [*open_images(images), check_text("prompt", prompt)]
         system = _system_prompt(THINK_BEFORE_ANSWER, think)
-        request = self._request(inputs, None, resolve_seeds(seed, 1)[0], settings, None, system)
+        request = Request(inputs=inputs, seed=resolve_seeds(seed, 1)[0], text=settings.text, system=system)
+        self.check_request(request)
         return self.engine.run_answer(request, progress)
 
     def interleave(
@@ -241,9 +247,9 @@ class Bagel:
         max_rounds: int = 3,
         size: tuple[int, int] | None = None,
         seed: int | None = None,
-        noise=None,
+        noise: Noise = None,
         progress: ProgressCallback | None = None,
-        **hyperparameters,
+        **hyperparameters: Any,
     ) -> list[str | ImageResult]:
         """Generate interleaved texts and images, with models trained to request images (ThinkMorph).
 
@@ -262,12 +268,20 @@ class Bagel:
         """
         settings = resolve_settings("interleave", hyperparameters)
         check("max_rounds", max_rounds, integer(1, MAX_ROUNDS))
-        inputs = check_list("inputs", inputs, (str, Image.Image, np.ndarray, Path, bytes), MAX_INPUTS)
-        inputs = [part if isinstance(part, str) else open_image(part) for part in inputs]
+        sources = check_list("inputs", inputs, (str, Image.Image, np.ndarray, Path, bytes), MAX_INPUTS)
+        parts = [part if isinstance(part, str) else open_image(part) for part in sources]
         system = _system_prompt(THINK_INTERLEAVED, think)
-        request = self._request(
-            inputs, self.check_size(size), resolve_seeds(seed, 1)[0], settings, noise, system, rounds=max_rounds
+        request = InterleavedRequest(
+            inputs=parts,
+            seed=resolve_seeds(seed, 1)[0],
+            text=settings.text,
+            system=system,
+            size=self.check_size(size),
+            image=settings.image,
+            noise=noise,
+            rounds=max_rounds,
         )
+        self.check_request(request)
         return self.engine.run_interleaved(request, progress)
 
     def release_memory(self) -> None:
@@ -277,20 +291,27 @@ class Bagel:
         """
         self.engine.release_memory()
 
-    def _request(
+    def _image_request(
         self,
-        inputs,
-        size,
+        inputs: list[str | Image.Image],
+        size: object,
         seed: int,
-        settings,
-        noise,
+        settings: ImageTask,
+        noise: Noise,
         system: str | None,
-        negative_prompt=None,
-        rounds: int | None = None,
-    ) -> Request:
-        """Create and check a request; ``settings`` as of :func:`resolve_settings`."""
-        image, text = settings
-        request = Request(inputs, size, seed, image, text, noise, system, negative_prompt, rounds)
+        negative_prompt: str | None,
+    ) -> ImageRequest:
+        """Create and check a request for an image."""
+        request = ImageRequest(
+            inputs=inputs,
+            seed=seed,
+            text=settings.text,
+            system=system,
+            size=self.check_size(size),
+            image=settings.image,
+            noise=noise,
+            negative_prompt=negative_prompt,
+        )
         self.check_request(request)
         return request
 
@@ -298,17 +319,16 @@ class Bagel:
         """Raise ValueError if a request does not fit the model: its length, its image sizes or its noise."""
         self._check_length(request)
         self._check_image_sizes(request.inputs)
-        if request.noise is not None:
+        if isinstance(request, ImageRequest) and request.noise is not None:
             shapes = noise_shapes(self.model.config, request.inputs, request.size)
-            _check_noise(request.noise, shapes, exact=request.rounds is None)
+            _check_noise(request.noise, shapes, exact=not isinstance(request, InterleavedRequest))
 
     def _check_length(self, request: Request) -> None:
         """Raise ValueError if texts, images and the text to generate need more positions than the model has."""
         config, limit = self.model.config, self.model.config.llm.max_position_embeddings
-        parts = [*request.inputs, *(part for part in (request.negative_prompt, request.system) if part is not None)]
-        texts = [check_text("a text", part) for part in parts if not isinstance(part, Image.Image)]
+        texts = [check_text("a text", part) for part in request.parts if not isinstance(part, Image.Image)]
         generated = request.text.max_think_token_n if request.generates_text else 0
-        if request.rounds is not None:
+        if isinstance(request, InterleavedRequest):
             # Per round: the text with its start and end token, and an image, which takes one position as VAE and one
             # as ViT tokens.
             generated = request.rounds * (generated + 4)
@@ -319,8 +339,8 @@ class Bagel:
                 f"{generated} are for generated text. Shorten the prompt or lower max_think_token_n."
             )
 
-    def _check_image_sizes(self, inputs) -> None:
-        """Raise ValueError if an image is larger than the position tables even after the resize rules."""
+    def _check_image_sizes(self, inputs: Sequence[str | Image.Image]) -> None:
+        """Raise ValueError if a resized image is larger than the position tables."""
         config = self.model.config
         if config.interpolate_pos:
             return
@@ -335,8 +355,8 @@ class Bagel:
                     "an image of another aspect ratio."
                 )
 
-    def check_size(self, size) -> tuple[int, int]:
-        """Check the (height, width) of an image to generate; None stands for the default resolution of the model.
+    def check_size(self, size: object) -> tuple[int, int]:
+        """Check the (height, width) of an image to generate; None is the default resolution of the model.
 
         Raises:
             ValueError: not a pair of integers, or not a size that the model can generate.
@@ -346,11 +366,12 @@ class Bagel:
             return (config.default_resolution, config.default_resolution)
         if not is_size(size):
             raise invalid("size", size, "(height, width)")
-        config.check_size(*size)
-        return tuple(size)
+        height, width = size
+        config.check_size(height, width)
+        return height, width
 
 
-def _resolve_device(device) -> torch.device:
+def _resolve_device(device: torch.device | str | None) -> torch.device:
     try:
         resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -364,16 +385,16 @@ def _resolve_device(device) -> torch.device:
     return resolved
 
 
-def _system_prompt(prompt: str, think) -> str | None:
-    """The system prompt of a request: ``prompt`` if it thinks, else none."""
+def _system_prompt(prompt: str, think: object) -> str | None:
+    """The system prompt of a request: ``prompt`` with ``think``, else none."""
     check("think", think, BOOLEAN)
     return prompt if think else None
 
 
-def _check_noise(noise, shapes: list[tuple], exact: bool) -> None:
+def _check_noise(noise: object, shapes: list[tuple[int, ...]], exact: bool) -> None:
     """Raise ValueError unless the noise consists of finite tensors of these shapes.
 
-    Without ``exact`` further tensors may follow: an interleaved request does not know its number of images yet.
+    Without ``exact`` more tensors may follow, because the number of images of an interleaved request is not known.
     """
     tensors = [noise] if isinstance(noise, torch.Tensor) else noise
     if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSett
 from bagel_rt.validation import check, integer, invalid, per_prompt
 
 ImageSource = Image.Image | NDArray[Any] | str | Path | bytes
+Noise = Sequence[torch.Tensor] | torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -47,57 +48,102 @@ class ImageResult:
     Attributes:
         image: RGB.
         seed: of the noise; the same seed and parameters give the same image on the same machine.
-        parameters: the value of every hyper-parameter.
+        parameters: every hyper-parameter of the image, by name.
         latents: float32 [tokens, features] on the model's device, the input of the autoencoder's decoder.
         thought: the text generated before the image, or None.
     """
 
     image: Image.Image
     seed: int
-    parameters: dict
+    parameters: dict[str, Any]
     latents: torch.Tensor
     thought: str | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Request:
-    """A request with resolved settings.
+    """A request with resolved settings; this class is a request for an answer in text.
 
     Attributes:
         inputs: texts and images in order: strings, and PIL images that can be converted to RGB.
-        size: (height, width) of the images to generate; an input image overrides it.
         seed: for noise and sampling.
-        image: settings of denoising; None if the request generates no image.
         text: settings of text decoding.
-        noise: tensors to use instead of the noise drawn from the seed; see
-            :class:`~bagel_rt.models.bagel.contexts.Noise`.
-        system: the system prompt. A request for an image with a system prompt generates a thought first.
-        negative_prompt: used for the branch without text of classifier-free guidance. Default: no text.
-        rounds: maximum number of images of an interleaved request; None for other requests.
+        system: the system prompt.
     """
 
     inputs: list[str | Image.Image]
-    size: tuple[int, int] | None
     seed: int
-    image: ImageSettings | None
     text: TextSettings
-    noise: Sequence[torch.Tensor] | torch.Tensor | None = None
     system: str | None = None
-    negative_prompt: str | None = None
-    rounds: int | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether the request generates images."""
+        return False
 
     @property
     def generates_text(self) -> bool:
         """Whether the request generates text: an answer, a thought or interleaved text."""
-        return self.image is None or self.system is not None or self.rounds is not None
+        return True
+
+    @property
+    def parts(self) -> list[str | Image.Image]:
+        """The inputs and all other texts that a context holds."""
+        return self.inputs if self.system is None else [*self.inputs, self.system]
 
 
-def is_size(size) -> bool:
+@dataclass(kw_only=True)
+class ImageRequest(Request):
+    """A request for an image. With a system prompt the model generates a thought first.
+
+    Attributes:
+        size: (height, width) of the images to generate; an input image overrides it.
+        image: settings of denoising.
+        noise: tensors to use instead of the noise drawn from the seed; see
+            :class:`~bagel_rt.models.bagel.contexts.Noise`.
+        negative_prompt: used for the branch without text of classifier-free guidance. Default: no text.
+    """
+
+    size: tuple[int, int]
+    image: ImageSettings
+    noise: Noise = None
+    negative_prompt: str | None = None
+
+    @property
+    def draws(self) -> bool:
+        return True
+
+    @property
+    def generates_text(self) -> bool:
+        return self.system is not None
+
+    @property
+    def parts(self) -> list[str | Image.Image]:
+        parts = super().parts
+        return parts if self.negative_prompt is None else [*parts, self.negative_prompt]
+
+
+@dataclass(kw_only=True)
+class InterleavedRequest(ImageRequest):
+    """A request for texts and images in turn.
+
+    Attributes:
+        rounds: maximum number of images.
+    """
+
+    rounds: int
+
+    @property
+    def generates_text(self) -> bool:
+        return True
+
+
+def is_size(size: object) -> TypeGuard[Sequence[int]]:
     """Whether a value is a pair of integers."""
     return isinstance(size, (tuple, list)) and len(size) == 2 and all(type(side) is int for side in size)
 
 
-def resolve_seeds(seed, count: int) -> list[int]:
+def resolve_seeds(seed: Any, count: int) -> list[int]:
     """One seed per prompt: a list is used as it is, a single seed (or a random one) starts consecutive seeds."""
     if isinstance(seed, (list, tuple)):
         seeds = per_prompt("seed", seed, count)
@@ -110,8 +156,8 @@ def resolve_seeds(seed, count: int) -> list[int]:
     return [secrets.randbelow(2**32) if value is None else value for value in seeds]
 
 
-def check_text(name: str, text) -> str:
-    """Return the text; ValueError if it is not a str, or too long to tokenize just for an exact error message."""
+def check_text(name: str, text: object) -> str:
+    """Return the text; ValueError if it is not a str, or too long to be tokenized for an exact error message."""
     if not isinstance(text, str):
         raise invalid(name, text, "a str")
     if len(text) > MAX_CHARACTERS:
@@ -119,7 +165,7 @@ def check_text(name: str, text) -> str:
     return text
 
 
-def check_list(name: str, values, types: type | tuple[type, ...], maximum: int) -> list:
+def check_list(name: str, values: object, types: type | tuple[type, ...], maximum: int) -> list[Any]:
     """Return the values as a list; ValueError unless they are 1 to ``maximum`` entries of these types."""
     if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= maximum:
         raise invalid(name, values, f"a list of 1 to {maximum} entries")
@@ -130,9 +176,8 @@ def check_list(name: str, values, types: type | tuple[type, ...], maximum: int) 
     return list(values)
 
 
-def open_images(images: ImageSource | Sequence[ImageSource], minimum: int = 0) -> list[Image.Image]:
+def open_images(images: Any, minimum: int = 0) -> list[Image.Image]:
     """Open one image or a list of them; ValueError or FileNotFoundError if that fails."""
-    if not isinstance(images, (list, tuple)):
-        images = [images]
-    check("the number of images", len(images), integer(minimum, MAX_INPUTS))
-    return [open_image(image) for image in images]
+    sources = images if isinstance(images, (list, tuple)) else [images]
+    check("the number of images", len(sources), integer(minimum, MAX_INPUTS))
+    return [open_image(image) for image in sources]

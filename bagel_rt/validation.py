@@ -1,7 +1,7 @@
-"""Checked values: what a value may be is stated once, and every error has the same form.
+"""Value checks with uniform errors: ``<name> must be <allowed>, got <value>. <remedy>.``
 
-The message is ``<name> must be <allowed>, got <value>. <remedy>.`` Specs go beside the dataclass fields they belong to
-(:func:`checked`, :func:`check_fields`), or to :func:`check` for a loose value.
+A :class:`Spec` states the allowed values. It belongs to a dataclass field (:func:`checked`, :func:`check_fields`) or is
+passed to :func:`check`.
 """
 
 import math
@@ -9,17 +9,20 @@ import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a value may be.
+    """The allowed values of an argument.
 
     Attributes:
-        accepts: value -> whether it is allowed; gets values of any type.
-        allowed: the allowed values in words, to follow "must be".
-        remedy: what else the user can do, a sentence without its period.
+        accepts: whether a value, of any type, is allowed.
+        allowed: the allowed values in words, following "must be".
+        remedy: what the user can do instead, a sentence without its period.
     """
 
     accepts: Callable[[Any], bool]
@@ -28,7 +31,7 @@ class Spec:
 
 
 def integer(low: int, high: float = math.inf, remedy: str = "") -> Spec:
-    """An integer in [low, high]; bool is none."""
+    """An integer in [low, high]; not a bool."""
     allowed = "an integer " + (f"from {low} to {high}" if high < math.inf else f">= {low}")
     return Spec(
         lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
@@ -38,9 +41,9 @@ def integer(low: int, high: float = math.inf, remedy: str = "") -> Spec:
 
 
 def number(low: float, high: float = math.inf, remedy: str = "", above: bool = False, below: bool = False) -> Spec:
-    """An int or float in [low, high]; ``above`` and ``below`` leave out that end. bool and NaN are none."""
+    """An int or float in [low, high], without ``low`` if ``above`` and ``high`` if ``below``; not a bool or NaN."""
 
-    def accepts(value) -> bool:  # comparisons with NaN are false
+    def accepts(value: Any) -> bool:  # comparisons with NaN are false
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             return False
         return not (above and value == low) and not (below and value == high)
@@ -55,29 +58,29 @@ def number(low: float, high: float = math.inf, remedy: str = "", above: bool = F
 BOOLEAN = Spec(lambda value: isinstance(value, bool), "true or false")
 
 
-def one_of(options: tuple, remedy: str = "") -> Spec:
+def one_of(options: tuple[object, ...], remedy: str = "") -> Spec:
     """One of several values."""
     *others, last = map(str, options)
     return Spec(lambda value: value in options, f"{', '.join(others)} or {last}", remedy)
 
 
-def invalid(name: str, value, allowed: str, remedy: str = "") -> ValueError:
+def invalid(name: str, value: object, allowed: str, remedy: str = "") -> ValueError:
     """The error for a value that is not allowed."""
     return ValueError(f"{name} must be {allowed}, got {reprlib.repr(value)}." + (f" {remedy}." if remedy else ""))
 
 
-def check(name: str, value, spec: Spec) -> None:
+def check(name: str, value: object, spec: Spec) -> None:
     """Raise ValueError unless the value is allowed."""
     if not spec.accepts(value):
         raise invalid(name, value, spec.allowed, spec.remedy)
 
 
 def checked(spec: Spec, default: Any = MISSING, **metadata: Any) -> Any:
-    """A dataclass field that :func:`check_fields` checks; further metadata is for its readers."""
+    """A dataclass field for :func:`check_fields`; ``metadata`` is stored with it. Typed as ``field()`` is."""
     return field(default=default, metadata={"spec": spec, **metadata})
 
 
-def check_fields(instance) -> None:
+def check_fields(instance: "DataclassInstance") -> None:
     """Raise ValueError unless every checked field of a dataclass instance is allowed.
 
     The message names a field by its metadata ``key``, if it has one.
@@ -87,8 +90,8 @@ def check_fields(instance) -> None:
             check(item.metadata.get("key", item.name), getattr(instance, item.name), item.metadata["spec"])
 
 
-def per_prompt(name: str, values, count: int) -> list:
-    """The values as a list with one entry for each of ``count`` prompts; ValueError if it is not one."""
+def per_prompt(name: str, values: object, count: int) -> list[Any]:
+    """The values as a list of ``count`` entries, one per prompt; ValueError if they are not."""
     if not isinstance(values, (list, tuple)) or len(values) != count:
         raise invalid(name, values, f"one value for all prompts or a list of {count}, one per prompt")
     return list(values)

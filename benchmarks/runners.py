@@ -23,7 +23,7 @@ from bagel_rt.models.bagel.prompts import THINK_BEFORE_IMAGE
 from bagel_rt.models.bagel.settings import TASKS, ImageSettings, resolve_settings
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.models.bagel.workload import Workload
-from bagel_rt.request import Request
+from bagel_rt.request import ImageRequest
 from benchmarks.official import OfficialInferencer
 
 PROMPT = "a red boat on a river in the morning, seen from a bridge; two birds above it"
@@ -61,8 +61,9 @@ class RequestCase:
         texts = [PROMPT, *([THINK_BEFORE_IMAGE] if self.task == "generate" and self.tokens else [])]
         count = sum(len(frame_text(tokenizer, text).ids) for text in texts)
         images = [] if self.task == "generate" else [self.size]
-        return Workload(model.config, model.dtype, self.task, self.size, images, batch, count, self.tokens,
-                        self.settings)  # fmt: skip
+        return Workload.with_defaults(model.config, dtype=model.dtype, task=self.task, size=self.size, images=images,
+                                      batch=batch, text_tokens=count, max_think_token_n=self.tokens,
+                                      settings=self.settings)  # fmt: skip
 
     def input_image(self) -> Image.Image:
         """An image of noise."""
@@ -113,7 +114,9 @@ class Runner:
             return [pipeline.edit(case.input_image(), PROMPT, seed=SEED + i, progress=progress, **settings)
                     for i in range(batch)]  # fmt: skip
         resolved = resolve_settings("edit", settings)
-        requests = [Request([case.input_image(), PROMPT], None, SEED + i, *resolved) for i in range(batch)]
+        inputs = [case.input_image(), PROMPT]
+        requests = [ImageRequest(inputs=inputs, seed=SEED + i, text=resolved.text, size=case.size, image=resolved.image)
+                    for i in range(batch)]  # fmt: skip
         return pipeline.engine.run_images(requests, progress)
 
     def seconds(self, *arguments, **options) -> float:

@@ -21,7 +21,7 @@ from bagel_rt.models.bagel.contexts import Noise, frame_text, noise_shapes
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from bagel_rt.models.bagel.settings import ImageSettings, RenormType, TextSettings
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import Request
+from bagel_rt.request import ImageRequest, Request
 from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.denoise import DenoisingTask
 
@@ -178,20 +178,29 @@ class InterleaveInferencer:
         """Run a request through the engine; ``image`` is None for an answer in text."""
         dtype = None if self.vae_model is None else noise_dtype(self.vae_model)
         with self.inference_scope():
-            size, noise, config = None, None, self.bagel.model.config
-            if image is not None:
-                self._entry_points.check_visual_gen()
-                if not any(isinstance(part, Image.Image) for part in parts):
-                    size = self.bagel.check_size(floor_size(config, image_shapes))
-                # Noise before the sampling seed: on a CPU one generator serves both, and sampling must not change the
-                # noise. The official order: posterior noise for each encoded image, then the initial latent.
-                *posteriors, latent = noise_shapes(config, parts, size)
-                noise = [self._draw_posterior_noise(shape, dtype) for shape in posteriors] + [torch.randn(latent)]
-            seed = draw_sampling_seed(self.bagel.model) if text.do_sample else 0
-            request = Request(parts, size, seed, image, text, noise, system)
-            self.bagel.check_request(request)
             if image is None:
-                return ["".join(self.bagel.engine.run_answer(request))]
+                seed = draw_sampling_seed(self.bagel.model) if text.do_sample else 0
+                question = Request(inputs=parts, seed=seed, text=text, system=system)
+                self.bagel.check_request(question)
+                return ["".join(self.bagel.engine.run_answer(question))]
+            config = self.bagel.model.config
+            self._entry_points.check_visual_gen()
+            edits = any(isinstance(part, Image.Image) for part in parts)
+            size = self.bagel.check_size(None if edits else floor_size(config, image_shapes))
+            # Noise before the sampling seed: on a CPU one generator serves both, and sampling must not change the
+            # noise. The official order: posterior noise for each encoded image, then the initial latent.
+            *posteriors, latent = noise_shapes(config, parts, size)
+            noise = [self._draw_posterior_noise(shape, dtype) for shape in posteriors] + [torch.randn(latent)]
+            request = ImageRequest(
+                inputs=parts,
+                seed=draw_sampling_seed(self.bagel.model) if text.do_sample else 0,
+                text=text,
+                system=system,
+                size=size,
+                image=image,
+                noise=noise,
+            )
+            self.bagel.check_request(request)
             [result] = self.bagel.engine.run_images([request])
             return [result.image] if result.thought is None else [result.thought, result.image]
 
@@ -287,7 +296,7 @@ class InterleaveInferencer:
             if vae:
                 self._entry_points.check_visual_gen()
                 resized = model.config.vae_transform.resize(image)
-                shape = noise_shapes(model.config, [resized], None)[0]
+                shape = noise_shapes(model.config, [resized], (resized.height, resized.width))[0]
                 contents.append(model.encode_latents(resized, Noise(0, [self._draw_posterior_noise(shape, dtype)])))
             if vit:
                 contents.append(model.encode_patches(model.config.vit_transform.resize(image)))

@@ -1,6 +1,9 @@
-"""What the engine asks of a model, beyond what the runtime needs. ``docs/add-a-model.md`` shows how both are used."""
+"""The members of a model that the engine uses, in addition to those of ``bagel_rt.runtime.interface``.
 
-from collections.abc import Hashable, Sequence
+``docs/add-a-model.md`` shows how both are used.
+"""
+
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,41 +17,41 @@ from bagel_rt.runtime.interface import Guidance, Model
 
 
 class TextStream(Protocol):
-    """Tokens to text, piece by piece; characters that are not complete wait for their other bytes."""
+    """Converts tokens to text incrementally; incomplete characters are held back until their last byte."""
 
     def feed(self, token: int) -> str:
-        """The text that the next token completes."""
+        """Add a token and return the text that is complete with it."""
 
     def finish(self) -> str:
-        """The rest."""
+        """The remaining text."""
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back. ``bos`` begins a text that the model writes, ``eos`` ends it."""
+    """Converts text to tokens and back. ``bos`` starts a generated text, ``eos`` ends it."""
 
     bos: int
     eos: int
 
     def stream(self) -> TextStream:
-        """A new text."""
+        """A converter for a new text."""
 
 
 class RequestContexts(Protocol):
-    """The contexts of one request, as the model's guidance rules want them.
+    """The contexts of one request, one for each guidance branch.
 
     Attributes:
-        cond: the context that texts continue.
-        image_size: (height, width) of the images to generate, if the inputs decide it.
+        cond: the context that generated texts continue.
+        image_size: (height, width) of the images to generate, if the inputs determine it; else None.
     """
 
     cond: Context
     image_size: tuple[int, int] | None
 
     def add_thought(self, text: str) -> None:
-        """Append a text that the model wrote."""
+        """Append a generated text."""
 
     def add_negative(self, text: str) -> None:
-        """Append a text that guidance moves away from."""
+        """Append a negative prompt, which guidance moves away from."""
 
     def add_image(self, image: Image.Image, updates_guidance: bool = True) -> None:
         """Append an image."""
@@ -58,14 +61,14 @@ class ImageTextModel(Model, Protocol):
     """A model that :class:`~bagel_rt.engine.Engine` can run.
 
     Attributes:
-        image_request: what the model writes, in an interleaved answer, when it wants an image.
+        image_request: the text by which an interleaved answer requests an image.
     """
 
     image_request: str
 
     @property
     def text(self) -> TokenMode:
-        """How text is read and drawn."""
+        """The token mode of text."""
 
     def open_contexts(
         self,
@@ -75,21 +78,21 @@ class ImageTextModel(Model, Protocol):
         *,
         system: str | None,
         seed: int,
-        noise: Any,
+        noise: Sequence[torch.Tensor] | torch.Tensor | None,
         size: tuple[int, int] | None,
         draws: bool,
         written: int,
     ) -> RequestContexts:
-        """The contexts of a request that was shown a system prompt and its inputs, with room for ``written`` tokens."""
+        """The contexts of a request with its system prompt and inputs, with slots for ``written`` generated tokens."""
 
-    def denoising_task(self, contexts: Any, size: tuple[int, int]) -> DenoisingTask:
+    def denoising_task(self, contexts: Any, size: tuple[int, int]) -> DenoisingTask[Any]:
         """The next image of a request, of (height, width) pixels."""
 
-    def guidance(self, tasks: Sequence[DenoisingTask], settings: Sequence[Any]) -> Guidance:
+    def guidance(self, tasks: Sequence[DenoisingTask[Any]], settings: Sequence[Any]) -> Guidance:
         """Schedule, guidance and update rule of one denoising; ``settings`` are the requests' image settings."""
 
-    def decode_image(self, latents: torch.Tensor, content: Hashable, graphs: GraphCache) -> Image.Image:
-        """The image of a clean state; ``content`` is the task's."""
+    def decode_image(self, latents: torch.Tensor, content: Any, graphs: GraphCache) -> Image.Image:
+        """Decode a clean state; ``content`` is that of the task."""
 
     def explain_memory(self, tokenizer: Any, requests: Sequence[Any], available: int | None, graphs: bool) -> str:
-        """The memory that requests are expected to need, and what would need less, for an out-of-memory error."""
+        """The expected memory of requests and how to reduce it, for an out-of-memory error."""

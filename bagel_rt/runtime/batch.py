@@ -1,4 +1,4 @@
-"""What the layers of a decoder need to know about the rows of one packed forward."""
+"""The inputs of a decoder's layers besides the hidden states: positions, KV cache slots and attention plans."""
 
 from dataclasses import dataclass, fields
 
@@ -15,7 +15,7 @@ class Rope:
     (transformers Qwen2RotaryEmbedding).
     """
 
-    def __init__(self, head_dim: int, theta: float, max_positions: int, device: torch.device):
+    def __init__(self, head_dim: int, theta: float, max_positions: int, device: torch.device) -> None:
         self.head_dim, self.theta, self.max_positions, self.device = head_dim, theta, max_positions, device
         self._table: torch.Tensor | None = None
 
@@ -51,18 +51,15 @@ class ForwardBatch:
         G: number of generation rows; a model with one expert has 0 or T.
         cos, sin: float32 [T, head_dim / 2], rotary tables at each row's position.
         slots: int64 [T], the cache slot that each row's key and value are written to.
-        limits, blocks: int32 [T] and [n, 7], the attention plan (see ``bagel_rt.runtime.plan``). None when decoding.
-        starts, lengths: int64 [T], when decoding: row b sees slots [starts[b], starts[b] + lengths[b]). Else None.
+        limits, blocks: int32 [T] and [n, 7], the attention plan (see ``bagel_rt.runtime.plan``).
     """
 
     G: int
     cos: torch.Tensor
     sin: torch.Tensor
     slots: torch.Tensor
-    limits: torch.Tensor | None = None
-    blocks: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
-    lengths: torch.Tensor | None = None
+    limits: torch.Tensor
+    blocks: torch.Tensor
 
     @classmethod
     def from_plan(cls, plan: Plan, positions: np.ndarray, rope: Rope) -> "ForwardBatch":
@@ -81,3 +78,19 @@ class ForwardBatch:
         for field in fields(self):
             if isinstance(tensor := getattr(self, field.name), torch.Tensor):
                 tensor.copy_(getattr(other, field.name))
+
+
+@dataclass(slots=True)
+class DecodeBatch:
+    """The next token of each of B texts.
+
+    Attributes:
+        cos, sin, slots: as of :class:`ForwardBatch`, one row per text.
+        starts, lengths: int64 [B]; row b sees slots [starts[b], starts[b] + lengths[b]), its own included.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    slots: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor

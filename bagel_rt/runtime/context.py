@@ -1,4 +1,4 @@
-"""What a model has been shown: contexts over the KV cache, and the packed forward that extends them."""
+"""Contexts: sequences of texts and images in the KV cache, and the packed forward that extends them."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,48 +11,48 @@ from bagel_rt.runtime.interface import Model
 from bagel_rt.runtime.plan import Plan, Segment, build_plan
 from bagel_rt.runtime.slots import KVCache, SlotRange
 
-MAX_ROWS = 1 << 15  # rows of one packed forward, where there is a choice: more adds no speed and takes memory
+MAX_ROWS = 1 << 15  # rows per packed forward if the work can be split: more rows need memory and add no speed
 
 
 @dataclass(frozen=True, eq=False)
 class ContentRows:
-    """The n rows that a content adds behind a context, in order.
+    """The n rows that a content appends to a context, in order.
 
     Attributes:
-        gen: bool [n], which rows the generation expert takes.
+        gen: bool [n], which rows use the generation expert.
         positions: int64 [n], RoPE positions.
         causal: row i sees the rows up to i; otherwise every row sees all n. Both see the whole context.
-        advance: RoPE positions by which the context moves on.
-        recomputed: bool [n], the rows that each denoising step embeds again; None if there are none.
+        advance: number of RoPE positions by which the context advances.
+        recomputed: bool [n], the rows that each denoising step embeds again.
     """
 
     gen: np.ndarray
     positions: np.ndarray
     causal: bool
     advance: int
-    recomputed: np.ndarray | None = None
+    recomputed: np.ndarray
 
     def segment(self, key_start: int, visible: int, write: int) -> Segment:
-        """These rows in the KV cache: what they see, and where their keys and values go."""
+        """The planner's segment of these rows (see ``bagel_rt.runtime.plan``)."""
         return Segment("causal" if self.causal else "full", self.gen, key_start, visible, write)
 
 
 class Content(Protocol):
-    """Something that a model can be shown: tokens, an image. Hashable; equal contents have equal keys and values."""
+    """An input of a model, such as tokens or an image. Hashable; equal contents have equal keys and values."""
 
     def rows(self, position: int) -> ContentRows:
-        """The rows behind a context whose next RoPE position is ``position``."""
+        """The rows to append to a context whose next RoPE position is ``position``."""
 
 
 @dataclass(frozen=True)
 class DecodedText:
-    """Tokens that a model wrote and kept in its context, in the order in which they were fed."""
+    """Generated tokens that stay in a context, in the order in which they were fed."""
 
     ids: tuple[int, ...]
 
 
 class Context:
-    """A run of appended contents: a prefix of a slot range, the next RoPE position, and the contents so far.
+    """A sequence of contents: a prefix of a slot range, the next RoPE position, and the contents themselves.
 
     Attributes:
         length: tokens in the KV cache.
@@ -60,8 +60,8 @@ class Context:
         history: the contents, in order. Two contexts of equal history hold equal keys and values.
     """
 
-    def __init__(self, cache: KVCache, capacity: int = 0):
-        """An empty context that takes ``capacity`` slots at once when the first content arrives."""
+    def __init__(self, cache: KVCache, capacity: int = 0) -> None:
+        """An empty context. The first content allocates at least ``capacity`` slots."""
         self.cache = cache
         self.capacity = capacity
         self.range: SlotRange | None = None
@@ -83,15 +83,15 @@ class Context:
         return twin
 
     def same_as(self, other: "Context") -> bool:
-        """Whether both were shown the same contents (images: the very same encodings)."""
+        """Whether both have the same contents; images count as the same only if they are the same encoding."""
         return self.history == other.history and self.position == other.position
 
     def fits(self, extra: int) -> bool:
-        """Whether ``extra`` tokens can be written behind this context without moving it."""
+        """Whether ``extra`` tokens can be appended without moving the context."""
         return self.range is not None and self.range.can_extend(self.length, extra)
 
     def extend(self, extra: int) -> int:
-        """Take ``extra`` slots behind the context; the first one. Copies the context where it cannot grow in place."""
+        """Append ``extra`` slots and return the first. Copies the context if it cannot grow in place."""
         if not self.fits(extra):
             moved = SlotRange(self.cache, max(self.length + extra, self.capacity, 1))
             if self.range:
@@ -101,10 +101,10 @@ class Context:
         return self.key_start + self.length - extra
 
     def borrow(self, extra: int) -> "Context":
-        """A holder of ``extra`` slots for tokens that see this context but are never stored in it.
+        """A holder of ``extra`` slots for tokens that see this context but never become part of it.
 
-        The slots lie right behind the context where that is free, else anywhere; they are the holder's last ones, and
-        free again when it is dropped.
+        The slots directly follow the context if those are free, otherwise they are elsewhere. They are the last slots
+        of the holder and are freed when it is dropped.
         """
         holder = self.clone() if self.fits(extra) else Context(self.cache)
         holder.extend(extra)
@@ -120,27 +120,27 @@ class Context:
 class Prefill:
     """Collects appends to any contexts and runs them as one packed forward.
 
-    Contexts advance at once, so that they can be cloned between appends; their keys and values are there after
+    Contexts advance at once, so that they can be cloned between appends; their keys and values are valid after
     :meth:`run`. Use it under ``torch.inference_mode()``.
     """
 
-    def __init__(self, model: Model, cache: KVCache):
+    def __init__(self, model: Model, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
         self._contents: list[Content] = []
         self._segments: list[Segment] = []
         self._positions: list[np.ndarray] = []
-        self._ranges: list[SlotRange | None] = []  # pending segments keep their slots taken
+        self._ranges: list[SlotRange | None] = []  # keeps the slots of pending segments allocated
 
     def append(self, context: Context, content: Content) -> None:
-        """Add a content behind a context. ValueError if it has no rows."""
+        """Append a content to a context. ValueError if it has no rows."""
         rows = content.rows(context.position)
         count = len(rows.gen)
         if not count:
             raise ValueError(f"a content must have rows, got {content!r}. Frame it with its start and end token.")
         pending = sum(len(segment.gen) for segment in self._segments)
         if (context.length and not context.fits(count)) or pending + count > MAX_ROWS:
-            self.run()  # a context that moves takes its keys along, so they must exist; and memory is bounded
+            self.run()  # moving a context copies its keys, so they must be computed first; also bounds memory
         visible = context.length
         write = context.extend(count)
         self._segments.append(rows.segment(context.key_start, visible, write))
@@ -151,7 +151,7 @@ class Prefill:
         context.history += (content,)
 
     def run(self) -> tuple[torch.Tensor, Plan] | None:
-        """Compute what was appended.
+        """Compute the pending contents.
 
         Returns:
             Hidden states [T, H] before the final norm, in the plan's packed order, and the plan; None if nothing was

@@ -1,42 +1,42 @@
 """Autoregressive decoding: one token of each row per forward, on clones of the contexts or in the contexts themselves.
 
-What a step needs (the rows fed next, slots, lengths, positions, the sampler's state) lies in buffers that the step
-itself advances, so a step is the same launches on the same addresses (see ``bagel_rt.runtime.graphs``). On CUDA tokens
-are read a few steps behind, while the next steps run; what was computed beyond the end of a text is dropped.
+The inputs of a step (the rows fed next, slots, lengths, positions, the state of the sampler) are in buffers that the
+step itself advances, so every step is the same launches on the same addresses (see ``bagel_rt.runtime.graphs``). On
+CUDA the host reads tokens a few steps late, while the next steps run; tokens after the end of a text are dropped.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bagel_rt.kernels import sample
-from bagel_rt.runtime.batch import ForwardBatch
+from bagel_rt.runtime.batch import DecodeBatch
 from bagel_rt.runtime.context import Context, DecodedText
 from bagel_rt.runtime.graphs import GraphCache
 from bagel_rt.runtime.interface import Model
 
-MAX_TEXTS = 8  # texts decoded together where there is a choice: more rows leave the kernels of the one-token path
+MAX_TEXTS = 8  # texts decoded together if there is a choice: the one-token kernels take no more rows
 READ_EVERY = 8  # maximum tokens per device-to-host read
 
 
 def token_capacity(max_length: int) -> int:
-    """How many tokens the buffers have room for: powers of two, so that texts of similar length share buffers."""
+    """Capacity of the buffers in tokens: a power of two, so that texts of similar length share buffers."""
     return 1 << max(10, (max_length - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class TokenMode:
-    """How tokens of one kind are read and drawn.
+    """How tokens of one kind are embedded and drawn.
 
     Attributes:
-        key: names the mode, with every number that its functions hold; captured steps are kept by it.
+        key: identifies the mode, including every number that its functions use; part of the key of captured steps.
         embed: ids of drawn tokens int64 [n] -> the rows that are fed next, [n, H].
         logits: last hidden states [rows, H] (before the final norm) -> logits [rows, V].
-        group: rows that share each drawn token, next to each other.
-        combine: logits [rows / group, group, V] -> those to draw from, [rows / group, V]; needed where group > 1.
-        mask: float32 [V], added to the logits: -inf for ids that this mode must not draw; None for all.
+        group: number of adjacent rows that share each drawn token.
+        combine: logits [rows / group, group, V] -> logits to draw from [rows / group, V]; required if group > 1.
+        mask: float32 [V], added to the logits: -inf for ids that this mode must not draw; None allows all.
     """
 
     key: Hashable
@@ -52,9 +52,9 @@ class Sampling:
     """How the tokens of one group of rows are sampled.
 
     Attributes:
-        temperature: 0 takes the most likely token; else the logits are divided by it.
-        top_k: only the k most likely tokens; 0 for all.
-        top_p: only the most likely tokens that have this probability together; 1 for all.
+        temperature: divides the logits; 0 selects the most likely token.
+        top_k: sample among the k most likely tokens; 0 for all.
+        top_p: sample among the most likely tokens whose probabilities add up to this; 1 for all.
         seed: of the counter-based sampler.
     """
 
@@ -66,16 +66,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What steps read and write, of B rows in g groups.
+    """The static buffers of the steps of B rows in g groups.
 
     Attributes:
-        rows: [B, H], to be fed next.
-        counters: int64 [4, B], all advanced by one at each step: the slot of the token's key, the length of the context
-            with it, its RoPE position, the number of the step.
+        rows: [B, H], fed next.
+        counters: int64 [4, B], all incremented by each step: the slot of the token's key, the length of the context
+            including it, its RoPE position, the index of the step.
         starts: int64 [B], slots of the contexts' first tokens.
-        sampling: float32 [g, 3], temperature, top_k and top_p; None if all groups take the most likely tokens.
+        sampling: float32 [g, 3], temperature, top_k and top_p; None if all groups select the most likely tokens.
         seeds: int64 [g].
-        noise: float32 [steps, g, V], exponential draws in the place of the sampler's own; None for those.
+        noise: float32 [steps, g, V], exponential draws to use instead of the sampler's own; None without them.
         written: int64 [steps, g], the tokens.
     """
 
@@ -89,7 +89,7 @@ class _Buffers:
 
 
 class DecodeLoop:
-    """The decoding of some rows, one token of each group a step; see :func:`generate_tokens`."""
+    """Decodes some rows, one token of each group per step; arguments as of :func:`generate_tokens`."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class DecodeLoop:
         graphs: GraphCache,
         noise: torch.Tensor | None,
         keep: bool,
-    ):
+    ) -> None:
         self.model, self.mode, self.cache, self.graphs = model, mode, contexts[0].cache, graphs
         positions = [context.position for context in contexts]
         lengths = [context.length for context in contexts]
@@ -118,7 +118,7 @@ class DecodeLoop:
             lambda: self._allocate(first, capacity, greedy, noise),
             self,
         )
-        self.buffers: _Buffers = self._held.buffers
+        self.buffers = self._held.buffers
         self._fill(first, list(zip(writes, lengths, positions, strict=True)), sampling, noise)
 
     def step(self) -> None:
@@ -130,7 +130,7 @@ class DecodeLoop:
         self._held.release()
 
     def keep(self, row: int, fed: Sequence[int], max_length: int) -> None:
-        """Leave the tokens that were fed to a row in its context, and give the room of the others back."""
+        """Keep the tokens that were fed to a row in its context and shorten the context by the unused slots."""
         context = self._contexts[row]
         context.length -= max_length - len(fed)
         context.position += len(fed)
@@ -168,14 +168,14 @@ class DecodeLoop:
         buffers.seeds.copy_(torch.tensor([group.seed for group in sampling]))
         if buffers.sampling is not None:
             buffers.sampling.copy_(torch.tensor([(one.temperature, one.top_k, one.top_p) for one in sampling]))
-        if buffers.noise is not None:
+        if buffers.noise is not None and noise is not None:
             buffers.noise[: len(noise)] = noise
 
     def _step(self) -> None:
         model, mode, buffers = self.model, self.mode, self.buffers
         slots, lengths, positions, steps = buffers.counters.unbind(0)
         cos, sin = self._rope.index_select(1, positions).unbind(0)
-        batch = ForwardBatch(0, cos, sin, slots, starts=buffers.starts, lengths=lengths)
+        batch = DecodeBatch(cos, sin, slots, buffers.starts, lengths)
         logits = mode.logits(model.transformer.forward(buffers.rows, batch, self.cache))
         if mode.combine is not None:
             logits = mode.combine(logits.unflatten(0, (-1, mode.group)))
@@ -205,40 +205,40 @@ def generate_tokens(
     graphs: GraphCache | None = None,
     noise: torch.Tensor | None = None,
     keep: bool = False,
-) -> Iterator[tuple[int, int]]:
+) -> Generator[tuple[int, int], None, None]:
     """Continue contexts with tokens. Use it under ``torch.inference_mode()``.
 
     Args:
         model: the network.
-        mode: how the tokens are read and drawn.
-        contexts: one per row, in one cache; the rows of a group are next to each other.
+        mode: how the tokens are embedded and drawn.
+        contexts: one per row, in one cache; the rows of a group are adjacent.
         start: the token fed first, one for all rows or one for each. It is embedded by ``model.embed_tokens``.
         stop: the token that ends a text, which is not yielded; None for exactly ``max_length`` tokens.
-        max_length: forward passes at most. With ``stop`` the tokens drawn by the last one are dropped, as in the
-            official code of BAGEL, so a text has at most ``max_length - 1`` tokens.
-        sampling: one for each group; by default all take the most likely tokens.
+        max_length: maximum number of forward passes. With ``stop`` the tokens drawn by the last one are dropped, as in
+            the official code of BAGEL, so a text has at most ``max_length - 1`` tokens.
+        sampling: one for each group; by default all select the most likely tokens.
         graphs: keeps buffers and the captured step for the next texts.
         noise: float32 [max_length, groups, V], exponential draws q: the token is argmax p / q of the probabilities
             after temperature, top_k and top_p.
-        keep: leave the tokens that were fed, the start token first, in the contexts; otherwise they stay as they are.
-            The last token of a text of fixed length is never fed: append it with what follows.
+        keep: append the tokens that were fed, the start token first, to the contexts; otherwise the contexts do not
+            change. The last token of a text of fixed length is never fed: append it with the next content.
 
     Yields:
-        (number of the group, token id), each as soon as it is known; nothing more of a text after its end.
+        (index of the group, token id), each as soon as it is known; nothing more of a text after its end.
 
     Raises:
-        ValueError: no contexts, or numbers of rows, start tokens, samplings and noise that contradict each other.
+        ValueError: no contexts, or numbers of rows, start tokens, samplings and noise that do not match.
     """
     rows, groups = len(contexts), len(contexts) // mode.group
     if not rows or rows % mode.group:
         raise ValueError(f"contexts must be a positive multiple of {mode.group}, got {rows}. Give one per row.")
     starts = [start] * rows if isinstance(start, int) else list(start)
     sampling = list(sampling) if sampling is not None else [Sampling()] * groups
-    for name, given, wanted in (("start", len(starts), rows), ("sampling", len(sampling), groups)):
-        if given != wanted:
-            raise ValueError(f"{name} must have {wanted} entries, got {given}")
+    for name, actual, expected in (("start", len(starts), rows), ("sampling", len(sampling), groups)):
+        if actual != expected:
+            raise ValueError(f"{name} must have {expected} entries, got {actual}.")
     if noise is not None and noise.shape[:2] != (max_length, groups):
-        raise ValueError(f"noise must have shape [{max_length}, {groups}, V], got {tuple(noise.shape)}")
+        raise ValueError(f"noise must have shape [{max_length}, {groups}, V], got {tuple(noise.shape)}.")
     loop = DecodeLoop(model, mode, contexts, starts, max_length, sampling, graphs or GraphCache(None), noise, keep)
     texts: list[list[int]] = [[] for _ in range(groups)]
     running, steps = set(range(groups)), 0
@@ -261,9 +261,10 @@ def generate_tokens(
 
 
 def _tokens(loop: DecodeLoop, max_length: int) -> Iterator[list[int]]:
-    """The tokens of every step, step by step. On CUDA the device is some steps ahead of what is read."""
+    """The tokens of every step. On CUDA the device runs some steps ahead of the host's reads."""
     written = loop.buffers.written
-    ahead, reads, launched = written.is_cuda, deque(), 0
+    reads: deque[_Read] = deque()
+    ahead, launched = written.is_cuda, 0
     while launched < max_length or reads:
         if launched < max_length and len(reads) <= ahead:
             first = launched
@@ -279,8 +280,9 @@ def _tokens(loop: DecodeLoop, max_length: int) -> Iterator[list[int]]:
 class _Read:
     """A device-to-host copy of integers in flight."""
 
-    def __init__(self, numbers: torch.Tensor):
-        self._numbers, self._arrived = numbers, None
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = numbers
+        self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
@@ -291,4 +293,5 @@ class _Read:
         """The numbers, once they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._numbers.tolist()
+        numbers: list[list[int]] = self._numbers.tolist()
+        return numbers

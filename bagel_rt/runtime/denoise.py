@@ -1,8 +1,8 @@
-"""The denoising loop: packed forwards over guidance branches, on buffers that stay in place.
+"""The denoising loop: packed forwards over guidance branches, on static buffers.
 
 All branches of a step run as one packed forward. Branches of one image with equal contexts are computed once. For
 example, two of the three branches of BAGEL's official text-to-image defaults are equal. The branches of every step are
-known before the first one, so buffers, positions and attention plans are made once. Every step then repeats the same
+known before the first one, so buffers, positions and attention plans are built once. Every step then repeats the same
 launches on the same addresses and can be replayed: one CUDA graph for guided steps and one for the others (see
 ``bagel_rt.runtime.graphs``).
 
@@ -11,6 +11,7 @@ The model's guidance defines the schedule and the update rule (``bagel_rt.runtim
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ Branch = tuple[int, Context, Context]
 """(index of the image, context, holder of the slots for the rows: see :meth:`Context.borrow`)."""
 
 
+C = TypeVar("C", bound=Content, covariant=True)
+
+
 @dataclass(frozen=True)
-class DenoisingTask:
+class DenoisingTask(Generic[C]):
     """One image to denoise.
 
     Attributes:
@@ -36,7 +40,7 @@ class DenoisingTask:
         branches: the contexts that guidance combines, the conditional one first.
     """
 
-    content: Content
+    content: C
     noise: torch.Tensor
     branches: tuple[Context, ...]
 
@@ -57,8 +61,8 @@ class PackedBranches:
         cache: KVCache,
         contents: Sequence[Content],
         branches: Sequence[Branch],
-        table: Sequence[list],
-    ):
+        table: Sequence[Sequence[int | None]],
+    ) -> None:
         """
         Args:
             contents: of every image of the batch.
@@ -68,7 +72,7 @@ class PackedBranches:
         """
         self.model, self.cache, self._contents = model, cache, contents
         plan, positions, recomputed = self._plan(branches)
-        counts = [int(_recomputed(content).sum()) for content in contents]
+        counts = [int(content.rows(0).recomputed.sum()) for content in contents]
         images = [image for image, _, _ in branches]
         self.sizes = [counts[image] for image in images]
         self.starts = [sum(self.sizes[:branch]) for branch in range(len(images))]
@@ -85,7 +89,7 @@ class PackedBranches:
         first = int(where[0])
         contiguous = bool((where == np.arange(first, first + len(where))).all())
         self._where = slice(first, first + len(where)) if contiguous else torch.from_numpy(where).to(model.device)
-        # Row of the encoded state that each of them is copied from; None if they are all rows once, in order.
+        # Row of the encoded state that each recomputed row is copied from; None if these are all rows once, in order.
         offsets = np.cumsum([0, *counts])
         source = np.concatenate([np.arange(offsets[image], offsets[image + 1]) for image in images])
         in_order = images == list(range(len(contents)))
@@ -123,18 +127,18 @@ class PackedBranches:
             recomputed.append(rows.recomputed)
         return build_plan(segments), np.concatenate(positions), np.concatenate(recomputed)
 
-    def _image_table(self, counts: list[int], table: Sequence[list]) -> torch.Tensor:
+    def _image_table(self, counts: Sequence[int], table: Sequence[Sequence[int | None]]) -> torch.Tensor:
         rows, first = [], 0
         for count, of_image in zip(counts, table, strict=True):
-            present = [b if b is not None and b < len(self.starts) else of_image[0] for b in of_image]
-            rows.append([first, count, *(self.starts[b] for b in present)])
+            starts = [None if b is None or b >= len(self.starts) else self.starts[b] for b in of_image]
+            rows.append([first, count, *(starts[0] if start is None else start for start in starts)])
             first += count
         return torch.tensor(rows, dtype=torch.int32).to(self.model.device)
 
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What the steps read and write.
+    """The static buffers of the steps.
 
     Attributes:
         state: the tasks' states, concatenated along the first dimension: noise at first, then updated by each step.
@@ -156,19 +160,19 @@ class Denoiser:
     Use it under ``torch.inference_mode()``.
 
     Attributes:
-        tasks, guidance: as given.
-        closed: True once the buffers were released and may be reused.
+        tasks, guidance: the arguments.
+        closed: whether the buffers were released, so that another denoising may use them.
     """
 
     def __init__(
         self,
         model: Model,
         cache: KVCache,
-        tasks: Sequence[DenoisingTask],
+        tasks: Sequence[DenoisingTask[Any]],
         guidance: Guidance,
         graphs: GraphCache | None = None,
         deduplicate: bool = True,
-    ):
+    ) -> None:
         """
         Args:
             guidance: of these tasks.
@@ -183,7 +187,7 @@ class Denoiser:
         apart = len(branches) > len(first) and not all(guidance.guided)  # some steps run fewer branches
         key = ("denoise", guidance.key, tuple(map(tuple, self._branch_of)), apart)
         self._held = self._graphs.acquire(key, lambda: self._allocate(branches, first if apart else None), self)
-        self._buffers: _Buffers = self._held.buffers
+        self._buffers = self._held.buffers
         self.closed = False
         self._fill(branches, first)
 
@@ -278,24 +282,21 @@ class Denoiser:
 
         The first branches of all images come first. The index is None for a branch that guidance does not use.
         """
-        branches, branch_of = [], [[] for _ in self.tasks]
+        branches: list[Branch] = []
+        branch_of: list[list[int | None]] = [[] for _ in self.tasks]
         for number in range(max(len(task.branches) for task in self.tasks)):
             for image, task in enumerate(self.tasks):
                 if not self.guidance.uses(image, number):
                     branch_of[image].append(None)
                     continue
                 context = task.branches[number]
-                twins = [b for b in branch_of[image] if deduplicate and branches[b][1].same_as(context)]
-                if not twins:
+                present = [b for b in branch_of[image] if b is not None]
+                equal = [b for b in present if deduplicate and branches[b][1].same_as(context)]
+                if not equal:
                     branches.append(self._borrow(image, context))
-                branch_of[image].append(twins[0] if twins else len(branches) - 1)
+                branch_of[image].append(equal[0] if equal else len(branches) - 1)
         return branches, branch_of
 
     def _borrow(self, image: int, context: Context) -> Branch:
         count = len(self.tasks[image].content.rows(context.position).gen)
         return image, context, context.borrow(count)
-
-
-def _recomputed(content: Content) -> np.ndarray:
-    """Which rows of a content are embedded again at every step, bool [n]."""
-    return content.rows(0).recomputed

@@ -1,10 +1,10 @@
 """Static buffers that outlive a request, and the CUDA graphs captured over them.
 
-A denoising step or a decoded token is a few hundred launches that differ only in the numbers in their buffers. On CUDA
-the first one runs eagerly, which compiles its kernels, the second is captured, and later ones are replayed: one launch.
-Only the contents of the buffers may change between replays, so everything that varies (timestep, slots, lengths,
-guidance, the token) lies in a buffer. On other devices, with ``graphs=False`` and with ``BAGEL_RT_GRAPHS=0`` in the
-environment, every step runs eagerly.
+A denoising step or a decoded token is a few hundred launches that differ only in the contents of their buffers. On CUDA
+the first one runs eagerly, which compiles its kernels, the second is captured, and later ones are replayed in one
+launch. Only the contents of the buffers may change between replays, so everything that varies (timestep, slots,
+lengths, guidance, the token) is in a buffer. On other devices, with ``graphs=False`` or with ``BAGEL_RT_GRAPHS=0`` in
+the environment, every step runs eagerly.
 """
 
 import gc
@@ -14,6 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -21,30 +22,39 @@ from bagel_rt.kernels.backend import backend
 from bagel_rt.kernels.configs import supports
 
 LIMIT = 16  # static buffers kept of one kind of work: a server sees a few image sizes and batch sizes
+B = TypeVar("B")
+Work = Callable[[], object]  # reads and writes static buffers; its result is ignored
 
 
-class StaticBuffers:
+class Captured(Protocol):
+    """Captured work."""
+
+    def replay(self) -> None:
+        """Run the work again on the same addresses."""
+
+
+class StaticBuffers(Generic[B]):
     """The buffers of one structure of work and the graphs captured over them.
 
     Attributes:
         buffers: what the work reads and writes; allocated once.
-        graphs: name of the work -> its captured form, with ``replay()``.
+        graphs: name of the work -> the captured work.
         warmed_up: names of the work that has run eagerly.
     """
 
-    def __init__(self, buffers):
+    def __init__(self, buffers: B) -> None:
         self.buffers = buffers
-        self.graphs: dict[str, object] = {}
+        self.graphs: dict[str, Captured] = {}
         self.warmed_up: set[str] = set()
-        self.owner: Callable[[], object] | None = None  # gives None once the run is gone
+        self.owner: Callable[[], object] | None = None  # returns None once the run is collected
 
     @property
     def in_use(self) -> bool:
-        """Whether a run holds the buffers."""
+        """Whether a run uses the buffers."""
         return self.owner is not None and self.owner() is not None
 
     def release(self) -> None:
-        """Free the buffers for the next run, although an exception may still refer to this one."""
+        """Free the buffers for the next run, even if an exception still refers to this one."""
         self.owner = None
 
 
@@ -56,38 +66,38 @@ class GraphCache:
         capture_seconds: time spent capturing them.
     """
 
-    def __init__(self, capture: Callable[[Callable[[], None]], object] | None, limit: int = LIMIT):
-        """``capture`` turns work into an object with ``replay()``; None runs all work eagerly."""
+    def __init__(self, capture: Callable[[Work], Captured] | None, limit: int = LIMIT) -> None:
+        """``capture`` captures work; None runs all work eagerly. ``limit``: buffers kept of each kind of work."""
         self.capture = capture
         self.limit = limit
         self.captures, self.capture_seconds = 0, 0.0
-        self._kept: OrderedDict[tuple, StaticBuffers] = OrderedDict()
-        self._alive: weakref.WeakSet[StaticBuffers] = weakref.WeakSet()
+        self._kept: OrderedDict[tuple[Hashable, ...], StaticBuffers[Any]] = OrderedDict()
+        self._alive: weakref.WeakSet[StaticBuffers[Any]] = weakref.WeakSet()
 
     @classmethod
     def for_device(cls, device: torch.device, enabled: bool = True) -> "GraphCache":
-        """A cache that captures on CUDA; not on a CPU, nor on GPUs that run the references, which read back."""
+        """A cache that captures on CUDA, except on GPUs that run the reference ops, which read results back."""
         enabled = enabled and os.environ.get("BAGEL_RT_GRAPHS") != "0"
         return cls(CUDACapture() if enabled and device.type == "cuda" and supports(device) else None)
 
     @contextmanager
-    def borrow(self, key: tuple[Hashable, ...], make: Callable[[], object]) -> Iterator[StaticBuffers]:
-        """The buffers of a structure for the length of a block; arguments as :meth:`acquire` takes them."""
+    def borrow(self, key: tuple[Hashable, ...], make: Callable[[], B]) -> Iterator[StaticBuffers[B]]:
+        """:meth:`acquire` for the duration of a block."""
         held = self.acquire(key, make, None)
         try:
             yield held
         finally:
             held.release()
 
-    def acquire(self, key: tuple[Hashable, ...], make: Callable[[], object], owner: object | None) -> StaticBuffers:
-        """The buffers of a structure, held until they are released or ``owner`` is collected.
+    def acquire(self, key: tuple[Hashable, ...], make: Callable[[], B], owner: object | None) -> StaticBuffers[B]:
+        """The buffers of a structure, in use until they are released or ``owner`` is collected.
 
-        Buffers that another run holds are left to it: this run gets new ones, which replace them in the cache.
+        If another run uses them, this run gets new ones, which replace them in the cache.
 
         Args:
             key: the kind of work, then everything that shapes, addresses and launches depend on.
             make: allocates the buffers.
-            owner: the run, weakly referenced; None where the caller is sure to release them.
+            owner: the run, weakly referenced; None if the caller always releases them.
         """
         found = self._kept.get(key)
         if found is None or found.in_use:
@@ -100,19 +110,20 @@ class GraphCache:
         found.owner = (lambda: True) if owner is None else weakref.ref(owner)
         return found
 
-    def run(self, buffers: StaticBuffers, name: str, work: Callable[[], None]) -> None:
+    def run(self, buffers: StaticBuffers[Any], name: str, work: Work) -> None:
         """Run work: eagerly the first time, captured the second, replayed from then on.
 
         Args:
-            buffers: held by the caller.
-            name: of the work; it is captured once for these buffers.
-            work: reads and writes nothing but the buffers and the model.
+            buffers: acquired by the caller.
+            name: of the work, which is captured once for these buffers.
+            work: reads and writes only the buffers and the model.
 
         Raises:
             RuntimeError: the work cannot be captured; the message names the remedy.
         """
-        if self.capture is None or backend() == "reference":  # references read back
-            return work()
+        if self.capture is None or backend() == "reference":  # reference ops read results back
+            work()
+            return
         if name not in buffers.warmed_up:
             work()
             buffers.warmed_up.add(name)
@@ -143,14 +154,14 @@ class GraphCache:
 class CapturedGraph:
     """A CUDA graph that is destroyed only after its last replay has finished."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph):
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
         self._graph = graph
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
         self._graph.replay()
 
-    def __del__(self):
+    def __del__(self) -> None:
         torch.cuda.synchronize()
 
 
@@ -160,23 +171,23 @@ class CUDACapture:
     Sharing is safe because graphs run one after another and no graph reads what another left in the pool.
     """
 
-    def __init__(self):
-        self._graphs: weakref.WeakSet = weakref.WeakSet()
-        self._pool = None
+    def __init__(self) -> None:
+        self._graphs: weakref.WeakSet[CapturedGraph] = weakref.WeakSet()
+        self._pool: Any = None  # the handle of a memory pool
 
-    def __call__(self, work: Callable[[], None]) -> CapturedGraph:
+    def __call__(self, work: Work) -> CapturedGraph:
         """Capture the work without running it."""
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # a pool whose last graph is gone cannot be used again
         graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
-        gc.disable()  # a finaliser may synchronise, which ends a capture
+        gc.disable()  # a finalizer may synchronize, which ends a capture
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
             self._graphs.clear()  # and the pool in an unknown state: the next capture starts a new one
-            for cause in (error, error.__context__):  # ending a capture that ran out of memory may fail as well
+            for cause in (error, error.__context__):  # after out-of-memory, ending the capture may fail as well
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
             raise RuntimeError(
@@ -190,11 +201,11 @@ class CUDACapture:
         return captured
 
 
-def run_pipelined(device: torch.device, work: Iterable[Callable[[], None]]) -> Iterator[int]:
-    """Run work in order and yield the number of pieces that the device has finished, after each one.
+def run_pipelined(device: torch.device, work: Iterable[Work]) -> Iterator[int]:
+    """Run work in order; after each piece, yield the number of pieces that the device has finished.
 
-    On CUDA the next piece is queued before the previous one is waited for, so the device never waits for the host. At
-    most two are queued, so the device stops soon after the caller stops iterating.
+    On CUDA the next piece is queued before the host waits for the previous one, so the device never waits for the host.
+    At most two are queued, so the device stops soon after the caller stops iterating.
     """
     done, before = 0, None
     for call in work:

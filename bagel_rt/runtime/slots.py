@@ -8,6 +8,7 @@ only where it outgrows its range, or where a shorter clone appends; snapshots fo
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -20,7 +21,15 @@ class KVCache:
     The buffers grow when no free range is long enough. Slot numbers stay valid; tensors taken before do not.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device, slots: int = 0):
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        slots: int = 0,
+    ) -> None:
         self._shape = (kv_heads, head_dim)
         self._free: list[tuple[int, int]] = []  # disjoint (start, length), sorted, never adjacent
         self._returned: list[tuple[int, int]] = []  # released since; a finalizer may append at any moment
@@ -112,16 +121,22 @@ class KVCache:
             call()
 
 
+class Holder(Protocol):
+    """A context: it uses the first ``length`` slots of a range."""
+
+    length: int
+
+
 class SlotRange:
     """An append-only slot range that contexts share as prefixes.
 
     Its slots return to the cache when it is collected or when ``release()`` is called, after which it must not be used.
     """
 
-    def __init__(self, cache: KVCache, capacity: int):
+    def __init__(self, cache: KVCache, capacity: int) -> None:
         self.start = cache.allocate(capacity)
         self.capacity = capacity
-        self.holders: weakref.WeakSet = weakref.WeakSet()  # contexts (anything with a ``length``) in this range
+        self.holders: weakref.WeakSet[Holder] = weakref.WeakSet()  # the contexts in this range
         self.release = weakref.finalize(self, cache.release, self.start, capacity)  # runs once, now or at the end
         if cache._tracking is not None:
             cache._tracking.add(self)

@@ -156,8 +156,8 @@ class Server:
         self._check_model(body.model)
         requests = await self._build(image_requests, self.bagel, self.limits, body, images)
         first = requests[0]
-        batch_key = (first.size, first.image and first.image.num_timesteps, first.system is None)
-        jobs = [AsyncJob[ImageResult](one, "image", deadline, batch_key) for one in requests]
+        batch_key = (first.size, first.image.num_timesteps, first.system is None)
+        jobs = [AsyncJob[ImageResult](one, deadline, batch_key) for one in requests]
         self.worker.submit(jobs)
         async with _cancel_on_disconnect(request, jobs):
             results = [await job.finish() for job in jobs]
@@ -178,8 +178,7 @@ class Server:
         body.messages = []  # the encoded images should not be held in the queue
         release_body(request)
         requests = await self._build(chat_requests, self.bagel, self.limits, body, parts)
-        kind = "interleaved" if body.draws else "text"
-        jobs = [AsyncJob[Completion](one, kind, deadline, stops=body.stop) for one in requests]
+        jobs = [AsyncJob[Completion](one, deadline, stops=body.stop) for one in requests]
         self.worker.submit(jobs)
         response = ChatResponse(jobs, self.name, sum(prompt_tokens(self.bagel, requests[0])), self._write)
         if body.stream:

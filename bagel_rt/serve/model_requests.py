@@ -8,9 +8,9 @@ from PIL import Image
 
 from bagel_rt.models.bagel.contexts import count_tokens
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
-from bagel_rt.models.bagel.settings import MAX_ROUNDS, Task, resolve_settings
+from bagel_rt.models.bagel.settings import MAX_ROUNDS, ImageTask, ImageTaskName, TextSettings, resolve_settings
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import Request
+from bagel_rt.request import ImageRequest, InterleavedRequest, Request
 from bagel_rt.serve.errors import FieldError, check_field, errors_of, invalid_field
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.schema import ChatFields, ImageFields
@@ -20,7 +20,7 @@ _CHARACTERS = 32  # per token at most, far above that of real texts; longer prom
 _MARKS = 64  # on one character; writing needs a handful
 
 
-def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list[Image.Image]) -> list[Request]:
+def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list[Image.Image]) -> list[ImageRequest]:
     """The model's requests for ``body.n`` images, checked; their seeds are consecutive.
 
     Raises:
@@ -32,7 +32,16 @@ def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list
     _check_text("prompt", body.prompt)
     size = _read_size(bagel, limits, body.size, images)
     requests = [
-        Request([*images, body.prompt], size, seed, *settings, None, system, body.negative_prompt) for seed in seeds
+        ImageRequest(
+            inputs=[*images, body.prompt],
+            seed=seed,
+            text=settings.text,
+            system=system,
+            size=size,
+            image=settings.image,
+            negative_prompt=body.negative_prompt,
+        )
+        for seed in seeds
     ]
     _check_request("prompt", bagel, limits, requests[0])
     return requests
@@ -47,32 +56,43 @@ def chat_requests(bagel: Bagel, limits: Limits, body: ChatFields, parts: list[st
     max_rounds = min(limits.outputs, MAX_ROUNDS)
     _check_limit("max_tokens", body.token_limit, limits.written_tokens)
     _check_limit("max_rounds", body.max_rounds, max_rounds)
-    settings = _resolve("interleave" if body.draws else "chat", body, limits)
     seeds = _read_seeds(body.seed, body.n, limits)
     images = [part for part in parts if not isinstance(part, str)]
-    rounds = size = None
-    if body.draws:
-        rounds = body.max_rounds or min(3, max_rounds)
-        # Any size: clients send the whole conversation with the same fields again, once it contains an image, too.
-        size = _read_size(bagel, limits, body.size or "auto", [])
     thinks = body.draws if body.think is None else body.think
     system = (THINK_INTERLEAVED if body.draws else THINK_BEFORE_ANSWER) if thinks else None
     if not images:
         _check_text("messages", "".join(part for part in parts if isinstance(part, str)))
-    requests = [Request(parts, size, seed, *settings, None, system, rounds=rounds) for seed in seeds]
+    requests: list[Request] = []
+    if body.draws:
+        settings = _resolve("interleave", body, limits)
+        # Any size: clients send the whole conversation with the same fields again, once it contains an image, too.
+        size = _read_size(bagel, limits, body.size or "auto", [])
+        for seed in seeds:
+            request = InterleavedRequest(
+                inputs=parts,
+                seed=seed,
+                text=settings.text,
+                system=system,
+                size=size,
+                image=settings.image,
+                rounds=body.max_rounds or min(3, max_rounds),
+            )
+            requests.append(request)
+    else:
+        text = _resolve_text(body, limits)
+        requests += [Request(inputs=parts, seed=seed, text=text, system=system) for seed in seeds]
     _check_request("messages", bagel, limits, requests[0])
     return requests
 
 
 def prompt_tokens(bagel: Bagel, request: Request) -> tuple[int, int]:
     """(tokens of a request's texts, system prompt included, tokens of its images)."""
-    parts = [*request.inputs, *(part for part in (request.system, request.negative_prompt) if part is not None)]
-    return count_tokens(bagel.model.config, bagel.tokenizer, parts, request.image is not None)[:2]
+    return count_tokens(bagel.model.config, bagel.tokenizer, request.parts, request.draws)[:2]
 
 
 def _check_request(param: str, bagel: Bagel, limits: Limits, request: Request) -> None:
     """Check the client's texts against the server's limits, then the whole request against the model's."""
-    texts = [part for part in (*request.inputs, request.negative_prompt) if isinstance(part, str)]
+    texts = [part for part in request.parts if isinstance(part, str) and part is not request.system]
     limit, characters = limits.prompt_tokens, sum(map(len, texts))
     if characters > _CHARACTERS * limit:
         text = f"must have at most {limit} tokens on this server, got {characters} characters."
@@ -106,15 +126,23 @@ def _check_limit(param: str, value: int | None, limit: int) -> None:
         raise invalid_field(param, value, f"at most {limit} on this server")
 
 
-def _resolve(task: str, body: ImageFields | ChatFields, limits: Limits) -> Task:
+def _resolve(task: ImageTaskName, body: ImageFields | ChatFields, limits: Limits) -> ImageTask:
     """The task's settings; defaults beyond the server's limits are lowered to them."""
-    settings = body.hyperparameters
-    _check_limit("num_timesteps", settings.get("num_timesteps"), limits.steps)
-    _check_limit("max_think_token_n", settings.get("max_think_token_n"), limits.written_tokens + 1)
-    image, text = resolve_settings(task, settings)
-    if image is not None:
-        image = replace(image, num_timesteps=min(image.num_timesteps, limits.steps))
-    return Task(image, replace(text, max_think_token_n=min(text.max_think_token_n, limits.written_tokens + 1)))
+    _check_limit("num_timesteps", body.hyperparameters.get("num_timesteps"), limits.steps)
+    image, text = resolve_settings(task, body.hyperparameters)
+    image = replace(image, num_timesteps=min(image.num_timesteps, limits.steps))
+    return ImageTask(image, _limit_text(text, body, limits))
+
+
+def _resolve_text(body: ChatFields, limits: Limits) -> TextSettings:
+    """The settings of a chat; a default beyond the server's limits is lowered to it."""
+    return _limit_text(resolve_settings("chat", body.hyperparameters).text, body, limits)
+
+
+def _limit_text(text: TextSettings, body: ImageFields | ChatFields, limits: Limits) -> TextSettings:
+    limit = limits.written_tokens + 1
+    _check_limit("max_think_token_n", body.hyperparameters.get("max_think_token_n"), limit)
+    return replace(text, max_think_token_n=min(text.max_think_token_n, limit))
 
 
 def _read_seeds(seed: int | None, count: int, limits: Limits) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from bagel_rt.engine import Engine
 from bagel_rt.model_thread import DeadlineExceeded, Job, ModelThread
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import ImageResult, Progress, Request
+from bagel_rt.request import ImageRequest, ImageResult, InterleavedRequest, Progress, Request
 from bagel_rt.serve.request_log import REQUEST_ID
 from bagel_rt.serve.stops import StoppedText
 
@@ -59,7 +59,6 @@ class AsyncJob(Job, Generic[R]):
 
     Attributes:
         request: checked.
-        kind: "image", "text" or "interleaved".
         stops: texts that end the answer.
         request_id: of the HTTP request.
         first_piece_at: when the first piece of text was published, on the clock of ``time.monotonic``; or None.
@@ -68,11 +67,9 @@ class AsyncJob(Job, Generic[R]):
 
     result: R
 
-    def __init__(
-        self, request: Request, kind: str, deadline: float, batch_key: Hashable = None, stops: Sequence[str] = ()
-    ):
+    def __init__(self, request: Request, deadline: float, batch_key: Hashable = None, stops: Sequence[str] = ()):
         super().__init__(deadline, batch_key)
-        self.request, self.kind, self.stops, self.request_id = request, kind, stops, REQUEST_ID.get()
+        self.request, self.stops, self.request_id = request, stops, REQUEST_ID.get()
         self.first_piece_at: float | None = None
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         # Only the event loop touches what has arrived.
@@ -167,13 +164,11 @@ def _run(engine: Engine, jobs: list[AsyncJob], check: Callable[[], None]) -> Seq
             tokens, last = tokens + 1, step.step
         check()
 
-    first = jobs[0]
+    first, request = jobs[0], jobs[0].request
     parts: list[str | ImageResult] = []
     stopped = False
-    if first.kind == "image":
-        return [_to_host(result) for result in engine.run_images([job.request for job in jobs], progress)]
-    if first.kind == "interleaved":
-        for part in engine.run_interleaved(first.request, progress):
+    if isinstance(request, InterleavedRequest):
+        for part in engine.run_interleaved(request, progress):
             if isinstance(part, str):
                 text = StoppedText(first.stops)
                 part, stopped = text.feed(part) + text.finish(), text.stopped
@@ -182,16 +177,18 @@ def _run(engine: Engine, jobs: list[AsyncJob], check: Callable[[], None]) -> Seq
                 parts.append(_to_host(part))
             if stopped:
                 break
+    elif images := [job.request for job in jobs if isinstance(job.request, ImageRequest)]:
+        return [_to_host(result) for result in engine.run_images(images, progress)]
     else:
         text = StoppedText(first.stops)
-        with closing(engine.run_answer(first.request, progress)) as pieces:
+        with closing(engine.run_answer(request, progress)) as pieces:
             for piece in pieces:
                 first.publish(text.feed(piece))
                 if text.stopped:
                     break
         first.publish(text.finish())
         stopped = text.stopped
-    return [Completion(parts, tokens, not stopped and last >= first.request.text.max_think_token_n - 1)]
+    return [Completion(parts, tokens, not stopped and last >= request.text.max_think_token_n - 1)]
 
 
 def _to_host(result: ImageResult) -> ImageResult:

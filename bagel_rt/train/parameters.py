@@ -50,7 +50,7 @@ class Parameters:
         """
         leaves, dtype = leaves or self.leaves, dtype or self._wide
         weights = map_weights(self._model.weights, lambda name, _: self._expand(name, leaves[name]).to(dtype))
-        return BagelModel(self._model.config, weights, self._model.vae, self._model.markers)
+        return self._model.with_weights(weights)
 
     def official_gradients(self) -> dict[str, torch.Tensor]:
         """Official name -> gradient, without the :data:`FROZEN` tables."""

@@ -45,9 +45,18 @@ def runs(tiny):
 @pytest.mark.parametrize(
     "work, seconds",
     [
-        (Workload(BAGEL_7B_MOT, text_tokens=64), 6.87),  # arithmetic of 90 forwards, 5425 TFLOP at 790 TFLOP/s
-        (Workload(BAGEL_7B_MOT, task="edit", text_tokens=64), 13.06 + 0.19),  # 147 forwards, and the prefill
-        (Workload(BAGEL_7B_MOT, task="chat", text_tokens=1, max_think_token_n=304), 1.0 + 0.004),  # 304 tokens a second
+        (
+            Workload.with_defaults(BAGEL_7B_MOT, text_tokens=64),
+            6.87,
+        ),  # arithmetic of 90 forwards, 5425 TFLOP at 790 TFLOP/s
+        (
+            Workload.with_defaults(BAGEL_7B_MOT, task="edit", text_tokens=64),
+            13.06 + 0.19,
+        ),  # 147 forwards, and the prefill
+        (
+            Workload.with_defaults(BAGEL_7B_MOT, task="chat", text_tokens=1, max_think_token_n=304),
+            1.0 + 0.004,
+        ),  # 304 tokens a second
     ],
     ids=["text-to-image", "edit", "chat"],
 )
@@ -57,14 +66,14 @@ def test_roofline_matches_hand_calculation(work, seconds):
 
 def test_roofline_scales_with_batch():
     assert layer_parameters(BAGEL_7B_MOT) == pytest.approx(233.05e6, rel=1e-4)
-    one, four = (Workload(BAGEL_7B_MOT, batch=batch, text_tokens=64) for batch in (1, 4))
+    one, four = (Workload.with_defaults(BAGEL_7B_MOT, batch=batch, text_tokens=64) for batch in (1, 4))
     assert roofline_seconds(four, H200) == pytest.approx(4 * roofline_seconds(one, H200), rel=0.01)
-    one, four = (replace(work, task="chat", size=None, max_think_token_n=100, settings=None) for work in (one, four))
+    one, four = (replace(work, task="chat", max_think_token_n=100) for work in (one, four))
     assert roofline_seconds(four, H200) < 1.1 * roofline_seconds(one, H200), "a decode batch reads the weights once"
 
 
 def test_thinking_adds_tokens_and_a_branch():
-    plain = Workload(BAGEL_7B_MOT, text_tokens=64)
+    plain = Workload.with_defaults(BAGEL_7B_MOT, text_tokens=64)
     thinks = replace(plain, max_think_token_n=100)
     assert (plain.branches, thinks.branches) == (2, 3)
     assert roofline_seconds(thinks, H200) == pytest.approx(6.87 + 41 * 60.4e12 / 790e12 + 100 / 303, rel=0.02)
@@ -134,7 +143,10 @@ def test_noisy_short_runs_give_no_rates(tiny, monkeypatch):
 
 
 def test_cost_of_a_request_is_the_sum_of_its_parts():
-    costs, work = Costs(guided=3.0, unguided=2.0, token=0.5, rest=1.0), Workload(BAGEL_7B_MOT, max_think_token_n=10)
+    costs, work = (
+        Costs(guided=3.0, unguided=2.0, token=0.5, rest=1.0),
+        Workload.with_defaults(BAGEL_7B_MOT, max_think_token_n=10),
+    )
     assert costs.denoising(work) == 41 * 3 + 8 * 2 and costs.whole(work) == 41 * 3 + 8 * 2 + 5 + 1
     assert costs.whole(replace(work, task="chat")) == 6
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bagel_rt.kernels import attention, decode_attention, linear, qk_norm_rope, rms_norm
-from bagel_rt.runtime.batch import Rope
+from bagel_rt.runtime.batch import DecodeBatch, Rope
 from bagel_rt.runtime.context import ContentRows
 from bagel_rt.runtime.decode import TokenMode
 from bagel_rt.runtime.slots import KVCache
@@ -25,7 +25,8 @@ class Tokens:
 
     def rows(self, position):
         n = len(self.ids)
-        return ContentRows(np.zeros(n, bool), position + np.arange(n), causal=True, advance=n)
+        none = np.zeros(n, bool)
+        return ContentRows(none, position + np.arange(n), causal=True, advance=n, recomputed=none)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class CausalModel:
             k, v = cache.layer(index)
             qkv = linear(self.norm(x), w["qkv"], w["qkv"], G=0)
             q = qk_norm_rope(qkv, self.qk, self.qk, batch.cos, batch.sin, batch.slots, k, v, 0, EPS)
-            if batch.lengths is not None:
+            if isinstance(batch, DecodeBatch):
                 y = decode_attention(q, k, v, batch.starts, batch.lengths)
             else:
                 y = attention(q, k, v, batch.limits, batch.blocks)

@@ -206,20 +206,20 @@ TEXT = Segment("causal", und(3), 0, 4, 4)
 @pytest.mark.parametrize(
     "segments, block_q, message",
     [
-        ([TEXT], 0, "block_q=0, must be from 1 to 128"),
-        ([TEXT], 129, "block_q=129, must be from 1 to 128"),
-        ([TEXT, TEXT._replace(mode="sliding")], 128, "segment 1 has mode 'sliding', must be one of causal, full"),
-        ([TEXT._replace(gen=und(0))], 128, "segment 0 has no rows"),
+        ([TEXT], 0, "block_q must be from 1 to 128, got 0"),
+        ([TEXT], 129, "block_q must be from 1 to 128, got 129"),
+        ([TEXT, TEXT._replace(mode="sliding")], 128, "mode of segment 1 must be causal or full, got 'sliding'"),
+        ([TEXT._replace(gen=und(0))], 128, "segment 0 must have rows, got none"),
         ([TEXT._replace(gen=np.zeros(3, np.int64))], 128, "one-dimensional numpy array of bool"),
         ([TEXT._replace(gen=np.zeros((3, 1), bool))], 128, "one-dimensional numpy array of bool"),
         ([TEXT._replace(gen=[False] * 3)], 128, "one-dimensional numpy array of bool"),
-        ([TEXT._replace(key_start=-1)], 128, "key_start=-1, visible=4, write=4; none may be negative"),
-        ([TEXT._replace(visible=-1)], 128, "visible=-1, write=4; none may be negative"),
-        ([Segment("full", und(3), 0, 4, -1)], 128, "write=-1; none may be negative"),
-        ([Segment("full", und(3), 0, 4, MAX_SLOTS - 2)], 128, "reaches past 2147483647 slots"),
-        ([Segment("full", und(3), np.int32(MAX_SLOTS), np.int32(4), 0)], 128, "reaches past 2147483647 slots"),
-        ([TEXT, Segment("full", und(3), 0, 2, 2)], 128, r"segment 1 writes slots \[2, 5\) and segment 0 .* \[4, 7\)"),
-        ([TEXT, TEXT], 128, r"segment 0 writes slots \[4, 7\) and segment 1 .* \[4, 7\)"),
+        ([TEXT._replace(key_start=-1)], 128, "must not be negative, got key_start=-1, visible=4, write=4"),
+        ([TEXT._replace(visible=-1)], 128, "must not be negative, got key_start=0, visible=-1, write=4"),
+        ([Segment("full", und(3), 0, 4, -1)], 128, "must not be negative, got key_start=0, visible=4, write=-1"),
+        ([Segment("full", und(3), 0, 4, MAX_SLOTS - 2)], 128, "segment 0 must end by slot 2147483647"),
+        ([Segment("full", und(3), np.int32(MAX_SLOTS), np.int32(4), 0)], 128, "segment 0 must end by slot 2147483647"),
+        ([TEXT, Segment("full", und(3), 0, 2, 2)], 128, r"got \[2, 5\) for segment 1 and \[4, 7\) for segment 0"),
+        ([TEXT, TEXT], 128, r"got \[4, 7\) for segment 0 and \[4, 7\) for segment 1"),
     ],
     ids=[
         "blocks of no rows", "blocks of too many rows", "an unknown mode", "a segment of no rows",
@@ -229,13 +229,13 @@ TEXT = Segment("causal", und(3), 0, 4, 4)
         "the same segment twice",
     ],
 )  # fmt: skip
-def test_refuses(segments, block_q, message, planner):
+def test_rejects_invalid_segments(segments, block_q, message, planner):
     with pytest.raises(ValueError, match=message):
         planner(segments, block_q)
 
 
-def test_a_mask_too_narrow_for_the_plan_is_refused():
-    with pytest.raises(ValueError, match="slots_total=6, but the plan reaches 7 slots"):
+def test_rejects_a_mask_narrower_than_the_plan():
+    with pytest.raises(ValueError, match="slots_total must be at least 7, the slots of the plan, got 6"):
         visibility(build_plan([TEXT]), 6)
 
 

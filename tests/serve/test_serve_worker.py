@@ -17,8 +17,8 @@ import torch  # noqa: E402
 
 from bagel_rt.errors import Cancelled  # noqa: E402
 from bagel_rt.model_thread import Busy, DeadlineExceeded, ModelThread, Stopping  # noqa: E402
-from bagel_rt.models.bagel.settings import TextSettings  # noqa: E402
-from bagel_rt.request import ImageResult, Progress, Request  # noqa: E402
+from bagel_rt.models.bagel.settings import TASKS, TextSettings  # noqa: E402
+from bagel_rt.request import ImageRequest, ImageResult, Progress, Request  # noqa: E402
 from bagel_rt.serve.app import _cancel_on_disconnect  # noqa: E402
 from bagel_rt.serve.worker import AsyncJob, Completion, Failed, start_worker  # noqa: E402
 
@@ -59,11 +59,13 @@ class Model:
 
 
 def request(prompt):
-    return Request([prompt], (16, 16), 0, None, TextSettings(max_think_token_n=5))
+    return Request(inputs=[prompt], seed=0, text=TextSettings(max_think_token_n=5))
 
 
 def image_job(prompt, seconds=60, batch_key="same"):
-    return AsyncJob(request(prompt), "image", time.monotonic() + seconds, batch_key)
+    task = TASKS["generate"]
+    image = ImageRequest(inputs=[prompt], seed=0, text=task.text, size=(16, 16), image=task.image)
+    return AsyncJob(image, time.monotonic() + seconds, batch_key)
 
 
 async def ends(*jobs):
@@ -215,7 +217,7 @@ def test_out_of_memory_batch_runs_one_by_one(run, model):
 
 def test_waiting_pieces_are_joined(run, model):
     async def test(worker):
-        job = AsyncJob(request("word"), "text", time.monotonic() + 60)
+        job = AsyncJob(request("word"), time.monotonic() + 60)
         worker.submit([job])
         await wait_until(lambda: job.ended and worker.running == 0)
         assert [piece async for piece in job.listen()] == ["word"]
@@ -227,7 +229,7 @@ def test_waiting_pieces_are_joined(run, model):
 def test_pieces_arrive_as_generated(run, model):
     async def test(worker):
         model.go.clear()
-        worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
+        worker.submit([job := AsyncJob(request("no"), time.monotonic() + 60)])
         async with aclosing(job.listen()) as pieces:
             assert await anext(pieces) == "n"
             model.go.set()
@@ -240,7 +242,7 @@ def test_pieces_arrive_as_generated(run, model):
 def test_silence_is_reported(run, model):
     async def test(worker):
         model.go.clear()
-        worker.submit([job := AsyncJob(request("no"), "text", time.monotonic() + 60)])
+        worker.submit([job := AsyncJob(request("no"), time.monotonic() + 60)])
         async with aclosing(job.listen(silence=0.02)) as pieces:
             assert [await anext(pieces) for _ in range(3)] == ["n", None, None]
             model.go.set()
@@ -266,7 +268,7 @@ def test_broken_connection_cancels_its_jobs(run, model):
 def test_closing_the_listener_cancels(run, model):
     async def test(worker):
         model.go.clear()
-        worker.submit([job := AsyncJob(request("word"), "text", time.monotonic() + 60)])
+        worker.submit([job := AsyncJob(request("word"), time.monotonic() + 60)])
         async with aclosing(job.listen()) as pieces:
             await anext(pieces)
         model.go.set()

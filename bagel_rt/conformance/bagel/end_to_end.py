@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from bagel_rt.engine import Engine
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import ImageResult, Request
+from bagel_rt.request import ImageRequest, ImageResult, InterleavedRequest, Request
 
 # A generated image is quantized before the model sees it again, and may differ from the recorded one by a level.
 _FEEDBACK_TOLERANCE = 3e-3
@@ -36,25 +37,27 @@ def run_request_case(bagel: Bagel, pack: Path, case: Path, meta: Meta, golden: T
     inputs, hyper = meta["inputs"], meta["inputs"]["hyper"]
     understanding, interleaved = hyper["understanding_output"], "thinkmorph" in meta["case"]
     system = THINK_INTERLEAVED if interleaved else THINK_BEFORE_ANSWER if understanding else THINK_BEFORE_IMAGE
-    request = Request(
-        load_inputs(pack, meta),
-        tuple(hyper["image_shapes"]),
-        seed=0,
-        image=ImageSettings(**{field.name: hyper[field.name] for field in fields(ImageSettings)}),
-        text=TextSettings(**{field.name: hyper[field.name] for field in fields(TextSettings) if field.name in hyper}),
-        noise=None if understanding else recorded_noise(meta, golden),
-        system=system if hyper["think"] else None,
-        rounds=3 if interleaved else None,
-    )
+    common: dict[str, Any] = {
+        "inputs": load_inputs(pack, meta),
+        "seed": 0,
+        "text": TextSettings(**{item.name: hyper[item.name] for item in fields(TextSettings) if item.name in hyper}),
+        "system": system if hyper["think"] else None,
+    }
+    images: dict[str, Any] = {
+        "size": tuple(hyper["image_shapes"]),
+        "image": ImageSettings(**{item.name: hyper[item.name] for item in fields(ImageSettings)}),
+        "noise": None if understanding else recorded_noise(meta, golden),
+    }
     engine, tolerance = bagel.engine, {}
+    outputs: list[str | ImageResult]
     if interleaved:
         if "scripted_gen_text" in inputs:
             engine, tolerance = _ScriptedEngine(engine, inputs["scripted_gen_text"]), {"tolerance": _FEEDBACK_TOLERANCE}
-        outputs = engine.run_interleaved(request)
+        outputs = engine.run_interleaved(InterleavedRequest(**common, **images, rounds=3))
     elif understanding:
-        outputs = ["".join(engine.run_answer(request))]
+        outputs = ["".join(engine.run_answer(Request(**common)))]
     else:
-        [result] = engine.run_images([request])
+        [result] = engine.run_images([ImageRequest(**common, **images)])
         outputs = [result] if result.thought is None else [result.thought, result]
     kinds = ["image" if isinstance(output, ImageResult) else "text" for output in outputs]
     recorded_kinds = ["image" if "image" in output else "text" for output in meta["outputs"]]

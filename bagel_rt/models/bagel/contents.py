@@ -1,4 +1,4 @@
-"""What can be put into a context of BAGEL: text, an image for either expert, latents being denoised.
+"""The contents of a BAGEL context: text, an image for either expert, latents being denoised.
 
 An image is a start marker, its tokens row by row, and an end marker. The markers belong to the understanding expert in
 every image, and all rows of an image share one RoPE position and see each other.
@@ -12,19 +12,20 @@ import torch
 from bagel_rt.runtime.context import ContentRows
 
 MARKERS = 2
-"""Rows of an image that are no token of it: its start and its end."""
+"""Rows of an image besides its tokens: the start marker and the end marker."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, the frame (<|im_start|> ... <|im_end|>) included. Causal, one RoPE position per token."""
+    """Token ids including the frame (<|im_start|> ... <|im_end|>). Causal, one RoPE position per token."""
 
     ids: tuple[int, ...]
 
     def rows(self, position: int) -> ContentRows:
         """One row of the understanding expert per token."""
         count = len(self.ids)
-        return ContentRows(np.zeros(count, dtype=bool), position + np.arange(count), causal=True, advance=count)
+        none = np.zeros(count, dtype=bool)
+        return ContentRows(none, position + np.arange(count), causal=True, advance=count, recomputed=none)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class ViTImage:
     grid_w: int
 
     def rows(self, position: int) -> ContentRows:
-        """Patches between the markers, all for the understanding expert."""
+        """The markers and the patches between them, all for the understanding expert."""
         return _image_rows(self.grid_h, self.grid_w, position, gen=False)
 
 
@@ -49,19 +50,19 @@ class VAEImage:
     grid_w: int
 
     def rows(self, position: int) -> ContentRows:
-        """Latents for the generation expert between the markers."""
+        """The markers, and between them the latents for the generation expert."""
         return _image_rows(self.grid_h, self.grid_w, position, gen=True)
 
 
 @dataclass(frozen=True)
 class NoisedImage:
-    """Latents being denoised: every step embeds them again, and they never enter their context."""
+    """Latents being denoised: every step embeds them again, and they never become part of their context."""
 
     grid_h: int
     grid_w: int
 
     def rows(self, position: int) -> ContentRows:
-        """As of a clean image; the latents are recomputed."""
+        """The rows of a :class:`VAEImage`, with the latents recomputed."""
         return _image_rows(self.grid_h, self.grid_w, position, gen=True, recomputed=True)
 
 
@@ -69,7 +70,7 @@ Content = Text | ViTImage | VAEImage | NoisedImage
 
 
 def image_rows(grid_h: int, grid_w: int) -> int:
-    """Number of rows of an image with this grid of tokens, its markers included."""
+    """Number of rows of an image with this grid of tokens, including its markers."""
     return grid_h * grid_w + MARKERS
 
 
@@ -82,5 +83,5 @@ def _image_rows(grid_h: int, grid_w: int, position: int, gen: bool, recomputed: 
         positions=np.full(count, position),
         causal=False,
         advance=1,
-        recomputed=tokens if recomputed else None,
+        recomputed=tokens & recomputed,
     )

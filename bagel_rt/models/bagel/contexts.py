@@ -1,4 +1,4 @@
-"""The contexts of one request, kept by the official guidance rules, and the counting of what enters them."""
+"""The contexts of one request, updated by the official guidance rules, and token counts of its inputs."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,38 +18,38 @@ class Noise:
     A seed gives the numbers that ``torch.manual_seed(seed)`` gives the official code on the CPU, on any device.
     """
 
-    def __init__(self, seed: int, given: Sequence[torch.Tensor] | torch.Tensor | None = None):
-        """``given`` tensors replace the draws, in order; a single tensor is the latent noise of the only image."""
+    def __init__(self, seed: int, draws: Sequence[torch.Tensor] | torch.Tensor | None = None) -> None:
+        """``draws`` replace those of the seed, in order; a single tensor is the latent noise of the only image."""
         self._generator = torch.Generator().manual_seed(seed)
-        self._given = None if given is None else [given] if isinstance(given, torch.Tensor) else list(given)
+        self._draws = None if draws is None else [draws] if isinstance(draws, torch.Tensor) else list(draws)
 
     def draw(self, *shape: int) -> torch.Tensor:
         """The next draw.
 
         Raises:
-            ValueError: the next given tensor is missing or of another shape.
+            ValueError: the next tensor that replaces a draw is missing or has another shape.
         """
-        if self._given is None:
+        if self._draws is None:
             return torch.randn(shape, generator=self._generator)
-        if not self._given:
+        if not self._draws:
             raise ValueError(
-                f"noise must have a tensor for every encoded and every generated image, got none for a draw of {shape}"
+                f"noise must have a tensor for every encoded and every generated image, got none for a draw of {shape}."
             )
-        noise = self._given.pop(0)
+        noise = self._draws.pop(0)
         if tuple(noise.shape) != shape:
-            raise ValueError(f"noise must have shape {shape} for this draw, got {tuple(noise.shape)}")
+            raise ValueError(f"noise must have shape {shape} for this draw, got {tuple(noise.shape)}.")
         return noise.float()
 
 
 class GuidanceContexts:
     """The contexts of one request.
 
-    Contents reach the KV cache when the prefill is run.
+    Contents are written to the KV cache when the prefill runs.
 
     Attributes:
-        cond: sees everything.
+        cond: everything.
         no_text: ``cond`` as it was before the last text (after the last image).
-        no_img: sees the texts alone.
+        no_img: the texts only.
         image_size: (height, width) of the last image, after the resize rule; None before the first.
     """
 
@@ -62,19 +62,19 @@ class GuidanceContexts:
         guided: bool,
         room: tuple[int, int] = (0, 0),
         expects_images: bool = False,
-    ):
+    ) -> None:
         """Start empty.
 
         Args:
-            prefill: the contents are appended to it.
+            prefill: runs the contents.
             encode_text: frames and tokenizes a text.
             encode_image: (image, whether images will be generated) -> its contents, and (height, width) after the
                 resize rule.
             noise: the request's draws.
-            guided: whether images will be generated; without it only ``cond`` is kept.
-            room: slots that cond and no_img will need in all, taken at once so that they need not move (see
+            guided: whether images will be generated; if not, only ``cond`` is updated.
+            room: total slots that cond and no_img will need, allocated at once so that they need not move (see
                 :func:`count_tokens`).
-            expects_images: without images no_img equals cond, and shares its slots.
+            expects_images: whether an input is an image. If not, no_img equals cond and shares its slots.
         """
         self._prefill, self._encode_text, self._encode_image = prefill, encode_text, encode_image
         self.noise, self._guided, self._expects_images = noise, guided, expects_images
@@ -93,16 +93,16 @@ class GuidanceContexts:
         self._append_text(text)
 
     def add_thought(self, text: str) -> None:
-        """Append a text that the model wrote, tokenized again: it never enters a guidance context."""
+        """Append a generated text, tokenized again, to ``cond`` only."""
         self._prefill.append(self.cond, self._encode_text(text))
 
     def add_negative(self, text: str) -> None:
-        """Append a negative prompt: text guidance moves away from it, in the place of the last text."""
+        """Append a negative prompt to ``no_text``, so that text guidance moves away from it."""
         self.no_text = self.no_text.clone()
         self._prefill.append(self.no_text, self._encode_text(text))
 
     def add_image(self, image: Image.Image, updates_guidance: bool = True) -> None:
-        """Append an image: for generation clean latents and ViT patches, for understanding the patches alone."""
+        """Append an image: clean latents and ViT patches if images will be generated, else the patches only."""
         contents, size = self._encode_image(image, self._guided)
         for content in contents:
             self._prefill.append(self.cond, content)
@@ -126,16 +126,17 @@ class GuidanceContexts:
 
 
 def frame_text(tokenizer: Tokenizer, text: str) -> Text:
-    """Token ids in their frame: <|im_start|> text <|im_end|>; no roles, no template."""
+    """Tokenize ``<|im_start|> text <|im_end|>``; no roles, no template."""
     return Text((tokenizer.bos, *tokenizer.encode(text), tokenizer.eos))
 
 
 def count_tokens(
     config: BagelConfig, tokenizer: Tokenizer, parts: Sequence[str | Image.Image], guided: bool
 ) -> tuple[int, int, tuple[int, int] | None]:
-    """(tokens of the texts, tokens of the images, (height, width) of the last image or None) before any is encoded."""
+    """(tokens of the texts, tokens of the images, (height, width) of the last image or None), without encoding any."""
     texts = sum(len(frame_text(tokenizer, part).ids) for part in parts if isinstance(part, str))
-    images, size = 0, None
+    images = 0
+    size: tuple[int, int] | None = None
     for part in parts:
         if not isinstance(part, str):
             width, height = config.vae_transform.output_size(*part.size)
@@ -145,9 +146,14 @@ def count_tokens(
     return texts, images, size
 
 
-def noise_shapes(config: BagelConfig, parts: Sequence[str | Image.Image], size: tuple[int, int] | None) -> list[tuple]:
-    """The shapes that drawing one image from these parts takes from :class:`Noise`, in order."""
-    shapes = []
+def noise_shapes(
+    config: BagelConfig, parts: Sequence[str | Image.Image], size: tuple[int, int]
+) -> list[tuple[int, ...]]:
+    """The shapes of the draws for generating one image from these parts, in order.
+
+    ``size`` is the (height, width) of the image if no part is an image.
+    """
+    shapes: list[tuple[int, ...]] = []
     for part in parts:
         if not isinstance(part, str):
             width, height = config.vae_transform.output_size(*part.size)

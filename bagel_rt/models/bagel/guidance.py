@@ -1,4 +1,4 @@
-"""Rectified flow with classifier-free guidance by text and by images: BAGEL's schedule, its branches and its update.
+"""Rectified flow with classifier-free guidance by text and by images: BAGEL's schedule, branches and update rule.
 
 Source: semantics of the official sampler (Deng et al. 2025, arXiv:2505.14683); Liu et al. 2022, arXiv:2209.03003.
 """
@@ -39,25 +39,25 @@ def is_guided(t: torch.Tensor, settings: ImageSettings) -> torch.Tensor:
 
 
 def branches_of(settings: ImageSettings, guided: bool = True) -> int:
-    """How many branches a step of an image runs if the contexts of all differ; without guidance it is one."""
+    """Number of branches of a step if their contexts all differ; 1 without guidance."""
     text = guided and settings.cfg_text_scale > 1
     return 1 + text + (text and settings.cfg_img_scale > 1)
 
 
 def step_capacity(steps: int) -> int:
-    """Steps that the buffers have room for: a power of two, so that runs of similar length share buffers and graphs."""
+    """Capacity of the buffers in steps: a power of two, so that runs of similar length share buffers and graphs."""
     return 1 << max(6, (steps - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class FlowStep:
-    """What the steps of a batch read besides the state. N latent tokens in I images, S steps at most.
+    """The static inputs of the steps of a batch besides the state. N latent tokens in I images, at most S steps.
 
     Attributes:
         positions: [N, H], the constant part of the latents' embedding.
         time: [S, schedules, H], time embeddings.
         schedule_of_row: int64 [N], which schedule each token follows; None if there is one.
-        cfg_table: float32 [S, I, 5], what ``cfg_euler_step`` takes at each step.
+        cfg_table: float32 [S, I, 5], the ``cfg_table`` argument of ``cfg_euler_step`` for each step.
     """
 
     model: "BagelModel"
@@ -80,36 +80,38 @@ class FlowStep:
     def update(
         self, state: torch.Tensor, outputs: torch.Tensor, packed: PackedBranches, index: torch.Tensor, guided: bool
     ) -> None:
-        """Guidance, renormalisation and the Euler step, in place."""
+        """Guidance, renormalization and the Euler step, in place."""
         cfg_table = self.cfg_table.index_select(0, index)[0]
         cfg_euler_step(state, outputs, packed.image_table, cfg_table, packed.max_rows, guided)
 
 
 class FlowGuidance:
-    """The flow of a batch of images, each with settings of its own; only the number of timesteps is common.
+    """The flow of a batch of images. Each has its own settings, with an equal number of timesteps.
 
     Attributes:
-        timesteps: float32 [steps, images] on the host, t at which each step evaluates the model.
-        dts: float32 [steps, images], from there down to the next.
+        timesteps: float32 [steps, images] on the host, the t at which each step evaluates the model.
+        dts: float32 [steps, images], difference to the next timestep.
         guided: for each step, whether any image is guided.
     """
 
-    def __init__(self, model: "BagelModel", contents: Sequence[NoisedImage], settings: Sequence[ImageSettings]):
+    def __init__(self, model: "BagelModel", contents: Sequence[NoisedImage], settings: Sequence[ImageSettings]) -> None:
         """
         Raises:
             ValueError: the settings differ in num_timesteps.
         """
         lengths = sorted({one.num_timesteps for one in settings})
         if len(lengths) != 1:
-            raise ValueError(f"num_timesteps must be equal in one denoising, got {lengths}. Denoise the images apart.")
+            raise ValueError(
+                f"num_timesteps must be equal for all images of a denoising, got {lengths}. Denoise them separately."
+            )
         self._model, self._contents, self.settings = model, contents, settings
         self._schedules = list(dict.fromkeys((one.num_timesteps, one.timestep_shift) for one in settings))
         self._schedule_of = [self._schedules.index((one.num_timesteps, one.timestep_shift)) for one in settings]
         points = torch.stack([schedule(one.num_timesteps, one.timestep_shift) for one in settings], dim=1)
         self.timesteps, self.dts = points[:-1], points[:-1] - points[1:]
         self._guided = torch.stack([is_guided(t, one) for t, one in zip(self.timesteps.T, settings, strict=True)], 1)
-        self.guided = self._guided.any(1).tolist()
-        self._guided_images = self._guided.any(0).tolist()
+        self.guided: list[bool] = self._guided.any(1).tolist()
+        self._guided_images: list[bool] = self._guided.any(0).tolist()
         self._capacity = step_capacity(len(self))
         self.key = (tuple(contents), len(self._schedules), self._capacity)
 
@@ -117,11 +119,11 @@ class FlowGuidance:
         return len(self.dts)
 
     def uses(self, image: int, branch: int) -> bool:
-        """Whether any step of the image runs the branch; numbers as in ``BRANCHES``."""
+        """Whether any step of the image runs the branch, an index into ``BRANCHES``."""
         return branch < branches_of(self.settings[image], self._guided_images[image])
 
     def allocate(self) -> FlowStep:
-        """Buffers for images of these sizes, with what depends on the sizes alone."""
+        """Buffers for images of these sizes; fills those that depend on the sizes only."""
         model = self._model
         positions = torch.cat([model.latent_positions(one.grid_h, one.grid_w) for one in self._contents])
         return FlowStep(
@@ -133,7 +135,7 @@ class FlowGuidance:
         )
 
     def fill(self, step: FlowStep) -> None:
-        """Put these schedules and scales into the buffers."""
+        """Write the schedules and scales into the buffers."""
         steps = len(self)
         for number, points in enumerate(self._schedules):
             step.time[:steps, number] = self._model.time_embedding(schedule(*points)[:-1].to(self._model.device))
@@ -151,11 +153,11 @@ class FlowGuidance:
     def estimates(
         self, states: Sequence[torch.Tensor], noises: Sequence[torch.Tensor], next_step: int
     ) -> list[torch.Tensor]:
-        """The clean latents that each image is heading for, float32 [n, features].
+        """The predicted clean latents of each image, float32 [n, features].
 
-        The state is (1 - t) z + t noise of the z at which the straight line from the noise through the state ends. It
-        is the average of what the model took for clean at every step so far, a step from s to s' weighing
-        1 / s' - 1 / s; at t = 0 it is the state. It needs the state and the noise alone, so steps keep nothing for it.
+        The prediction z solves state = (1 - t) z + t noise: the straight line from the noise through the state ends in
+        z. It is the average of the model's predictions at every step so far, with weight 1 / s' - 1 / s for a step from
+        s to s'. At t = 0 it is the state. It is computed from the state and the noise, so steps store nothing for it.
         """
         ends = torch.cat([self.timesteps, torch.zeros_like(self.timesteps[:1])])[next_step].tolist()
         return [(x - t * noise.to(x)) / (1 - t) for x, t, noise in zip(states, ends, noises, strict=True)]

@@ -1,9 +1,9 @@
 """Estimate the device memory of a request from the model's configuration alone, and advise how to reduce it.
 
-The estimate follows the runtime buffer by buffer: a packed forward holds a few tensors of its rows at once (see
+The estimate follows the runtime buffer by buffer: a packed forward keeps a few tensors of its rows at a time (see
 ``models/bagel/transformer.py``), contexts allocate slots in the order of ``engine.py``, and captured graphs keep their
-memory pool between steps. It holds for the kernels; the PyTorch references, as on a CPU, need more. The CUDA context,
-libraries and allocator rounding are covered by an allowance, :data:`RUNTIME`.
+memory pool between steps. It applies to the kernels; the PyTorch references, used on a CPU, need more. The CUDA
+context, libraries and allocator rounding are covered by an allowance, :data:`RUNTIME`.
 """
 
 import math
@@ -66,7 +66,7 @@ class MemoryEstimate:
         return self.total <= available
 
     def advice(self, available: int | None = None) -> list[str]:
-        """Changes of the request that need less memory, the largest saving first, then all of them together.
+        """Changes to the request that need less memory, the largest saving first, then all of them together.
 
         Args:
             available: bytes; each line then says whether the change is enough.
@@ -87,10 +87,11 @@ class MemoryEstimate:
             lines.append(f"no request fits: the weights alone need {least.weights / 1e9:.1f} GB")
         return lines
 
-    def as_dict(self, available: int | None = None) -> dict:
+    def as_dict(self, available: int | None = None) -> dict[str, Any]:
         """The estimate as JSON-safe values, in bytes; with ``available`` also whether it fits, and the advice."""
-        workload = {key: value for key, value in vars(self.workload).items() if key != "config"}
-        workload |= {"dtype": str(self.workload.dtype).removeprefix("torch."), "settings": asdict(workload["settings"])}
+        work = self.workload
+        workload = {key: value for key, value in vars(work).items() if key != "config"}
+        workload |= {"dtype": str(work.dtype).removeprefix("torch."), "settings": asdict(work.settings)}
         names = ("weights", "kv_cache", "buffers", "graphs", "phases", "runtime", "phase", "total")
         report = {"workload": workload} | {name: getattr(self, name) for name in names}
         if available is not None:
@@ -98,7 +99,7 @@ class MemoryEstimate:
         return report
 
     def __str__(self) -> str:
-        """A table; GB are 10**9 bytes."""
+        """A table in GB of 10**9 bytes."""
         rows = [
             ("weights", self.weights),
             ("KV cache", self.kv_cache),
@@ -114,16 +115,17 @@ class MemoryEstimate:
         total = f"{self.total / 1e9:.1f} GB in total"
         return total if available is None else f"{total}, {'fits' if self.fits(available) else 'still too much'}"
 
-    def _changes(self) -> list[tuple[str, Callable[[Workload], dict]]]:
+    def _changes(self) -> list[tuple[str, Callable[[Workload], dict[str, Any]]]]:
         """(label, workload -> fields to replace) of every change that may help; they combine in this order."""
-        work, changes = self.workload, []
+        work = self.workload
+        changes: list[tuple[str, Callable[[Workload], dict[str, Any]]]] = []
         if work.dtype == torch.float32:
             changes.append(("bfloat16 weights (dtype)", lambda _: {"dtype": torch.bfloat16}))
         if work.batch > 1:
             changes.append(("one request at a time (batch 1)", lambda _: {"batch": 1}))
         if len(work.images) > 1:
             changes.append(("only the last input image", lambda _: {"images": work.images[-1:]}))
-        for quarters in (3, 2):  # the stronger one last: applied after the other, it replaces it
+        for quarters in (3, 2):  # the smaller size last: applied after the other, it replaces it
             smaller = partial(self._smaller, quarters)
             height, width = replace(work, **smaller(work)).drawn
             if work.draws and (height, width) != work.drawn:
@@ -137,7 +139,7 @@ class MemoryEstimate:
             changes.append(("graphs=False, slower", lambda _: {"graphs": False}))
         return changes
 
-    def _smaller(self, quarters: int, work: Workload) -> dict:
+    def _smaller(self, quarters: int, work: Workload) -> dict[str, Any]:
         """Sizes scaled by ``quarters`` / 4."""
         if work.images:
             images = self.workload.images[-len(work.images) :]
@@ -146,17 +148,17 @@ class MemoryEstimate:
         return {"size": tuple(max(1, side * quarters // 4 // stride) * stride for side in self.workload.size)}
 
 
-def expected_memory(config: BagelConfig, **workload) -> MemoryEstimate:
+def expected_memory(config: BagelConfig, **workload: Any) -> MemoryEstimate:
     """Estimate the device memory of a request, the first after loading. Nothing is allocated.
 
     Args:
-        config: the model's, as :meth:`BagelConfig.from_folder` reads it.
-        workload: fields of :class:`Workload`.
+        config: of the model, from :meth:`BagelConfig.from_folder`.
+        workload: arguments of :meth:`Workload.with_defaults`.
 
     Raises:
         ValueError: the request could not run.
     """
-    return _estimate(Workload(config, **workload))
+    return _estimate(Workload.with_defaults(config, **workload))
 
 
 def _estimate(work: Workload) -> MemoryEstimate:
@@ -197,13 +199,13 @@ def _peak(phases: dict[str, int], graphs: bool) -> tuple[int, str]:
     return max(candidates, key=lambda moment: moment[0] + phases[moment[1]])
 
 
-def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = None, **workload) -> str:
+def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = None, **workload: Any) -> str:
     """The expected memory of a request and the advice, as text for an out-of-memory error.
 
     Args:
-        config, dtype: the model's.
+        config, dtype: of the model.
         available: bytes of the whole device.
-        workload: the other fields of :class:`Workload`.
+        workload: other arguments of :meth:`Workload.with_defaults`.
 
     Raises:
         ValueError: the request could not run.
@@ -212,7 +214,7 @@ def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = 
     capacity = f"; the device has {available / 1e9:.1f} GB" if available is not None else ""
     lines = [f"the request needs about {estimate.total / 1e9:.1f} GB in total{capacity}:", str(estimate)]
     if available is not None and estimate.fits(available):
-        lines.append("that should fit: free the memory that other programs, or other tensors of this one, hold")
+        lines.append("that should fit: free memory of other programs, or of other tensors of this one")
     advice = estimate.advice(available)
     if advice:
         lines += ["to reduce it:", *(f"- {line}" for line in advice)]
@@ -227,26 +229,25 @@ def explain_requests(
     available: int | None,
     graphs: bool,
 ) -> str:
-    """:func:`explain` for a batch of :class:`~bagel_rt.request.Request`, counted as if all were like the largest."""
+    """:func:`explain` for a batch of :class:`~bagel_rt.request.Request`, estimated as if all were like the largest."""
+    draws = requests[0].draws
 
     def counted(request: Any) -> tuple[int, int]:
-        parts = [*request.inputs, *(part for part in (request.system, request.negative_prompt) if part is not None)]
-        return count_tokens(config, tokenizer, parts, request.image is not None)[:2]
+        return count_tokens(config, tokenizer, request.parts, draws)[:2]
 
     request = max(requests, key=lambda request: sum(counted(request)))
     images = [part.size[::-1] for part in request.inputs if isinstance(part, Image.Image)]
-    draws = request.image is not None
     return explain(
         config,
         dtype,
         available=available,
         task="chat" if not draws else "edit" if images else "generate",
-        size=request.size,
+        size=request.size if draws else None,
         images=images,
         batch=len(requests),
         text_tokens=max(1, counted(request)[0]),
         max_think_token_n=request.text.max_think_token_n if request.generates_text else 0,
-        settings=request.image,
+        settings=request.image if draws else None,
         graphs=graphs,
     )
 
@@ -260,8 +261,8 @@ def cache_slots(work: Workload, growth: int = GROWTH) -> tuple[int, int]:
     image = work.rows if work.draws else 0
     rooms = [work.text_tokens + work.image_tokens + work.written + image]
     if work.draws and work.images:
-        rooms.append(work.text_tokens + image)  # the context without images has slots of its own
-    # Branches whose context has no free slots behind it: the one without text, and the one that lacks a thought.
+        rooms.append(work.text_tokens + image)  # the context without images has its own slots
+    # Branches whose context is not followed by free slots: the one without text, and the one without the thought.
     apart = (work.branches > 1) + (work.branches > 2 and not work.images)
     slots = before = room = 0
     for length in rooms * work.batch + [image] * apart * work.group:
@@ -272,9 +273,9 @@ def cache_slots(work: Workload, growth: int = GROWTH) -> tuple[int, int]:
     return slots, before
 
 
-@lru_cache(maxsize=8)  # advice asks for a few
+@lru_cache(maxsize=8)  # advice estimates several workloads
 def _weights(config: BagelConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights, counted on the meta device; fused parameters share storages."""
+    """Bytes of all weights, counted on the meta device by storage, because fused parameters share storages."""
     slots = BagelWeights.allocate(config, "meta", dtype).weight_slots(config).values()
     with torch.device("meta"):
         vae = AutoEncoder(config.vae)
@@ -283,7 +284,7 @@ def _weights(config: BagelConfig, dtype: torch.dtype) -> int:
 
 
 def _forward(llm: TransformerConfig, rows: int, itemsize: int) -> int:
-    """Peak bytes of the decoder stack for ``rows`` rows, besides its input (see ``Transformer``)."""
+    """Peak bytes of the decoder stack for ``rows`` rows, excluding its input (see ``Transformer``)."""
     H, heads = llm.hidden_size, llm.num_heads * llm.head_dim
     attend = 2 * H + (heads + 2 * llm.num_kv_heads * llm.head_dim) + 2 * heads  # hidden, norm or sum; qkv; q, output
     feed_forward = 2 * H + llm.intermediate_size  # hidden, norm or sum; SwiGLU's output
@@ -303,8 +304,8 @@ def _prefill(work: Workload) -> int:
     thoughts = work.written * work.draws
     rows = min(work.batch * max(texts + work.image_tokens, thoughts), MAX_ROWS)
     packed = rows * H * itemsize + _plan(config.llm, rows) + _forward(config.llm, rows, itemsize)
-    # The vision tower runs before any row is packed: patches in both dtypes; a block's old and new input, its QKV and
-    # its MLP before and after GELU; then the connector's layers.
+    # The vision tower runs before any row is packed. It needs the patches in both dtypes, and the largest of: input and
+    # output of a block with its QKV, with its MLP before and after GELU, or the layers of the connector.
     V, F = vit.hidden_size, vit.intermediate_size
     block = max(5 * V + 2 * F, 7 * V + F, V + 3 * H)
     patches = min(work.batch * work.patches, MAX_ROWS)
@@ -333,7 +334,7 @@ def _buffers(work: Workload) -> int:
     if work.draws:
         latents = work.group * work.latents
         guided, steps = work.guided_steps
-        apart = work.branches > 1 and guided < steps  # unguided steps have packed buffers of their own
+        apart = work.branches > 1 and guided < steps  # unguided steps have their own packed buffers
         for branches in {work.branches, 1} if apart else {work.branches}:
             rows = branches * work.group * work.rows
             total += rows * (H * itemsize + 8) + _plan(llm, rows)

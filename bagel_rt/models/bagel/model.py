@@ -1,4 +1,4 @@
-"""BAGEL on one device: weights, transformer, vision tower and autoencoder, and what the runtime asks of a model."""
+"""BAGEL on one device: weights, transformer, vision tower and autoencoder behind the interface of a model."""
 
 import functools
 from collections.abc import Sequence
@@ -35,13 +35,14 @@ from bagel_rt.runtime.denoise import DenoisingTask
 from bagel_rt.runtime.graphs import GraphCache
 from bagel_rt.runtime.slots import KVCache
 
-# Recomputed by rotary code, or state of a trainer: harmless leftovers that official-format files may carry.
+# Tensors that official-format files may contain but that are not used: buffers of rotary and position code, state of
+# a trainer, the pooling head of the vision tower.
 IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "*.position_ids", "n_averaged", "vit_model.vision_model.head.*")
 
 
 @dataclass(frozen=True, eq=False)
 class _DecoderBuffers:
-    """What the autoencoder's decoder reads and writes: latent [1, z, h, w] and pixels [1, 3, H, W], float32."""
+    """Input and output of the autoencoder's decoder: latent [1, z, h, w] and pixels [1, 3, H, W], float32."""
 
     latent: torch.Tensor
     pixels: torch.Tensor
@@ -51,12 +52,11 @@ class BagelModel:
     """The network of one checkpoint.
 
     Attributes:
-        image_request: what the model writes, in an interleaved answer, when it wants an image.
+        image_request: the text by which an interleaved answer requests an image.
         config: the checkpoint's configuration.
         weights: every tensor of ``ema.safetensors``, fused and paired.
         transformer: the decoder stack over packed rows.
         rope: the rotary tables.
-        vae: the FLUX autoencoder, in float32 as published; None where images are neither encoded nor decoded here.
         markers: token ids of the start and end of an image; None until they are known.
     """
 
@@ -64,19 +64,22 @@ class BagelModel:
 
     def __init__(
         self, config: BagelConfig, weights: BagelWeights, vae: AutoEncoder | None, markers: tuple[int, int] | None
-    ):
+    ) -> None:
+        """``vae`` is None if this model neither encodes nor decodes images."""
         self.config = config
         self.weights = weights
         self.transformer = Transformer(config.llm, weights.layers, weights.norm)
-        self.vae = vae
+        self._vae = vae
         self.markers = markers
         self.device = weights.embed_tokens.device
         self.dtype = weights.embed_tokens.dtype
         self.rope = Rope(config.llm.head_dim, config.llm.rope_theta, config.llm.max_position_embeddings, self.device)
 
     @classmethod
-    def allocate(cls, config: BagelConfig, markers: tuple[int, int], device, dtype) -> "BagelModel":
-        """A model of uninitialised weights."""
+    def allocate(
+        cls, config: BagelConfig, markers: tuple[int, int], device: torch.device | str, dtype: torch.dtype
+    ) -> "BagelModel":
+        """A model with uninitialized weights."""
         with torch.device("meta"):
             vae = AutoEncoder(config.vae)
         vae = vae.to_empty(device=device).requires_grad_(False)  # float32 whatever the model's dtype, as officially
@@ -88,8 +91,8 @@ class BagelModel:
         folder: str | Path,
         config: BagelConfig,
         markers: tuple[int, int],
-        device,
-        dtype,
+        device: torch.device | str,
+        dtype: torch.dtype,
         progress: bool = False,
         weights: str | None = None,
     ) -> "BagelModel":
@@ -114,6 +117,17 @@ class BagelModel:
             load_weights(files[stem], slots, IGNORED_TENSORS, progress)
         return model
 
+    def with_weights(self, weights: BagelWeights) -> "BagelModel":
+        """The same model with other weights, sharing the autoencoder."""
+        return BagelModel(self.config, weights, self._vae, self.markers)
+
+    @property
+    def vae(self) -> AutoEncoder:
+        """The FLUX autoencoder, in float32 as published. RuntimeError if the model has none."""
+        if self._vae is None:
+            raise RuntimeError("the model must have an autoencoder to encode or decode images, got none.")
+        return self._vae
+
     def weight_slots(self) -> dict[str, dict[str, WeightSlot]]:
         """File stem ("ema", "ae") -> official tensor name -> where it is stored."""
         autoencoder = {name: WeightSlot(p.data, tuple(p.shape)) for name, p in self.vae.named_parameters()}
@@ -127,13 +141,14 @@ class BagelModel:
     # Contents in
 
     def embed(self, contents: Sequence[Content]) -> torch.Tensor:
-        """Hidden states of contents in order, [T, H]. All ViT images go through the tower in one pack; latents being
-        denoised are left at zero."""
+        """Hidden states of contents in order, [T, H]. All ViT images are embedded in one pack; latents being denoised
+        are left at zero."""
+        texts = [content for content in contents if isinstance(content, Text)]
+        if len(texts) == len(contents):
+            return self.embed_tokens(torch.tensor([id for text in texts for id in text.ids], device=self.device))
         images = [content for content in contents if isinstance(content, ViTImage)]
         patches = iter(self.embed_patches(images)) if images else iter(())
-        start, end = None, None
-        if any(not isinstance(content, Text) for content in contents):
-            start, end = self.embed_markers().split(1)
+        start, end = self.embed_markers().split(1)
         parts = []
         for content in contents:
             if isinstance(content, Text):
@@ -197,16 +212,16 @@ class BagelModel:
         draws: bool = True,
         written: int = 0,
     ) -> GuidanceContexts:
-        """The contexts of a request that was shown a system prompt, then its inputs.
+        """The contexts of a request, with its system prompt and its inputs appended.
 
         Args:
-            prefill: runs what is appended.
+            prefill: runs the contents.
             inputs: texts and images in order.
             seed: of the noise.
-            noise: draws to use in place of the seed's (see :class:`~bagel_rt.models.bagel.contexts.Noise`).
+            noise: draws to use instead of the seed's (see :class:`~bagel_rt.models.bagel.contexts.Noise`).
             size: (height, width) of the image to generate, if no input is an image.
             draws: whether images will be generated.
-            written: tokens that the model may write into the contexts, which get room for them.
+            written: number of generated tokens that the contexts reserve slots for.
         """
         config = self.config
         parts = [*inputs, *([system] if system is not None else [])]
@@ -216,7 +231,7 @@ class BagelModel:
         draws_of = Noise(seed, noise)
 
         def encode_image(image: Image.Image, generates: bool) -> tuple[list[Content], tuple[int, int]]:
-            # The ViT sees the image that the autoencoder's rule resized: the official inferencer resizes twice.
+            # The input of the ViT is the image resized by the autoencoder's rule: the official code resizes twice.
             resized = config.vae_transform.resize(to_rgb(image))
             contents: list[Content] = [self.encode_latents(resized, draws_of)] if generates else []
             contents.append(self.encode_patches(config.vit_transform.resize(resized)))
@@ -237,13 +252,13 @@ class BagelModel:
 
     # Denoising
 
-    def denoising_task(self, contexts: GuidanceContexts, size: tuple[int, int]) -> DenoisingTask:
-        """An image of (height, width) pixels behind what the contexts were shown, with the next draw of their noise."""
+    def denoising_task(self, contexts: GuidanceContexts, size: tuple[int, int]) -> DenoisingTask[NoisedImage]:
+        """The next image of a request, of (height, width) pixels, from the next draw of its noise."""
         grid_h, grid_w = self.config.latent_grid(size)
         noise = contexts.noise.draw(grid_h * grid_w, self.config.latent_features)
         return DenoisingTask(NoisedImage(grid_h, grid_w), noise, contexts.branches)
 
-    def guidance(self, tasks: Sequence[DenoisingTask], settings: Sequence[ImageSettings]) -> FlowGuidance:
+    def guidance(self, tasks: Sequence[DenoisingTask[NoisedImage]], settings: Sequence[ImageSettings]) -> FlowGuidance:
         """Schedule, guidance and update rule of one denoising."""
         return FlowGuidance(self, [task.content for task in tasks], settings)
 
@@ -268,7 +283,7 @@ class BagelModel:
 
     @property
     def text(self) -> TokenMode:
-        """How text is read and drawn."""
+        """The token mode of text."""
         return TokenMode("text", self.embed_tokens, self.logits)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -277,11 +292,11 @@ class BagelModel:
         return decode_linear(hidden, self.weights.lm_head, norm=norm, eps=self.config.llm.rms_norm_eps)
 
     def explain_memory(self, tokenizer: Tokenizer, requests: Sequence[Any], available: int | None, graphs: bool) -> str:
-        """The memory that requests are expected to need, and what would need less.
+        """The expected memory of requests, and changes that would reduce it.
 
         Args:
-            requests: :class:`~bagel_rt.request.Request` of one batch; counted as if all were like the largest.
-            available: bytes of the whole device, if it has a memory of its own.
+            requests: :class:`~bagel_rt.request.Request` of one batch, estimated as if all were like the largest.
+            available: bytes of the whole device; None if it has no memory of its own.
             graphs: whether steps are captured.
         """
         return explain_requests(self.config, self.dtype, tokenizer, requests, available, graphs)
@@ -298,7 +313,7 @@ class BagelModel:
 
         key = ("image", grid_h, grid_w, torch.backends.cudnn.allow_tf32)
         with graphs.borrow(key, allocate) as held:
-            buffers: _DecoderBuffers = held.buffers
+            buffers = held.buffers
             buffers.latent.copy_(latent)
             graphs.run(held, "decode", lambda: buffers.pixels.copy_(self.vae.decode(buffers.latent)))
             return tensor_to_image(buffers.pixels[0])

@@ -2,11 +2,11 @@
 
 The plan sorts the rows by expert once per forward pass: in every op, rows [0, G) use the generation expert and rows
 [G, T) the understanding expert. A layer is eight ops: norm, QKV, QK-norm + RoPE + cache write, attention, output +
-residual, norm, gate/up + SwiGLU, down + residual. Text decoding has few rows and is memory-bound; there a layer is five
+residual, norm, gate/up + SwiGLU, down + residual. Text decoding has few rows and is memory-bound; its layers are five
 ops, each of which reads its weights once.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -21,26 +21,41 @@ from bagel_rt.kernels import (
 )
 from bagel_rt.models.bagel.config import TransformerConfig
 from bagel_rt.models.bagel.weights import DecoderLayerWeights, Pair
-from bagel_rt.runtime.batch import ForwardBatch
+from bagel_rt.runtime.batch import DecodeBatch, ForwardBatch
 from bagel_rt.runtime.slots import KVCache
+
+
+class Attention(Protocol):
+    """The attention op, or a differentiable one with the same arguments."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        limits: torch.Tensor,
+        blocks: torch.Tensor,
+        /,
+    ) -> torch.Tensor:
+        """Queries [T, heads, head_dim] -> outputs of the same shape."""
 
 
 class Transformer:
     """The decoder layers. Stateless except for the keys and values, which are written to the KV cache."""
 
-    def __init__(self, config: TransformerConfig, layers: list[DecoderLayerWeights], norm: Pair):
+    def __init__(self, config: TransformerConfig, layers: list[DecoderLayerWeights], norm: Pair) -> None:
         self.config = config
         self.layers = layers
         self.norm = norm
 
     def forward(
-        self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache, attention: Callable = attention
+        self, hidden: torch.Tensor, batch: ForwardBatch | DecodeBatch, cache: KVCache, attention: Attention = attention
     ) -> torch.Tensor:
         """Run every layer.
 
         Args:
             hidden: [T, H], sorted by expert; not modified.
-            batch: positions, slots and attention plan of the rows. With ``batch.lengths`` set, every row is the next
+            batch: positions, slots and attention plan of the rows; a :class:`DecodeBatch` if every row is the next
                 token of a text.
             cache: the keys and values of the rows are written to ``batch.slots``.
             attention: the attention op; training passes a differentiable one.
@@ -48,9 +63,8 @@ class Transformer:
         Returns:
             [T, H], before the final norm (see :meth:`final_norm`).
         """
-        decodes = batch.lengths is not None
         for index, layer in enumerate(self.layers):
-            if decodes:
+            if isinstance(batch, DecodeBatch):
                 hidden = self.decode(layer, hidden, batch, *cache.layer(index))
             else:
                 hidden = self.attend(layer, hidden, batch, *cache.layer(index), attention)
@@ -64,7 +78,7 @@ class Transformer:
         batch: ForwardBatch,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        attention: Callable = attention,
+        attention: Attention = attention,
     ) -> torch.Tensor:
         """The attention half of a layer, with its residual connection."""
         G, eps = batch.G, self.config.rms_norm_eps
@@ -84,7 +98,7 @@ class Transformer:
         self,
         layer: DecoderLayerWeights,
         hidden: torch.Tensor,
-        batch: ForwardBatch,
+        batch: DecodeBatch,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The size of a request in tokens, rows and branches, derived as the runtime derives them."""
+"""The size of a request in tokens, rows and branches, computed as the runtime computes them."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,11 @@ import torch
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.contents import image_rows
 from bagel_rt.models.bagel.guidance import branches_of, is_guided, schedule
-from bagel_rt.models.bagel.settings import MAX_BATCH, MAX_INPUTS, TASKS, ImageSettings
+from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, MAX_BATCH, MAX_INPUTS, ImageSettings
 from bagel_rt.runtime.context import MAX_ROWS
-from bagel_rt.validation import check, check_fields, checked, integer, one_of
+from bagel_rt.validation import check, integer, one_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -21,52 +23,81 @@ class Workload:
     Attributes:
         config: of the model.
         dtype: of the weights; the autoencoder is float32 in any case.
-        task: "generate", "edit" or "chat"; an interleaved answer needs what an edit needs.
-        size: (height, width) of the images to generate; default the model's largest square. An edit has the size of its
-            last input.
-        images: (height, width) of each input image before the resize rule; default none, for an edit one of ``size``.
+        task: "generate", "edit" or "chat". For an interleaved answer use "edit".
+        size: (height, width) of the images to generate without input images. An edit has the size of its last input.
+        images: (height, width) of each input image before the resize rule.
         batch: number of requests run together.
-        text_tokens: tokens of a request's texts, a system prompt and all frames included.
-        max_think_token_n: tokens that the model may write before it draws, or as an answer; default none, for a chat
-            the task's.
-        settings: how images are denoised; default the task's.
+        text_tokens: tokens of the texts of a request, including the system prompt and all frames.
+        max_think_token_n: tokens that the model may generate before an image, or as an answer.
+        settings: how images are denoised; not used by a chat.
         graphs: whether steps are captured as CUDA graphs.
     """
 
     config: BagelConfig
-    dtype: torch.dtype = checked(one_of((torch.float32, torch.bfloat16, torch.float16)), torch.bfloat16)
-    task: str = checked(one_of(("generate", "edit", "chat")), "generate")
-    size: tuple[int, int] | None = None
-    images: Sequence[tuple[int, int]] | None = None
-    batch: int = checked(integer(1, MAX_BATCH), 1)
-    text_tokens: int = 256
-    max_think_token_n: int | None = None
-    settings: ImageSettings | None = None
-    graphs: bool = True
+    dtype: torch.dtype
+    task: str
+    size: tuple[int, int]
+    images: tuple[tuple[int, int], ...]
+    batch: int
+    text_tokens: int
+    max_think_token_n: int
+    settings: ImageSettings
+    graphs: bool
 
-    def __post_init__(self):
-        check_fields(self)
-        size = self.size or (self.config.default_resolution,) * 2
-        images = tuple(map(tuple, (size,) if self.images is None and self.task == "edit" else self.images or ()))
-        written = TASKS["chat"].text.max_think_token_n if self.task == "chat" else 0
-        for name, value in (
-            ("size", tuple(size)),
-            ("images", images),
-            ("max_think_token_n", written if self.max_think_token_n is None else self.max_think_token_n),
-            ("settings", self.settings or TASKS["edit" if self.task == "edit" else "generate"].image),
-        ):
-            object.__setattr__(self, name, value)
+    @classmethod
+    def with_defaults(
+        cls,
+        config: BagelConfig,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        task: str = "generate",
+        size: tuple[int, int] | None = None,
+        images: Sequence[tuple[int, int]] | None = None,
+        batch: int = 1,
+        text_tokens: int = 256,
+        max_think_token_n: int | None = None,
+        settings: ImageSettings | None = None,
+        graphs: bool = True,
+    ) -> "Workload":
+        """A workload with the defaults of its task.
+
+        They are the default resolution of the model, one input image of ``size`` for an edit, and the text length of
+        the task for a chat; other tasks generate no text.
+        """
+        side = config.default_resolution
+        height, width = size or (side, side)
+        if images is None:
+            images = [(height, width)] if task == "edit" else []
+        if max_think_token_n is None:
+            max_think_token_n = CHAT.text.max_think_token_n if task == "chat" else 0
+        return cls(
+            config,
+            dtype,
+            task,
+            (height, width),
+            tuple((height, width) for height, width in images),
+            batch,
+            text_tokens,
+            max_think_token_n,
+            settings or (EDIT if task == "edit" else GENERATE).image,
+            graphs,
+        )
+
+    def __post_init__(self) -> None:
+        check("dtype", self.dtype, one_of(DTYPES))
+        check("task", self.task, one_of(("generate", "edit", "chat")))
+        check("batch", self.batch, integer(1, MAX_BATCH))
         limit = self.config.llm.max_position_embeddings
         check("text_tokens", self.text_tokens, integer(1, limit))
         check("max_think_token_n", self.max_think_token_n, integer(0, limit))
         self.config.check_size(*self.size)
         if (self.task == "edit") > len(self.images) or (self.task == "generate" and self.images):
             raise ValueError(
-                f"images must have at least one entry for an edit and none to generate, got {len(self.images)}"
+                f"images must have at least one entry for an edit and none to generate, got {len(self.images)}."
             )
         if len(self.images) > MAX_INPUTS or any(side < 1 for pair in self.images for side in pair):
             raise ValueError(
-                f"images must be up to {MAX_INPUTS} sizes (height, width) of at least 1, got {self.images}"
+                f"images must be up to {MAX_INPUTS} sizes (height, width) of at least 1, got {self.images}."
             )
 
     @property
@@ -76,13 +107,14 @@ class Workload:
 
     @property
     def written(self) -> int:
-        """Tokens that the model writes, with the frame of a thought."""
+        """Tokens that the model generates, including the frame of a thought."""
         return self.max_think_token_n + 2 * (self.draws and self.max_think_token_n > 0)
 
     @property
     def resized(self) -> list[tuple[int, int]]:
         """(height, width) of the input images after the autoencoder's resize rule."""
-        return [self.config.vae_transform.output_size(width, height)[::-1] for height, width in self.images]
+        sizes = [self.config.vae_transform.output_size(width, height) for height, width in self.images]
+        return [(height, width) for width, height in sizes]
 
     @property
     def drawn(self) -> tuple[int, int]:
@@ -91,7 +123,7 @@ class Workload:
 
     @property
     def latents(self) -> int:
-        """Latent tokens of a generated image, without its markers."""
+        """Latent tokens of a generated image, excluding its markers."""
         return math.prod(self.config.latent_grid(self.drawn))
 
     @property
@@ -115,17 +147,17 @@ class Workload:
     def guided_steps(self) -> tuple[int, int]:
         """(steps with guidance, all steps)."""
         t = schedule(self.settings.num_timesteps, self.settings.timestep_shift)[:-1]
-        return is_guided(t, self.settings).sum().item(), len(t)
+        return int(is_guided(t, self.settings).sum()), len(t)
 
     @property
     def branches(self) -> int:
-        """Branches of a guided step that see different contexts."""
+        """Branches of a guided step with different contexts."""
         count = branches_of(self.settings, guided=self.guided_steps[0] > 0)
-        # Without images and thoughts the context without images equals the conditional one, and is computed once.
+        # Without images and thoughts, the context without images equals the conditional one and is computed once.
         return count if self.images or self.written else min(count, 2)
 
     @property
     def group(self) -> int:
-        """Images that are denoised in one packed forward, as the engine groups them."""
+        """Images per packed forward of denoising, as the engine groups them."""
         branches = branches_of(self.settings, guided=self.guided_steps[0] > 0)
         return max(1, min(self.batch, MAX_ROWS // (branches * self.rows)))

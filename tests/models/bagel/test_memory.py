@@ -19,8 +19,9 @@ from bagel_rt.models.bagel.contexts import count_tokens
 from bagel_rt.models.bagel.memory import cache_slots, expected_memory
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
-from bagel_rt.models.bagel.settings import TASKS
+from bagel_rt.models.bagel.settings import EDIT, TASKS
 from bagel_rt.models.bagel.workload import Workload
+from bagel_rt.request import ImageRequest, Request
 from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.decode import DecodeLoop, Sampling
 from bagel_rt.runtime.graphs import GraphCache
@@ -117,7 +118,7 @@ def test_slot_estimate_matches_the_engine(fresh, call, workload, texts):
     sizes = [0]
     fresh.cache.moved.append(lambda: sizes.append(fresh.cache.slots))
     call(fresh)
-    work = Workload(fresh.model.config, text_tokens=text_tokens(fresh, *texts), **workload)
+    work = Workload.with_defaults(fresh.model.config, text_tokens=text_tokens(fresh, *texts), **workload)
     assert cache_slots(work, growth=0) == (sizes[-1], sizes[-2])
 
 
@@ -125,12 +126,12 @@ def test_groups_of_a_batch_reuse_their_slots(fresh, monkeypatch):
     monkeypatch.setattr("bagel_rt.engine.MAX_ROWS", 3 * 2 * 18)
     monkeypatch.setattr("bagel_rt.models.bagel.workload.MAX_ROWS", 3 * 2 * 18)
     fresh.generate(["a"] * 5, size=(64, 64), **FAST)
-    work = Workload(fresh.model.config, size=(64, 64), batch=5, text_tokens=text_tokens(fresh, "a"))
+    work = Workload.with_defaults(fresh.model.config, size=(64, 64), batch=5, text_tokens=text_tokens(fresh, "a"))
     assert work.group == 2 and cache_slots(work, growth=0)[0] == fresh.cache.slots
 
 
 def test_slot_estimate_includes_cache_growth_on_a_gpu(monkeypatch):
-    work = Workload(BAGEL_7B_MOT, size=(256, 256), batch=2, text_tokens=10)
+    work = Workload.with_defaults(BAGEL_7B_MOT, size=(256, 256), batch=2, text_tokens=10)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     cache, before = KVCache(1, 1, 1, torch.uint8, "cpu"), 0
     for length in [10 + 258] * 2 + [258] * 2:
@@ -183,10 +184,12 @@ def test_estimate_matches_a_prefill(request, as_ops, task, images, model):
     bagel, draws = request.getfixturevalue(model), task == "edit"
     inputs = [*(random_image(*size) for size in images), "a question " * 50]
     work = {"task": task if images else "generate" if draws else "chat", "images": images or None}
-    request = bagel._request(inputs, (64, 64), 1, TASKS["edit"], None, None)
+    request = Request(inputs=inputs, seed=1, text=EDIT.text)
+    if draws:
+        request = ImageRequest(inputs=inputs, seed=1, text=EDIT.text, size=(64, 64), image=EDIT.image)
     with torch.inference_mode():
         prefill = Prefill(bagel.model, bagel.cache)
-        contexts = bagel.engine._open(request, prefill, draws, 0)
+        contexts = bagel.engine._open(request, prefill, written=0)
         with LiveBytes(bagel.model.device) as memory:
             prefill.run()
     expected = expected_memory(
