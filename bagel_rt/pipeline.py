@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from bagel_rt.checkpoint.find import describe_missing_folder
 from bagel_rt.engine import Engine
 from bagel_rt.errors import CheckpointError
 from bagel_rt.kernels.backend import check_backend, choose_backend
+from bagel_rt.models.bagel.checks import check_image_sizes, check_length, check_noise
 from bagel_rt.models.bagel.config import BagelConfig
-from bagel_rt.models.bagel.contexts import count_tokens, noise_shapes
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.model import BagelModel
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
@@ -113,6 +113,10 @@ class Bagel:
             model = BagelModel.from_folder(folder, config, markers, device, dtype, progress, weights)
             return cls(model, tokenizer, graphs)
 
+    @overload
+    def generate(self, prompt: str, **arguments: Any) -> ImageResult: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **arguments: Any) -> list[ImageResult]: ...
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -317,43 +321,16 @@ class Bagel:
 
     def check_request(self, request: Request) -> None:
         """Raise ValueError if a request does not fit the model: its length, its image sizes or its noise."""
-        self._check_length(request)
-        self._check_image_sizes(request.inputs)
-        if isinstance(request, ImageRequest) and request.noise is not None:
-            shapes = noise_shapes(self.model.config, request.inputs, request.size)
-            _check_noise(request.noise, shapes, exact=not isinstance(request, InterleavedRequest))
-
-    def _check_length(self, request: Request) -> None:
-        """Raise ValueError if texts, images and the text to generate need more positions than the model has."""
-        config, limit = self.model.config, self.model.config.llm.max_position_embeddings
-        texts = [check_text("a text", part) for part in request.parts if not isinstance(part, Image.Image)]
-        generated = request.text.max_think_token_n if request.generates_text else 0
-        if isinstance(request, InterleavedRequest):
-            # Per round: the text with its start and end token, and an image, which takes one position as VAE and one
-            # as ViT tokens.
-            generated = request.rounds * (generated + 4)
-        positions = count_tokens(config, self.tokenizer, texts, False)[0] + 2 * len(request.inputs) + generated
-        if positions > limit:
-            raise ValueError(
-                f"the request must take at most {limit} positions, the limit of the model, got {positions}, of which "
-                f"{generated} are for generated text. Shorten the prompt or lower max_think_token_n."
-            )
-
-    def _check_image_sizes(self, inputs: Sequence[str | Image.Image]) -> None:
-        """Raise ValueError if a resized image is larger than the position tables."""
         config = self.model.config
-        if config.interpolate_pos:
-            return
-        vit_side = config.vit.patch_size * config.vit.max_patches_per_side
-        for image in (part for part in inputs if isinstance(part, Image.Image)):
-            vae_size = config.vae_transform.output_size(*image.size)
-            vit_size = config.vit_transform.output_size(*vae_size)
-            if max(vae_size) > config.largest_side or max(vit_size) > vit_side:
-                raise ValueError(
-                    f"a resized image must have sides of at most {config.largest_side} (VAE) and {vit_side} (ViT) "
-                    f"pixels, got {_size_text(vae_size)} and {_size_text(vit_size)} from {_size_text(image.size)}. Use "
-                    "an image of another aspect ratio."
-                )
+        for part in request.parts:
+            if not isinstance(part, Image.Image):
+                check_text("a text", part)
+        generated = request.text.max_think_token_n if request.generates_text else 0
+        rounds = request.rounds if isinstance(request, InterleavedRequest) else None
+        check_length(config, self.tokenizer, request.parts, generated, rounds)
+        check_image_sizes(config, request.inputs)
+        if isinstance(request, ImageRequest) and request.noise is not None:
+            check_noise(config, request.noise, request.inputs, request.size, exact=rounds is None)
 
     def check_size(self, size: object) -> tuple[int, int]:
         """Check the (height, width) of an image to generate; None is the default resolution of the model.
@@ -389,23 +366,3 @@ def _system_prompt(prompt: str, think: object) -> str | None:
     """The system prompt of a request: ``prompt`` with ``think``, else none."""
     check("think", think, BOOLEAN)
     return prompt if think else None
-
-
-def _check_noise(noise: object, shapes: list[tuple[int, ...]], exact: bool) -> None:
-    """Raise ValueError unless the noise consists of finite tensors of these shapes.
-
-    Without ``exact`` more tensors may follow, because the number of images of an interleaved request is not known.
-    """
-    tensors = [noise] if isinstance(noise, torch.Tensor) else noise
-    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise invalid("noise", noise, "a torch.Tensor or a list of them")
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise ValueError("noise must be finite, got NaN or infinity. Use standard normal numbers.")
-    actual = [tuple(tensor.shape) for tensor in tensors]
-    if (actual if exact else actual[: len(shapes)]) != shapes:
-        raise ValueError(f"noise must have tensors of shape {shapes}, got {actual}.")
-
-
-def _size_text(size: tuple[int, int]) -> str:
-    width, height = size
-    return f"{width}x{height}"

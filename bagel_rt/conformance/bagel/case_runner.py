@@ -19,7 +19,7 @@ from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.models.bagel.transformer import Transformer
 from bagel_rt.models.bagel.vision import vision_tower
 from bagel_rt.pipeline import Bagel
-from bagel_rt.runtime.batch import ForwardBatch
+from bagel_rt.runtime.batch import DecodeBatch, ForwardBatch
 from bagel_rt.runtime.context import Context, Prefill
 from bagel_rt.runtime.decode import generate_tokens
 from bagel_rt.runtime.denoise import Denoiser, DenoisingTask
@@ -34,7 +34,11 @@ class _RecordingTransformer(Transformer):
         self.input = torch.empty(0)
         self.layer_outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def forward(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache, *_: object) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, batch: ForwardBatch | DecodeBatch, cache: KVCache, *_: object
+    ) -> torch.Tensor:
+        if isinstance(batch, DecodeBatch):
+            raise TypeError("only packed forwards are recorded, got a decoding step")
         self.input, self.layer_outputs = hidden.clone(), []
         for index, layer in enumerate(self.layers):
             attended = self.attend(layer, hidden, batch, *cache.layer(index))

@@ -1,7 +1,7 @@
 """Cases as whole requests: from inputs, hyper-parameters and recorded noise to texts and images, through the engine."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class _ScriptedEngine(Engine):
         super().__init__(engine.model, engine.tokenizer)
         self._texts = iter(texts)
 
-    def _stream_text(self, *_: object) -> Iterator[str]:
+    def _stream_text(self, *_: object) -> Generator[str, None, None]:
         yield next(self._texts)
 
 
