@@ -54,8 +54,8 @@ class Kernel:
         tiles: launch arguments, an entry of the table.
         workloads: names of the workloads that launch it.
         dots: ``tl.dot`` calls as (M, N, K, operand dtype).
-        registers: per thread; for a warp-specialised kernel, the number at launch.
-        serialised: wgmma that ptxas serialised (its notes C7510 and similar).
+        registers: per thread; for a warp-specialized kernel, the number at launch.
+        serialized: wgmma that ptxas serialized (its notes C7510 and similar).
         blocks_per_multiprocessor: occupancy, limited by registers, shared memory and warps.
     """
 
@@ -78,7 +78,7 @@ class Kernel:
     tma_loads: int = 0
     tma_stores: int = 0
     cp_async: int = 0
-    serialised: int = 0
+    serialized: int = 0
     blocks_per_multiprocessor: int = 0
 
 
@@ -116,7 +116,7 @@ def read_kernel(compiled, log: str, **launch) -> Kernel:
         tma_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
         tma_stores=len(re.findall(r"cp\.(?:reduce\.)?async\.bulk\.tensor\.\dd\.global", ptx)),
         cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        serialised=len(re.findall(r"C75\d\d", log)),
+        serialized=len(re.findall(r"C75\d\d", log)),
         blocks_per_multiprocessor=blocks_per_multiprocessor(launch["architecture"], registers, metadata.shared, warps),
     )
 

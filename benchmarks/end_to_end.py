@@ -68,7 +68,7 @@ class EndToEndRow:
             :class:`~benchmarks.timeline.Timeline`.
         memory: peak bytes reserved by the allocator; None on a CPU.
         captures, capture_seconds: number of captured CUDA graphs and the time it took; None for the official code.
-        error: ||got - want|| / ||want|| of latents after a few steps, where want is ``eager``'s result.
+        error: ||actual - expected|| / ||expected|| of latents after a few steps, expected being ``eager``'s result.
         note: remarks; starts with WRONG if the result is wrong.
     """
 
@@ -126,8 +126,8 @@ class Measurement:
     options: MeasureOptions = field(default_factory=MeasureOptions)
     row: EndToEndRow | None = None
 
-    def run(self, want: list | str | None = None) -> Iterator[None]:
-        """``want`` is the result of ``eager`` for :meth:`short`; None when measuring ``eager`` itself."""
+    def run(self, expected: list | str | None = None) -> Iterator[None]:
+        """``expected`` is the result of ``eager`` for :meth:`short`; None when measuring ``eager`` itself."""
         runner, bagel = self.runner, self.runner.bagel
         runner.release()
         if runner.device.type == "cuda":
@@ -135,7 +135,7 @@ class Measurement:
         costs = Costs()
         for costs in self._costs():  # noqa: B007 - the last value is used
             yield
-        note, error = _compare(self.short(), want, bagel is not None)
+        note, error = _compare(self.short(), expected, bagel is not None)
         yield
         timeline, failure = self._timeline()
         yield
@@ -245,13 +245,13 @@ class Measurement:
         return texts | {"num_timesteps": next(sufficient, self.case.timesteps)}
 
 
-def _compare(got: list | str, want: list | str | None, ours: bool) -> tuple[str, float | None]:
+def _compare(actual: list | str, expected: list | str | None, ours: bool) -> tuple[str, float | None]:
     """Compare the results of a short run with ``eager``'s; returns (note, error). Only ``ours`` can be WRONG."""
-    if want is None:
+    if expected is None:
         return "", None
-    if isinstance(got, str):
-        return ("" if got == want else f"{'WRONG: ' if ours else ''}text differs from eager"), None
-    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
+    if isinstance(actual, str):
+        return ("" if actual == expected else f"{'WRONG: ' if ours else ''}text differs from eager"), None
+    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True))
     return ("WRONG: latents differ from eager" if ours and not error <= MAX_ERROR else ""), error
 
 

@@ -31,7 +31,7 @@ class ForwardRow:
         milliseconds: median time of all layers.
         layers: number of layers.
         limit: roofline time in milliseconds.
-        error: ||got - want|| / ||want|| of the hidden states, want being those of the references; None for references.
+        error: ||actual - expected|| / ||expected|| of the hidden states, against the references; None for those.
     """
 
     forward: str
@@ -117,8 +117,8 @@ def measure(
             times[who] = timer.microseconds(lambda: transformer.forward(hidden, batch, cache)) / 1e3
     finally:
         choose_backend(None)
-    got, want = outputs.values()
-    error = ((got - want).norm() / want.norm()).item()
+    actual, expected = outputs.values()
+    error = ((actual - expected).norm() / expected.norm()).item()
     for who, milliseconds in times.items():
         reference = BACKENDS[who] == "reference"
         wrong = not reference and not error <= 3e-2

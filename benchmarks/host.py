@@ -94,7 +94,7 @@ def measure(bagel: Bagel, repeats: int = 200) -> dict[str, tuple[int | None, flo
     # With the official defaults only text-to-image has steps outside the guidance interval.
     plain = make_denoiser(bagel, ImageSettings(cfg_text_scale=1.0), "a small red boat on the quiet river", edits=False)
     prefill = Prefill(bagel.model, bagel.cache)
-    question = "what colour is the roof of the house?"
+    question = "what color is the roof of the house?"
     chat = bagel.model.open_contexts(prefill, bagel.tokenizer, [question], draws=False)
     prefill.run()
 

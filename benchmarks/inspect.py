@@ -37,8 +37,8 @@ def problems(kernel: Kernel) -> list[str]:
         )
     if kernel.spill_bytes:
         violations.append(f"spills {kernel.spill_bytes} bytes")
-    if kernel.serialised:
-        violations.append(f"{kernel.serialised} wgmma are serialised")
+    if kernel.serialized:
+        violations.append(f"{kernel.serialized} wgmma are serialized")
     in_16_bits = any(dtype in _SIXTEEN_BITS for *_, dtype in kernel.dots)
     if in_16_bits and kernel.shape_class != "unaligned" and not (kernel.cp_async or kernel.tma_loads):
         violations.append("a dot without pipelined loads: neither cp.async nor TMA")
@@ -99,7 +99,7 @@ def unreached(architecture: str, kernels: Iterable[Kernel]) -> list[str]:
 COLUMNS = (
     ("registers", "regs"), ("spill_bytes", "spill"), ("shared_bytes", "shared"), ("warps", "warps"),
     ("wgmma", "wgmma"), ("tcgen05", "tcgen05"), ("mma", "mma"), ("tma_loads", "TMA in"), ("tma_stores", "TMA out"),
-    ("cp_async", "cp.async"), ("serialised", "C75xx"), ("blocks_per_multiprocessor", "blocks/SM"),
+    ("cp_async", "cp.async"), ("serialized", "C75xx"), ("blocks_per_multiprocessor", "blocks/SM"),
 )  # fmt: skip
 
 

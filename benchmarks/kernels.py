@@ -107,7 +107,7 @@ class Row:
     Attributes:
         who: ``OURS`` or the name of a peer.
         microseconds: median time; None if it did not run.
-        error: ||got - want|| / ||want|| of the worst output row; None if it does not compute the whole op.
+        error: ||actual - expected|| / ||expected|| of the worst output row; None if it does not compute the whole op.
         note: the reason for a None, or "WRONG".
     """
 
@@ -238,7 +238,7 @@ def measure(
         factories = {who: partial(factory, wrap=wrap) for who, factory in COMPILED_PEERS.get(name, {}).items()}
     else:
         factories = {OURS: partial(_prepare_ours, function)} | PEERS[name]
-    want = None
+    expected = None
     for who, factory in factories.items():
         if compiled:
             torch.compiler.reset()  # otherwise dynamo's recompile limit turns later workloads eager
@@ -248,8 +248,8 @@ def measure(
             result = call.run()
             error = None
             if call.outputs is not None:
-                want = want or expected_outputs(name, arguments, options)
-                error = worst_row_error(want[1](call.outputs(result)), want[0])
+                expected = expected or expected_outputs(name, arguments, options)
+                error = worst_row_error(expected[1](call.outputs(result)), expected[0])
             del result
             note = "WRONG" if error is not None and not error <= TOLERANCE[workload.dtype] else ""
             if error is None:
@@ -273,10 +273,10 @@ def _check_alive(device: torch.device) -> None:
             raise DeviceLost(next(iter(str(error).splitlines()), "")) from None
 
 
-def worst_row_error(got, want) -> float:
+def worst_row_error(outputs: Iterable[torch.Tensor], references: Iterable[torch.Tensor]) -> float:
     """Largest relative L2 error over all rows, where a row is one index of the first dimension."""
     worst = 0.0
-    for actual, expected in zip(got, want, strict=True):
+    for actual, expected in zip(outputs, references, strict=True):
         actual, expected = (tensor.double().reshape(tensor.shape[0], -1) for tensor in (actual, expected))
         equal = actual == expected  # masks equal infinities: the log-sum-exp of a row without visible keys
         norm = expected.masked_fill(expected.isinf(), 0).norm(dim=1)

@@ -145,17 +145,17 @@ def routed_layer(und: Expert, gen: Expert, x, und_rows, gen_rows, cos, sin, past
 def guide(cond, no_text, no_img, settings: ImageSettings) -> torch.Tensor:
     """Guided velocity of a step. ``no_img`` is None if image guidance is off."""
 
-    def renormalise(v, dim):
+    def renormalize(v, dim):
         size = torch.norm(cond, dim=dim, keepdim=True) / (torch.norm(v, dim=dim, keepdim=True) + 1e-8)
         return v * size.clamp(min=settings.cfg_renorm_min, max=1.0)
 
     v = no_text + settings.cfg_text_scale * (cond - no_text)
     if settings.cfg_renorm_type == "text_channel":
-        v = renormalise(v, -1)
+        v = renormalize(v, -1)
     if no_img is not None:
         v = no_img + settings.cfg_img_scale * (v - no_img)
     if settings.cfg_renorm_type != "text_channel":
-        v = renormalise(v, None if settings.cfg_renorm_type == "global" else -1)
+        v = renormalize(v, None if settings.cfg_renorm_type == "global" else -1)
     return v
 
 

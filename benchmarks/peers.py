@@ -2,7 +2,7 @@
 
 Each function takes the arguments of the op and returns a :class:`PreparedCall`. Work that a peer needs only once per
 request (permuting rows, gathering or expanding K and V, building masks) is done here and not timed, in the peer's
-favour. Work that it repeats in every layer of every step is timed.
+favor. Work that it repeats in every layer of every step is timed.
 """
 
 import importlib.util

@@ -8,7 +8,7 @@ _TIMING_METHOD = f"""\
 Times are medians per call. Calls run back to back on separate copies of inputs and outputs that are together twice the
 size of L2 (at most {MAX_COPIES} copies), so inputs are read from device memory and outputs are written back to it. No
 share of the roofline is given below {LATENCY_US:.0f} us, where launch latency is the limit. The error is
-||got - want|| / ||want|| of the worst row, against a float64 reference."""
+||actual - expected|| / ||expected|| of the worst row, against a float64 reference."""
 
 
 def problems(stage) -> list[str]:

@@ -1,7 +1,7 @@
 """The tuner's search space: launch arguments by op, shape class and architecture.
 
 The arguments are documented in each op's file. The shipped table holds conservative entries. The search space adds
-options that could be faster but have not been measured: on-device descriptors, warp specialisation (linear only;
+options that could be faster but have not been measured: on-device descriptors, warp specialization (linear only;
 attention does not compile with it), deeper pipelines, other tile sizes. ``python -m benchmarks.inspect --candidates``
 compiles all of it.
 """
@@ -22,7 +22,7 @@ def candidates(op: str, shape_class: str, architecture: str) -> list[dict]:
     shipped = configs.TABLE[op][architecture][shape_class]["tiles"]
     result = [] if shipped is None else [shipped]
     if op not in _SPACES:
-        return result + [tiles for tiles in _neighbours(shipped) if tiles != shipped]
+        return result + [tiles for tiles in _neighbors(shipped) if tiles != shipped]
     space, shared_memory = _SPACES[op]
     for tiles in space(shape_class, architecture in ("sm_90", "sm_100")):
         if tiles not in result and shared_memory(tiles, shape_class) <= DEVICE_LIMITS[architecture].shared_per_block:
@@ -30,7 +30,7 @@ def candidates(op: str, shape_class: str, architecture: str) -> list[dict]:
     return result
 
 
-def _neighbours(tiles: dict) -> Iterator[dict]:
+def _neighbors(tiles: dict) -> Iterator[dict]:
     """The default search space: each size of the shipped entry halved, unchanged and doubled, with 1 to 16 warps."""
     sizes = {name: sorted({max(1, size // 2), size, 2 * size}) for name, size in tiles.items() if type(size) is int}
     return _grid(**tiles | sizes | {"num_warps": [1, 2, 4, 8, 16]})
@@ -71,12 +71,12 @@ def _linear(shape_class: str, has_tma: bool) -> Iterator[dict]:
             yield from _linear_grid(
                 height, width, depth, pipelined, GROUP_M=[8, 16], PROGRAMS=1, num_warps=8, num_stages=[3, 4, 5]
             )
-        specialised = dict(
+        specialized = dict(
             HALVES=False, FLATTEN=False, DESCRIPTORS="device", TMA_STORE=[True, False], WARP_SPECIALIZE=True
         )
         for height, width in ((128, 256), (256, 128), (128, 128)):
             yield from _linear_grid(
-                height, width, 64, specialised, GROUP_M=[8, 16], PROGRAMS=1, num_warps=4, num_stages=[3, 4, 5]
+                height, width, 64, specialized, GROUP_M=[8, 16], PROGRAMS=1, num_warps=4, num_stages=[3, 4, 5]
             )
 
 

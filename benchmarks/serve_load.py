@@ -197,7 +197,7 @@ def read(request: KnownRequest, response: httpx.Response) -> list[str | np.ndarr
     return [message["content"], *map(_decode_image, images)]
 
 
-def same(got: list[str | np.ndarray], expected: list[str | np.ndarray]) -> bool:
+def same(actual: list[str | np.ndarray], expected: list[str | np.ndarray]) -> bool:
     """Whether texts are equal and images differ by at most one level per channel."""
 
     def match(a, b) -> bool:
@@ -205,7 +205,7 @@ def same(got: list[str | np.ndarray], expected: list[str | np.ndarray]) -> bool:
             return isinstance(a, str) and isinstance(b, str) and a == b
         return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
-    return len(got) == len(expected) and all(map(match, got, expected))
+    return len(actual) == len(expected) and all(map(match, actual, expected))
 
 
 class Load:

@@ -40,7 +40,7 @@ SLACK = 1 << 20
 """Allowed difference of allocated memory in bytes: libraries allocate workspaces on the first use of a size."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Maximum relative L2 between latents of equal requests. Kernels are deterministic, libraries need not be."""
-PROMPTS = ("a small red boat", "", "two birds over a grey sea, early morning; oil on canvas", "night", "3 apples")
+PROMPTS = ("a small red boat", "", "two birds over a gray sea, early morning; oil on canvas", "night", "3 apples")
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,9 @@ def soak(
     before = allocated(bagel)
 
     def verify(after: str) -> None:
-        for request, want in references:
+        for request, expected in references:
             try:
-                same, error = _compare(request.run(bagel), want)
+                same, error = _compare(request.run(bagel), expected)
             except Exception as error:
                 report.wrong.append(f"{request.method} after {after}: {type(error).__name__}: {error}")
                 continue
@@ -356,18 +356,18 @@ def no_memory(bagel: Bagel) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def _compare(got, want) -> tuple[bool, float]:
+def _compare(actual, expected) -> tuple[bool, float]:
     """Whether two results are equal, and the relative L2 between their latents (infinite if texts differ)."""
-    if isinstance(want, list):
-        parts = [_compare(a, b) for a, b in zip(got, want, strict=False)]
-        complete = len(got) == len(want)
+    if isinstance(expected, list):
+        parts = [_compare(a, b) for a, b in zip(actual, expected, strict=False)]
+        complete = len(actual) == len(expected)
         return complete and all(same for same, _ in parts), max([0.0 if complete else np.inf, *(e for _, e in parts)])
-    if not isinstance(want, ImageResult):
-        return got == want, 0.0 if got == want else np.inf
-    if got.latents.shape != want.latents.shape or got.thought != want.thought:
+    if not isinstance(expected, ImageResult):
+        return actual == expected, 0.0 if actual == expected else np.inf
+    if actual.latents.shape != expected.latents.shape or actual.thought != expected.thought:
         return False, np.inf
-    error = ((got.latents - want.latents).norm() / want.latents.norm().clamp(min=1e-30)).item()
-    return error == 0 and got.image.tobytes() == want.image.tobytes(), error
+    error = ((actual.latents - expected.latents).norm() / expected.latents.norm().clamp(min=1e-30)).item()
+    return error == 0 and actual.image.tobytes() == expected.image.tobytes(), error
 
 
 def main() -> None:

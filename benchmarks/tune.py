@@ -121,7 +121,7 @@ def write_table(path: Path, table: dict) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError before measuring if :func:`write_table` would fail afterwards."""
+    """Raise OSError before measuring if :func:`write_table` would fail afterward."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory")
     with tempfile.NamedTemporaryFile(dir=path.parent):

@@ -25,7 +25,7 @@ struct GemvArgs {
   float eps;
 };
 
-// Bytes of shared memory for normalised x, per block; 0 without a norm.
+// Bytes of shared memory for normalized x, per block; 0 without a norm.
 std::size_t norm_shared_bytes(const GemvArgs& args);
 
 // y [B, N], with swiglu [B, N / 2]; residual [B, N] or null.

@@ -1,7 +1,7 @@
 // RMSNorm, QKV projection, QK-norm, RoPE and cache write. Reference: kernels/decode_qkv.py.
 //
 // A block computes 16 channels of one head. QK-norm needs the whole head, so the blocks of a query or key head write
-// their channels to the workspace, and the last of them to finish normalises and rotates the head, one warp per row of
+// their channels to the workspace, and the last of them to finish normalizes and rotates the head, one warp per row of
 // the batch. Values need no such step and are written to the cache directly.
 #include "gemv.h"
 
@@ -34,7 +34,7 @@ __device__ T* destination(const QkvOperands<T>& heads, int b, int head) {
   return heads.v_cache + slot * heads.v_slot_stride + (head - heads.Hq - heads.Hkv) * heads.v_head_stride;
 }
 
-// Normalise and rotate a head of one row as in kernels/qk_norm_rope.py. Called by one warp.
+// Normalize and rotate a head of one row as in kernels/qk_norm_rope.py. Called by one warp.
 template <class T>
 __device__ void finish_head(const QkvOperands<T>& heads, int b, int head, int N, float eps) {
   const int lane = static_cast<int>(threadIdx.x) % WARP, half = heads.D / 2;

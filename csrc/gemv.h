@@ -34,13 +34,13 @@ struct GemvOperands {
   float eps;
 };
 
-// Bytes of dynamic shared memory per block: up to MAX_ROWS normalised rows of x.
+// Bytes of dynamic shared memory per block: up to MAX_ROWS normalized rows of x.
 template <class T, int MAX_ROWS>
 std::size_t shared_bytes(const GemvArgs& args) {
   return args.norm == 0 ? 0 : sizeof(T) * MAX_ROWS * static_cast<std::size_t>(args.K);
 }
 
-// Stage the norm's weight in row 0 of `normed` while the previous kernel finishes. normalise() reads each chunk in the
+// Stage the norm's weight in row 0 of `normed` while the previous kernel finishes. normalize() reads each chunk in the
 // thread that wrote it, so no barrier is needed, and overwrites it with row 0 of the result.
 template <class T>
 __device__ void load_norm_weight(const GemvOperands<T>& gemv, T* normed) {
@@ -53,7 +53,7 @@ __device__ void load_norm_weight(const GemvOperands<T>& gemv, T* normed) {
 // Write rms_norm(x), rounded as in kernels/norm.py, to `normed` [MAX_ROWS, K]; rows from B on repeat the last one. All
 // threads of the block must call it. The sum of squares of a row does not depend on B.
 template <class T, int MAX_ROWS>
-__device__ void normalise(const GemvOperands<T>& gemv, T* normed) {
+__device__ void normalize(const GemvOperands<T>& gemv, T* normed) {
   __shared__ float squares[MAX_ROWS][WARPS], scales[MAX_ROWS];
   const int thread = static_cast<int>(threadIdx.x), stride = THREADS * WIDTH<T>;
 #pragma unroll
@@ -142,7 +142,7 @@ __device__ void run_gemv(const GemvOperands<T>& gemv, const Addend& addend, cons
   for (int slot = 0; slot < PREFETCH_DEPTH; ++slot) weights.prefetch(gemv, slot, w, row, lane + slot * WARP, chunks);
   if constexpr (NORM) load_norm_weight(gemv, normed);
   wait_for_previous_kernel();
-  if constexpr (NORM) normalise<T, MAX_ROWS>(gemv, normed);
+  if constexpr (NORM) normalize<T, MAX_ROWS>(gemv, normed);
 
   for (; first < gemv.N; first += stride, row += stride) {
     const T* const next_w = w + stride * gemv.w_stride;

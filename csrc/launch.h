@@ -62,16 +62,16 @@ class KernelInfo {
   }
 
  private:
-  bool initialised_ = false;
+  bool initialized_ = false;
   std::size_t max_shared_bytes_ = 48 * 1024;  // dynamic shared memory available without opting in
 
   void update(const void* kernel, std::size_t shared_bytes) {
-    if (!initialised_) {
+    if (!initialized_) {
       cudaFuncAttributes attributes;
       check_cuda(cudaFuncGetAttributes(&attributes, kernel), "no code for this GPU");
       supports_pdl = attributes.ptxVersion >= 90;  // of the code, not the GPU: sm_80 code has no griddepcontrol.wait
       max_shared_bytes_ -= std::min(max_shared_bytes_, attributes.sharedSizeBytes);
-      initialised_ = true;
+      initialized_ = true;
     }
     if (shared_bytes > max_shared_bytes_) {
       check_cuda(

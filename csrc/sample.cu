@@ -16,7 +16,7 @@ constexpr int MAX_BLOCKS = 32;  // per row
 static_assert(MAX_BLOCKS * WARPS == THREADS, "the last block of a row needs one thread per warp of the row");
 constexpr int MAX_CANDIDATES = 4096;  // of kth_logit, in shared memory
 
-// Unnormalised probabilities as 42-bit fixed-point numbers: an integer sum does not depend on its order.
+// Unnormalized probabilities as 42-bit fixed-point numbers: an integer sum does not depend on its order.
 using Probability = unsigned long long;
 constexpr float PROBABILITY_ONE = 4398046511104.0f;  // 2^42: the probability of the most likely token
 

@@ -18,7 +18,7 @@ Kernel: a program processes BLOCK_M (row, query head) pairs of one KV head, row-
 query heads of its group. The whole tiles of both spans run in one software-pipelined loop, loaded by TMA if possible.
 The remainder of each span runs in smaller tiles with a mask. Their loads are bounded, so slots outside the spans are
 never read. Softmax is online (Milakov & Gimelshein 2018, arXiv:1805.02867; tiled as in FlashAttention-2, Dao 2023,
-arXiv:2307.08691) in base 2. Warp specialisation is off: Triton 3.6 and 3.7 fail to compile a specialised loop next to
+arXiv:2307.08691) in base 2. Warp specialization is off: Triton 3.6 and 3.7 fail to compile a specialized loop next to
 another loop with ``tl.dot``, and one whose queries are not loaded by a descriptor.
 
 Work: 4 Hq D flops per visible pair. Each query block reads K and V of its context once per KV head, mostly from L2.

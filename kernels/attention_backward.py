@@ -218,7 +218,7 @@ def _dk_dv_kernel(
 
 
 def visits(blocks: Tensor, slots: int, tile: int) -> tuple[Tensor, Tensor]:
-    """List the query blocks that attend to each tile of slots. Runs on the device without a host synchronisation.
+    """List the query blocks that attend to each tile of slots. Runs on the device without a host synchronization.
 
     Args:
         blocks: [n, 7] int32, query blocks as in :func:`.attention.attention`.

@@ -133,7 +133,7 @@ def decode_attention(
         ValueError: a shape, dtype or device does not match, or the scale is not positive. The message names the
             argument.
         RuntimeError: a range exceeds the caches; raised by the reference only. Kernels do not check ranges, since that
-            would synchronise the host.
+            would synchronize the host.
     """
     B, _, D = q.shape
     check_heads("decode_attention", q, k_cache, v_cache)

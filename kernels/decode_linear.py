@@ -26,7 +26,7 @@ from .registry import op
 MAX_ROWS = 8
 """Maximum rows of x of the decode GEMV kernels."""
 
-_STATIC_SHARED_MEMORY = 1024  # bytes, an upper bound for what a kernel needs besides the normalised rows
+_STATIC_SHARED_MEMORY = 1024  # bytes, an upper bound for what a kernel needs besides the normalized rows
 
 
 def decode_linear_reference(
@@ -41,7 +41,7 @@ def decode_linear_reference(
 def gemv_args(x: Tensor, norm: Tensor | None, w: Tensor, eps: float) -> tuple[Any, tuple[Tensor, ...]] | None:
     """(GemvArgs of ``h w^T`` for the extension, the tensors it points to); None if the kernels do not support the call.
 
-    Unsupported are: too many rows, rows that 16-byte loads cannot read, normalised rows beyond a block's shared memory,
+    Unsupported are: too many rows, rows that 16-byte loads cannot read, normalized rows beyond a block's shared memory,
     and a norm that is not contiguous. The kernel reads w and norm before earlier kernels have finished (programmatic
     dependent launch), so it could read a copy of the norm before that copy is written.
     """
@@ -101,7 +101,7 @@ def decode_linear(
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> Tensor:
-    """Multiply a few rows, optionally normalised, by a weight matrix.
+    """Multiply a few rows, optionally normalized, by a weight matrix.
 
     Args:
         x: [B, K], floating point; the kernel supports B <= 8 in float32 or bfloat16.
@@ -129,7 +129,7 @@ def decode_linear(
         if residual.shape != (B, N) or residual.dtype != x.dtype:
             raise mismatch("decode_linear", "residual", residual, (B, N), x.dtype)
         if swiglu:
-            raise ValueError("decode_linear: residual must be None with swiglu. Add it afterwards.")
+            raise ValueError("decode_linear: residual must be None with swiglu. Add it afterward.")
     if swiglu and N % 2:
         raise ValueError(f"decode_linear: w must have an even number of rows with swiglu, got {N}.")
     check_devices("decode_linear", x=x, w=w, norm=norm, residual=residual)

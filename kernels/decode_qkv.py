@@ -2,7 +2,7 @@
 
     h   = RMSNorm(x) with weight norm              as in kernels/norm.py
     qkv = h w^T + bias, rounded                    as in kernels/linear.py
-    q   = normalised and rotated query heads       as in kernels/qk_norm_rope.py;
+    q   = normalized and rotated query heads       as in kernels/qk_norm_rope.py;
     keys, treated likewise, and values are written to slot slots[b] of the caches
 
 The kernel (csrc/decode_qkv.cu) supports up to 8 rows, with a bias, an RMSNorm as QK-norm, and heads of 16 i <= 128

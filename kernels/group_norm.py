@@ -2,11 +2,11 @@
 
 x is a feature map [B, C, H, W]. Mean and variance are taken over a group of C / groups consecutive channels and all
 H x W positions of one image (Wu & He 2018, arXiv:1803.08494). They are float32 (float64 for float64 maps); the result
-is rounded once. :func:`group_norm_moments` computes the statistics alone, to normalise a large map in strips.
+is rounded once. :func:`group_norm_moments` computes the statistics alone, to normalize a large map in strips.
 
 The kernels support channels-last maps. The first computes the mean and the sum of squared deviations of each part of
 the positions, which avoids the cancellation of E[x^2] - E[x]^2. The second combines the parts in order. The third
-normalises. An image's result does not depend on the rest of the batch. Traffic: reads x twice, writes y; memory-bound.
+normalizes. An image's result does not depend on the rest of the batch. Traffic: reads x twice, writes y; memory-bound.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ MAX_GROUP_CHANNELS = 4096
 
 
 REFERENCE_ELEMENTS = 2**18
-"""Elements that the reference centres at a time: small enough for a CPU cache, and no copy of a large map is made."""
+"""Elements that the reference centers at a time: small enough for a CPU cache, and no copy of a large map is made."""
 
 
 def group_norm_moments_reference(x: Tensor, groups: int, eps: float) -> Tensor:
@@ -41,7 +41,7 @@ def group_norm_moments_reference(x: Tensor, groups: int, eps: float) -> Tensor:
 
 
 def affine_of_moments(moments: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of each channel, [B, C] in the moments' dtype: normalised x is x * scale + shift."""
+    """(scale, shift) of each channel, [B, C] in the moments' dtype: normalized x is x * scale + shift."""
     mean, inverse = moments.repeat_interleave(len(weight) // moments.shape[1], dim=1).unbind(2)
     scale = inverse * weight
     return scale, bias - mean * scale
@@ -150,8 +150,8 @@ def _group_norm_parts_kernel(
     # An element's weight is the number of positions it has accumulated; the last iteration may be partial.
     weight = tl.where(exists[None, :], (count - cell + CELLS - 1) // CELLS, 0).to(tl.float32)
     group_mean = _of_groups(mean * weight, BLOCK_GROUPS, BLOCK_SIZE) / (count * SIZE).to(tl.float32)
-    centre = tl.broadcast_to(group_mean[:, None], (BLOCK_GROUPS, BLOCK_SIZE)).reshape(BLOCK_GROUPS * BLOCK_SIZE)
-    difference = mean - centre[None, :]
+    center = tl.broadcast_to(group_mean[:, None], (BLOCK_GROUPS, BLOCK_SIZE)).reshape(BLOCK_GROUPS * BLOCK_SIZE)
+    difference = mean - center[None, :]
     deviations = _of_groups(deviations + weight * difference * difference, BLOCK_GROUPS, BLOCK_SIZE)
     group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     parts = tl.num_programs(0)
@@ -195,7 +195,7 @@ def _group_norm_kernel(
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SILU: tl.constexpr, CELLS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Normalise CELLS positions of one image per program."""
+    """Normalize CELLS positions of one image per program."""
     first, batch = tl.program_id(0).to(tl.int64) * CELLS, tl.program_id(2).to(tl.int64)
     group, channel, exists = _columns(GROUPS, SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     cell = tl.arange(0, CELLS)[:, None]
@@ -299,7 +299,7 @@ def _group_norm_moments(x: Tensor, groups: int, eps: float) -> Tensor:
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = False, moments: Tensor | None = None
 ) -> Tensor:
-    """Normalise the channel groups of each image. Differentiable in x, weight, bias and moments.
+    """Normalize the channel groups of each image. Differentiable in x, weight, bias and moments.
 
     Args:
         x: [B, C, H, W], floating point. Kernels support channels-last maps and strips of their rows.

@@ -1,4 +1,4 @@
-"""Classifier-free guidance with two conditions and renormalisation, and the Euler step of a flow: ``x' = x - v dt``.
+"""Classifier-free guidance with two conditions and renormalization, and the Euler step of a flow: ``x' = x - v dt``.
 
 c, u, w are the velocities under all conditions, without the text, and without the images; a and b are the text and
 image scales; m = renorm_min. As in BAGEL (Deng et al. 2025, arXiv:2505.14683; guidance: Ho & Salimans 2022,
@@ -12,7 +12,7 @@ arXiv:2207.12598, two conditions as in InstructPix2Pix, arXiv:2211.09800), with 
 float32, or float64 for float64 velocities.
 
 One call steps a whole batch of images. The kernels read each image's rows and settings from tensors, so a captured CUDA
-graph can be replayed with other values, and nothing synchronises the host. A guided step takes two launches: the first
+graph can be replayed with other values, and nothing synchronizes the host. A guided step takes two launches: the first
 stores partial sums of squares of the images with ``global`` renorm, one per program; every program of the second adds
 the sums of its image in the same order. Results are therefore deterministic and do not depend on the rest of the batch.
 An unguided step takes one launch. Traffic: reads x and the velocities (``global``: the velocities twice), writes x,
@@ -29,7 +29,7 @@ from .registry import op
 from .triton_language import jit, tl, triton
 
 RENORMS = ("global", "channel", "text_channel")
-"""Renormalisation modes. The ``cfg_table`` of :func:`cfg_euler_step` contains their indices."""
+"""Renormalization modes. The ``cfg_table`` of :func:`cfg_euler_step` contains their indices."""
 
 
 def guided_velocity_reference(
@@ -42,11 +42,11 @@ def guided_velocity_reference(
         return cond
     guided = _extrapolate(_widen(v_no_text), cond, text_scale)
     if renorm == "text_channel":
-        guided = _renormalise(guided, cond, -1, renorm_min)
+        guided = _renormalize(guided, cond, -1, renorm_min)
     if image_scale > 1:
         guided = _extrapolate(_widen(v_no_img), guided, image_scale)
     if renorm != "text_channel":
-        guided = _renormalise(guided, cond, None if renorm == "global" else -1, renorm_min)
+        guided = _renormalize(guided, cond, None if renorm == "global" else -1, renorm_min)
     return guided
 
 
@@ -58,7 +58,7 @@ def _extrapolate(origin: Tensor, target: Tensor, scale: float) -> Tensor:
     return torch.add(origin, target - origin, alpha=scale)
 
 
-def _renormalise(guided: Tensor, cond: Tensor, dim: int | None, smallest: float) -> Tensor:
+def _renormalize(guided: Tensor, cond: Tensor, dim: int | None, smallest: float) -> Tensor:
     norm_cond = torch.linalg.vector_norm(cond, dim=dim, keepdim=True)
     norm_guided = torch.linalg.vector_norm(guided, dim=dim, keepdim=True)
     return guided * (norm_cond / (norm_guided + 1e-8)).clamp(smallest, 1)
@@ -244,7 +244,7 @@ def guided_velocity(
         text_scale, image_scale: guidance scales. 1 or less disables the guidance; a text scale of 1 or less disables
             both.
         renorm: "global", "channel" or "text_channel".
-        renorm_min: lower bound of the renormalisation factor; 1 disables renormalisation.
+        renorm_min: lower bound of the renormalization factor; 1 disables renormalization.
 
     Returns:
         [N, C], float32 (float64 for float64 velocities). Without guidance this may be ``v_cond`` itself.
@@ -270,7 +270,7 @@ def cfg_euler_step(
 ) -> None:
     """Take one Euler step of every image along its guided velocity, in place: x becomes x - v dt.
 
-    The values of both tables are not checked, since that would synchronise the host. Rows must lie inside ``x`` and
+    The values of both tables are not checked, since that would synchronize the host. Rows must lie inside ``x`` and
     ``v``, and images must not share rows of ``x``. Rows of ``x`` outside all images are left unchanged.
 
     Args:

@@ -312,7 +312,7 @@ def linear(
     if residual is not None:
         if bias_first is not None or swiglu:
             raise ValueError(
-                f"linear: residual must be None with {'swiglu' if swiglu else 'a bias'}. Add it afterwards."
+                f"linear: residual must be None with {'swiglu' if swiglu else 'a bias'}. Add it afterward."
             )
         if residual.shape != (T, N) or residual.dtype != dtype:
             raise mismatch("linear", "residual", residual, (T, N), dtype)

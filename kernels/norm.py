@@ -1,7 +1,7 @@
 """Routed RMSNorm with residual: ``y = (x + r) / rms(x + r) * w``, ``rms(a) = sqrt(mean(a^2) + eps)``.
 
 Rows [0, G) of a packed batch use ``w_first``, rows [G, T) use ``w_rest``: the two experts of a mixture of transformers.
-Statistics are float32 (float64 for float64 rows). The normalised value is rounded to the input dtype *before* the
+Statistics are float32 (float64 for float64 rows). The normalized value is rounded to the input dtype *before* the
 weight is applied, as in Qwen2 (Zhang & Sennrich 2019, arXiv:1910.07467; order: transformers Qwen2RMSNorm).
 
 The kernel keeps whole rows in registers, one row per program, or several narrow ones. Traffic: reads x and r, writes y
@@ -46,7 +46,7 @@ def _rms_norm_kernel(
     summed_ptr: tl.tensor, x_stride: tl.tensor, residual_stride: tl.tensor, T: tl.tensor, G: tl.tensor, eps: tl.tensor,
     H: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Normalise ROWS rows of H <= BLOCK columns per program. All loads precede the reduction, so none waits for it."""
+    """Normalize ROWS rows of H <= BLOCK columns per program. All loads precede the reduction, so none waits for it."""
     dtype = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -130,7 +130,7 @@ def rms_norm(
     x: Tensor, residual: Tensor | None, w_first: Tensor, w_rest: Tensor | None = None, G: int | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Normalise packed rows with their group's weight, or all with one. Differentiable.
+    """Normalize packed rows with their group's weight, or all with one. Differentiable.
 
     Args:
         x: [T, H], floating point.

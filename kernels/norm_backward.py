@@ -2,7 +2,7 @@
 
     dx = s (dy w - n (dy w . n) / H)        dw = sum of dy n over the rows of its group
 
-x is the normalised input, including the residual; the gradient of the second output x + r is added. Arithmetic is
+x is the normalized input, including the residual; the gradient of the second output x + r is added. Arithmetic is
 float32 or wider, rounded once. The forward saves only x and the weights.
 """
 
@@ -19,8 +19,8 @@ def rms_norm_backward(
     """The formula, in PyTorch, for any device and dtype.
 
     Args:
-        grad: [T, H], gradient of the normalised rows.
-        x: [T, H], the rows that were normalised.
+        grad: [T, H], gradient of the normalized rows.
+        x: [T, H], the rows that were normalized.
         w_first, w_rest, G, eps: arguments of :func:`.norm.rms_norm`.
 
     Returns:

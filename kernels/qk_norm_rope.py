@@ -203,7 +203,7 @@ def qk_norm_rope(
     qkv: Tensor, norm_first: Tensor | None, norm_rest: Tensor | None, cos: Tensor, sin: Tensor, slots: Tensor,
     k_cache: Tensor, v_cache: Tensor, G: int | None, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Normalise and rotate query and key heads; store keys and values in the cache.
+    """Normalize and rotate query and key heads; store keys and values in the cache.
 
     Differentiable, also through the caches unless they are leaves that require a gradient, or views.
 

@@ -139,7 +139,7 @@ def sample(
     Args:
         logits: [B, V], floating point, V >= 1.
         settings: [B, 3] float32, (temperature, top_k, top_p) of each row, on the device of ``logits``. None takes the
-            largest logit of every row. Values are not checked, since that would synchronise the host: a temperature of
+            largest logit of every row. Values are not checked, since that would synchronize the host: a temperature of
             0 or less takes the largest logit (the first of ties); a top_k below 1 or of at least V keeps all tokens,
             and fractions are truncated; a top_p of 1 or more keeps all tokens, one of 0 or less the largest only.
         seed: [B] int64, one random stream per row; may be None without settings.

@@ -5,6 +5,7 @@ type checkers see ``Any`` in its place, and the declaration of :func:`jit` below
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     INTERPRETED: bool
 
     class Kernel(Generic[P, R]):
-        """A function in Triton's language: called by other kernels, and launched over a grid by the host."""
+        """A function in Triton's language: called by other kernels, or launched over a grid by the host.
+
+        Launches fuse multiplications and additions, as the kernels were tested. That is Triton's default only up to
+        version 3.9.
+        """
 
         def __call__(self, *arguments: P.args, **keywords: P.kwargs) -> R: ...
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]: ...
@@ -39,10 +44,19 @@ else:
     try:
         import triton
         import triton.language as tl
-        from triton import jit
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, read when the kernels are defined
+
+        class Kernel(triton.JITFunction):
+            def __getitem__(self, grid):
+                return partial(self.run, grid=grid, warmup=False, enable_fp_fusion=True)
+
+        def jit(function=None, **options):
+            if function is None:
+                return partial(jit, **options)
+            return (triton.jit if INTERPRETED else Kernel)(function, **options)
+
     except ImportError as error:
         if error.name != "triton":
             raise

@@ -45,7 +45,7 @@ SWIGLU = 4  # roundings of an unfused SwiGLU: gate, up, silu(gate), and their pr
 class Values:
     """Creates the input tensors of a call on one device and in one dtype, reproducibly from a fixed seed.
 
-    ``random`` tensors are normally distributed. Otherwise they are left uninitialised, so that large ones on the CPU
+    ``random`` tensors are normally distributed. Otherwise they are left uninitialized, so that large ones on the CPU
     commit no memory.
     """
 

@@ -170,7 +170,7 @@ _BATCH = [(37, 4.0, 1.5, "global"), (5, 1.0, 2.0, "channel"), (70, 3.0, 1.0, "gl
 
 
 def _group_norm(values: Values, channels: int, height: int, width: int, rows: int | None = None) -> CallAndReference:
-    """A whole map, or with ``rows`` a strip of a map of that many rows, normalised with the map's statistics."""
+    """A whole map, or with ``rows`` a strip of a map of that many rows, normalized with the map's statistics."""
     x = values(2, rows or height, width, channels, deviation=3).permute(0, 3, 1, 2) + 1
     moments = None if rows is None else group_norm_moments(x, 32, EPS)
     arguments = (x[:, :, :height], values(channels), values(channels), 32, EPS, True, moments)

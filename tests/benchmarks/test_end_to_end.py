@@ -170,12 +170,13 @@ def test_warmup_has_two_steps_of_each_kind(tiny):
 
 
 def test_only_own_results_that_differ_from_eager_are_wrong():
-    want = [torch.ones(4), torch.ones(4)]
-    got = [torch.ones(4), torch.full((4,), 1.1)]
-    note, error = end_to_end._compare(got, want, True)
+    expected = [torch.ones(4), torch.ones(4)]
+    actual = [torch.ones(4), torch.full((4,), 1.1)]
+    note, error = end_to_end._compare(actual, expected, True)
     assert note.startswith("WRONG") and error == pytest.approx(0.1)
-    assert end_to_end._compare(got, want, False)[0] == "" and end_to_end._compare(want, want, True) == ("", 0.0)
-    assert end_to_end._compare([torch.full((4,), float("nan"))], want[:1], True)[0].startswith("WRONG")
+    assert end_to_end._compare(actual, expected, False)[0] == ""
+    assert end_to_end._compare(expected, expected, True) == ("", 0.0)
+    assert end_to_end._compare([torch.full((4,), float("nan"))], expected[:1], True)[0].startswith("WRONG")
     assert end_to_end._compare("a", "b", True)[0].startswith("WRONG") and end_to_end._compare("a", "a", True)[0] == ""
 
 

@@ -82,17 +82,17 @@ def test_dots_use_tensor_cores(report):
         assert kernels_where(report, lambda k: k["wgmma"] or k["tma_loads"]) == []
     else:
         assert [k for k in large if not k["wgmma"] or k["mma"]] == []
-        assert kernels_where(report, lambda k: k["serialised"]) == []
+        assert kernels_where(report, lambda k: k["serialized"]) == []
         assert kernels_where(report, lambda k: k["dots"] and k["registers"] == 255) == []
 
 
 def test_tma_loads_where_requested(report):
-    def asks_for_tma(kernel):
+    def requests_tma(kernel):
         return any("host" in str(value) or "device" in str(value) for value in kernel["tiles"].values())
 
-    asking = [k for k in report["kernels"] if asks_for_tma(k)]
-    assert (len(asking) > 0) == (report["architecture"] == "sm_90")
-    assert [k for k in asking if not k["tma_loads"]] == []
+    requesting = [k for k in report["kernels"] if requests_tma(k)]
+    assert (len(requesting) > 0) == (report["architecture"] == "sm_90")
+    assert [k for k in requesting if not k["tma_loads"]] == []
 
 
 def test_op_option_limits_the_report(tmp_path):
@@ -125,7 +125,7 @@ def test_bad_tiles_are_reported(tmp_path):
     assert result["some residual"] == []
 
 
-def test_alignment_of_the_slot_does_not_specialise_the_kernel():
+def test_alignment_of_the_slot_does_not_specialize_the_kernel():
     """A token's slot is a one-element view whose address is 16-byte aligned for every second token only."""
     code = """
 import torch
@@ -165,7 +165,7 @@ def kernel(architecture="sm_90", **facts):
         ({"spill_bytes": 8}, "spills 8 bytes"),
         ({"shared_bytes": 232_448}, None),
         ({"shared_bytes": 232_449}, "launch would fail"),
-        ({"serialised": 1}, "1 wgmma are serialised"),
+        ({"serialized": 1}, "1 wgmma are serialized"),
         ({"registers": 254}, None),
         ({"registers": 255}, "all 255 registers"),
         ({"registers": 255, "dots": []}, None),

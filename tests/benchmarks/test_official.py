@@ -18,9 +18,9 @@ def official(bagel):
     return OfficialInferencer(bagel.model, bagel.tokenizer)
 
 
-def close(got, want):
-    assert got.shape == want.shape
-    assert (got - want).norm() <= 2e-5 * want.norm()
+def close(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= 2e-5 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_attend_matches_dense_attention(n, m, causal):
     scores = torch.einsum("nhd,mhd->hnm", q, k_of_query) / 2
     if causal:
         scores = scores.masked_fill(torch.arange(m) > torch.arange(n)[:, None] + m - n, float("-inf"))
-    want = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v_of_query)
-    torch.testing.assert_close(attend(q, k, v, causal), want)
+    expected = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v_of_query)
+    torch.testing.assert_close(attend(q, k, v, causal), expected)
 
 
 @pytest.mark.parametrize("task", ["generate", "edit"])
-def test_guide_renormalises_without_amplifying(task):
+def test_guide_renormalizes_without_amplifying(task):
     settings = TASKS[task].image
     cond, no_text, no_img = torch.randn(3, 5, 8).unbind(0)
     guided = guide(cond, no_text, no_img, settings)

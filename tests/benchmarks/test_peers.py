@@ -280,11 +280,11 @@ def test_latency_bound_call_has_no_roofline_share():
 
 
 def test_error_is_relative_to_each_row():
-    want = torch.ones(3, 4, dtype=torch.float64)
-    want[0] *= 100
-    got = want.clone()
-    got[2] *= 1.5
-    assert kernels.worst_row_error((got,), (want,)) == pytest.approx(0.5)
+    expected = torch.ones(3, 4, dtype=torch.float64)
+    expected[0] *= 100
+    actual = expected.clone()
+    actual[2] *= 1.5
+    assert kernels.worst_row_error((actual,), (expected,)) == pytest.approx(0.5)
     lse = torch.tensor([[1.0], [-torch.inf]])
     assert kernels.worst_row_error((lse,), (lse.double(),)) == 0
     assert not kernels.worst_row_error((lse.nan_to_num(neginf=0),), (lse.double(),)) <= 1

@@ -28,8 +28,8 @@ def test_load_test_passes():
 def test_same_compares_texts_and_images():
     image = np.zeros((2, 3, 3), np.uint8)
     assert same(["a", image], ["a", image + 1])
-    for got in (["b", image], ["a", image + 2], ["a"], ["a", image[:1]], [image, "a"], ["a", "a"]):
-        assert not same(got, ["a", image])
+    for actual in (["b", image], ["a", image + 2], ["a"], ["a", image[:1]], [image, "a"], ["a", "a"]):
+        assert not same(actual, ["a", image])
 
 
 def test_incomplete_stream_is_detected():

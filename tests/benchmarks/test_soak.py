@@ -134,8 +134,8 @@ def test_compare_recurses_into_lists(runtime):
     assert soak._compare([one, "x"], [one, "x"]) == (True, 0.0)
     same, error = soak._compare([one], [two])
     assert not same and 0 < error < float("inf")
-    for got, want in ((["x"], ["y"]), ([one], [one, one]), ([], [one])):
-        assert soak._compare(got, want) == (False, float("inf"))
+    for actual, expected in ((["x"], ["y"]), ([one], [one, one]), ([], [one])):
+        assert soak._compare(actual, expected) == (False, float("inf"))
 
 
 @pytest.mark.parametrize("wrong", [[], ["it leaks"]], ids=["passed", "failed"])

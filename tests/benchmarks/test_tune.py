@@ -36,14 +36,14 @@ def test_candidates_have_the_arguments_of_the_shipped_entry(op, architecture, sh
 
 
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
-def test_warp_specialisation_is_limited_to_supported_architectures(architecture):
+def test_warp_specialization_is_limited_to_supported_architectures(architecture):
     result = [
         tiles for shape_class in configs.TABLE["linear"][architecture] for tiles in linear(shape_class, architecture)
     ]
-    specialised = [tiles for tiles in result if tiles["WARP_SPECIALIZE"]]
-    assert bool(specialised) == (architecture in ("sm_90", "sm_100"))
+    specialized = [tiles for tiles in result if tiles["WARP_SPECIALIZE"]]
+    assert bool(specialized) == (architecture in ("sm_90", "sm_100"))
     assert all(
-        tiles["DESCRIPTORS"] == "device" and tiles["num_warps"] == 4 and not tiles["FLATTEN"] for tiles in specialised
+        tiles["DESCRIPTORS"] == "device" and tiles["num_warps"] == 4 and not tiles["FLATTEN"] for tiles in specialized
     )
 
 

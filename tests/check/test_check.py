@@ -212,7 +212,7 @@ def test_kernel_that_drops_its_last_tile_fails(launcher, kernel, name, monkeypat
 
 
 @pytest.mark.parametrize(
-    "got, error",
+    "actual, error",
     [
         pytest.param([[3e-3, 4e-3], [0.0, 0.0]], 0, id="equal, with a row of zeros"),
         pytest.param([[3e-3, 5e-3], [0.0, 0.0]], 1e-3 / (4e-3 + 12.5e-6**0.5), id="small values are judged as such"),
@@ -220,7 +220,7 @@ def test_kernel_that_drops_its_last_tile_fails(launcher, kernel, name, monkeypat
         pytest.param([[3e-3, math.nan], [0.0, 0.0]], math.nan, id="nan"),
     ],
 )
-def test_errors_are_relative_to_the_row(got, error):
-    want = torch.tensor([[3e-3, 4e-3], [0.0, 0.0]], dtype=torch.float64)
-    found = check._error((torch.tensor(got, dtype=torch.float64),), (want,))
+def test_errors_are_relative_to_the_row(actual, error):
+    expected = torch.tensor([[3e-3, 4e-3], [0.0, 0.0]], dtype=torch.float64)
+    found = check._error((torch.tensor(actual, dtype=torch.float64),), (expected,))
     assert found == pytest.approx(error, nan_ok=True)

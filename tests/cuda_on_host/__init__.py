@@ -20,7 +20,7 @@ HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "cl
 def build(*options: str) -> Path:
     """Build the emulation incrementally with CMake ``options``; return the path of the module.
 
-    Builds are cached in build/, one per Python and options. A file lock serialises the workers of pytest-xdist. Skips
+    Builds are cached in build/, one per Python and options. A file lock serializes the workers of pytest-xdist. Skips
     the test if there is no compiler.
     """
     if not HAS_COMPILER:

@@ -1,7 +1,7 @@
 // Emulation of CUDA kernels as ordinary C++, to test their arithmetic and indexing without a GPU.
 //
 // Each thread of a block is a fiber that runs until it reaches a barrier or a shuffle, and resumes when all
-// participants have arrived. Blocks run one after another on one host thread. Undefined behaviour on a GPU is an error
+// participants have arrived. Blocks run one after another on one host thread. Undefined behavior on a GPU is an error
 // here: a barrier that some threads never reach, a shuffle that a lane of its mask does not execute, a misaligned
 // vector, too much shared memory. Dynamic shared memory starts as NaN in a heap allocation of its own, so
 // -fsanitize=address detects reads past its end.
@@ -250,7 +250,7 @@ inline void run(dim3 grid, dim3 threads, std::size_t shared_bytes, std::function
   for (unsigned thread = 0; thread < count; ++thread) {
     Fiber& fiber = running.fibers[thread];
     fiber.thread = thread;
-    fiber.stack.reset(new char[STACK_BYTES]);  // uninitialised, so pages are committed on use
+    fiber.stack.reset(new char[STACK_BYTES]);  // uninitialized, so pages are committed on use
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = STACK_BYTES;

@@ -28,17 +28,17 @@ def check(device, limits, blocks, mask, Hq=4, Hkv=2, D=16, dtype=torch.float32, 
     T, S = mask.shape
     q, k, v = values(1, T, Hq, D, dtype=dtype), values(2, S, Hkv, D, dtype=dtype), values(3, S, Hkv, D, dtype=dtype)
     unseen = ~mask.any(0)
-    want = attention_dense_reference(q.double(), k.double(), v.double(), mask, scale)
+    expected = attention_dense_reference(q.double(), k.double(), v.double(), mask, scale)
     k[unseen] = v[unseen] = torch.nan
-    given = [tensor.to(device) for tensor in (q, k, v, limits, blocks)]
-    out, lse = attention(*given, scale, return_lse=True)
+    inputs = [tensor.to(device) for tensor in (q, k, v, limits, blocks)]
+    out, lse = attention(*inputs, scale, return_lse=True)
     assert out.dtype == dtype and out.is_contiguous()
-    torch.testing.assert_close(out.cpu().double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert (out.cpu()[~mask.any(1)] == 0).all()
-    torch.testing.assert_close(attention(*given, scale), out, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(attention(*inputs, scale), out, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    want = dense_lse(q.double(), k.double(), mask, D**-0.5 if scale is None else scale)
-    torch.testing.assert_close(lse.cpu().double(), want, rtol=LSE_TOLERANCE[dtype], atol=LSE_TOLERANCE[dtype])
+    expected = dense_lse(q.double(), k.double(), mask, D**-0.5 if scale is None else scale)
+    torch.testing.assert_close(lse.cpu().double(), expected, rtol=LSE_TOLERANCE[dtype], atol=LSE_TOLERANCE[dtype])
 
 
 def dense_lse(q, k, mask, scale):
@@ -179,8 +179,8 @@ def test_accepts_strided_inputs_and_does_not_modify_them(device):
     limits, blocks = int32(range(1, 10)).to(device), int32([[0, 5, 0, 1, 5, 0, 0], [5, 9, 0, 6, 9, 0, 0]]).to(device)
     before = [t.clone() for t in (q, k, v)]
     out = attention(q, k, v, limits, blocks)
-    want = attention_dense_reference(q, k, v, torch.ones(9, 9, dtype=torch.bool, device=device).tril())
-    torch.testing.assert_close(out, want, rtol=2e-6, atol=2e-6)
+    expected = attention_dense_reference(q, k, v, torch.ones(9, 9, dtype=torch.bool, device=device).tril())
+    torch.testing.assert_close(out, expected, rtol=2e-6, atol=2e-6)
     assert all(map(torch.equal, (q, k, v), before))
     assert attention(q.mT.contiguous().mT, k.mT.contiguous().mT, v, limits, blocks).allclose(out, atol=2e-6)
 
@@ -191,11 +191,11 @@ def test_dense_reference_matches_explicit_loops():
     out = attention_dense_reference(q, k, v, mask)
     for row, visible in enumerate(mask):
         for head in range(4):
-            want, total = torch.zeros(2, dtype=torch.float64), 0.0
+            expected, total = torch.zeros(2, dtype=torch.float64), 0.0
             for key, value in zip(k[visible, head // 2], v[visible, head // 2], strict=True):
                 weight = (q[row, head] @ key / 2**0.5).exp()
-                want, total = want + weight * value, total + weight
-            torch.testing.assert_close(out[row, head], want / total if total else want)
+                expected, total = expected + weight * value, total + weight
+            torch.testing.assert_close(out[row, head], expected / total if total else expected)
 
 
 def test_reference_rejects_spans_past_the_cache():

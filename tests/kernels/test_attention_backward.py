@@ -33,7 +33,7 @@ def check(device, segments, Hq=4, Hkv=2, D=16, dtype=torch.float32, block_q=128,
         lse = dense_lse(q, k, mask, D**-0.5)
         return attention_dense_reference(q, k, v, mask), lse.nan_to_num(neginf=0)
 
-    _, want = gradients(dense, [x.double() for x in inputs], *(g.double() for g in upstream))
+    _, references = gradients(dense, [x.double() for x in inputs], *(g.double() for g in upstream))
     limits, blocks = torch.from_numpy(plan.limits).to(device), torch.from_numpy(plan.blocks).to(device)
     inputs[1][~mask.any(0)] = inputs[2][~mask.any(0)] = torch.nan
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -41,7 +41,7 @@ def check(device, segments, Hq=4, Hkv=2, D=16, dtype=torch.float32, block_q=128,
         lambda q, k, v: attention(q, k, v, limits, blocks, return_lse=True),
         [x.to(device) for x in inputs], upstream[0].to(device), upstream[1].to(device, wide),
     )  # fmt: skip
-    for name, gradient, expected in zip("qkv", found, want, strict=True):
+    for name, gradient, expected in zip("qkv", found, references, strict=True):
         assert gradient.dtype == dtype and gradient.is_contiguous(), name
         scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
         torch.testing.assert_close(
@@ -110,9 +110,9 @@ def test_compiled_call_has_the_same_gradients():
     limits, blocks = torch.from_numpy(plan.limits), torch.from_numpy(plan.blocks)
     inputs = [values(n, rows, heads, 16) for n, (rows, heads) in enumerate(((95, 2), (160, 1), (160, 1)))]
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
-    _, want = gradients(lambda q, k, v: attention(q, k, v, limits, blocks), inputs, values(4, 95, 2, 16))
+    _, expected = gradients(lambda q, k, v: attention(q, k, v, limits, blocks), inputs, values(4, 95, 2, 16))
     _, found = gradients(lambda q, k, v: compiled(q, k, v, limits, blocks), inputs, values(4, 95, 2, 16))
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(found, expected)
 
 
 @given(segments=packed_segments(), block_q=st.sampled_from([1, 3, 16]), tile=st.sampled_from([1, 4, 7, 64]))

@@ -80,10 +80,10 @@ def test_reads_strided_caches_in_place(small_tiles):
     limits, blocks = torch.from_numpy(plan.limits).to(DEVICE), torch.from_numpy(plan.blocks).to(DEVICE)
     q = values(1, len(plan.order), 4, 16, dtype=torch.float16).to(DEVICE)
     k, v = (values(seed, 130, 2, 16, dtype=torch.float16).to(DEVICE) for seed in (2, 3))
-    want = attention(q, k, v, limits, blocks)
+    expected = attention(q, k, v, limits, blocks)
     for name, view in strided(k, q.dtype).items():
         found = attention(q, view, strided(v, q.dtype)[name], limits, blocks)
-        torch.testing.assert_close(found, want, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
 
 
 def test_unaligned_caches_are_read_through_pointers():
@@ -107,8 +107,8 @@ def test_blocks_of_few_rows_do_not_affect_other_blocks(small_tiles):
     for row, (start, limit, own) in enumerate([(2, 60, None), (2, 61, None), (2, 62, None), (0, 9, 70), (4, 70, None)]):
         seen = list(range(start, start + limit)) + ([] if own is None else list(range(own, own + 3)))
         mask = torch.ones(1, len(seen), dtype=torch.bool, device=DEVICE)
-        want = attention_dense_reference(q[row : row + 1].double(), k[seen].double(), v[seen].double(), mask)
-        torch.testing.assert_close(out[row : row + 1].double(), want, rtol=2e-3, atol=2e-3)
+        expected = attention_dense_reference(q[row : row + 1].double(), k[seen].double(), v[seen].double(), mask)
+        torch.testing.assert_close(out[row : row + 1].double(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_one_row_blocks_use_whole_tiles(small_tiles):
@@ -118,9 +118,9 @@ def test_one_row_blocks_use_whole_tiles(small_tiles):
     mask = torch.zeros(3, 200, dtype=torch.bool, device=DEVICE)
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         mask[row, start : start + length] = True
-    want = attention_dense_reference(q.double(), k.double(), v.double(), mask)
+    expected = attention_dense_reference(q.double(), k.double(), v.double(), mask)
     out = decode_attention(q, k, v, starts, lengths)
-    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_table_has_every_shape_class_for_every_architecture():
@@ -138,5 +138,5 @@ def test_heads_above_max_head_dim_run_the_reference(monkeypatch):
     monkeypatch.setattr(attention_module, "launch_kernel", None)
     q = values(1, 2, 1, 160).to(DEVICE)
     out = attention(q, q, q, int32([2, 2]).to(DEVICE), int32([[0, 2, 0, 2, 2, 0, 0]]).to(DEVICE))
-    want = attention_dense_reference(q, q, q, torch.ones(2, 2, dtype=torch.bool, device=DEVICE))
-    torch.testing.assert_close(out, want, rtol=2e-6, atol=2e-6)
+    expected = attention_dense_reference(q, q, q, torch.ones(2, 2, dtype=torch.bool, device=DEVICE))
+    torch.testing.assert_close(out, expected, rtol=2e-6, atol=2e-6)

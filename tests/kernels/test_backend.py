@@ -26,8 +26,8 @@ def left_to_the_environment(monkeypatch):
 
 def python(code, **environment):
     """Run ``code`` in a subprocess; an environment value of None removes the variable."""
-    given = {name: value for name, value in (os.environ | environment).items() if value is not None}
-    return subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=300)
+    merged = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code], env=merged, capture_output=True, text=True, timeout=300)
 
 
 def test_cpu_runs_references_unless_backend_is_triton(monkeypatch):

@@ -50,12 +50,12 @@ def check(device, starts, lengths, Hq=4, Hkv=2, D=16, dtype=torch.float32, index
         row[start : start + length] = True
     q = values(1, len(starts), Hq, D, dtype=dtype)
     k, v = (values(seed, slots, Hkv, D, dtype=dtype) for seed in (2, 3))
-    want = attention_dense_reference(q.double(), k.double(), v.double(), mask, scale)
+    expected = attention_dense_reference(q.double(), k.double(), v.double(), mask, scale)
     k[~mask.any(0)] = v[~mask.any(0)] = torch.nan
     bounds = (torch.tensor(numbers, dtype=index) for numbers in (starts, lengths))
     out = decode_attention(*(tensor.to(device) for tensor in (q, k, v, *bounds)), scale).cpu()
     assert out.dtype == dtype and out.is_contiguous()
-    torch.testing.assert_close(out.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert (out[~mask.any(1)] == 0).all()
 
 
@@ -92,7 +92,7 @@ def test_accepts_strided_inputs_and_does_not_modify_them(device):
     starts, lengths = torch.tensor([3, 9], device=device), torch.tensor([10, 41], device=device)
     out = decode_attention(q, k, v, starts, lengths)
     torch.testing.assert_close(out, decode_attention(*(t.contiguous() for t in (q, k, v)), starts, lengths))
-    assert torch.equal(out[:1], decode_attention(q[:1], k, v, starts[:1], lengths[:1])), "depends on its neighbour"
+    assert torch.equal(out[:1], decode_attention(q[:1], k, v, starts[:1], lengths[:1])), "depends on its neighbor"
     assert all(map(torch.equal, (q, k, v), before))
 
 
@@ -139,9 +139,9 @@ def test_cuda_kernel_accepts_mixed_bound_dtypes_and_strides(cuda_kernel):
     q = values(1, 2, 8, 16).to(device)
     k, v = values(2, 50, 2, 2, 16).to(device).unbind(1)
     starts, lengths = torch.tensor([3, 0, 9, 0])[::2].to(device), torch.tensor([10, 41], device=device)
-    want = decode_attention(q[:, :4].contiguous(), k.contiguous(), v.contiguous(), starts, lengths)
+    expected = decode_attention(q[:, :4].contiguous(), k.contiguous(), v.contiguous(), starts, lengths)
     for wide, narrow in ((starts, lengths.int()), (starts.int(), lengths)):
-        assert torch.equal(decode_attention(q[:, :4], k, v, wide, narrow), want)
+        assert torch.equal(decode_attention(q[:, :4], k, v, wide, narrow), expected)
 
 
 def test_cuda_kernel_applies_scale(cuda_kernel):
@@ -161,17 +161,17 @@ def test_cuda_kernel_result_is_independent_of_the_batch(cuda_kernel, dtype):
         one = slice(row, row + 1)
         assert torch.equal(decode_attention(q[one], k, v, starts[one], lengths[one]), together[one])
     assert torch.equal(decode_attention(q.flip(0), k, v, starts.flip(0), lengths.flip(0)), together.flip(0))
-    elsewhere = torch.cat([k[:50], k]), torch.cat([v[:50], v])
-    assert torch.equal(decode_attention(q, *elsewhere, starts + 50, lengths), together), "depends on the place"
+    moved = torch.cat([k[:50], k]), torch.cat([v[:50], v])
+    assert torch.equal(decode_attention(q, *moved, starts + 50, lengths), together), "depends on the place"
 
 
 def test_cuda_kernel_is_deterministic_under_any_schedule(emulated_extension):
     q, k, v = values(1, 2, 7, 16), *(values(seed, 400, 1, 16) for seed in (2, 3))
     starts, lengths = torch.tensor([0, 30]), torch.tensor([400, 70])
-    want = op._run_extension(q, k, v, starts, lengths, 0.25)
+    expected = op._run_extension(q, k, v, starts, lengths, 0.25)
     for seed in range(1, 6):
         emulated_extension.set_schedule(seed)
-        assert torch.equal(op._run_extension(q, k, v, starts, lengths, 0.25), want)
+        assert torch.equal(op._run_extension(q, k, v, starts, lengths, 0.25), expected)
 
 
 def test_cuda_kernel_propagates_nan(cuda_kernel):
@@ -203,10 +203,10 @@ def test_unsupported_inputs_fall_back(extension_device, monkeypatch, inputs):
     monkeypatch.setattr(op, "_run_extension", lambda *_: pytest.fail("the CUDA kernel cannot take this"))
     q, k, v = (t.to(extension_device) for t in inputs(make))
     bounds = torch.tensor([3, 9], device=extension_device), torch.tensor([10, 81], device=extension_device)
-    got = decode_attention(q, k, v, *bounds)
+    actual = decode_attention(q, k, v, *bounds)
     choose_backend("reference")
     tolerance = TOLERANCE[q.dtype]
-    torch.testing.assert_close(got, decode_attention(q, k, v, *bounds), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, decode_attention(q, k, v, *bounds), rtol=tolerance, atol=tolerance)
 
 
 def test_gradient_bypasses_the_cuda_kernel(extension_device, monkeypatch):
@@ -217,13 +217,13 @@ def test_gradient_bypasses_the_cuda_kernel(extension_device, monkeypatch):
     assert q.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("wants", [0, 1, 2], ids=["q", "k_cache", "v_cache"])
-def test_gradient_bypasses_the_triton_kernel(device, wants):
-    given = [values(seed, *shape, 16).to(device) for seed, shape in enumerate([(1, 4), (9, 2), (9, 2)])]
+@pytest.mark.parametrize("differentiable", [0, 1, 2], ids=["q", "k_cache", "v_cache"])
+def test_gradient_bypasses_the_triton_kernel(device, differentiable):
+    inputs = [values(seed, *shape, 16).to(device) for seed, shape in enumerate([(1, 4), (9, 2), (9, 2)])]
     bounds = torch.tensor([3], device=device), torch.tensor([5], device=device)
-    given[wants].requires_grad_()
-    decode_attention(*given, *bounds).sum().backward()
-    assert given[wants].grad.abs().sum() > 0
+    inputs[differentiable].requires_grad_()
+    decode_attention(*inputs, *bounds).sum().backward()
+    assert inputs[differentiable].grad.abs().sum() > 0
 
 
 def test_reference_rejects_range_past_the_cache():

@@ -85,10 +85,10 @@ __global__ void trial(int what, T* y) {
   if (what == 6 && thread == 5) y[blockDim.x] = from_float<T>(shared[100000]);
 }
 
-int main(int, char** given) {
+int main(int, char** argv) {
   alignas(16) float y[16] = {};
-  const int what = given[1][0] - '0';
-  cuda_on_host::schedule = static_cast<unsigned>(given[1][1] - '0');
+  const int what = argv[1][0] - '0';
+  cuda_on_host::schedule = static_cast<unsigned>(argv[1][1] - '0');
   y[12] = 5;
   if (what >= 8) cuda_on_host::pending_writes = {{y + 12, 4}, {y + 8, 32}};
   try {
@@ -132,7 +132,7 @@ def test_emulation_runs_barriers_shuffles_and_last_block(trial, schedule):
         pytest.param("9", "a block did not call wait_for_previous_kernel()", id="no-wait"),
     ],
 )
-def test_emulation_rejects_undefined_behaviour(trial, case, error):
+def test_emulation_rejects_undefined_behavior(trial, case, error):
     assert trial(case + "0") == f"trial {case}: {error}"
 
 
@@ -272,13 +272,13 @@ KERNELS = ("decode_linear", "decode_qkv", "decode_attention", "sample")
 def test_kernel_waits_before_it_accesses_written_memory(emulated_extension, name):
     calls = Calls()
     run, weights = getattr(calls, name), ("w", "wide", "norm", "bias", "qk_norm")
-    want = run()
+    expected = run()
     written = [tensor for key, tensor in vars(calls).items() if key not in weights]
     try:
         emulated_extension.set_pending_writes([(tensor.data_ptr(), tensor.nbytes) for tensor in written])
         for seed in range(3):
             emulated_extension.set_schedule(seed)
-            assert all(map(torch.equal, run(), want))
+            assert all(map(torch.equal, run(), expected))
     finally:
         emulated_extension.set_pending_writes([])
 
@@ -287,11 +287,11 @@ def test_kernel_waits_before_it_accesses_written_memory(emulated_extension, name
 def test_row_strides_above_32_bits(emulated_extension, tmp_path, name):
     """Uses a sparse file, of which only the rows take disk space."""
     apart, used = 2**30 + 64, 0
-    held = torch.from_file(str(tmp_path / "held"), shared=True, size=3 * apart, dtype=torch.bfloat16)
+    mapped = torch.from_file(str(tmp_path / "mapped"), shared=True, size=3 * apart, dtype=torch.bfloat16)
 
     def place(tensor):
         nonlocal used
-        placed = held.as_strided(tensor.shape, (apart, *tensor.stride()[1:]), used)
+        placed = mapped.as_strided(tensor.shape, (apart, *tensor.stride()[1:]), used)
         used += tensor[0].numel() + -tensor[0].numel() % 8
         return placed.copy_(tensor)
 

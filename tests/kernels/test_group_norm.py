@@ -40,8 +40,8 @@ def expected(x, weight, bias, groups, silu, eps=EPS):
     return y / (1 + torch.exp(-y)) if silu else y
 
 
-def close(got, want, dtype):
-    torch.testing.assert_close(got.cpu().double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+def close(actual, expected, dtype):
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.slow
@@ -64,8 +64,8 @@ def test_moments_match_float64(batch, channels, groups, height, width, dtype, de
     moments = group_norm_moments(x, groups, EPS)
     assert moments.dtype == torch.promote_types(dtype, torch.float32)
     variance, mean = torch.var_mean(x.cpu().double().reshape(batch, groups, -1), 2, correction=0)
-    want = torch.stack([mean, (variance + EPS).rsqrt()], 2)
-    torch.testing.assert_close(moments.cpu().double(), want, rtol=5e-6, atol=1e-6)
+    expected = torch.stack([mean, (variance + EPS).rsqrt()], 2)
+    torch.testing.assert_close(moments.cpu().double(), expected, rtol=5e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
@@ -83,8 +83,8 @@ def test_large_mean_does_not_cancel(device):
     x = channels_last(values(1, 1, 32, 40, 30, device=device) + 1000)
     ones, zeros = torch.ones(32, device=device), torch.zeros(32, device=device)
     y = group_norm(x, ones, zeros, 8, EPS)
-    want = expected(x, ones, zeros, 8, False)
-    assert (y.cpu() - want).abs().max() < 1e-3  # E[x^2] - E[x]^2 in float32 is wrong by 0.06 of the variance
+    reference = expected(x, ones, zeros, 8, False)
+    assert (y.cpu() - reference).abs().max() < 1e-3  # E[x^2] - E[x]^2 in float32 is wrong by 0.06 of the variance
 
 
 def test_image_is_independent_of_the_batch(device):
@@ -100,15 +100,15 @@ def test_image_is_independent_of_the_batch(device):
 def test_constant_map_becomes_the_bias(device):
     x = channels_last(torch.full((1, 32, 4, 4), 7.0, device=device))
     weight, bias = (values(seed, 32, device=device) for seed in (2, 3))
-    want = bias[:, None, None].expand(1, 32, 4, 4)
-    torch.testing.assert_close(group_norm(x, weight, bias, 8, EPS), want, rtol=0, atol=1e-3)
+    expected = bias[:, None, None].expand(1, 32, 4, 4)
+    torch.testing.assert_close(group_norm(x, weight, bias, 8, EPS), expected, rtol=0, atol=1e-3)
 
 
 def test_reference_gradient_in_both_layouts():
     weight, bias = (values(seed, 4, dtype=torch.float64).requires_grad_() for seed in (2, 3))
     for layout in (channels_last, torch.Tensor.contiguous):
         x = layout(values(1, 2, 4, 3, 2, dtype=torch.float64)).requires_grad_()
-        assert torch.autograd.gradcheck(lambda *given: group_norm(*given, 2, EPS, True), (x, weight, bias))
+        assert torch.autograd.gradcheck(lambda *inputs: group_norm(*inputs, 2, EPS, True), (x, weight, bias))
 
 
 def test_inputs_are_not_modified(device):

@@ -84,11 +84,11 @@ def test_velocity_and_step_match_the_formula_in_float64(N, C, a, b, renorm, leas
     before = [v.clone() for v in vs]
     v = guided_velocity(*vs, a, b, renorm, least)
     moved = step(x, vs, a, b, renorm, least)
-    want = expected_velocity(*vs, a, b, renorm, least)
+    expected = expected_velocity(*vs, a, b, renorm, least)
     assert v.dtype == moved.dtype == wide
-    tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(1.0, float(want.abs().max())))
-    torch.testing.assert_close(v.cpu().double(), want, **tolerance)
-    torch.testing.assert_close(moved.cpu().double(), x.cpu().double() - want * 0.125, **tolerance)
+    tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(1.0, float(expected.abs().max())))
+    torch.testing.assert_close(v.cpu().double(), expected, **tolerance)
+    torch.testing.assert_close(moved.cpu().double(), x.cpu().double() - expected * 0.125, **tolerance)
     assert all(map(torch.equal, vs, before))
 
 
@@ -107,9 +107,9 @@ def test_images_of_several_blocks_match_and_are_deterministic(N, C, dtype, renor
     monkeypatch.setitem(configs.tiles("cfg_euler_step", "narrow", device), "PARTS", 16)  # several blocks to a part
     vs, x = velocities(N, C, dtype, device), latents(N, C, torch.float32, device)
     moved = step(x, vs, 4.0, 1.5, renorm, 0.125)
-    want = x.cpu().double() - 0.125 * expected_velocity(*vs, 4.0, 1.5, renorm, 0.125)
+    expected = x.cpu().double() - 0.125 * expected_velocity(*vs, 4.0, 1.5, renorm, 0.125)
     atol = 5e-6 if runs_kernel(x) else 2e-5  # torch's norm adds in longer chains
-    torch.testing.assert_close(moved.cpu().double(), want, rtol=2e-6, atol=atol)
+    torch.testing.assert_close(moved.cpu().double(), expected, rtol=2e-6, atol=atol)
     assert torch.equal(moved, step(x, vs, 4.0, 1.5, renorm, 0.125))
 
 
@@ -136,7 +136,7 @@ def test_unguided_step_ignores_the_scales(b, renorm, device):
 
 
 @pytest.mark.parametrize("renorm", ["channel", "text_channel"])
-def test_renorm_shrinks_each_token_towards_cond_and_never_amplifies(renorm):
+def test_renorm_shrinks_each_token_toward_cond_and_never_amplifies(renorm):
     c, u, _ = velocities(33, 64, torch.float64)
     plain = u + 4 * (c - u)
     factor = guided_velocity(c, u, None, 4.0, 1.0, renorm, 0.2).norm(dim=-1) / plain.norm(dim=-1)
@@ -165,9 +165,9 @@ def test_zero_velocities_stay_zero(renorm, device):
 def test_nan_velocity_is_not_clamped_away(renorm, spoiled, device):
     vs, x = velocities(40, 64, device=device), torch.zeros(40, 64, device=device)
     vs[0][1, 2] = float("nan")
-    want = torch.zeros(40, 64, dtype=torch.bool, device=device)
-    want[spoiled] = True
-    assert torch.equal(step(x, vs, 4.0, 1.0, renorm, 0.5).isnan(), want)
+    expected = torch.zeros(40, 64, dtype=torch.bool, device=device)
+    expected[spoiled] = True
+    assert torch.equal(step(x, vs, 4.0, 1.0, renorm, 0.5).isnan(), expected)
 
 
 @pytest.mark.parametrize("renorm", RENORMS)
@@ -176,23 +176,23 @@ def test_unused_branches_are_not_read(a, b, renorm, device):
     x, (c, u, w) = latents(4, 8, torch.float32, device), velocities(4, 8, device=device)
     needed = (c, u if a > 1 else None, w if a > 1 and b > 1 else None)
     assert torch.equal(guided_velocity(*needed, a, b, renorm, 0.0), guided_velocity(c, u, w, a, b, renorm, 0.0))
-    given = tuple(torch.full_like(c, torch.nan) if v is None else v for v in needed)
-    assert torch.equal(step(x, given, a, b, renorm, 0.0), step(x, (c, u, w), a, b, renorm, 0.0))
+    branches = tuple(torch.full_like(c, torch.nan) if v is None else v for v in needed)
+    assert torch.equal(step(x, branches, a, b, renorm, 0.0), step(x, (c, u, w), a, b, renorm, 0.0))
 
 
 def test_float64_velocities_with_float32_latents_are_combined_in_float64(device):
     x, vs = latents(4, 8, torch.float32, device), velocities(4, 8, torch.float64, device)
     vs = [v * 1e25 for v in vs]  # squares are past float32
     moved = step(x, vs, 4.0, 2.0, "global", 0.0, 0.5)
-    want = x.cpu().double() - 0.5 * expected_velocity(*vs, 4.0, 2.0, "global", 0.0)
+    expected = x.cpu().double() - 0.5 * expected_velocity(*vs, 4.0, 2.0, "global", 0.0)
     assert moved.dtype == torch.float32
-    torch.testing.assert_close(moved.cpu(), want.float(), rtol=1e-6, atol=1e18)
+    torch.testing.assert_close(moved.cpu(), expected.float(), rtol=1e-6, atol=1e18)
 
 
 def test_float64_latents_step_in_float64(device):
     x, vs = latents(4, 8, torch.float64, device), velocities(4, 8, torch.bfloat16, device)
-    want = x.cpu() - 0.125 * expected_velocity(*vs, 4.0, 2.0, "channel", 0.0)
-    torch.testing.assert_close(step(x, vs, 4.0, 2.0, "channel", 0.0).cpu(), want, rtol=1e-6, atol=1e-6)
+    expected = x.cpu() - 0.125 * expected_velocity(*vs, 4.0, 2.0, "channel", 0.0)
+    torch.testing.assert_close(step(x, vs, 4.0, 2.0, "channel", 0.0).cpu(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(step(x, vs, 1.0, 1.0, "channel", 0.0).cpu(), x.cpu() - 0.125 * vs[0].cpu().double())
 
 
@@ -235,13 +235,13 @@ def test_each_image_of_a_batch_takes_its_own_step(C, dtype, device):
     x, v, image_table, cfg_table, max_rows = batch(C, dtype, device)
     start, velocity = x.clone(), v.clone()
     cfg_euler_step(x, v, image_table, cfg_table, max_rows)
-    want = start.cpu().double()
+    expected = start.cpu().double()
     for i, (rows, a, b, renorm, least, missing) in enumerate(BATCH):
         first, dt = int(image_table[i, 0]), float(cfg_table[i, 0])
         vs = velocities(rows, C, dtype, device)
         vs = [*vs[: 3 - missing], *[vs[0]] * missing]
-        want[first : first + rows] -= dt * expected_velocity(*vs, a, b, renorm, least)
-    torch.testing.assert_close(x.cpu().double(), want, rtol=2e-6, atol=2e-5, equal_nan=True)
+        expected[first : first + rows] -= dt * expected_velocity(*vs, a, b, renorm, least)
+    torch.testing.assert_close(x.cpu().double(), expected, rtol=2e-6, atol=2e-5, equal_nan=True)
     torch.testing.assert_close(v, velocity, rtol=0, atol=0, equal_nan=True)
 
 
@@ -318,7 +318,7 @@ def test_first_launch_skips_images_without_global_norm(kernels):
     assert torch.equal(~squares.isnan(), written.expand_as(squares))
 
 
-def test_number_of_images_does_not_recompile_or_synchronise():
+def test_number_of_images_does_not_recompile_or_synchronize():
     """Uses a driver that compiles but does not launch, and tensors without values."""
     pytest.importorskip("triton")
     code = """
@@ -328,7 +328,7 @@ from benchmarks.compiling import intercept_launches
 
 variants = {True: set(), False: set()}
 for n, rows, guided in ((1, 4096, True), (3, 1000, True), (4, 1, True), (1, 4096, False), (2, 77, False)):
-    with intercept_launches("sm_90", lambda asked, run: variants[guided].add(run().hash)), torch.device("meta"):
+    with intercept_launches("sm_90", lambda entry, run: variants[guided].add(run().hash)), torch.device("meta"):
         x, v = torch.empty(n * rows, 64), torch.empty(3 * n * rows, 64, dtype=torch.bfloat16)
         cfg_euler_step(x, v, torch.empty(n, 5, dtype=torch.int32), torch.empty(n, 5), rows, guided)
 print(len(variants[True]), len(variants[False]))
@@ -349,10 +349,10 @@ def test_replay_reads_the_current_tables(kernels):
         cfg_euler_step(x, v, image_table, cfg_table, max_rows)
     cfg_table.copy_(cfg_table.roll(1, 0))
     image_table.copy_(image_table.roll(2, 0))
-    cfg_euler_step(want := start.clone(), v, image_table, cfg_table, max_rows)
+    cfg_euler_step(expected := start.clone(), v, image_table, cfg_table, max_rows)
     x.copy_(start)
     graph.replay()
-    torch.testing.assert_close(x, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_velocity_rejects_mismatched_argument():

@@ -195,7 +195,7 @@ def test_output_is_independent_of_the_grid_size(kernels, monkeypatch):
 
 
 @pytest.fixture
-def asked(kernels, monkeypatch):
+def looked_up(kernels, monkeypatch):
     """Record the shape classes that :func:`linear` looks up."""
     classes, look_up = [], configs.tiles
     monkeypatch.setattr(configs, "tiles", lambda *key: classes.append(key[1]) or look_up(*key))
@@ -216,38 +216,38 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_accepts_any_layout_of_x(layout, asked, kernels):
+def test_accepts_any_layout_of_x(layout, looked_up, kernels):
     (x, w_first, w_rest), _ = arguments(6, 40, 48, "none", torch.float16, kernels)
     shape_class, lay_out = LAYOUTS[layout]
     x = lay_out(x)
     assert_matches(linear(x, w_first, w_rest, G=4), by_the_book(x, w_first, w_rest, 4))
-    assert asked == [shape_class]
+    assert looked_up == [shape_class]
 
 
 @pytest.mark.parametrize("odd", ["w_first", "w_rest", "residual"])
-def test_accepts_misaligned_weights_and_residual(odd, asked, kernels):
+def test_accepts_misaligned_weights_and_residual(odd, looked_up, kernels):
     (x, w_first, w_rest), extra = arguments(6, 40, 48, "residual", torch.float16, kernels)
     tensors = {"w_first": w_first, "w_rest": w_rest, "residual": extra["residual"]}
     tensors[odd] = odd_base(tensors[odd])
     assert_matches(linear(x, **tensors, G=4), by_the_book(x, **tensors, G=4))
-    assert asked == ["unaligned"]
+    assert looked_up == ["unaligned"]
 
 
 @pytest.mark.parametrize("K, N", [(40, 47), (41, 48), (40, 1), (1, 8)])
-def test_widths_that_tma_cannot_address_use_pointers(K, N, asked, kernels):
+def test_widths_that_tma_cannot_address_use_pointers(K, N, looked_up, kernels):
     args, extra = arguments(6, K, N, "bias", torch.bfloat16, kernels)
     assert_matches(linear(*args, G=4, **extra), by_the_book(*args, 4, **extra))
-    assert asked == ["unaligned"]
+    assert looked_up == ["unaligned"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("T", [9, 50, 200], ids=lambda T: f"{T}rows")
-def test_matches_the_formula_without_tma(T, epilogue, asked, kernels, monkeypatch):
+def test_matches_the_formula_without_tma(T, epilogue, looked_up, kernels, monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_89")
     args, extra = arguments(T, 72, 80, epilogue, torch.float16, kernels)
     assert_matches(linear(*args, G=T - 2, **extra), by_the_book(*args, T - 2, **extra))
-    assert asked[0].split()[0] == {9: "few", 50: "some", 200: "hundreds"}[T]
+    assert looked_up[0].split()[0] == {9: "few", 50: "some", 200: "hundreds"}[T]
 
 
 def test_shape_class_follows_the_larger_group_and_the_epilogue():

@@ -37,13 +37,13 @@ def test_matches_the_formula_in_float64(T, G, H, with_residual, scale, dtype, de
     y, summed = rms_norm(x, r if with_residual else None, w_first, w_rest, G, 1e-6)
     want_summed = x + r if with_residual else x
     assert torch.equal(summed, want_summed)
-    want = by_the_book(want_summed, w_first, w_rest, G, 1e-6)
+    expected = by_the_book(want_summed, w_first, w_rest, G, 1e-6)
     assert y.dtype == dtype
-    torch.testing.assert_close(y.cpu().double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounds_the_normalised_value_before_the_weight(dtype, device):
+def test_rounds_the_normalized_value_before_the_weight(dtype, device):
     x, w = rows(1, 40, 96, dtype=dtype, device=device), rows(2, 96, dtype=dtype, device=device)
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     y, _ = rms_norm(x, None, w, w, 13, 1e-6)
@@ -94,8 +94,8 @@ def test_accepts_strided_inputs_and_does_not_modify_them(with_residual, device):
         before = strided.clone()
         r = strided.flip(0) if with_residual else None
         y, summed = rms_norm(strided, r, w_first, w_rest, 2, 1e-6)
-        want, want_summed = rms_norm(strided.contiguous(), r, w_first.contiguous(), w_rest, 2, 1e-6)
-        torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
+        expected, want_summed = rms_norm(strided.contiguous(), r, w_first.contiguous(), w_rest, 2, 1e-6)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(summed, want_summed)
         assert torch.equal(strided, before)
         assert y.is_contiguous() and (r is None or summed.is_contiguous())

@@ -96,17 +96,17 @@ class Record(TorchDispatchMode):
         kwargs = kwargs or {}
         if op.namespace == "bagel_rt":
             if not self._inside:
-                with torch.inference_mode(False):  # the op writes to some: keep what it was given
-                    given = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-                self.ours.append((op, given, kwargs))
+                with torch.inference_mode(False):  # the op writes to some: keep their values
+                    kept = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+                self.ours.append((op, kept, kwargs))
             outer, self._inside = self._inside, True
             with self:
                 result = op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
             self._inside = outer
             return result
         result = op(*args, **kwargs)
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        fresh = isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given
+        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        fresh = isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in inputs
         if fresh or op._schema.is_mutable:
             self.inner.append(op)
         return result
@@ -135,7 +135,7 @@ def test_eager_call_skips_the_dispatcher(name):
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         dispatch_ops(patch)
         torch.testing.assert_close(eager, function(*same_args, **same_kwargs), rtol=0, atol=0)
-    written, same = ([a for a in given if isinstance(a, torch.Tensor)] for given in (args, same_args))
+    written, same = ([a for a in sequence if isinstance(a, torch.Tensor)] for sequence in (args, same_args))
     torch.testing.assert_close(written, same, rtol=0, atol=0)
     assert not record.ours
 
@@ -197,7 +197,7 @@ def test_compiles_to_one_graph_for_any_number_of_rows(name):
             (_, args, kwargs), (_, same_args, same_kwargs) = (calls(T, G)[name] for _ in range(2))
             with torch.inference_mode():
                 torch.testing.assert_close(compiled(*args, **kwargs), function(*same_args, **same_kwargs))
-            written, same = ([a for a in given if isinstance(a, torch.Tensor)] for given in (args, same_args))
+            written, same = ([a for a in sequence if isinstance(a, torch.Tensor)] for sequence in (args, same_args))
             torch.testing.assert_close(written, same)
     (graph,) = graphs
     assert [node.target.namespace for node in graph.graph.nodes if hasattr(node.target, "namespace")] == ["bagel_rt"]

@@ -46,8 +46,8 @@ def by_the_book(qkv, norm_first, norm_rest, cos, sin, Hkv, G):
     first = (torch.arange(len(qkv), device=qkv.device) < G)[:, None, None]
     if norm_first is not None and norm_first.dim() == 3:
         weight, bias = torch.where(first[None], norm_first.double()[:, None], norm_rest.double()[:, None])
-        centred = qk - qk.mean(-1, keepdim=True)
-        qk = centred / (centred.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
+        centered = qk - qk.mean(-1, keepdim=True)
+        qk = centered / (centered.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
     elif norm_first is not None:
         qk = qk / (qk.pow(2).sum(-1, keepdim=True) / D + EPS).sqrt()
         qk = qk * torch.where(first, norm_first.double(), norm_rest.double())
@@ -133,8 +133,8 @@ def test_memory_around_a_cache_slice_is_unchanged(dtype, D, device):
     views = by_slot[1:65, 1:4, 1:-1], by_head[1:4, 1:65].transpose(0, 1)
     for caches in (views, views[::-1]):
         qk_norm_rope(*inputs, slots, *caches, 2, EPS)
-        for cache, want in zip(caches, by_the_book(*inputs, 3, 2)[1:], strict=True):
-            torch.testing.assert_close(cache[slots].double(), want, **TOLERANCE[dtype])
+        for cache, expected in zip(caches, by_the_book(*inputs, 3, 2)[1:], strict=True):
+            torch.testing.assert_close(cache[slots].double(), expected, **TOLERANCE[dtype])
             cache[slots] = 7
         assert (by_slot == 7).all() and (by_head == 7).all()
 
@@ -235,6 +235,6 @@ WRONG = {
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)
 def test_rejects_mismatched_argument(change, message):
     names = ("qkv", "norm_first", "norm_rest", "cos", "sin", "slots", "k_cache", "v_cache")
-    given = dict(zip(names, arguments(3, 4, 2, 16, torch.float32, S=8), strict=True), G=1, eps=EPS)
+    inputs = dict(zip(names, arguments(3, 4, 2, 16, torch.float32, S=8), strict=True), G=1, eps=EPS)
     with pytest.raises(ValueError, match=message):
-        qk_norm_rope(**(given | change))
+        qk_norm_rope(**(inputs | change))

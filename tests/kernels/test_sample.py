@@ -69,8 +69,8 @@ def each(rows, temperature, top_k=0.0, top_p=1.0, device="cpu"):
     ids=["zeros", "ones", "digits-of-pi"],
 )
 def test_philox_matches_published_vectors(counter, key, words):
-    given = philox4x32([int64(word) for word in counter], [int64(word) for word in key])
-    assert tuple(int(word) for word in given) == words == philox_in_integers(counter, key)
+    result = philox4x32([int64(word) for word in counter], [int64(word) for word in key])
+    assert tuple(int(word) for word in result) == words == philox_in_integers(counter, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -185,9 +185,9 @@ def check_batch(device, dtype, V=300):
     logits = torch.randn(8, V, generator=torch.Generator().manual_seed(1)).mul(3).to(device, dtype)
     inputs = logits, MIXED.to(device), torch.arange(8, device=device) * 1000, torch.arange(8, device=device)
     together = sample(*inputs)
-    alone = [sample(*(given[row : row + 1] for given in inputs)) for row in range(8)]
+    alone = [sample(*(tensor[row : row + 1] for tensor in inputs)) for row in range(8)]
     assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together, sample(*(given.flip(0) for given in inputs)).flip(0))
+    assert torch.equal(together, sample(*(tensor.flip(0) for tensor in inputs)).flip(0))
     assert together[0] == logits[0].argmax() and together[5] == logits[5].argmax() and together[6] == logits[6].argmax()
 
 
@@ -199,9 +199,9 @@ def check_greedy(device):
     logits = torch.tensor([[1.0, 3.0, 3.0, -1.0], [-5.0, -5.0, -7.0, -5.0], [0.0, 0.0, 0.0, 1.0], [-0.0, 0.0, -1, -1]])
     settings, number = each(4, 0.0, 2, 0.5, device), int64(1, 2, 3, 4).to(device)
     for dtype in (torch.float32, torch.bfloat16):
-        given = logits.to(device, dtype)
-        assert sample(given).tolist() == [1, 0, 3, 0]
-        assert sample(given, settings, number, number).tolist() == [1, 0, 3, 0]
+        x = logits.to(device, dtype)
+        assert sample(x).tolist() == [1, 0, 3, 0]
+        assert sample(x, settings, number, number).tolist() == [1, 0, 3, 0]
 
 
 def test_greedy_takes_the_first_largest_logit():
@@ -244,10 +244,10 @@ def check_strides(device):
     logits = torch.randn(4, 60, generator=torch.Generator().manual_seed(1)).to(device)
     before, seeds, steps = logits.clone(), torch.arange(8, device=device)[::2], torch.arange(8, device=device)[1::2]
     settings = torch.tensor([[1.0, 0.8], [9.0, 5.0], [0.9, 0.7]], device=device).mT.repeat(2, 1)
-    for given in (logits[:, ::3], logits[:, 1:], logits[:, :-1].mT.contiguous().mT):
-        want = sample(given.contiguous(), settings.contiguous(), seeds.clone(), steps.clone())
-        assert torch.equal(sample(given, settings, seeds, steps), want)
-        assert torch.equal(sample(given), given.argmax(-1))
+    for view in (logits[:, ::3], logits[:, 1:], logits[:, :-1].mT.contiguous().mT):
+        expected = sample(view.contiguous(), settings.contiguous(), seeds.clone(), steps.clone())
+        assert torch.equal(sample(view, settings, seeds, steps), expected)
+        assert torch.equal(sample(view), view.argmax(-1))
     assert torch.equal(logits, before)
 
 
@@ -266,7 +266,7 @@ def cuda_kernel(extension_device, monkeypatch):
 
 def check_drawn(device, logits, settings, seeds, steps):
     """The kernel's tokens are kept ones with the largest score, up to the last bits of a logarithm."""
-    drawn = sample(*(given.to(device) for given in (logits, settings, seeds, steps))).cpu()
+    drawn = sample(*(tensor.to(device) for tensor in (logits, settings, seeds, steps))).cpu()
     scores = scores_reference(logits, settings, seeds, steps)
     found = scores.gather(1, drawn[:, None])
     assert (found >= scores.max(1, keepdim=True).values - 1e-5).all(), (drawn, scores.argmax(-1))
@@ -348,10 +348,10 @@ def test_cuda_kernel_matches_the_reference_on_special_values(cuda_kernel):
 def test_cuda_kernel_is_deterministic_under_any_schedule(emulated_extension):
     logits = torch.randn(8, 20003, generator=torch.Generator().manual_seed(1)).mul(2)
     inputs = logits, MIXED, torch.arange(8), torch.arange(8)
-    want = op._run_extension(*inputs)
+    expected = op._run_extension(*inputs)
     for seed in range(1, 4):
         emulated_extension.set_schedule(seed)
-        assert torch.equal(op._run_extension(*inputs), want)
+        assert torch.equal(op._run_extension(*inputs), expected)
 
 
 def test_unsupported_inputs_fall_back(extension_device, monkeypatch):
@@ -374,8 +374,8 @@ def test_samples_with_injected_exponential_noise(extension_device, B, dtype):
     )
     scaled = logits.double() / settings[:, :1].double()
     kept = scaled >= scaled.topk(20).values[:, -1:]
-    want = (scaled.masked_fill(~kept, -torch.inf).softmax(-1) / noise.double()).argmax(-1)
-    assert torch.equal(sample(logits, settings, number, number, noise), want)
+    expected = (scaled.masked_fill(~kept, -torch.inf).softmax(-1) / noise.double()).argmax(-1)
+    assert torch.equal(sample(logits, settings, number, number, noise), expected)
 
 
 def test_rejects_mismatched_argument():
