@@ -14,6 +14,7 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 constexpr int MAX_BLOCKS = 32;  // per row
 static_assert(MAX_BLOCKS * WARPS == THREADS, "the last block of a row needs one thread per warp of the row");
+constexpr std::int64_t NOT_FINITE = -1;  // as in kernels/sample.py
 constexpr int MAX_CANDIDATES = 4096;  // of kth_logit, in shared memory
 
 // Unnormalized probabilities as 42-bit fixed-point numbers: an integer sum does not depend on its order.
@@ -193,7 +194,7 @@ template <class T>
 __device__ RankedToken best_kept(const Row<T>& row, RankedToken best, unsigned k, float top_p,
                                  unsigned largest_of_warp) {
   const float largest = from_ordered(block_max(largest_of_warp));
-  if (!(fabsf(largest) < INFINITY)) return best;  // the row has a NaN or inf, or only -inf
+  if (!(fabsf(largest) < INFINITY)) return best;  // a small temperature overflowed
 
   const auto order_of = [&](RankedToken token) {
     return to_ordered(row.scaled(to_float(row.logits[column_of(token)])));
@@ -227,6 +228,18 @@ __device__ RankedToken best_kept(const Row<T>& row, RankedToken best, unsigned k
   }
 }
 
+__device__ bool is_finite(unsigned order) { return fabsf(from_ordered(order)) < INFINITY; }
+
+// Whether the largest logit of the row, before the division by the temperature, is finite. Called only if the largest
+// scaled logit is not: a small temperature may have overflowed.
+template <class T>
+__device__ bool has_finite_maximum(Row<T> row) {
+  row.temperature = 1.0f;
+  unsigned highest = 0;
+  row.for_each_logit(threadIdx.x, THREADS, [&](float logit, int) { highest = max(highest, to_ordered(logit)); });
+  return is_finite(block_max(highest));
+}
+
 // Block (i, b) processes part i of row b. `found` and `largest` [rows, THREADS]: best token and largest logit of each
 // warp.
 template <class T>
@@ -257,11 +270,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   const bool has_warp = threadIdx.x < gridDim.x * WARPS;  // one thread per warp of the row
   best = block_max(has_warp ? load_from_l2(found + threadIdx.x) : NO_TOKEN);
+  highest = has_warp ? load_from_l2(largest + threadIdx.x) : 0;
+  if (!is_finite(block_max(highest)) && !has_finite_maximum(row)) {
+    if (threadIdx.x == 0) token[number] = NOT_FINITE;
+    return;
+  }
   if (row.samples) {
     const float requested = sampling.settings[3 * number + 1], top_p = sampling.settings[3 * number + 2];
     const bool limited = requested >= 1.0f && requested < static_cast<float>(row.columns);
     const unsigned k = limited ? static_cast<unsigned>(requested) : 0;
-    highest = has_warp ? load_from_l2(largest + threadIdx.x) : 0;
     if (k != 0 || top_p < 1.0f) best = best_kept(row, best, k, top_p, highest);
   }
   if (threadIdx.x == 0) token[number] = column_of(best);

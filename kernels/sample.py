@@ -17,7 +17,8 @@ together (top-k: Fan et al. 2018, arXiv:1805.04833; top-p: Holtzman et al. 2020,
     top-p    x >= tau, the largest value for which the tokens with x >= tau have at least the share top_p of the
              probability of the tokens kept by top-k
 
-A NaN logit wins, as in torch.argmax.
+A row without a finite largest logit has no distribution: with a NaN, an inf, or nothing but -inf the result is
+:data:`NOT_FINITE`. The host finds it where it reads the tokens, so the check costs no synchronization of its own.
 
 The kernel does not sort. It first samples from all tokens, with up to 32 blocks per row. If the sampled token is a kept
 one, it is also the argmax over the kept tokens, and done. The last block of a row to finish checks this in one more
@@ -38,13 +39,18 @@ from .backend import check_devices, mismatch
 from .registry import op
 
 
+NOT_FINITE = -1
+"""The result for a row whose largest logit is not finite."""
+
+
 def sample_reference(
     logits: Tensor, settings: Tensor | None, seed: Tensor | None, step: Tensor | None, noise: Tensor | None = None
 ) -> Tensor:
     """The formula, in PyTorch, for any device and dtype. Shapes as in :func:`sample`."""
-    if settings is None or seed is None or step is None:
-        return logits.argmax(-1)
-    return scores_reference(logits, settings, seed, step, noise).argmax(-1)
+    largest, token = logits.max(-1)
+    if settings is not None and seed is not None and step is not None:
+        token = scores_reference(logits, settings, seed, step, noise).argmax(-1)
+    return token.masked_fill_(largest.isfinite().logical_not_(), NOT_FINITE)
 
 
 def scores_reference(
@@ -62,7 +68,7 @@ def scores_reference(
     mass = ordered.masked_fill(ordered < smallest_k, -torch.inf).softmax(-1, dtype=torch.float64).cumsum(-1)
     before_tau = (mass < top_p).sum(-1, keepdim=True).where(top_p < 1, V)
     tau = ordered.gather(1, before_tau.clamp(max=V - 1))
-    dropped = scaled < torch.maximum(smallest_k, tau)  # False for NaN
+    dropped = scaled < torch.maximum(smallest_k, tau)
 
     if noise is None:
         column = torch.arange(V, device=logits.device)
@@ -148,7 +154,7 @@ def sample(
             token is argmax p / q over the kept tokens. Runs the PyTorch reference.
 
     Returns:
-        [B] int64 token ids.
+        [B] int64 token ids; ``NOT_FINITE`` for a row whose largest logit is NaN, inf or -inf.
 
     Raises:
         ValueError: V is 0, or a shape, dtype or device does not match. The message names the argument.

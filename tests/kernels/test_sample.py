@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bagel_rt.kernels import extension, sample
-from bagel_rt.kernels.sample import philox4x32, scores_reference
+from bagel_rt.kernels.sample import NOT_FINITE, philox4x32, scores_reference
 
 op = import_module("bagel_rt.kernels.sample")  # the package has the function under this name
 
@@ -208,19 +208,28 @@ def test_greedy_takes_the_first_largest_logit():
     check_greedy("cpu")
 
 
-def check_infinite(device):
+def check_not_finite(device):
     inf, nan = torch.inf, torch.nan
-    rows = {(-inf, -20.0, -inf): 1, (0.0, inf, inf): 1, (0.0, nan, inf): 1, (nan, nan, 1.0): 0, (-inf, -inf, -inf): 0}
+    rows = {
+        (-inf, -20.0, -inf): 1,
+        (0.0, inf, inf): NOT_FINITE,
+        (0.0, nan, inf): NOT_FINITE,
+        (nan, 5.0, 1.0): NOT_FINITE,
+        (-inf, -inf, -inf): NOT_FINITE,
+    }
     for settings in ((1.0,), (1.0, 1), (1.0, 2, 0.5), (0.01, 0, 0.5), (0.0,)):
         for logits, token in rows.items():
-            logits = torch.tensor([logits] * 4, device=device)
-            number = torch.arange(4, device=device)
-            assert (sample(logits, each(4, *settings, device=device), number, number) == token).all(), settings
-            assert (sample(logits) == token).all()
+            logits = torch.tensor([logits, [0.0, 90.0, 0.0], logits], device=device)
+            number, expected = torch.arange(3, device=device), [token, 1, token]
+            assert sample(logits, each(3, *settings, device=device), number, number).tolist() == expected, settings
+            assert sample(logits).tolist() == expected
+    small = torch.tensor([[1.0, 30.0, 20.0]], device=device)  # overflows when it is divided by the temperature
+    for settings in ((1e-38,), (1e-38, 2), (1e-38, 0, 0.5)):
+        assert sample(small, each(1, *settings, device=device), number[:1], number[:1]).item() in (0, 1, 2)
 
 
-def test_never_samples_minus_infinity_and_always_nan():
-    check_infinite("cpu")
+def test_never_samples_minus_infinity_and_reports_rows_without_a_finite_maximum():
+    check_not_finite("cpu")
     logits = torch.full((1000, 3), -torch.inf)
     logits[:, 1] = -20.0
     assert (sample(logits, each(1000, 1.0), torch.arange(1000), torch.arange(1000)) == 1).all()
@@ -317,9 +326,9 @@ def test_cuda_kernel_breaks_ties_across_blocks(cuda_kernel):
     logits = torch.zeros(3, 20003)
     logits[0, [7, 9000, 20002]] = 1.0
     logits[1, [8192, 20002]] = 1.0
-    logits[2, 20002] = torch.nan
+    logits[2, 20002] = torch.nan  # in another block than most
     for dtype in (torch.float32, torch.bfloat16):
-        assert sample(logits.to(cuda_kernel, dtype)).tolist() == [7, 8192, 20002]
+        assert sample(logits.to(cuda_kernel, dtype)).tolist() == [7, 8192, NOT_FINITE]
 
 
 @pytest.mark.slow
@@ -339,7 +348,7 @@ def test_cuda_kernel_row_is_independent_of_the_batch(cuda_kernel, dtype):
 
 def test_cuda_kernel_matches_the_reference_on_special_values(cuda_kernel):
     check_greedy(cuda_kernel)
-    check_infinite(cuda_kernel)
+    check_not_finite(cuda_kernel)
     check_few(cuda_kernel)
     check_strides(cuda_kernel)
 
