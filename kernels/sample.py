@@ -38,7 +38,6 @@ from . import extension
 from .backend import check_devices, mismatch
 from .registry import op
 
-
 NOT_FINITE = -1
 """The result for a row whose largest logit is not finite."""
 
