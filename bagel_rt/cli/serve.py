@@ -2,6 +2,7 @@
 
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,24 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="A host to fetch images from, over HTTPS. Repeatable."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="localhost if --host is local, else all",
+            help="A name of this server in the header Host. Repeatable.",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Origin of web pages that may use this server from a browser. Repeatable."),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate chain in PEM format, for HTTPS.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Key of --tls-cert, unless that file contains it.")
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Write each log record as a JSON object.")] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="Run replicas under Ray Serve, one per GPU; needs the extra [ray].")
@@ -41,30 +60,40 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API: images, edits, chat.
 
-    With BAGEL_RT_API_KEY in the environment, clients must send it as a bearer token. SIGTERM and Ctrl-C let running
+    With BAGEL_RT_API_KEY in the environment, clients must send it as a bearer token; BAGEL_RT_API_KEY_FILE names a
+    file with one key per line. SIGTERM and Ctrl-C let running
     requests finish, for at most --grace seconds; a second signal ends the server at once.
     """
     try:
         from bagel_rt.serve.app import create_app
-        from bagel_rt.serve.middleware import read_key
+        from bagel_rt.serve.hosts import LOOPBACK_NAMES
+        from bagel_rt.serve.middleware import read_keys
         from bagel_rt.serve.run import make_server
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING.format(error.name)) from None
 
     checked = Limits(**limits.as_arguments())
-    key = read_key()
+    keys = read_keys()
+    if tls_key is not None and tls_cert is None:
+        raise ValueError("--tls-key needs --tls-cert.")
     check_address(host, port)
+    allowed_hosts = tuple(allowed_host or (LOOPBACK_NAMES if host in LOOPBACK_NAMES else ())) or None
+    origins = tuple(allow_origin or ())
     if ray:
+        for option, value in (("--log-json", log_json), ("--tls-cert", tls_cert)):
+            if value:
+                raise ValueError(f"{option} has no effect with --ray. Ray's proxy listens and logs.")
         _serve_replicas(host, port, folder=options.model and str(options.model), name=name, replicas=replicas or 1,
                         device=options.device, dtype=options.dtype, limits=limits.as_arguments(),
-                        image_hosts=tuple(image_host or ()))  # fmt: skip
+                        image_hosts=tuple(image_host or ()), allowed_hosts=allowed_hosts, origins=origins)  # fmt: skip
         return
     if replicas is not None:
         raise ValueError(f"--replicas {replicas} needs --ray: a process has one model.")
     hosts = frozenset(entry.lower() for entry in image_host or ())
-    app = create_app(options.load(), name or options.folder.resolve().name, checked, key, hosts)
+    app = create_app(options.load(), name or options.folder.resolve().name, checked, keys, hosts,
+                     allowed_hosts, origins)  # fmt: skip
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
-    make_server(app, host, port, json_logs=log_json).run()
+    make_server(app, host, port, json_logs=log_json, tls_cert=tls_cert, tls_key=tls_key).run()
 
 
 def _serve_replicas(host: str, port: int, **options: Any) -> None:

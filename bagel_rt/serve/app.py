@@ -12,6 +12,7 @@ import anyio
 from fastapi import FastAPI, Request, Response
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from bagel_rt.model_thread import ModelThread
@@ -21,6 +22,7 @@ from bagel_rt.serve import schema
 from bagel_rt.serve.bodies import parse_json, read_body, read_form
 from bagel_rt.serve.decoder_pool import DecoderPool
 from bagel_rt.serve.errors import FieldError, RequestError, error_response_for, errors_of, shown
+from bagel_rt.serve.hosts import HostCheck
 from bagel_rt.serve.images import JPEG_QUALITY, read_url
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
@@ -236,7 +238,13 @@ async def _cancel_on_disconnect(request: Request, jobs: Sequence[AsyncJob]) -> A
 
 
 def create_app(
-    bagel: Bagel, name: str, limits: Limits | None = None, key: str | None = None, hosts: frozenset[str] = frozenset()
+    bagel: Bagel,
+    name: str,
+    limits: Limits | None = None,
+    keys: str | Sequence[str] = (),
+    hosts: frozenset[str] = frozenset(),
+    allowed_hosts: Sequence[str] | None = None,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Create the application over a loaded model; run it with :func:`bagel_rt.serve.run.make_server`.
 
@@ -244,8 +252,10 @@ def create_app(
         bagel: the model; used by the application alone once it has started.
         name: of the model in responses.
         limits: of requests.
-        key: API key that clients must send; None for none.
+        keys: an API key or several, of which clients must send one; by default none is needed.
         hosts: hosts that images may be fetched from.
+        allowed_hosts: names of this server in the header Host; None for all.
+        origins: origins of web pages that may use this server from a browser, beside its own.
     """
     limits = limits or Limits()
     server = Server(bagel, name, limits, hosts)
@@ -288,6 +298,12 @@ def create_app(
 
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, lambda _, error: error_response_for(error))
-    app.add_middleware(Gate, key=key, limits=limits)
+    app.add_middleware(Gate, keys=keys, limits=limits)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_headers=["*"], allow_methods=["GET", "POST"],
+            expose_headers=["X-Request-Id"],
+        )  # fmt: skip
+    app.add_middleware(HostCheck, hosts=allowed_hosts, origins=origins)
     app.add_middleware(RequestLog, metrics=server.metrics, routes=[route for route in routes if "{" not in route])
     return app

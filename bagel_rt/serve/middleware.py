@@ -4,6 +4,8 @@ import asyncio
 import hmac
 import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import anyio
 from starlette.requests import Request
@@ -15,7 +17,7 @@ from bagel_rt.serve.admission import Admission, Admitted
 from bagel_rt.serve.errors import RequestError, error_response, error_response_for
 from bagel_rt.serve.limits import Limits
 
-_KEY = "BAGEL_RT_API_KEY"
+_KEY, _KEY_FILE = "BAGEL_RT_API_KEY", "BAGEL_RT_API_KEY_FILE"
 _BODY_SECONDS = 10.0  # for a body, beside a second for each _BODY_RATE bytes
 _BODY_RATE = 16 << 10
 MAX_HEAD = 32 << 10
@@ -24,33 +26,45 @@ MAX_URL = 8 << 10
 """Bytes of a path with its query."""
 
 
-def read_key() -> str | None:
-    """The API key that clients must send, from the environment; None for none.
+def read_keys() -> tuple[str, ...]:
+    """The API keys of which clients must send one: that in BAGEL_RT_API_KEY, or the lines of the file named by
+    BAGEL_RT_API_KEY_FILE. Empty if neither variable is set.
 
     Raises:
-        ValueError: it is set but empty; that would leave the server open.
+        ValueError: both are set, there is no key, which would leave the server open, or the file cannot be read.
     """
-    key = os.environ.get(_KEY)
-    if key is not None and not key.strip():
-        raise ValueError(f"{_KEY} is set but empty. Set it to the key that clients must send, or unset it.")
-    return key and key.strip()
+    variables = [name for name in (_KEY, _KEY_FILE) if name in os.environ]
+    if not variables:
+        return ()
+    if len(variables) == 2:
+        raise ValueError(f"{_KEY} and {_KEY_FILE} are both set. Unset one of them.")
+    name, value = variables[0], os.environ[variables[0]]
+    try:
+        lines = [value] if name == _KEY else Path(value).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_KEY_FILE} must name a text file with one key per line: {error}.") from None
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ValueError(f"{name} is set but empty. Set it to the key that clients must send, or unset it.")
+    return keys
 
 
 class Gate:
     """ASGI middleware: refuses requests without the key, long URLs and headers, large or slow bodies while they are
     received, and more requests than the server can hold at once."""
 
-    def __init__(self, app: ASGIApp, key: str | None, limits: Limits):
+    def __init__(self, app: ASGIApp, keys: str | Sequence[str], limits: Limits):
         """
         Args:
             app: the wrapped application.
-            key: API key required under /v1/; None for none.
+            keys: an API key or several, of which a request under /v1/ must have one; empty for none.
             limits: of bodies, and of requests under /v1/.
         """
         self._app, self._body, self._admission = app, limits.body, Admission(limits)
         # Once for receiving and working, once more for a client that receives slowly.
         self._seconds = 2 * limits.seconds
-        self._key = None if key is None else key.encode("utf-8", "surrogateescape")
+        keys = [keys] if isinstance(keys, str) else keys  # not its letters
+        self._keys = [key.encode("utf-8", "surrogateescape") for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -120,10 +134,12 @@ class Gate:
             await error_response_for(error)(scope, receive, send)
 
     def _authorized(self, header: bytes) -> bool:
-        if self._key is None:
+        if not self._keys:
             return True
-        scheme, _, key = header.partition(b" ")
-        return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
+        scheme, _, sent = header.partition(b" ")
+        # Compares all keys, so that the time does not tell which one is similar.
+        matches = [hmac.compare_digest(sent.strip(), key) for key in self._keys]
+        return any(matches) and scheme.lower() == b"bearer"
 
 
 def release_body(request: Request) -> None:

@@ -77,6 +77,8 @@ class Options(BaseModel):
         dtype: of the weights, as on the command line.
         limits: fields of :class:`~bagel_rt.serve.limits.Limits`, for each replica.
         image_hosts: hosts that images may be fetched from.
+        allowed_hosts: names of the server in the header Host; None for all.
+        origins: origins of web pages that may use the server from a browser, beside its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,6 +90,8 @@ class Options(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     limits: dict[str, Any] = {}
     image_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] | None = None
+    origins: tuple[str, ...] = ()
 
 
 class ReplicaHeader:
@@ -121,13 +125,13 @@ def application(options: Options) -> "Application":
 
     from bagel_rt.checkpoint import DEFAULT_MODEL
     from bagel_rt.checkpoint.find import describe_missing_folder
-    from bagel_rt.serve.middleware import read_key
+    from bagel_rt.serve.middleware import read_keys
 
     folder, limits = Path(options.folder or DEFAULT_MODEL).resolve(), Limits(**options.limits)
     if not folder.is_dir():
         raise ValueError(describe_missing_folder(options.folder or folder))
     device = _device(options)
-    name, key = options.name or folder.name, read_key()
+    name, keys = options.name or folder.name, read_keys()
     hosts = frozenset(host.lower() for host in options.image_hosts)
     dtype = getattr(torch, options.dtype) if options.dtype else None
 
@@ -137,7 +141,15 @@ def application(options: Options) -> "Application":
 
         _listen_on_loopback()
         warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
-        app = create_app(Bagel.from_pretrained(folder, device, dtype), name, limits, key, hosts)
+        app = create_app(
+            Bagel.from_pretrained(folder, device, dtype),
+            name,
+            limits,
+            keys,
+            hosts,
+            options.allowed_hosts,
+            options.origins,
+        )
         app.add_middleware(ReplicaHeader)
         return app
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import ssl
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -34,7 +36,13 @@ class _Uvicorn(uvicorn.Server):
 
 
 def make_server(
-    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, log_level: str = "info", json_logs: bool = False
+    app: FastAPI,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_level: str = "info",
+    json_logs: bool = False,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
 ) -> uvicorn.Server:
     """Create the HTTP server; call its ``run()``. When it is stopped (by a signal or ``should_exit``), it refuses
     new requests; running ones finish within the grace period or get an error. A second signal ends it at once.
@@ -45,7 +53,16 @@ def make_server(
         port: 0 for a free one.
         log_level: of the server and of uvicorn.
         json_logs: write each log record as a JSON object.
+        tls_cert, tls_key: PEM files of the certificate chain and its key, for HTTPS.
+
+    Raises:
+        ValueError: the certificate cannot be loaded.
     """
+    if tls_cert is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls_cert, tls_key)
+        except OSError as error:  # SSLError is one
+            raise ValueError(f"cannot load the TLS certificate {tls_cert} with its key: {error}.") from None
     config = uvicorn.Config(
         app,
         host,
@@ -56,6 +73,8 @@ def make_server(
         http=BoundedProtocol,
         h11_max_incomplete_event_size=MAX_HEAD,
         ws="none",
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
         timeout_graceful_shutdown=_MARGIN,
         timeout_keep_alive=_KEEP_ALIVE,
     )

@@ -25,10 +25,10 @@ TIMEOUT = 120
 
 
 @contextmanager
-def running_server(limits=LIMITS, key=None, hosts=frozenset()):
+def running_server(limits=LIMITS, keys=(), tls_cert=None, tls_key=None, **options):
     """Run a server in a thread; yields its address and application."""
-    app = create_app(Bagel.from_pretrained(CHECKPOINT, device="cpu"), "small", limits, key, hosts)
-    server = make_server(app, log_level="error")
+    app = create_app(Bagel.from_pretrained(CHECKPOINT, device="cpu"), "small", limits, keys, **options)
+    server = make_server(app, log_level="error", tls_cert=tls_cert, tls_key=tls_key)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -37,7 +37,7 @@ def running_server(limits=LIMITS, key=None, hosts=frozenset()):
             assert thread.is_alive()
             time.sleep(0.01)
         app.state.uvicorn = server
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", app
+        yield f"http{'s' if tls_cert else ''}://127.0.0.1:{listening.getsockname()[1]}", app
     finally:
         server.should_exit = True
         thread.join()

@@ -349,7 +349,7 @@ def test_large_body_is_refused_while_received(http, route):
 
 
 def test_api_key_is_required():
-    with running_server(key="schlüssel") as (address, _), httpx.Client(base_url=address) as http:
+    with running_server(keys=["other", "schlüssel"]) as (address, _), httpx.Client(base_url=address) as http:
         assert http.get("/health").status_code == 200
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic schl"}):
             response = http.get("/v1/models", headers=header)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import ssl
 
 import pytest
 
@@ -11,12 +12,13 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 from serving import CHAT, DRAW, IMAGE, LIMITS, chat_body, metric, running_server, wait_until  # noqa: E402
 
+from bagel_rt.serve.middleware import read_keys  # noqa: E402
 from bagel_rt.serve.request_log import JsonFormatter, TextFormatter  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def address():
-    with running_server(key="secret") as (address, _):
+    with running_server(keys=["secret"]) as (address, _):
         yield address
 
 
@@ -87,3 +89,84 @@ def test_metrics_have_the_time_to_the_first_token(http):
         assert http.post(CHAT, json=chat_body("x", max_tokens=2, stream=stream)).status_code == 200
     wait_until(lambda: metric(http, "bagel_rt_first_token_seconds_count") == before + 2)
     assert metric(http, "bagel_rt_first_token_seconds_sum") > 0
+
+
+def test_one_key_is_not_a_list_of_letters():
+    with running_server(keys="secret") as (address, _):
+        statuses = [
+            httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+            for key in ("secret", "s", "t")
+        ]
+    assert statuses == [200, 401, 401]
+
+
+def test_keys_are_read_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("BAGEL_RT_API_KEY", raising=False)
+    assert read_keys() == ()
+    file = tmp_path / "keys"
+    monkeypatch.setenv("BAGEL_RT_API_KEY_FILE", str(file))
+    with pytest.raises(ValueError, match="BAGEL_RT_API_KEY_FILE must name a text file"):
+        read_keys()
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="set but empty"):
+        read_keys()
+    file.write_text("one\n\n two \n")
+    assert read_keys() == ("one", "two")
+    monkeypatch.setenv("BAGEL_RT_API_KEY", "three")
+    with pytest.raises(ValueError, match="both set"):
+        read_keys()
+
+
+PAGE = "https://chat.example.com"
+
+
+@pytest.fixture(scope="module")
+def browsed():
+    """A server for the browser of a user, with one allowed page."""
+    with running_server(allowed_hosts=["localhost", "127.0.0.1"], origins=[PAGE]) as (address, _):
+        yield address
+
+
+@pytest.mark.parametrize(
+    "headers, code",
+    [
+        ({}, None),
+        ({"Host": "localhost:8000"}, None),
+        ({"Host": "LOCALHOST"}, None),
+        ({"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}, "host_not_allowed"),
+        ({"Host": "[::1"}, "host_not_allowed"),
+        ({"Host": "localhost", "Origin": "http://localhost"}, None),
+        ({"Host": "localhost", "Origin": "http://localhost:3000"}, "origin_not_allowed"),
+        ({"Origin": "https://evil.example"}, "origin_not_allowed"),
+        ({"Origin": "null"}, "origin_not_allowed"),
+        ({"Origin": PAGE}, None),
+    ],
+)
+def test_pages_of_others_cannot_use_the_server(browsed, headers, code):
+    response = httpx.get(f"{browsed}/v1/models", headers=headers)
+    assert response.status_code == (403 if code else 200)
+    if code:
+        assert response.json()["error"]["code"] == code
+
+
+def test_allowed_page_passes_the_browsers_checks(browsed):
+    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    preflight = httpx.options(f"{browsed}{CHAT}", headers=asked)
+    assert preflight.status_code == 200 and preflight.headers["access-control-allow-origin"] == PAGE
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    response = httpx.post(f"{browsed}{CHAT}", json=chat_body("x", max_tokens=2), headers={"Origin": PAGE}, timeout=60)
+    assert response.status_code == 200 and response.headers["access-control-allow-origin"] == PAGE
+
+
+def test_https_with_a_certificate(tmp_path):
+    trustme = pytest.importorskip("trustme")
+    authority, trusting = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(trusting)
+    certificate, chain, key = authority.issue_cert("127.0.0.1"), tmp_path / "chain.pem", tmp_path / "key.pem"
+    certificate.private_key_pem.write_to_path(key)
+    for blob in certificate.cert_chain_pems:
+        blob.write_to_path(chain, append=True)
+    with running_server(tls_cert=chain, tls_key=key) as (address, _):
+        assert address.startswith("https") and httpx.get(f"{address}/health", verify=trusting).status_code == 200
+    with pytest.raises(ValueError, match="cannot load the TLS certificate"), running_server(tls_cert=key, tls_key=key):
+        pass
