@@ -69,9 +69,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if not 2 <= length <= min(file_size - 8, _HEADER_LIMIT):
             check_content(start, path)
             _reject_other_formats(path, start, length)
+            if not any(start) or (2 <= length <= _HEADER_LIMIT and start[8:9] in (b"{", b"")):
+                raise _truncated(path, file_size, 8 + length if length else None)
             raise CheckpointError(
-                f"{path} is truncated or not a safetensors file: the header must have at most {_HEADER_LIMIT} bytes "
-                f"and end within the file's {file_size} bytes, got a header length of {length}. {REMEDY}."
+                f"{path} is not a safetensors file: the header must have at most {_HEADER_LIMIT} bytes and end within "
+                f"the file's {file_size} bytes, got a header length of {length}. {REMEDY}."
             )
         file.seek(8)
         raw = file.read(length)
@@ -87,13 +89,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         end += tensor.size
     if end > file_size:
-        raise CheckpointError(
-            f"{path} is truncated: it has {file_size} of {end} bytes. The download did not finish; download it again, "
-            f"such as with `{DOWNLOAD} {path.parent}`."
-        )
+        raise _truncated(path, file_size, end)
     if end != file_size:
         raise CheckpointError(f"{path} has {file_size} bytes, but its tensors end at byte {end}. {REMEDY}.")
     return tensors
+
+
+def _truncated(path: Path, size: int, expected: int | None) -> CheckpointError:
+    """The error for a file of ``size`` bytes that should have ``expected``, or that contains zeros only."""
+    cause = (
+        "contains only zeros at its start" if expected is None else f"is truncated: it has {size} of {expected} bytes"
+    )
+    return CheckpointError(
+        f"{path} {cause}. The download did not finish; download it again, such as with `{DOWNLOAD} {path.parent}`."
+    )
 
 
 def error_report(sentence: str, details: Sequence[str], note: str = "") -> CheckpointError:

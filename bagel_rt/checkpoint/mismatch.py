@@ -67,7 +67,9 @@ def explain_mismatch(
     ]
     if not details:
         return None
-    cause = _other_format(unexpected, {stored[name].dtype for name in dtypes})
+    # A format with names of its own leaves the model's tensors missing, and stores integers under other names.
+    odd_dtypes = {stored[name].dtype for name in [*dtypes, *(unexpected if missing else ())]}
+    cause = _other_format(unexpected, odd_dtypes)
     download = f"ownload the published weights: {DOWNLOAD} {path.parent}"
     if cause:
         sentence = f"{path} {cause}. D{download}"
@@ -103,7 +105,7 @@ def _other_model(
     absent = {required[name] for name in missing}
     lost = set(missing)
     if missing and all(name in lost for name, part in required.items() if part in absent):
-        return f"has no {' and no '.join(sorted(absent))}"
+        return f"has no {' and no '.join(sorted(absent))}, but the whole model is needed"
     if missing:
         return f"has only {len(required) - len(missing)} of the {len(required)} tensors of the model"
     if shapes:
