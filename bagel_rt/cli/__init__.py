@@ -53,15 +53,16 @@ class _Commands(TyperGroup):
         except Exception as error:
             if os.environ.get("BAGEL_RT_DEBUG"):
                 traceback.print_exc()
-            message, code = _error_message(error)
+            arguments = options.get("args") or (args[0] if args else None) or sys.argv[1:]
+            name = arguments[0] if arguments and arguments[0] in self.commands else None
+            message, code = _error_message(error, " ".join(filter(None, ("bagel-rt", name))))
             typer.echo(f"bagel-rt: error: {message}", err=True)
         sys.exit(code)
 
 
-def _error_message(error: Exception) -> tuple[str, int]:
+def _error_message(error: Exception, command: str) -> tuple[str, int]:
     """The text that describes an error, and the exit code. One line, unless the error has advice on more."""
     if hasattr(error, "format_message"):  # a usage error, raised by typer
-        command = getattr(getattr(error, "ctx", None), "command_path", "bagel-rt")
         message = error.format_message().rstrip(".")
         if "unexpected extra argument" in message:
             message += ". Put a prompt of several words in quotes"

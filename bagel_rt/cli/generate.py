@@ -41,11 +41,14 @@ def generate(
     request["size"] = dimensions.resolve(options.folder)
     check_stdin(prompts)
     prompts = [read_prompt(prompt) for prompt in prompts]
-    options.show_hint(prompts)
     with Run("generate", options, target) as run:
+        options.show_hint(prompts)
         results = run.bagel.generate(prompts, progress=run.bars, **request)
-        for path, prompt, result in zip(paths, prompts, results, strict=True):
+        lines = [
             run.write_image(result, path, prompt=prompt, think=options.think)
+            for path, prompt, result in zip(paths, prompts, results, strict=True)
+        ]
+        run.print("\n".join(lines))
 
 
 @with_options(target=OutputOptions, settings=hyperparameters("edit"), options=RequestOptions)
@@ -69,10 +72,11 @@ def edit(
     sources = [image, *(more or ())]
     check_stdin([prompt, *map(str, sources)])
     images, prompt = [read_image(source) for source in sources], read_prompt(prompt)
-    options.show_hint([prompt])
     with Run("edit", options, target) as run:
+        options.show_hint([prompt])
         result = run.bagel.edit(images, prompt, progress=run.bars, **request)
-        run.write_image(result, path, prompt=prompt, images=[source.name for source in sources], think=options.think)
+        names = [source.name for source in sources]
+        run.print(run.write_image(result, path, prompt=prompt, images=names, think=options.think))
 
 
 @with_options(settings=hyperparameters("chat"), options=RequestOptions)
@@ -88,8 +92,8 @@ def chat(
     sources = images or []
     check_stdin([prompt, *map(str, sources)])
     opened, prompt = [read_image(source) for source in sources], read_prompt(prompt)
-    options.show_hint([prompt])
     with Run("chat", options) as run:
+        options.show_hint([prompt])
         bars = run.bars if options.as_json or not sys.stdout.isatty() else None  # on a terminal the answer is progress
         pieces = []
         for piece in run.bagel.stream(prompt, opened, progress=bars, **request):
@@ -139,14 +143,15 @@ def interleave(
     size = dimensions.resolve(options.folder)
     check_stdin(parts)
     inputs = [read_part(part) for part in parts]
-    options.show_hint(entry for entry in inputs if isinstance(entry, str))
     names = [entry if isinstance(entry, str) else Path(part).name for part, entry in zip(parts, inputs, strict=True)]
     with Run("interleave", options, target) as run:
-        images = iter(paths)
+        options.show_hint(entry for entry in inputs if isinstance(entry, str))
+        images, lines = iter(paths), []
         for output in run.bagel.interleave(inputs, max_rounds=max_rounds, size=size, progress=run.bars, **request):
             if isinstance(output, str):
-                run.print(output)
                 run.add_text(output)
+                lines.append(output)
             else:
-                run.write_image(output, next(images), parts=names, think=options.think)
+                lines.append(run.write_image(output, next(images), parts=names, think=options.think))
+        run.print("\n".join(lines))
         run.report |= {"seed": request.pop("seed"), "parameters": {"parts": names} | request}

@@ -33,8 +33,14 @@ def _read_stdin(limit: int) -> bytes:
 
 
 def read_prompt(prompt: str) -> str:
-    """Return the prompt; for ``-`` the text on stdin, without line ends behind it."""
+    """Return the prompt; for ``-`` the text on stdin, without line ends behind it.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     if prompt != STDIN:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # a byte of the argument that is not UTF-8
+            raise ValueError(f"a prompt must be text in UTF-8, got {ascii(prompt):.80}. Check the terminal's encoding.")
         return prompt
     content = _read_stdin(4 * MAX_CHARACTERS)  # UTF-8 has at most four bytes per character
     try:

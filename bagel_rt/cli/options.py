@@ -3,6 +3,7 @@
 Values are checked before a model is loaded. An invalid value raises ValueError.
 """
 
+import os
 import secrets
 import socket
 import sys
@@ -169,7 +170,11 @@ def check_address(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ValueError(f"cannot bind {host}, port {port}: {error.strerror or error}") from None
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise ValueError(
+            f"--host and --port must be an address that this machine can bind, got {host} and {port}: {reason}. "
+            "Choose another one."
+        ) from None
 
 
 def read_device(name: str | None) -> "torch.device | None":

@@ -69,13 +69,16 @@ class Run:
         """Add a text to the report."""
         self.outputs.append({"type": "text", "text": text})
 
-    def write_image(self, result: "ImageResult", path: Path, **request: Any) -> None:
-        """Write an ImageResult with its parameters to a file or to stdout, and add it to the report."""
+    def write_image(self, result: "ImageResult", path: Path, **request: Any) -> str:
+        """Write an ImageResult with its parameters to a file or to stdout, and add it to the report.
+
+        Returns:
+            The lines to print about it. Print them after all images are written: a closed pipe ends the command.
+        """
         self.bars.close()
         parameters = self._source | {"seed": result.seed} | request | result.parameters
         if result.thought is not None:
             parameters["thought"] = result.thought
-            self.print(result.thought)
         name = str(path)
         if path == STDOUT:
             name = "stdout"
@@ -83,8 +86,9 @@ class Run:
             sys.stdout.flush()
         else:
             write_image(result.image, path, parameters, self._quality)
-        self.print(f"{name}: {result.image.width}x{result.image.height}, seed {result.seed}")
         self.outputs.append({"type": "image", "path": str(path), "seed": result.seed, "parameters": parameters})
+        line = f"{name}: {result.image.width}x{result.image.height}, seed {result.seed}"
+        return line if result.thought is None else f"{result.thought}\n{line}"
 
 
 class Bars:

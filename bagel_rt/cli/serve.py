@@ -1,5 +1,6 @@
 """``bagel-rt serve``: the OpenAI-compatible server."""
 
+import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,6 +73,10 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(_MISSING.format(error.name)) from None
 
+    hosts = frozenset(entry.lower() for entry in image_host or ())
+    for host_name in hosts:
+        if re.fullmatch("[a-z0-9_.-]+", host_name) is None:
+            raise ValueError(f"--image-host must be a host name, such as example.com, got {host_name!r}.")
     checked = Limits(**limits.as_arguments())
     keys = read_keys()
     if tls_key is not None and tls_cert is None:
@@ -89,7 +94,6 @@ def serve(
         return
     if replicas is not None:
         raise ValueError(f"--replicas {replicas} needs --ray: a process has one model.")
-    hosts = frozenset(entry.lower() for entry in image_host or ())
     app = create_app(options.load(), name or options.folder.resolve().name, checked, keys, hosts,
                      allowed_hosts, origins)  # fmt: skip
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
