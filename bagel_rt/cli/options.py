@@ -59,6 +59,13 @@ DType = Annotated[
         show_default="float32 on the CPU, else bfloat16", help="Data type of the weights.", rich_help_panel="Model"
     ),
 ]
+Graphs = Annotated[
+    bool,
+    typer.Option(
+        help="On a GPU, capture steps as CUDA graphs; --no-graphs needs less memory and is slower.",
+        rich_help_panel="Model",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel="Report")]
 Progress = Annotated[
     bool | None,
@@ -78,6 +85,7 @@ class ModelOptions(OptionGroup):
     model: Model = None
     device: Device = None
     dtype: DType = None
+    graphs: Graphs = True
 
     @property
     def folder(self) -> Path:
@@ -92,7 +100,9 @@ class ModelOptions(OptionGroup):
         """Load the model and return a :class:`bagel_rt.Bagel`."""
         from bagel_rt.pipeline import Bagel
 
-        return Bagel.from_pretrained(self.folder, read_device(self.device), read_dtype(self.dtype), progress=progress)
+        return Bagel.from_pretrained(
+            self.folder, read_device(self.device), read_dtype(self.dtype), graphs=self.graphs, progress=progress
+        )
 
 
 _Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the model's default resolution")]

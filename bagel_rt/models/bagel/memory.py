@@ -69,23 +69,42 @@ class MemoryEstimate:
         """Changes to the request that need less memory, the largest saving first, then all of them together.
 
         Args:
-            available: bytes; each line then says whether the change is enough.
+            available: bytes; each line then says whether the change is enough. If all changes together are not, the
+                only line says so.
         """
-        lines, combined = [], self.workload
-        changes = self._changes()
-        estimates = [(_estimate(replace(combined, **change(combined))), label) for label, change in changes]
+        least = self._least()
+        if available is not None and not least.fits(available):
+            return [least._refusal(available)]
+        lines, work = [], self.workload
+        estimates = [(_estimate(replace(work, **change(work))), label) for label, change in self._changes()]
         for estimate, label in sorted(estimates, key=lambda entry: entry[0].total):
             saved = self.total - estimate.total
             if saved > self.total // 1000:
                 lines.append(f"{label}: {saved / 1e9:.1f} GB less, {estimate._against(available)}")
-        for _, change in changes:
-            combined = replace(combined, **change(combined))
-        least = _estimate(combined)
         if len(lines) > 1:
             lines.append(f"all of these: {(self.total - least.total) / 1e9:.1f} GB less, {least._against(available)}")
-        if available is not None and least.weights + RUNTIME > available:
-            lines.append(f"no request fits: the weights alone need {least.weights / 1e9:.1f} GB")
         return lines
+
+    def _least(self) -> "MemoryEstimate":
+        """The estimate after all changes that may help."""
+        work = self.workload
+        for _, change in self._changes():
+            work = replace(work, **change(work))
+        return _estimate(work)
+
+    def _refusal(self, available: int) -> str:
+        """Say that even this request, the smallest one, does not fit."""
+        reason = f"a smaller request would still need {self.total / 1e9:.1f} GB"
+        if self.weights + RUNTIME > available:
+            reason = f"no request fits: the weights alone need {self.weights / 1e9:.1f} GB"
+        return f"{reason}. Use a GPU with at least {math.ceil(self.total / 1e9)} GB."
+
+    def advice_text(self, available: int | None = None) -> str:
+        """:meth:`advice` as lines to follow the table; "" if there is none."""
+        lines = self.advice(available)
+        if available is not None and not self._least().fits(available):
+            return lines[0]
+        return "\n".join(["to reduce it:", *(f"- {line}" for line in lines)]) if lines else ""
 
     def as_dict(self, available: int | None = None) -> dict[str, Any]:
         """The estimate as JSON-safe values, in bytes; with ``available`` also whether it fits, and the advice."""
@@ -120,9 +139,9 @@ class MemoryEstimate:
         work = self.workload
         changes: list[tuple[str, Callable[[Workload], dict[str, Any]]]] = []
         if work.dtype == torch.float32:
-            changes.append(("bfloat16 weights (dtype)", lambda _: {"dtype": torch.bfloat16}))
+            changes.append(("bfloat16 weights (dtype=bfloat16)", lambda _: {"dtype": torch.bfloat16}))
         if work.batch > 1:
-            changes.append(("one request at a time (batch 1)", lambda _: {"batch": 1}))
+            changes.append(("one request at a time", lambda _: {"batch": 1}))
         if len(work.images) > 1:
             changes.append(("only the last input image", lambda _: {"images": work.images[-1:]}))
         for quarters in (3, 2):  # the smaller size last: applied after the other, it replaces it
@@ -215,9 +234,8 @@ def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = 
     lines = [f"the request needs about {estimate.total / 1e9:.1f} GB in total{capacity}:", str(estimate)]
     if available is not None and estimate.fits(available):
         lines.append("that should fit: free memory of other programs, or of other tensors of this one")
-    advice = estimate.advice(available)
-    if advice:
-        lines += ["to reduce it:", *(f"- {line}" for line in advice)]
+    if advice := estimate.advice_text(available):
+        lines.append(advice)
     return "\n".join(lines)
 
 

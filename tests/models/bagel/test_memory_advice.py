@@ -70,11 +70,19 @@ def test_advice_states_the_savings_in_descending_order():
 
 
 def test_advice_says_that_the_weights_alone_do_not_fit():
-    advice = expected_memory(BAGEL_7B_MOT).advice(int(24e9))
-    assert advice[-1] == "no request fits: the weights alone need 29.6 GB" and not any(
-        ", fits" in line for line in advice
-    )
+    [advice] = expected_memory(BAGEL_7B_MOT, dtype=torch.float32).advice(int(24e9))
+    assert re.fullmatch(r"no request fits: the weights alone need 29\.6 GB\. Use a GPU with at least 3\d GB\.", advice)
+    text = explain(BAGEL_7B_MOT, torch.bfloat16, available=int(24e9))
+    assert "no request fits: " in text and "to reduce it" not in text and " less, " not in text
     assert not any("24" in line or ", fits" in line for line in expected_memory(BAGEL_7B_MOT).advice())
+
+
+def test_advice_lists_no_savings_that_are_not_enough():
+    least = expected_memory(BAGEL_7B_MOT, size=(512, 512), batch=1, graphs=False).total  # what all changes lead to
+    estimate = expected_memory(BAGEL_7B_MOT, batch=16)
+    [advice] = estimate.advice(least - 1)
+    assert advice.startswith(f"a smaller request would still need {least / 1e9:.1f} GB. Use a GPU with at least ")
+    assert len(estimate.advice(least)) > 1
 
 
 def test_explanation_lists_parts_and_remedies():
@@ -137,14 +145,36 @@ def test_command_reports_whether_the_request_fits():
     output = good("memory", "--available", 80)
     estimate = expected_memory(BAGEL_7B_MOT)
     assert f"total {estimate.total / 1e9:38.2f} GB\nfits in 80.0 GB" in output
-    output = good("memory", "--available", 32, "--batch", 4)
-    assert "\ndoes not fit in 32.0 GB; to reduce it:\n" in output and "\none request at a time (batch 1): " in output
-    assert "\ngraphs=False, slower: " in output
+    result = run("memory", "--available", 32, "--batch", 4)
+    assert result.exit_code == 1
+    output = result.stdout
+    assert "\ndoes not fit in 32.0 GB\nto reduce it:\n" in output and "\n- one request at a time: " in output
+    assert "\n- --no-graphs, slower: " in output and "\n- --cfg-img-scale" not in output
+
+
+def test_command_names_the_request():
+    assert good("memory").startswith("BAGEL-7B-MoT: generate, 1024x1024, bfloat16\n")
+    output = good("memory", "--task", "edit", "--image", "640x480", "--image", "1024x768", "--dtype", "float32")
+    assert output.startswith("BAGEL-7B-MoT: edit, 1024x768, from 640x480 and 1024x768, float32\n")
+    output = good("memory", "--task", "chat", "--batch", 2, "--max-think-token-n", 100)
+    assert output.startswith("BAGEL-7B-MoT: chat, batch of 2, up to 100 generated tokens, bfloat16\n")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_command_fails_if_the_request_does_not_fit(as_json):
+    result = run("memory", "--available", 24, "--dtype", "float32", *["--json"] * as_json)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "no request fits: the weights alone need 29.6 GB. Use a GPU with at least" in result.stdout
+    assert " less, " not in result.stdout
+    result = run("memory", "--available", 32, "--task", "edit", "--max-think-token-n", 2000, *["--json"] * as_json)
+    assert result.exit_code == 1
+    assert "--max-think-token-n 256: " in result.stdout and "--no-graphs, slower: " in result.stdout
+    assert "=" not in result.stdout and "_n " not in result.stdout
 
 
 def test_command_prints_json():
     arguments = ("--task", "edit", "--image", "640x480", "--image", "1024x768", "--cfg-img-scale", 1, "--no-graphs")
-    report = json.loads(good("memory", *arguments, "--json", "--available", 20))
+    report = json.loads(run("memory", *arguments, "--json", "--available", 20).stdout)
     settings = replace(TASKS["edit"].image, cfg_img_scale=1.0)
     estimate = expected_memory(
         BAGEL_7B_MOT, task="edit", images=[(480, 640), (768, 1024)], settings=settings, graphs=False
@@ -162,7 +192,10 @@ def test_command_reads_a_folder_without_weights(tmp_path, bagel):
     assert ("fits" in report) == torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("arguments, message", [(("--size", "1024"), "1024x768"), (("--batch", 65), "from 1 to 64")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(("--size", "1024"), "1024x768"), (("--batch", 65), "from 1 to 64"), (("--image", "9x9"), "Use --task edit.")],
+)
 def test_command_rejects_invalid_options(arguments, message):
     result = run("memory", *arguments)
     assert result.exit_code == 2 and message in result.stderr
