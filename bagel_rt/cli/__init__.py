@@ -6,7 +6,6 @@ loaded. PyTorch is imported inside the commands only, so that ``--help`` and usa
 """
 
 import io
-import logging
 import os
 import signal
 import sys
@@ -29,13 +28,6 @@ from bagel_rt.cli.ui import ui
 _INPUT_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-class _Warnings(logging.Handler):
-    """Prints warnings on stderr in the form of the error messages."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"bagel-rt: {record.levelname.lower()}: {self.format(record)}", err=True)
-
-
 class _Commands(TyperGroup):
     """The command group: an error in any command becomes one line on stderr and an exit code."""
 
@@ -45,7 +37,6 @@ class _Commands(TyperGroup):
         for stream in filter(None, (sys.stdout, sys.stderr)):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
-        logging.lastResort = _Warnings(logging.WARNING)  # for a command that does not configure logging
         try:
             code = super().main(*args, **options | {"standalone_mode": False}) or 0
         except (KeyboardInterrupt, typer.Abort):

@@ -59,6 +59,15 @@ DType = Annotated[
         show_default="float32 on the CPU, else bfloat16", help="Data type of the weights.", rich_help_panel="Model"
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        show_default="ema, else model",
+        help="Weight file of the checkpoint, or its stem, if there are several.",
+        rich_help_panel="Model",
+    ),
+]
 Graphs = Annotated[
     bool,
     typer.Option(
@@ -85,6 +94,7 @@ class ModelOptions(OptionGroup):
     model: Model = None
     device: Device = None
     dtype: DType = None
+    weights: Weights = None
     graphs: Graphs = True
 
     @property
@@ -101,7 +111,12 @@ class ModelOptions(OptionGroup):
         from bagel_rt.pipeline import Bagel
 
         return Bagel.from_pretrained(
-            self.folder, read_device(self.device), read_dtype(self.dtype), graphs=self.graphs, progress=progress
+            self.folder,
+            read_device(self.device),
+            read_dtype(self.dtype),
+            graphs=self.graphs,
+            progress=progress,
+            weights=self.weights,
         )
 
 

@@ -5,6 +5,7 @@ form and names the option.
 """
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -80,6 +81,18 @@ def _convert_number(flag: str, text: str, kind: type) -> int | float:
         raise invalid(flag, text, "a number") from None
 
 
+class _Warnings(logging.Handler):
+    """Prints warnings on stderr in the form of the error messages, unless a command configures logging."""
+
+    def __init__(self, flags: Mapping[str, str]):
+        super().__init__(logging.WARNING)
+        self._flags = flags
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = name_options(self.format(record), self._flags)
+        typer.echo(f"bagel-rt: {record.levelname.lower()}: {text}", err=True)
+
+
 def with_options(**groups: type[OptionGroup]) -> Callable[[Command], Command]:
     """Make a command of a function: expand its parameters of these names into one option per field of their dataclass.
 
@@ -96,6 +109,7 @@ def with_options(**groups: type[OptionGroup]) -> Callable[[Command], Command]:
 
         @wraps(command)
         def call(**values: Any) -> None:
+            logging.lastResort = _Warnings(flags)
             for name, parameter in described.items():
                 if parameter.converted:
                     values[name] = parameter.convert(values[name])
@@ -164,17 +178,14 @@ def option_flags(command: Command) -> dict[str, str]:
 def name_options(message: str, flags: Mapping[str, str]) -> str:
     """Replace Python arguments in a message by options: ``top_k=0`` by ``--top-k 0``, ``seed must`` by ``--seed must``.
 
-    A name without an underscore can be an ordinary word. It counts as an argument before "=", and at the beginning
-    before "must".
+    A name without an underscore can be an ordinary word. It counts as an argument before "=", in backticks, and at the
+    beginning before "must".
     """
 
     def replaced(match: re.Match[str]) -> str:
-        name, value = match[1], match[2]
-        if (
-            "_" not in name
-            and value is None
-            and not (match.start() == 0 and message[match.end() :].startswith(" must"))
-        ):
+        quote, name, value = match.groups()
+        is_subject = match.start() == 0 and message[match.end() :].startswith(" must")
+        if not (quote or "_" in name or value is not None or is_subject):
             return match[0]
         if value is None:
             return flags[name]
@@ -183,7 +194,8 @@ def name_options(message: str, flags: Mapping[str, str]) -> str:
 
     names = "|".join(sorted(flags, key=len, reverse=True))
     # Not within a path or another name; a value ends before punctuation.
-    return re.sub(rf"(?<![\w/.-])({names})(?:=('[^']*'|[\w.]*\w))?(?![\w/=-]|\.\w)", replaced, message)
+    pattern = rf"(?<![\w/.-])(`?)({names})(?:=('[^']*'|[\w.]*\w))?(?![\w/=-]|\.\w)\1"
+    return re.sub(pattern, replaced, message)
 
 
 def checked_option(

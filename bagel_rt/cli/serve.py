@@ -88,8 +88,7 @@ def serve(
         for option, value in (("--log-json", log_json), ("--tls-cert", tls_cert)):
             if value:
                 raise ValueError(f"{option} has no effect with --ray. Ray's proxy listens and logs.")
-        _serve_replicas(host, port, folder=options.model and str(options.model), name=name, replicas=replicas or 1,
-                        device=options.device, dtype=options.dtype, limits=limits.as_arguments(),
+        _serve_replicas(host, port, options, name=name, replicas=replicas or 1, limits=limits.as_arguments(),
                         image_hosts=tuple(image_host or ()), allowed_hosts=allowed_hosts, origins=origins)  # fmt: skip
         return
     if replicas is not None:
@@ -100,11 +99,13 @@ def serve(
     make_server(app, host, port, json_logs=log_json, tls_cert=tls_cert, tls_key=tls_key).run()
 
 
-def _serve_replicas(host: str, port: int, **options: Any) -> None:
+def _serve_replicas(host: str, port: int, options: ModelOptions, **deployment: Any) -> None:
     from bagel_rt.serve import replicas
 
     if find_spec("ray") is None:
         raise ValueError("Ray is not installed: pip install 'bagel_rt[ray]'")
-    if options["device"] not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda with --ray, got {options['device']}. Each replica gets a GPU.")
-    replicas.run(replicas.Options(**options), host, port)
+    if options.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda with --ray, got {options.device}. Each replica gets a GPU.")
+    model = vars(options) | {"folder": options.model and str(options.model)}
+    model.pop("model")
+    replicas.run(replicas.Options(**model, **deployment), host, port)

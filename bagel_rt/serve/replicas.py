@@ -75,6 +75,7 @@ class Options(BaseModel):
         replicas: number of replicas.
         device: "cuda" for one GPU per replica, or "cpu"; by default "cuda" if this machine has a GPU.
         dtype: of the weights, as on the command line.
+        weights, graphs: see :meth:`~bagel_rt.pipeline.Bagel.from_pretrained`.
         limits: fields of :class:`~bagel_rt.serve.limits.Limits`, for each replica.
         image_hosts: hosts that images may be fetched from.
         allowed_hosts: names of the server in the header Host; None for all.
@@ -88,6 +89,8 @@ class Options(BaseModel):
     replicas: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    weights: str | None = None
+    graphs: bool = True
     limits: dict[str, Any] = {}
     image_hosts: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] | None = None
@@ -141,15 +144,8 @@ def application(options: Options) -> "Application":
 
         _listen_on_loopback()
         warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
-        app = create_app(
-            Bagel.from_pretrained(folder, device, dtype),
-            name,
-            limits,
-            keys,
-            hosts,
-            options.allowed_hosts,
-            options.origins,
-        )
+        bagel = Bagel.from_pretrained(folder, device, dtype, weights=options.weights, graphs=options.graphs)
+        app = create_app(bagel, name, limits, keys, hosts, options.allowed_hosts, options.origins)
         app.add_middleware(ReplicaHeader)
         return app
 
