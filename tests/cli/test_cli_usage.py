@@ -104,7 +104,8 @@ USAGE_ERRORS = {
     "a folder that is a file": (("make-random-checkpoint", "{photo}"), "must be a new or empty folder"),
     "an invalid model to copy": (("make-random-checkpoint", "{tmp}/new", "--like", "{tmp}"), "llm_config.json"),
     "a seed below zero": (("make-random-checkpoint", "{tmp}/new", "--seed", "-1"), "--seed must be an integer from 0"),
-    "info about a model that is missing": (("info", "--model", "{tmp}/no"), "is not a folder"),
+    "info about a model that is missing": (("info", "--model", "{tmp}/no"), "/no: no such folder"),
+    "an estimate for a model on the Hub": (("memory", "--model", "a/b"), "hf download a/b --local-dir b"),
 }
 
 
@@ -130,7 +131,7 @@ def test_usage_error_is_one_line_before_any_work(args, message, tmp_path, photo,
     [
         pytest.param(shutil.rmtree, "no such folder", id="no folder"),
         pytest.param(lambda at: (at / "llm_config.json").unlink(), "llm_config.json is missing", id="no config"),
-        pytest.param(lambda at: (at / "ema.safetensors").unlink(), "must contain one of ema", id="no weights"),
+        pytest.param(lambda at: (at / "ema.safetensors").unlink(), "must contain ema.safetensors", id="no weights"),
         pytest.param(lambda at: os.truncate(at / "ae.safetensors", 1000), "ae.safetensors", id="cut weights"),
         pytest.param(lambda at: (at / "config.json").write_text("{"), "is not JSON", id="broken config"),
         pytest.param(lambda at: [(at / name).unlink() for name in ("tokenizer.json", "vocab.json")],

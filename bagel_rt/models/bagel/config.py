@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bagel_rt.checkpoint.files import REMEDY, read_json
+from bagel_rt.checkpoint.find import describe_missing_folder
 from bagel_rt.errors import CheckpointError
 from bagel_rt.models.bagel.images import ResizeRule
 from bagel_rt.validation import BOOLEAN, Spec, check_fields, checked, integer, invalid, number
@@ -179,7 +180,7 @@ class BagelConfig:
         """Read an official model folder. CheckpointError names the file, the key, the allowed values and the remedy."""
         folder = Path(path)
         if not os.path.isdir(folder):
-            raise CheckpointError(f"{folder} is not a folder. Give the folder that contains llm_config.json.")
+            raise CheckpointError(describe_missing_folder(path))
         main_file, llm_file, vit_file = (folder / f"{name}.json" for name in ("config", "llm_config", "vit_config"))
         llm, vit = _read_required(llm_file), _read_required(vit_file)
         main = read_json(main_file) if os.path.lexists(main_file) else {}
