@@ -33,8 +33,8 @@ def generate(
 ) -> None:
     """Generate an image from a prompt, or one from each of several prompts, as one batch.
 
-    The image's metadata hold the prompt, the seed and all settings. From prompt to prompt the seed increases by one.
-    The options under Text need --think.
+    The prompt, the seed and all settings are stored in the image's metadata. From prompt to prompt the seed increases
+    by one. The options under Text need --think.
     """
     request = options.request("generate", settings) | {"negative_prompt": negative_prompt}
     paths = target.paths(len(prompts), len(prompts) > 1, options.as_json)
@@ -64,8 +64,8 @@ def edit(
 ) -> None:
     """Edit an image as the prompt instructs, or combine it with those of --image.
 
-    The result has the size of the last input image, after the model's resize rule. The image's metadata hold the
-    prompt, the seed and all settings. The options under Text need --think.
+    The result has the size of the last input image, after the model's resize rule. The prompt, the seed and all
+    settings are stored in the image's metadata. The options under Text need --think.
     """
     request = options.request("edit", settings) | {"negative_prompt": negative_prompt}
     (path,) = target.paths(1, False, options.as_json)

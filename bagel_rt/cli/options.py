@@ -120,7 +120,9 @@ class ModelOptions(OptionGroup):
         )
 
 
-_Side = Annotated[int | None, typer.Option(metavar="PIXELS", show_default="the model's default resolution")]
+_Side = Annotated[
+    int | None, typer.Option(metavar="PIXELS", show_default="the model's default", help="One side, instead of --size.")
+]
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ class SizeOptions(OptionGroup):
 
     size: Annotated[
         str | None,
-        typer.Option(metavar="WIDTHxHEIGHT", show_default="the model's default", help="Such as 1024x768."),
+        typer.Option(
+            metavar="WIDTHxHEIGHT", show_default="the model's default", help="Size of the image, such as 1024x768."
+        ),
     ] = None
     width: _Side = None
     height: _Side = None

@@ -110,10 +110,10 @@ def with_options(**groups: type[OptionGroup]) -> Callable[[Command], Command]:
         @wraps(command)
         def call(**values: Any) -> None:
             logging.lastResort = _Warnings(flags)
-            for name, parameter in described.items():
-                if parameter.converted:
-                    values[name] = parameter.convert(values[name])
             try:
+                for name, parameter in described.items():
+                    if parameter.converted:
+                        values[name] = parameter.convert(values[name])
                 for name, group in groups.items():
                     values[name] = group(**{item.name: values.pop(item.name) for item in _fields(group)})
                 command(**values)
@@ -205,7 +205,10 @@ def checked_option(
 
     Without a default, an omitted option is None.
     """
-    option = typer.Option(help=item.metadata["help"], show_default=show_default, rich_help_panel=panel)
+    flags = {name: "--" + name.replace("_", "-") for name in HYPERPARAMETERS}
+    option = typer.Option(
+        help=name_options(item.metadata["help"], flags), show_default=show_default, rich_help_panel=panel
+    )
     kind = item.type if default is not None else item.type | None  # type: ignore[operator]  # not a string here
     return item.name, Annotated[kind, option, item.metadata["spec"]], field(default=default)
 
@@ -238,5 +241,5 @@ def image_settings(*names: str) -> type[OptionGroup]:
 
 
 def option_group(name: str, items: list["Field[Any]"], panel: str) -> type[OptionGroup]:
-    """One option for each checked field. An omitted option is None."""
-    return _group(name, [checked_option(item, panel) for item in items])
+    """One option for each checked field. An omitted option is None; the help shows the field's default."""
+    return _group(name, [checked_option(item, panel, show_default=str(item.default)) for item in items])

@@ -270,6 +270,11 @@ def test_help_shows_every_hyper_parameter_and_its_default_for_the_task(command):
     assert ("--cfg-text-scale" in page) == (TASKS[command].image is not None)
 
 
+def test_help_names_options_and_shows_the_limits_of_the_server():
+    assert "With --do-sample: " in good("chat", "--help", env=WIDE) and "do_sample" not in good("chat", "--help")
+    assert re.search(r"Requests in the queue[^[]*\[default: \(64\)\]", good("serve", "--help", env=WIDE))
+
+
 def test_help_and_version_do_not_import_torch():
     script = (
         "import sys\nfrom bagel_rt.cli import app\ntry: app({!r})\nexcept SystemExit: assert 'torch' not in sys.modules"

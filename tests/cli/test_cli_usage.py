@@ -70,7 +70,10 @@ USAGE_ERRORS = {
     "a reversed interval": ((*DRAW, "--cfg-interval", "1", "0"), "low <= high"),
     "an unknown renormalisation": ((*DRAW, "--cfg-renorm-type", "local"), "'local'"),
     "a schedule without steps": ((*DRAW, "--num-timesteps", "1"), "must be an integer from 2 to 1000, got 1"),
-    "a temperature of zero": (("chat", "x", "--text-temperature", "0"), "must be a number from 0.001 to 100"),
+    "a temperature of zero": (
+        ("chat", "x", "--text-temperature", "0"),
+        "For the most likely token use --no-do-sample.",
+    ),
     "a negative seed": ((*DRAW, "--seed", "-1"), "--seed must be an integer from 0"),
     "a size that is no size": ((*DRAW, "--size", "512"), "--size must be WIDTHxHEIGHT, such as 1024x768, got '512'."),
     "a size off the grid": ((*DRAW, "--size", "64x100"), "multiples of 16 from 16 to 256, got 64x100"),
