@@ -72,7 +72,7 @@ USAGE_ERRORS = {
     "a schedule without steps": ((*DRAW, "--num-timesteps", "1"), "must be an integer from 2 to 1000, got 1"),
     "a temperature of zero": (
         ("chat", "x", "--text-temperature", "0"),
-        "For the most likely token use --no-do-sample.",
+        "got 0.0. Turn --do-sample off",
     ),
     "a negative seed": ((*DRAW, "--seed", "-1"), "--seed must be an integer from 0"),
     "a size that is no size": ((*DRAW, "--size", "512"), "--size must be WIDTHxHEIGHT, such as 1024x768, got '512'."),
