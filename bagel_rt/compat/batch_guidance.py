@@ -4,7 +4,7 @@ Its renormalization "global" divides two norms over all latents of the call. The
 that an image does not depend on its batch.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -37,7 +37,7 @@ class BatchGuidance(FlowGuidance):
 
     def __init__(self, model: BagelModel, contents: Sequence[NoisedImage], settings: Sequence[ImageSettings]) -> None:
         super().__init__(model, contents, settings)
-        self.key: Hashable = ("batch", self.key)  # other steps than those of FlowGuidance
+        self.key = ("batch", self.key)  # other steps than those of FlowGuidance
 
     def allocate(self) -> FlowStep:
         """Buffers for images of these sizes."""

@@ -137,7 +137,7 @@ def convert_tokenizer(official: Any, new_token_ids: Mapping[str, int]) -> Tokeni
             f"tokenizer must be a Hugging Face Qwen2 tokenizer, got {type(official).__name__}. Pass the one that the "
             "official scripts load."
         )
-    tokenizer = Tokenizer(backend, "the given tokenizer")
+    tokenizer = Tokenizer(backend, "tokenizer")
     expected = {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,

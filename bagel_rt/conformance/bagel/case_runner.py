@@ -100,9 +100,11 @@ class CaseRunner:
         transformer = self.model.transformer
         self.model.transformer = recording = _RecordingTransformer(transformer)
         try:
-            hidden, plan = prefill.run()
+            computed = prefill.run()
         finally:
             self.model.transformer = transformer
+        assert computed is not None  # an update has at least one row
+        hidden, plan = computed
         after = [(context.length, context.position) for context in contexts]
         self._compare_value(
             f"{name}.after", after, list(zip(update["kv_len_after"], update["rope_after"], strict=True))

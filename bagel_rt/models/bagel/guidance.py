@@ -3,7 +3,7 @@
 Source: semantics of the official sampler (Deng et al. 2025, arXiv:2505.14683); Liu et al. 2022, arXiv:2209.03003.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,7 +113,7 @@ class FlowGuidance:
         self.guided: list[bool] = self._guided.any(1).tolist()
         self._guided_images: list[bool] = self._guided.any(0).tolist()
         self._capacity = step_capacity(len(self))
-        self.key = (tuple(contents), len(self._schedules), self._capacity)
+        self.key: Hashable = (tuple(contents), len(self._schedules), self._capacity)
 
     def __len__(self) -> int:
         return len(self.dts)
