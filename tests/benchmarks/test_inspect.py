@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ def run_inspect(*arguments, **environment):
     """Run ``python -m benchmarks.inspect`` without TRITON_INTERPRET."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-m", "benchmarks.inspect", *arguments]
-    return subprocess.run(command, cwd=configs.PATH.parents[1], env=kept, capture_output=True, text=True)
+    return subprocess.run(command, cwd=Path(__file__).parents[2], env=kept, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES])
@@ -140,7 +141,7 @@ with intercept_launches("sm_90", lambda entry, compile_kernel: variants.add(comp
 print(len(variants))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    where = configs.PATH.parents[1]
+    where = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=where, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["1"], done.stderr
 
