@@ -200,10 +200,7 @@ def check_address(host: str, port: int) -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise ValueError(
-            f"--host and --port must be an address that this machine can bind, got {host} and {port}: {reason}. "
-            "Choose another one."
-        ) from None
+        raise ValueError(f"cannot bind {host}, port {port}: {reason}. Choose another --host or --port.") from None
 
 
 def read_device(name: str | None) -> "torch.device | None":
