@@ -36,6 +36,7 @@ _TRANSPOSE = {  # EXIF orientation -> how to transpose the stored pixels to see 
     8: Transpose.ROTATE_90,
 }
 _ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # keys of Image.info
+_GRAY_SCALES = {"L;2": 85, "L;4": 17}  # raw mode of a file -> 8-bit level of its level 1
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -83,6 +84,10 @@ def open_image(
         raise ValueError(f"{name}: not an image in one of the formats {', '.join(formats)}. Convert it.") from None
     except Exception as error:  # Pillow's parsers raise OSError, ValueError, struct.error and others
         raise ValueError(f"{name} cannot be opened: {error}. Save or download it again.") from error
+    gray = image.info.get("transparency")
+    if isinstance(gray, int) and image.tile:
+        # Pillow scales gray levels of 2 and 4 bits to 8 bits, but not the transparent one among them.
+        image.info["transparency"] = gray * _GRAY_SCALES.get(str(image.tile[0].args), 1)
     with image:
         return _decode(image, name, max_pixels)
 

@@ -59,6 +59,22 @@ def test_transparent_color_of_a_16_bit_file_becomes_white():
     assert pixels(to_rgb(open_image(gray))).tolist() == [[[255] * 3, [125] * 3]]
 
 
+@pytest.mark.parametrize("depth, levels, expected", [(2, 0b01_10_0000, 170), (4, 0x5_6, 102)])
+def test_transparent_color_of_a_gray_file_of_few_bits_becomes_white(depth, levels, expected):
+    first = levels >> 8 - depth
+    data = raw_png(2, 1, bytes([0, levels]), depth, color=0, transparent=struct.pack(">H", first))
+    assert pixels(to_rgb(open_image(data)))[0, :, 0].tolist() == [255, expected]
+
+
+def test_transparent_color_of_rgb_and_palette_files_becomes_white():
+    rgb = raw_png(2, 1, b"\0\1\2\3\4\5\6", transparent=struct.pack(">3H", 1, 2, 3))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    palette.putdata([0, 1])
+    for data in (rgb, encoded(palette, transparency=0), encoded(palette, "GIF", transparency=0)):
+        assert pixels(to_rgb(open_image(data))).tolist() == [[[255] * 3, [4, 5, 6]]]
+
+
 # Range
 
 UINT16 = np.array([[0, 32000, 65535]], np.uint16)
