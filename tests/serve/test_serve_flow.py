@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +22,15 @@ from serving import (  # noqa: E402
     DRAW,
     EDIT,
     IMAGE,
+    LIMITS,
     TIMEOUT,
     chat_body,
+    decode_image,
     draw,
     metric,
     paused_server,
     png,
+    running,
     send,
     wait_until,
 )
@@ -305,3 +309,13 @@ def test_silent_stream_sends_keep_alive_comments(threads, monkeypatch):
             server.go.set()
             assert "".join(pieces).endswith("data: [DONE]\n\n")
         assert chunks.result()[-1].choices[0].finish_reason == "length"
+
+
+def test_concurrent_requests_equal_single_ones_with_batch_1(threads):
+    seeds = range(8)
+    with running(replace(LIMITS, queue=16, batch=1)) as (address, app):
+        server = SimpleNamespace(address=address)
+        together = [threads.submit(draw, server, seed=seed) for seed in seeds]
+        images = [decode_image(one.result().json()["data"][0]["b64_json"]).tobytes() for one in together]
+        alone = [draw(server, seed=seed).json()["data"][0]["b64_json"] for seed in seeds]
+        assert images == [decode_image(one).tobytes() for one in alone]
