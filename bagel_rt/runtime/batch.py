@@ -7,6 +7,8 @@ import torch
 
 from bagel_rt.runtime.plan import Plan
 
+_MIN_TABLE = 4096  # positions; 2 MiB for heads of 128 channels
+
 
 class Rope:
     """Rotary position tables in the half-split layout: angle = position * theta ** (-2 i / head_dim), i < head_dim / 2.
@@ -17,7 +19,7 @@ class Rope:
 
     def __init__(self, head_dim: int, theta: float, max_positions: int, device: torch.device) -> None:
         self.head_dim, self.theta, self.max_positions, self.device = head_dim, theta, max_positions, device
-        self._table: torch.Tensor | None = None
+        self._tables: dict[int, torch.Tensor] = {}  # by number of positions
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables cos, sin float32 [T, head_dim / 2] of integer positions [T], on the model's device."""
@@ -27,20 +29,27 @@ class Rope:
         return angles.cos(), angles.sin()
 
     def table(self, positions: int) -> torch.Tensor:
-        """Tables (cos, sin) of positions 0 to ``max_positions`` - 1, float32 [2, max_positions, head_dim / 2].
+        """Tables (cos, sin) of at least the first ``positions`` positions, float32 [2, table_size, head_dim / 2].
 
-        The same tensor at every call, because captured steps read it.
+        The same tensor for every call of equal :func:`table_size`, because captured steps read it.
 
         Raises:
-            ValueError: ``positions``, the number that the caller will need, exceeds ``max_positions``.
+            ValueError: ``positions`` exceeds ``max_positions``.
         """
         if positions > self.max_positions:
             raise ValueError(
                 f"text must end by position {self.max_positions}, got {positions}. Lower max_think_token_n."
             )
-        if self._table is None:
-            self._table = torch.stack(self(torch.arange(self.max_positions)))
-        return self._table
+        size = table_size(positions)
+        if size not in self._tables:
+            self._tables[size] = torch.stack(self(torch.arange(size)))
+        return self._tables[size]
+
+
+def table_size(positions: int) -> int:
+    """Positions in a table: a power of two, so that texts of different lengths share captured steps. All tables of a
+    model together take at most twice the memory of the largest."""
+    return max(_MIN_TABLE, 1 << (positions - 1).bit_length())
 
 
 @dataclass(slots=True)

@@ -114,7 +114,7 @@ class DecodeLoop:
         capacity = token_capacity(max_length)
         shape = None if noise is None else tuple(noise.shape[1:])
         self._held = graphs.acquire(
-            ("decode", mode.key, len(contexts), greedy, capacity, shape),
+            ("decode", mode.key, len(contexts), greedy, capacity, shape, self._rope.shape[1]),
             lambda: self._allocate(first, capacity, greedy, noise),
             self,
         )

@@ -30,7 +30,7 @@ from serving import (  # noqa: E402
     metric,
     paused_server,
     png,
-    running,
+    running_server,
     send,
     wait_until,
 )
@@ -313,7 +313,7 @@ def test_silent_stream_sends_keep_alive_comments(threads, monkeypatch):
 
 def test_concurrent_requests_equal_single_ones_with_batch_1(threads):
     seeds = range(8)
-    with running(replace(LIMITS, queue=16, batch=1)) as (address, app):
+    with running_server(replace(LIMITS, queue=16, batch=1)) as (address, app):
         server = SimpleNamespace(address=address)
         together = [threads.submit(draw, server, seed=seed) for seed in seeds]
         images = [decode_image(one.result().json()["data"][0]["b64_json"]).tobytes() for one in together]

@@ -22,6 +22,7 @@ from bagel_rt.models.bagel.guidance import step_capacity
 from bagel_rt.models.bagel.tokenizer import Tokenizer
 from bagel_rt.models.bagel.weights import BagelWeights
 from bagel_rt.models.bagel.workload import Workload
+from bagel_rt.runtime.batch import table_size
 from bagel_rt.runtime.context import MAX_ROWS
 from bagel_rt.runtime.decode import MAX_TEXTS, token_capacity
 from bagel_rt.runtime.slots import GROWTH
@@ -345,7 +346,8 @@ def _buffers(work: Workload) -> int:
     llm, H = config.llm, config.llm.hidden_size
     total = 0
     if work.written:
-        total += 4 * llm.head_dim * llm.max_position_embeddings  # rotary tables of every position
+        positions = work.text_tokens + 2 * len(work.images) + work.max_think_token_n  # an image has one or two
+        total += 4 * llm.head_dim * table_size(positions)  # rotary tables
         capacity = token_capacity(work.max_think_token_n)
         # Per text: the row fed next, the drawn tokens, four counters, start slot, seed and three sampling numbers.
         total += min(work.batch, MAX_TEXTS) * (H * itemsize + 8 * (capacity + 9))
