@@ -56,7 +56,7 @@ def find_weights(folder: Path | str, stem: str, choice: str | None = None) -> Pa
     if choice is not None:
         if os.path.lexists(folder / choice):
             return folder / choice
-        stems: tuple[str, ...] = (choice,)
+        stems: tuple[str, ...] = (choice.removesuffix(".safetensors"),)
     else:
         stems = (stem, *_FALLBACK_STEMS.get(stem, ()))
     found = [file for name in stems for file in _candidates(folder, name)]

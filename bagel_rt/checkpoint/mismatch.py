@@ -109,5 +109,9 @@ def _other_model(
     if missing:
         return f"has only {len(required) - len(missing)} of the {len(required)} tensors of the model"
     if shapes:
-        return f"has {len(shapes)} tensors of other shapes than the model that the configuration describes"
-    return f"has {len(unexpected)} tensors that are not part of the model"
+        return f"has {_count(shapes)} of other shapes than the model that the configuration describes"
+    return f"has {_count(unexpected)} beyond those of the model"
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"

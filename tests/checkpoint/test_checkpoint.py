@@ -142,8 +142,8 @@ def test_check_works_on_meta_tensors():
 # --- tensors that do not match ----------------------------------------------------------------------------------------
 
 FILE = {"a": torch.ones(2, 3), "b": torch.ones(4)}
-LACKS, SHAPES = "has only 1 of the 2 tensors", "tensors of other shapes than the model"
-EXTRA = "has 1 tensors that are not part of the model"
+LACKS, SHAPES = "has only 1 of the 2 tensors", "has 1 tensor of other shapes than the model"
+EXTRA = "has 1 tensor beyond those of the model"
 MISMATCHES = [
     pytest.param({"a": FILE["a"]}, LACKS, "missing tensor b of shape [4]", id="missing-tensor"),
     pytest.param(FILE | {"c": torch.ones(5)}, EXTRA, "unexpected tensor c of shape [5]", id="extra-tensor"),

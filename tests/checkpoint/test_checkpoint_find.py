@@ -60,10 +60,11 @@ def test_uses_the_chosen_weights(tmp_path, caplog, choice):
     assert not caplog.records
 
 
-def test_rejects_an_unknown_choice_of_weights_and_lists_the_files(tmp_path):
+@pytest.mark.parametrize("choice", ["modl", "modl.safetensors"])
+def test_rejects_an_unknown_choice_of_weights_and_lists_the_files(tmp_path, choice):
     make_files(tmp_path, "ema.safetensors", "model.safetensors")
     with pytest.raises(CheckpointError, match="contain modl.safetensors, .* there: ema.safetensors, model.safetensors"):
-        find_weights(tmp_path, "ema", "modl")
+        find_weights(tmp_path, "ema", choice)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_lora_weights.safetensors"])
