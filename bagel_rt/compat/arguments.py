@@ -7,6 +7,8 @@ from PIL import Image
 
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids
+from bagel_rt.request import is_size
+from bagel_rt.validation import invalid
 
 
 def grid_from_position_ids(name: str, ids: torch.Tensor, max_side: int, interpolate: bool) -> tuple[int, int]:
@@ -80,6 +82,12 @@ def official_rgb(image: Image.Image) -> Image.Image:
 
 
 def floor_size(config: BagelConfig, size: Sequence[int]) -> tuple[int, int]:
-    """(height, width) rounded down to multiples of the latent stride, as the official code does by integer division."""
+    """(height, width) rounded down to multiples of the latent stride, as the official code does by integer division.
+
+    Raises:
+        ValueError: not a pair of integers.
+    """
+    if not is_size(size):
+        raise invalid("image_shapes", size, "(height, width)")
     height, width = (int(side) // config.latent_stride * config.latent_stride for side in size)
     return height, width

@@ -25,7 +25,7 @@ class OfficialCache(Protocol):
 
 
 class ContextCache:
-    """An empty cache with the attributes of the official one, which needs the official code to be created."""
+    """An empty cache with the attributes of the official one, for use without the official code."""
 
     def __init__(self, num_layers: int):
         self.key_cache: Mapping[int, torch.Tensor | None] = dict.fromkeys(range(num_layers))
@@ -62,8 +62,11 @@ class ContextBatch:
 
 
 class LayerTensors(MutableMapping[int, torch.Tensor | None]):
-    """Layer -> keys (or values) of all samples, [tokens, kv_heads, head_dim], read from contexts as ``key_cache`` of an
-    official cache. Tensors that official code stores take the place of the contexts'."""
+    """Layer -> keys or values of all samples, [tokens, kv_heads, head_dim], read from contexts; None if they are empty.
+
+    The ``key_cache`` or ``value_cache`` of an official cache. Tensors that official code stores replace those of the
+    contexts.
+    """
 
     def __init__(self, batch: ContextBatch, cache: KVCache, buffer: str):
         """
@@ -73,7 +76,7 @@ class LayerTensors(MutableMapping[int, torch.Tensor | None]):
             buffer: "k" or "v".
         """
         self.batch, self.cache, self.buffer = batch, cache, buffer
-        self.stored: dict[int, torch.Tensor | None] = {}  # by official code, since the contexts were set
+        self.stored: dict[int, torch.Tensor | None] = {}  # by official code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerTensors":
         twin = LayerTensors(copy.deepcopy(self.batch, memo), self.cache, self.buffer)
@@ -115,8 +118,8 @@ def read_contexts(official: OfficialCache | None, lengths: Sequence[int], cache:
     """The contexts of a caller's cache, one per sample; new ones if the cache is None or empty, whatever its lengths.
 
     Args:
-        official: a ``NaiveCache`` or :class:`ContextCache`. Copied into new contexts if official code filled it; then
-            the contexts' RoPE positions are 0.
+        official: a ``NaiveCache`` or :class:`ContextCache`. If official code filled it, it is copied into new contexts,
+            whose RoPE positions the caller must set.
         lengths: tokens of each sample in the cache, as the caller counts them.
         cache: the KV cache of the model.
 

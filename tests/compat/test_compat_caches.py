@@ -109,7 +109,7 @@ def test_every_sample_of_a_batch_gets_the_same_number_of_tokens(script, official
     assert again.shape == (2, 3) and cache.seq_lens == int(lengths.sum()) + 21
 
 
-def test_a_copy_and_its_original_are_filled_apart(script):
+def test_a_copy_and_its_original_are_filled_independently(script):
     context = filled(script, "a cat")
     twin = deepcopy(context)
     script.add_text(twin, "on a mat")

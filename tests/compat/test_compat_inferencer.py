@@ -149,6 +149,7 @@ def test_rejects_missing_constructor_arguments(official):
         ({"enable_taylorseer": True}, "enable_taylorseer must be False"),
         ({"cfg_renorm_type": "local"}, "'local'"),
         ({"image_shapes": (15, 32)}, "size must be"),
+        ({"image_shapes": 512}, "image_shapes must be .height, width., got 512"),
         ({"num_timesteps": 1}, "num_timesteps must be"),
     ],
 )
