@@ -1,5 +1,6 @@
 """Reading and checking the arguments of the official entry points."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,6 @@ from PIL import Image
 
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids
-from bagel_rt.request import is_size
 from bagel_rt.validation import invalid
 
 
@@ -76,9 +76,7 @@ def official_rgb(image: Image.Image) -> Image.Image:
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image)
         return canvas
-    rgb = image.convert("RGB")  # always another object
-    rgb.info = {}  # the orientation must not be applied later
-    return rgb
+    return image.convert("RGB")
 
 
 def floor_size(config: BagelConfig, size: Sequence[int]) -> tuple[int, int]:
@@ -87,7 +85,8 @@ def floor_size(config: BagelConfig, size: Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: not a pair of integers.
     """
-    if not is_size(size):
-        raise invalid("image_shapes", size, "(height, width)")
-    height, width = (int(side) // config.latent_stride * config.latent_stride for side in size)
+    try:
+        height, width = (operator.index(side) // config.latent_stride * config.latent_stride for side in size)
+    except (TypeError, ValueError):
+        raise invalid("image_shapes", size, "(height, width)") from None
     return height, width

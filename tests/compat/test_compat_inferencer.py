@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT
@@ -150,6 +151,7 @@ def test_rejects_missing_constructor_arguments(official):
         ({"cfg_renorm_type": "local"}, "'local'"),
         ({"image_shapes": (15, 32)}, "size must be"),
         ({"image_shapes": 512}, "image_shapes must be .height, width., got 512"),
+        ({"image_shapes": (32, 32, 3)}, "image_shapes must be .height, width., got"),
         ({"num_timesteps": 1}, "num_timesteps must be"),
     ],
 )
@@ -177,7 +179,7 @@ def test_sizes_are_rounded_down_to_the_stride(official):
     torch.manual_seed(1)
     rounded = inferencer(text="a cat", image_shapes=[47, 63], **options)["image"]
     torch.manual_seed(1)
-    exact = inferencer(text="a cat", image_shapes=(32, 48), **options)["image"]
+    exact = inferencer(text="a cat", image_shapes=np.array([32, 48]), **options)["image"]
     assert rounded.size == (48, 32) and max_difference(rounded, exact) == 0
     context = inferencer.update_context_text("a cat", inferencer.init_gen_context())
     assert inferencer.gen_image((47, 63), context, **options).size == (48, 32)
