@@ -112,6 +112,23 @@ def test_images_go_through_a_pipe(tmp_path):
     assert Image.open(tmp_path / "b.webp").format == "WEBP"
 
 
+def test_read_only_file_is_not_replaced(tmp_path, monkeypatch):
+    out = tmp_path / "a.png"
+    out.touch()
+    monkeypatch.setattr("os.access", lambda path, mode: path != out)  # root may write to any file
+    result = run("generate", "a", "-o", out, "--overwrite")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"bagel-rt: error: --output must be a writable file, got {out}. This one is read-only.\n"
+
+
+def test_all_images_are_written_before_a_closed_pipe_ends_the_command(model, tmp_path):
+    command = [sys.executable, "-m", "bagel_rt.cli", "generate", "a", "b", "-o", str(tmp_path / "x.png"), *SMALL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1 and sorted(os.listdir(tmp_path)) == ["x-1.png", "x-2.png"]
+
+
 # Formats
 
 
