@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import wraps
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -51,23 +52,33 @@ class _Parameter:
     @property
     def converted(self) -> bool:
         """Whether typer passes its value as text."""
-        return self.kind in _METAVARS or get_origin(self.kind) is Literal
+        return self.kind in (*_METAVARS, Path, list[Path]) or get_origin(self.kind) is Literal
 
-    def convert(self, text: str | tuple[str, ...] | None) -> object:
+    def convert(self, text: str | tuple[str, ...] | list[str] | None) -> object:
         """Convert the text of a value and check it; ValueError if it is not allowed."""
         if text is None:
             return None
         value: object
-        if isinstance(text, tuple):
+        if isinstance(text, list):
+            value = [_convert_path(self.flag, entry) for entry in text]
+        elif self.kind is Path:
+            value = _convert_path(self.flag, str(text))
+        elif isinstance(text, tuple):
             value = tuple(_convert_number(self.flag, entry, float) for entry in text)
         elif get_origin(self.kind) is Literal:
             check(self.flag, text, one_of(get_args(self.kind)))
             value = text
         else:
-            value = _convert_number(self.flag, text, self.kind)
+            value = _convert_number(self.flag, str(text), self.kind)
         if self.spec is not None:
             check(self.flag, value, self.spec)
         return value
+
+
+def _convert_path(flag: str, text: str) -> Path:
+    if not text:  # Path("") is the current folder
+        raise invalid(flag, text, "a path")
+    return Path(text)
 
 
 def _convert_number(flag: str, text: str, kind: type) -> int | float:
@@ -156,10 +167,10 @@ def _for_typer(parameter: inspect.Parameter, described: _Parameter) -> inspect.P
         return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
     annotation = parameter.annotation
     (info,) = (copy(item) for item in annotation.__metadata__ if isinstance(item, ParameterInfo))
-    kind: Any = tuple[str, str] if get_origin(described.kind) is tuple else str
+    kind: Any = {tuple: tuple[str, str], list: list[str]}.get(get_origin(described.kind), str)
     if get_origin(described.kind) is Literal:
         info.metavar = "|".join(get_args(described.kind))
-    elif info.metavar is None:
+    elif described.kind in _METAVARS and info.metavar is None:
         info.metavar = _METAVARS[described.kind]
     default = parameter.default
     if default is None:

@@ -34,6 +34,9 @@ USAGE_ERRORS = {
         ("edit", "{photo}", "make", "it", "blue", *OUT),
         "(it blue). Put a prompt of several words in",
     ),
+    "an empty output": (("generate", "x", "-o", ""), "--output must be a path, got ''."),
+    "an empty model": (("chat", "x", "--model", ""), "--model must be a path, got ''."),
+    "an empty image": (("chat", "x", "--image", ""), "--image must be a path, got ''."),
     "an output of an unknown format": (
         ("generate", "x", "-o", "{tmp}/out.tif"),
         "must be a file name that ends in .png",
