@@ -15,6 +15,7 @@ _LAZY_EXPORTS = {  # name: module
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "ImageResult": "request",
+    "NonFiniteError": "errors",
     "Progress": "request",
 }
 __all__ = ["__version__", *_LAZY_EXPORTS]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bagel_rt.errors import NonFiniteError
 from bagel_rt.kernels import sample
 from bagel_rt.runtime.batch import DecodeBatch
 from bagel_rt.runtime.context import Context, DecodedText
@@ -190,6 +191,7 @@ class DecodeLoop:
             noise = buffers.noise.index_select(0, step)[0]
             token = sample(logits, buffers.sampling, buffers.seeds, steps[:: mode.group], noise)
         buffers.written.index_copy_(0, step, token[None])
+        token.clamp_(min=0)  # logits that are not finite give a negative id, which must not index the embedding
         buffers.rows.copy_(mode.embed(token if mode.group == 1 else token.repeat_interleave(mode.group)))
         buffers.counters.add_(1)
 
@@ -228,6 +230,7 @@ def generate_tokens(
 
     Raises:
         ValueError: no contexts, or numbers of rows, start tokens, samplings and noise that do not match.
+        NonFiniteError: the logits of a text that has not ended are not finite.
     """
     rows, groups = len(contexts), len(contexts) // mode.group
     if not rows or rows % mode.group:
@@ -246,6 +249,8 @@ def generate_tokens(
         for index, tokens in enumerate(_tokens(loop, max_length)):
             steps = index + 1
             for group in sorted(running):
+                if tokens[group] < 0:  # NOT_FINITE of the sampler
+                    raise NonFiniteError("the logits")
                 if stop is not None and (tokens[group] == stop or index == max_length - 1):
                     running.discard(group)
                 else:

@@ -163,7 +163,9 @@ def error_response_for(error: Exception) -> JSONResponse:
         message = f"out of memory in this request (error {error.name}). Ask for smaller or fewer images."
         return error_response(503, message, ours, "memory", X_Should_Retry="false")
     if isinstance(error, Failed):
-        return error_response(500, f"the model failed in this request (error {error.name})", ours, "internal")
+        reason = f": {error.reason}" if error.reason else ""
+        message = f"the model failed in this request (error {error.name}){reason}"
+        return error_response(500, message, ours, "not_finite" if error.reason else "internal")
     name = uuid.uuid4().hex[:12]
     log.error("error %s", name, exc_info=error)
     return error_response(500, f"the server failed in this request (error {name})", ours, "internal")

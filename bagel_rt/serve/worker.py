@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from bagel_rt.engine import Engine
+from bagel_rt.errors import NonFiniteError
 from bagel_rt.model_thread import DeadlineExceeded, Job, ModelThread
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import ImageRequest, ImageResult, InterleavedRequest, Progress, Request
@@ -29,10 +30,12 @@ class Failed(Exception):
     Attributes:
         name: identifies the error in the log.
         memory: whether the device was out of memory.
+        reason: what clients may know of the error; empty if it is internal.
     """
 
     name: str
     memory: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def start_worker(
 
 def _log_failure(error: Exception, jobs: Sequence[AsyncJob]) -> Failed:
     """Log the error. Its frames would keep the model's tensors, so the jobs get an exception without them."""
-    failed = Failed(uuid.uuid4().hex[:12], isinstance(error, torch.OutOfMemoryError))
+    reason = str(error) if isinstance(error, NonFiniteError) else ""
+    failed = Failed(uuid.uuid4().hex[:12], isinstance(error, torch.OutOfMemoryError), reason)
     ids = ", ".join(sorted({job.request_id for job in jobs}))
     log.error("error %s in request %s", failed.name, ids, exc_info=error)
     return failed

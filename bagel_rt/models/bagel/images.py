@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
+from bagel_rt.errors import NonFiniteError
+
 if TYPE_CHECKING:  # the functions that need torch import it: the server's decoder processes do not
     import torch
 
@@ -271,7 +273,7 @@ def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
 
     Raises:
         ValueError: wrong shape.
-        FloatingPointError: the tensor contains NaN.
+        NonFiniteError: the tensor contains NaN.
     """
     import torch
 
@@ -279,7 +281,7 @@ def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
         raise ValueError(f"tensor must be [3, H, W], got {list(tensor.shape)}.")
     levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
     if levels.isnan().any():
-        raise FloatingPointError("the decoded image contains NaN. Check the model's weights or the latents.")
+        raise NonFiniteError("an image")
     return Image.fromarray(levels.to(torch.uint8).contiguous().cpu().numpy())
 
 

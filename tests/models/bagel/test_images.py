@@ -14,6 +14,7 @@ from image_files import encoded, pixels, raw_png
 from PIL import Image
 from safetensors.torch import load_file
 
+from bagel_rt.errors import NonFiniteError
 from bagel_rt.models.bagel.images import (
     FORMATS,
     MAX_IMAGE_PIXELS,
@@ -237,5 +238,5 @@ def test_rejects_invalid_arguments(call, message):
 
 
 def test_rejects_nan_pixels():
-    with pytest.raises(FloatingPointError, match="contains NaN"):
+    with pytest.raises(NonFiniteError, match="an image of the model must be finite, got NaN"):
         tensor_to_image(torch.full((3, 2, 2), float("nan")))
