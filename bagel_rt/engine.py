@@ -30,6 +30,8 @@ T = TypeVar("T")
 class Engine:
     """A model, its tokenizer and its KV cache. Runs one request at a time and always frees its slots.
 
+    A call raises RuntimeError while the model runs in another thread.
+
     Attributes:
         graphs: captured steps, and the buffers that outlive a request.
     """
@@ -120,10 +122,11 @@ class Engine:
 
     def release_memory(self) -> None:
         """Drop captured graphs, their buffers, and the KV cache if no context uses it."""
-        self.graphs.clear()
-        self.cache.trim()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        with self._one_thread():
+            self.graphs.clear()
+            self.cache.trim()
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     # The stages
 
@@ -296,21 +299,42 @@ class Engine:
         Raises:
             torch.OutOfMemoryError: replaces the original one, with the expected memory and advice; caches are dropped.
         """
-        try:
-            with torch.inference_mode(), self.cache.track(ranges):
-                yield
-        except BaseException as error:
-            _release(ranges)
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.release_memory()
-            available = None
-            if self.model.device.type == "cuda":
-                available = torch.cuda.get_device_properties(self.model.device).total_memory
-            advice = self.model.explain_memory(
-                self.tokenizer, requests, available, graphs=self.graphs.capture is not None
+        with self._one_thread():
+            try:
+                with torch.inference_mode(), self.cache.track(ranges):
+                    yield
+            except BaseException as error:
+                _release(ranges)
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.release_memory()
+                available = None
+                if self.model.device.type == "cuda":
+                    available = torch.cuda.get_device_properties(self.model.device).total_memory
+                advice = self.model.explain_memory(
+                    self.tokenizer, requests, available, graphs=self.graphs.capture is not None
+                )
+                raise torch.OutOfMemoryError(f"{error}\n{advice}") from error
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Hold the model's lock, so that its buffers are used by one thread at a time.
+
+        It is held while the model computes. A stream that waits for its next piece does not hold it, and the thread
+        that holds it may start another request, as in a progress callback.
+
+        Raises:
+            RuntimeError: another thread holds it. Waiting instead would hide that a model serves one call at a time.
+        """
+        if not self.model.lock.acquire(blocking=False):
+            raise RuntimeError(
+                "a model must be used by one thread at a time, got a call while it runs in another thread. Load one "
+                "Bagel per thread, hold a lock around every call, or send requests to the server (bagel-rt serve)."
             )
-            raise torch.OutOfMemoryError(f"{error}\n{advice}") from error
+        try:
+            yield
+        finally:
+            self.model.lock.release()
 
 
 def _grouped(

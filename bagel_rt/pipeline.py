@@ -27,7 +27,7 @@ from bagel_rt.models.bagel.settings import (
     settings_per_prompt,
 )
 from bagel_rt.models.bagel.tokenizer import Tokenizer
-from bagel_rt.models.bagel.workload import DTYPES
+from bagel_rt.models.bagel.workload import resolve_dtype
 from bagel_rt.request import (
     ImageRequest,
     ImageResult,
@@ -36,17 +36,18 @@ from bagel_rt.request import (
     Noise,
     ProgressCallback,
     Request,
+    as_size,
     check_list,
+    check_prompt,
     check_text,
-    is_size,
     open_images,
     resolve_seeds,
 )
-from bagel_rt.validation import BOOLEAN, check, integer, invalid, one_of, per_prompt
+from bagel_rt.validation import BOOLEAN, check, integer, invalid, per_prompt
 
 
 class Bagel:
-    """A loaded model. Runs one request at a time and is not thread-safe.
+    """A loaded model. Runs one request at a time; a call raises RuntimeError while a request runs in another thread.
 
     Attributes:
         engine: runs requests after they are checked.
@@ -63,7 +64,7 @@ class Bagel:
         cls,
         folder: str | Path | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str | None = None,
         graphs: bool = True,
         progress: bool = False,
@@ -76,7 +77,8 @@ class Bagel:
                 tokenizer files. Default: the small model embedded in the package.
             device: "cpu", "cuda" or "cuda:N"; default "cuda" if available, else "cpu". A GPU becomes torch's current
                 device.
-            dtype: float32, bfloat16 or float16; default bfloat16 on CUDA, float32 on the CPU.
+            dtype: float32, bfloat16 or float16, as a ``torch.dtype`` or by name ("bfloat16", "bf16"); default bfloat16
+                on CUDA, float32 on the CPU.
             backend: "auto" runs Triton kernels on CUDA and the PyTorch reference of every op elsewhere; "reference"
                 runs the PyTorch references everywhere; "triton" requires the kernels. It applies to the whole process.
                 Default: the environment variable BAGEL_RT_BACKEND, else "auto".
@@ -95,8 +97,9 @@ class Bagel:
         if not folder.is_dir():
             raise FileNotFoundError(describe_missing_folder(folder))
         device = _resolve_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        check("dtype", dtype, one_of(DTYPES))
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = resolve_dtype(dtype)
         check_backend(device, backend)
         choose_backend(backend)
         if device.index is not None and device.type == "cuda":
@@ -135,8 +138,9 @@ class Bagel:
 
         Args:
             prompt: description of the image. A list is generated as one batch and returns a list.
-            size: (height, width) in pixels, multiples of the latent stride, 16 for BAGEL-7B-MoT. Default: the default
-                resolution of the model, a square of 1024 pixels per side for BAGEL-7B-MoT.
+            size: (height, width) in pixels, height first, unlike in texts such as "1024x768". Both are multiples of the
+                latent stride, 16 for BAGEL-7B-MoT. Default: the default resolution of the model, a square of 1024
+                pixels per side for BAGEL-7B-MoT.
             seed: for the noise and for sampled thoughts. One seed for a batch gives prompt i the seed ``seed + i``.
                 Default: random, returned in the result.
             negative_prompt: used for the branch without text of classifier-free guidance. Default: no text.
@@ -152,6 +156,7 @@ class Bagel:
         if not isinstance(prompt, (str, list, tuple)):
             raise invalid("prompt", prompt, f"a str or a list of 1 to {MAX_BATCH} str")
         batch = [prompt] if isinstance(prompt, str) else check_list("prompt", prompt, str, MAX_BATCH)
+        batch = [check_prompt("prompt", text, "Describe the image") for text in batch]
         count, single = len(batch), isinstance(prompt, str)
         if single:
             settings = [resolve_settings("generate", hyperparameters)]
@@ -164,7 +169,7 @@ class Bagel:
 
         arguments = (
             batch,
-            expand("size", size, size is None or is_size(size)),
+            expand("size", size, size is None or as_size(size) is not None),
             resolve_seeds(seed, count),
             settings,
             expand("noise", noise, noise is None),
@@ -204,7 +209,10 @@ class Bagel:
         Other arguments: see :meth:`generate`; the defaults are the official ones of editing.
         """
         settings = resolve_settings("edit", hyperparameters)
-        inputs: list[str | Image.Image] = [*open_images(images, minimum=1), check_text("prompt", prompt)]
+        inputs: list[str | Image.Image] = [
+            *open_images(images, minimum=1),
+            check_prompt("prompt", prompt, "Describe the change"),
+        ]
         system = _system_prompt(THINK_BEFORE_IMAGE, think)
         seed = resolve_seeds(seed, 1)[0]
         request = self._image_request(inputs, None, seed, settings, noise, system, negative_prompt)
@@ -237,7 +245,7 @@ class Bagel:
             **hyperparameters: fields of :class:`TextSettings`.
         """
         settings = resolve_settings("chat", hyperparameters)
-        inputs: list[str | Image.Image] = [*open_images(images), check_text("prompt", prompt)]
+        inputs: list[str | Image.Image] = [*open_images(images), check_prompt("prompt", prompt, "Ask a question")]
         system = _system_prompt(THINK_BEFORE_ANSWER, think)
         request = Request(inputs=inputs, seed=resolve_seeds(seed, 1)[0], text=settings.text, system=system)
         self.check_request(request)
@@ -271,9 +279,12 @@ class Bagel:
         Other arguments: see :meth:`generate`.
         """
         settings = resolve_settings("interleave", hyperparameters)
-        check("max_rounds", max_rounds, integer(1, MAX_ROUNDS))
+        max_rounds = check("max_rounds", max_rounds, integer(1, MAX_ROUNDS))
         sources = check_list("inputs", inputs, (str, Image.Image, np.ndarray, Path, bytes), MAX_INPUTS)
         parts = [part if isinstance(part, str) else open_image(part) for part in sources]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            check_prompt("inputs", "".join(texts), "Add a text or an image")
         system = _system_prompt(THINK_INTERLEAVED, think)
         request = InterleavedRequest(
             inputs=parts,
@@ -333,7 +344,7 @@ class Bagel:
             check_noise(config, request.noise, request.inputs, request.size, exact=rounds is None)
 
     def check_size(self, size: object) -> tuple[int, int]:
-        """Check the (height, width) of an image to generate; None is the default resolution of the model.
+        """The (height, width) of an image to generate, checked; None is the default resolution of the model.
 
         Raises:
             ValueError: not a pair of integers, or not a size that the model can generate.
@@ -341,11 +352,11 @@ class Bagel:
         config = self.model.config
         if size is None:
             return (config.default_resolution, config.default_resolution)
-        if not is_size(size):
-            raise invalid("size", size, "(height, width)")
-        height, width = size
-        config.check_size(height, width)
-        return height, width
+        sides = as_size(size)
+        if sides is None:
+            raise invalid("size", size, "a pair of integers (height, width) in pixels")
+        config.check_size(*sides)
+        return sides
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

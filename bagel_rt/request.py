@@ -1,10 +1,11 @@
 """Requests, results and progress reports, and the checks of a request's arguments."""
 
 import secrets
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
@@ -12,9 +13,10 @@ from PIL import Image
 
 from bagel_rt.models.bagel.images import open_image
 from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_INPUTS, ImageSettings, TextSettings, check_seed
-from bagel_rt.validation import check, integer, invalid, per_prompt
+from bagel_rt.validation import as_integer, check, integer, invalid, per_prompt
 
 ImageSource = Image.Image | NDArray[Any] | str | Path | bytes
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols without a glyph: Hangul fillers, blank Braille
 Noise = Sequence[torch.Tensor] | torch.Tensor | None
 
 
@@ -138,21 +140,26 @@ class InterleavedRequest(ImageRequest):
         return True
 
 
-def is_size(size: object) -> TypeGuard[Sequence[int]]:
-    """Whether a value is a pair of integers."""
-    return isinstance(size, (tuple, list)) and len(size) == 2 and all(type(side) is int for side in size)
+def as_size(size: object) -> tuple[int, int] | None:
+    """A pair of integers as a tuple of int; None for other values."""
+    if not isinstance(size, (tuple, list)) and getattr(size, "ndim", None) != 1:
+        return None
+    sides = [as_integer(side) for side in cast(Iterable[object], size)]
+    if len(sides) != 2 or sides[0] is None or sides[1] is None:
+        return None
+    return sides[0], sides[1]
 
 
 def resolve_seeds(seed: Any, count: int) -> list[int]:
     """One seed per prompt: a list is used as it is, a single seed (or a random one) starts consecutive seeds."""
+    if getattr(seed, "ndim", None) == 1:  # an array of seeds
+        seed = list(seed)
     if isinstance(seed, (list, tuple)):
-        seeds = per_prompt("seed", seed, count)
+        seeds = [check_seed(value) for value in per_prompt("seed", seed, count)]
     else:
-        check_seed(seed)
-        first = secrets.randbelow(2**32) if seed is None else seed
-        seeds = [first + index for index in range(count)]
-    for value in seeds:
-        check_seed(value)
+        value = check_seed(seed)
+        first = secrets.randbelow(2**32) if value is None else value
+        seeds = [check_seed(first + index) for index in range(count)]
     return [secrets.randbelow(2**32) if value is None else value for value in seeds]
 
 
@@ -163,6 +170,24 @@ def check_text(name: str, text: object) -> str:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{name} must have at most {MAX_CHARACTERS} characters, got {len(text)}. Shorten it.")
     return text
+
+
+def check_prompt(name: str, text: object, remedy: str) -> str:
+    """Return the text of :func:`check_text`; ValueError if it has no visible character."""
+    prompt = check_text(name, text)
+    if not is_visible(prompt):
+        raise invalid(name, prompt, "a text with at least one visible character", remedy)
+    return prompt
+
+
+def is_visible(text: str) -> bool:
+    """Whether a text has a character besides spaces, control and format characters, and combining marks."""
+    return any(
+        unicodedata.category(character)[0] not in "ZM"
+        and unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        and character not in _BLANKS
+        for character in text
+    )
 
 
 def check_list(name: str, values: object, types: type | tuple[type, ...], maximum: int) -> list[Any]:

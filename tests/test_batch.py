@@ -5,7 +5,7 @@ import pytest
 from bagel_rt.engine import Engine
 
 FAST = {"num_timesteps": 5}
-PROMPTS = ["a small red boat", "", "draw a green bicycle, morning light; 3 birds", "x"]
+PROMPTS = ["a small red boat", "?", "draw a green bicycle, morning light; 3 birds", "x"]
 SIZES = [(64, 96), (16, 16), (96, 48), (32, 128)]
 
 

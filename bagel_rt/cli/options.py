@@ -52,7 +52,7 @@ Device = Annotated[
         metavar="NAME", show_default="cuda if there is one", help="cpu, cuda or cuda:N.", rich_help_panel="Model"
     ),
 ]
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeName = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 DType = Annotated[
     DTypeName | None,
     typer.Option(
@@ -219,6 +219,6 @@ def read_device(name: str | None) -> "torch.device | None":
 
 def read_dtype(name: str | None) -> "torch.dtype | None":
     """The torch dtype; None for the default."""
-    import torch
+    from bagel_rt.models.bagel.workload import resolve_dtype
 
-    return getattr(torch, name) if name else None
+    return resolve_dtype(name) if name else None

@@ -2,39 +2,25 @@
 autocast."""
 
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 
 from bagel_rt.models.bagel.model import BagelModel
-
-Lock = AbstractContextManager[bool]
-_LOCKS: WeakKeyDictionary[BagelModel, Lock] = WeakKeyDictionary()  # models that share weights share a lock
-
-
-def model_lock(model: BagelModel) -> Lock:
-    """The reentrant lock that a thread holds while the model computes."""
-    return _LOCKS.setdefault(model, threading.RLock())
-
-
-def share_lock(model: BagelModel, other: BagelModel) -> None:
-    """Make ``model`` use the lock of ``other``, whose weights it shares."""
-    _LOCKS[model] = model_lock(other)
 
 
 @contextmanager
 def exclusive(model: BagelModel) -> Iterator[None]:
     """Hold the model's lock and disable autocast. On CUDA, also make the model's GPU the thread's current one.
 
-    Kernels launch on the current GPU.
+    Kernels launch on the current GPU. A second thread waits for the lock, as official code expects; the engine alone
+    would raise an error.
     """
     device = model.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with model_lock(model), on_device, torch.autocast(device.type, enabled=False):
+    with model.lock, on_device, torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from bagel_rt.checkpoint.read import WeightSlot
 from bagel_rt.compat.convert import VISUAL_GEN_MODULES, has_visual_gen
-from bagel_rt.compat.exclusive import share_lock
 from bagel_rt.models.bagel.autoencoder import AutoEncoder
 from bagel_rt.models.bagel.config import BagelConfig, VAEConfig
 from bagel_rt.models.bagel.model import BagelModel
@@ -69,7 +68,7 @@ def build_shared_model(
         weights = existing.weights
     model = BagelModel(config, weights, autoencoder, markers)
     if existing is not None:
-        share_lock(model, existing)
+        model.lock = existing.lock
     _MODELS.setdefault(official, WeakSet()).add(model)
     return model
 

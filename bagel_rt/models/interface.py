@@ -3,6 +3,7 @@
 ``docs/add-a-model.md`` shows how both are used.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -62,9 +63,11 @@ class ImageTextModel(Model, Protocol):
 
     Attributes:
         image_request: the text by which an interleaved answer requests an image.
+        lock: a reentrant lock, held by the thread in which the model computes.
     """
 
     image_request: str
+    lock: threading.RLock
 
     @property
     def text(self) -> TokenMode:

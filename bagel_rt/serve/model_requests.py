@@ -10,7 +10,7 @@ from bagel_rt.models.bagel.contexts import count_tokens
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.models.bagel.settings import MAX_ROUNDS, ImageTask, ImageTaskName, TextSettings, resolve_settings
 from bagel_rt.pipeline import Bagel
-from bagel_rt.request import ImageRequest, InterleavedRequest, Request
+from bagel_rt.request import ImageRequest, InterleavedRequest, Request, check_prompt
 from bagel_rt.serve.errors import FieldError, check_field, errors_of, invalid_field
 from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.schema import ChatFields, ImageFields
@@ -29,7 +29,8 @@ def image_requests(bagel: Bagel, limits: Limits, body: ImageFields, images: list
     settings = _resolve("edit" if images else "generate", body, limits)
     seeds = _read_seeds(body.seed, body.n, limits)
     system = THINK_BEFORE_IMAGE if body.think else None
-    _check_text("prompt", body.prompt)
+    with errors_of("prompt"):
+        check_prompt("prompt", body.prompt, "Describe the change" if images else "Describe the image")
     size = _read_size(bagel, limits, body.size, images)
     requests = [
         ImageRequest(
@@ -61,7 +62,8 @@ def chat_requests(bagel: Bagel, limits: Limits, body: ChatFields, parts: list[st
     thinks = body.draws if body.think is None else body.think
     system = (THINK_INTERLEAVED if body.draws else THINK_BEFORE_ANSWER) if thinks else None
     if not images:
-        _check_text("messages", "".join(part for part in parts if isinstance(part, str)))
+        with errors_of("messages"):
+            check_prompt("messages", "".join(part for part in parts if isinstance(part, str)), "Ask a question")
     requests: list[Request] = []
     if body.draws:
         settings = _resolve("interleave", body, limits)
@@ -105,11 +107,6 @@ def _check_request(param: str, bagel: Bagel, limits: Limits, request: Request) -
         raise FieldError(param, text, "context_length_exceeded")
     with errors_of(param):
         bagel.check_request(request)
-
-
-def _check_text(param: str, text: str) -> None:
-    if not text.strip():
-        raise invalid_field(param, text, "a text that is not empty")
 
 
 def _check_marks(param: str, text: str) -> None:

@@ -23,7 +23,6 @@ from torch import nn
 
 from bagel_rt.compat import accelerate
 from bagel_rt.compat.arguments import extract_answer
-from bagel_rt.compat.exclusive import model_lock
 from bagel_rt.models.bagel.embed import position_ids
 
 
@@ -248,7 +247,7 @@ def test_threads_run_one_at_a_time(accelerated, official):
         answers[index] = [answer(prompts[index]) for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    with model_lock(model):
+    with model.lock:
         for thread in threads:
             thread.start()
         threads[0].join(0.3)

@@ -17,7 +17,6 @@ from PIL import Image
 
 from bagel_rt.compat import accelerate
 from bagel_rt.compat.convert import convert_config
-from bagel_rt.compat.exclusive import model_lock
 from bagel_rt.compat.weight_sharing import build_shared_autoencoder, build_shared_model, warn_about_float32
 
 
@@ -60,16 +59,14 @@ def test_models_of_one_module_share_weights_and_lock(official):
     assert pointers(second.bagel.model) == expected
     acceleration = accelerate(official.model, official.vae_model)
     assert pointers(acceleration.entry_points.model) == expected
-    assert (
-        model_lock(first.bagel.model) is model_lock(second.bagel.model) is model_lock(acceleration.entry_points.model)
-    )
+    assert first.bagel.model.lock is second.bagel.model.lock is acceleration.entry_points.model.lock
     assert max_difference(generate(first), generate(second)) == 0
     del first, acceleration
     assert pointers(make_inferencer(official).bagel.model) == expected  # still those of the second
     official.model.double()
     moved = make_inferencer(official).bagel.model
     assert moved.dtype == torch.float64 and moved.weights.embed_tokens.data_ptr() not in expected
-    assert model_lock(moved) is not model_lock(second.bagel.model)
+    assert moved.lock is not second.bagel.model.lock
 
 
 def test_autoencoder_on_another_device_or_dtype_is_copied_once(official):

@@ -1,6 +1,7 @@
 """BAGEL on one device: weights, transformer, vision tower and autoencoder behind the interface of a model."""
 
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class BagelModel:
         transformer: the decoder stack over packed rows.
         rope: the rotary tables.
         markers: token ids of the start and end of an image; None until they are known.
+        lock: held by the thread in which the model computes; models that share weights may share it.
     """
 
     image_request = IMAGE_REQUEST
@@ -71,6 +73,7 @@ class BagelModel:
         self.transformer = Transformer(config.llm, weights.layers, weights.norm)
         self._vae = vae
         self.markers = markers
+        self.lock = threading.RLock()
         self.device = weights.embed_tokens.device
         self.dtype = weights.embed_tokens.dtype
         self.rope = Rope(config.llm.head_dim, config.llm.rope_theta, config.llm.max_position_embeddings, self.device)

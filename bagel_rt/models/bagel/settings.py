@@ -18,12 +18,13 @@ MAX_ROUNDS = 16  # images of one interleaved answer
 MAX_CHARACTERS = 1 << 20  # of one text
 
 RenormType = Literal["global", "channel", "text_channel"]
+_SEED = integer(0, 2**63 - 1, "Leave it out for a random one")
 
 
-def check_seed(seed: object) -> None:
-    """Raise ValueError unless it is None or an integer in [0, 2**63)."""
-    if seed is not None:
-        check("seed", seed, integer(0, 2**63 - 1, "Leave it out for a random one"))
+def check_seed(seed: object) -> int | None:
+    """The seed as an int, or None; ValueError unless it is None or an integer in [0, 2**63)."""
+    value: int | None = seed if seed is None else check("seed", seed, _SEED)
+    return value
 
 
 def _hyperparameter(

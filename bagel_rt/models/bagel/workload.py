@@ -13,7 +13,19 @@ from bagel_rt.models.bagel.settings import CHAT, EDIT, GENERATE, MAX_BATCH, MAX_
 from bagel_rt.runtime.context import MAX_ROWS
 from bagel_rt.validation import check, integer, one_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+"""Dtypes of a model by name."""
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype of this name, as in :data:`DTYPES` or with the prefix ``torch.``. ValueError if it is not supported."""
+    resolved = DTYPES.get(str(dtype).removeprefix("torch."))
+    if resolved is None:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16 (fp32, bf16 or fp16), got {dtype}.")
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Workload:
         cls,
         config: BagelConfig,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         task: str = "generate",
         size: tuple[int, int] | None = None,
         images: Sequence[tuple[int, int]] | None = None,
@@ -72,7 +84,7 @@ class Workload:
             max_think_token_n = CHAT.text.max_think_token_n if task == "chat" else 0
         return cls(
             config,
-            dtype,
+            resolve_dtype(dtype),
             task,
             (height, width),
             tuple((height, width) for height, width in images),
@@ -84,7 +96,6 @@ class Workload:
         )
 
     def __post_init__(self) -> None:
-        check("dtype", self.dtype, one_of(DTYPES))
         check("task", self.task, one_of(("generate", "edit", "chat")))
         check("batch", self.batch, integer(1, MAX_BATCH))
         limit = self.config.llm.max_position_embeddings
