@@ -86,7 +86,10 @@ USAGE_ERRORS = {
     "a width past the position table": ((*DRAW, "--width", "272"), "from 16 to 256, got 272x"),
     "an unknown device": (("chat", "x", "--device", "tpu"), "must be cpu, cuda or cuda:N, got 'tpu'."),
     "an unavailable device": (("chat", "x", "--device", "cuda:99"), "cuda:99 is not available: PyTorch finds"),
-    "an unknown dtype": (("chat", "x", "--dtype", "int8"), "--dtype must be float32, bfloat16 or float16, got 'int8'."),
+    "an unknown dtype": (
+        ("chat", "x", "--dtype", "int8"),
+        "--dtype must be float32, bfloat16, float16, fp32, bf16 or fp16, got 'int8'.",
+    ),
     "an image that is missing": (("edit", "{tmp}/no.png", "x", *OUT), "no.png: no such file"),
     "prompt and image exchanged": (("edit", "make it night", "{photo}", *OUT), "make it night: no such file"),
     "an image that is a text": (("chat", "x", "--image", "{tmp}/note.txt"), "note.txt: not an image"),

@@ -130,7 +130,7 @@ UNSUPPORTED = {  # path of the error -> (route, fields, code, part of the messag
     "seed": (DRAW, {"seed": 1.5}, "invalid_type", "must be an integer, got 1.5"),
     "cfg_interval": (DRAW, {"cfg_interval": [1, 0]}, "invalid_value", "0 <= low <= high <= 1"),
     "guidance_scale": (DRAW, {"guidance_scale": 7}, "unsupported_parameter", "Set cfg_text_scale"),
-    "prompt": (DRAW, {"prompt": " \n"}, "invalid_value", "a text that is not empty"),
+    "prompt": (DRAW, {"prompt": " \n"}, "invalid_value", "at least one visible character"),
     "think": (DRAW, {"think": "yes"}, "invalid_type", "true or false, got 'yes'"),
     "do_sample": (DRAW, {"do_sample": True}, "invalid_value", "Set think to true"),
 }  # fmt: skip
@@ -147,7 +147,7 @@ def test_unsupported_values_are_refused_with_code_and_param(http, param):
 
 
 MESSAGES = {  # path of the error -> (messages, part of the message)
-    "messages": ([{"role": "user", "content": " "}], "a text that is not empty"),
+    "messages": ([{"role": "user", "content": " "}], "at least one visible character"),
     "messages[0].role": ([{"role": "tool", "content": "x"}], "'developer', 'user' or 'assistant', got 'tool'"),
     "messages[0].content": ([{"role": "user", "content": 5}], "a string or a list of parts, got int"),
     "messages[0].content[0].type": ([{"role": "user", "content": [{"type": "file"}]}], "must be 'text' or 'image_url'"),
