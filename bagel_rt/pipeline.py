@@ -126,7 +126,7 @@ class Bagel:
         *,
         size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         seed: int | Sequence[int] | None = None,
-        negative_prompt: str | None | Sequence[str | None] = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         think: bool | Sequence[bool] = False,
         noise: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
         progress: ProgressCallback | None = None,

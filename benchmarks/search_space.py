@@ -46,7 +46,7 @@ def _grid(**choices) -> Iterator[dict]:
 def _linear(shape_class: str, has_tma: bool) -> Iterator[dict]:
     plain = dict(HALVES=False, FLATTEN=False, DESCRIPTORS="none", TMA_STORE=False, WARP_SPECIALIZE=False)
     host = dict(DESCRIPTORS="host", TMA_STORE=True, WARP_SPECIALIZE=False)
-    size = shape_class.split()[0]
+    size = shape_class.split(maxsplit=1)[0]
     if size in ("float32", "unaligned"):
         for height, width in ((64, 64), (32, 64), (32, 32), (128, 64)):
             yield from _linear_grid(

@@ -104,8 +104,10 @@ class Report:
             lines.append(f"{kind:12}{self.answered[kind]:>8}{statistics.median(seconds):>10.3f}{p95:>10.3f}")
         count = sum(self.answered.values())
         lines += [
-            f"{count} responses in {self.total:.1f} s, {count / max(self.total, 1e-9):.1f} per second; "
-            f"{self.left} clients disconnected, {self.refused} invalid requests refused, {self.busy} x 429",
+            (
+                f"{count} responses in {self.total:.1f} s, {count / max(self.total, 1e-9):.1f} per second; "
+                f"{self.left} clients disconnected, {self.refused} invalid requests refused, {self.busy} x 429"
+            ),
             f"{self.memory[0]:,} bytes resident after the first half, {self.memory[1]:,} after the second",
             f"{self.at_the_end} of {RUNNING_AT_SHUTDOWN} requests running at shutdown got their response",
         ]

@@ -194,10 +194,14 @@ class SoakReport:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(self.requests.items()))
         lines = [
             f"{sum(self.requests.values())} requests in {self.seconds:.0f} s: {counts}; {self.captures} captures",
-            f"{self.compared} compared with a new runtime without graphs: {self.equal} equal, "
-            f"largest error {self.worst:.1e}",
-            f"{self.taken} slots in use at the end; {self.memory[0]:,} bytes allocated after the warm-up, "
-            f"{self.memory[1]:,} at the end",
+            (
+                f"{self.compared} compared with a new runtime without graphs: {self.equal} equal, "
+                f"largest error {self.worst:.1e}"
+            ),
+            (
+                f"{self.taken} slots in use at the end; {self.memory[0]:,} bytes allocated after the warm-up, "
+                f"{self.memory[1]:,} at the end"
+            ),
         ]
         return "\n".join([*lines, *(f"FAILED: {line}" for line in self.wrong), "failed" if self.wrong else "passed"])
 
@@ -217,23 +221,12 @@ def soak(
     report, begun, sampler = SoakReport(), time.monotonic(), RequestSampler(bagel, seed)
     known = SoakRequest("generate", (PROMPTS[0],), {"seed": 1, "size": (4 * sampler.stride,) * 2, "num_timesteps": 4})
     answer = SoakRequest("chat", (PROMPTS[2],), {"max_think_token_n": 8})
-    for request in RequestSampler(bagel, seed + 1).one_of_each():
-        try:
-            request.run(bagel)
-        except Exception as error:
-            report.wrong.append(f"warm-up, {request.method}: {type(error).__name__}: {error}")
+    _warm_up(bagel, RequestSampler(bagel, seed + 1).one_of_each(), report)
     references = [(request, request.run(bagel)) for request in (known, answer)]
     before = allocated(bagel)
 
     def verify(after: str) -> None:
-        for request, expected in references:
-            try:
-                same, error = _compare(request.run(bagel), expected)
-            except Exception as error:
-                report.wrong.append(f"{request.method} after {after}: {type(error).__name__}: {error}")
-                continue
-            if not (same or error <= TOLERANCE[bagel.model.dtype]):
-                report.wrong.append(f"{request.method} after {after} differs from its earlier result by {error:.1e}")
+        _verify(bagel, references, after, report)
 
     def run(number: int, request: SoakRequest):
         """Run a random request; returns its result, or None if it was cancelled or failed."""
@@ -265,6 +258,35 @@ def soak(
             log(f"{number + 1} of {requests}, {len(report.wrong)} failures")
     verify("all requests")
 
+    _compare_with_new_runtime(bagel, sample, report)
+    del sample
+    _check_final_state(bagel, before, report)
+    report.seconds = time.monotonic() - begun
+    return report
+
+
+def _warm_up(bagel: Bagel, requests, report: SoakReport) -> None:
+    for request in requests:
+        try:
+            request.run(bagel)
+        except Exception as error:
+            report.wrong.append(f"warm-up, {request.method}: {type(error).__name__}: {error}")
+
+
+def _verify(bagel: Bagel, references, after: str, report: SoakReport) -> None:
+    """Repeat the requests of ``references`` and compare with their earlier results."""
+    for request, expected in references:
+        try:
+            same, error = _compare(request.run(bagel), expected)
+        except Exception as error:
+            report.wrong.append(f"{request.method} after {after}: {type(error).__name__}: {error}")
+            continue
+        if not (same or error <= TOLERANCE[bagel.model.dtype]):
+            report.wrong.append(f"{request.method} after {after} differs from its earlier result by {error:.1e}")
+
+
+def _compare_with_new_runtime(bagel: Bagel, sample, report: SoakReport) -> None:
+    """Repeat the requests of ``sample`` with a runtime that has no history and no graphs."""
     fresh = Bagel(bagel.model, bagel.tokenizer, graphs=False)
     for request, result in sample:
         same, error = _compare(request.run(fresh), result)
@@ -272,10 +294,6 @@ def soak(
         if not (same or error <= TOLERANCE[bagel.model.dtype]):
             report.wrong.append(f"{request.method} {request.options} differs from a new runtime by {error:.1e}")
     fresh.release_memory()
-    del fresh, sample
-    _check_final_state(bagel, before, report)
-    report.seconds = time.monotonic() - begun
-    return report
 
 
 def _check_final_state(bagel: Bagel, before: int, report: SoakReport) -> None:

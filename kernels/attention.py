@@ -301,7 +301,7 @@ def attention(
     Raises:
         ValueError: a shape or dtype does not match, or the scale is not positive. The message names the argument.
     """
-    T, Hq, D = q.shape
+    T, _, D = q.shape
     check_heads("attention", q, k_cache, v_cache)
     if limits.shape != (T,) or limits.dtype != torch.int32:
         raise mismatch("attention", "limits", limits, (T,), torch.int32)

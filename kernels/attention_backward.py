@@ -202,7 +202,7 @@ def _dk_dv_kernel(
     dv = tl.zeros([BLOCK_N, D_BLOCK], WIDE)
     full, seen = tl.load(counts_ptr + 2 * tile), tl.load(counts_ptr + 2 * tile + 1)
     order = order_ptr + tile.to(tl.int64) * blocks
-    for i in range(0, full):
+    for i in range(full):
         dk, dv = _visit(dk, dv, k, v, slot, tl.load(order + i), kv_head, q_ptr, grad_ptr, lse_ptr, delta_ptr,
                         limits_ptr, blocks_ptr, T, q_row, grad_row, q_head, grad_head, SCALE_LOG2, GROUP, D, D_BLOCK,
                         BLOCK_M, BLOCK_N, False)  # fmt: skip

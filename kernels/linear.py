@@ -304,11 +304,7 @@ def linear(
         if w.shape != (N, K) or w.dtype != dtype:
             raise mismatch("linear", name, w, (N, K), dtype)
     if bias_first is not None or bias_rest is not None:
-        for name, bias in (("bias_first", bias_first), ("bias_rest", bias_rest)):
-            if bias is None:
-                raise ValueError(f"linear: {name} must be given together with the other bias, got None.")
-            if bias.shape != (N,) or bias.dtype != dtype:
-                raise mismatch("linear", name, bias, (N,), dtype)
+        _check_biases(bias_first, bias_rest, N, dtype)
     if residual is not None:
         if bias_first is not None or swiglu:
             raise ValueError(
@@ -321,6 +317,14 @@ def linear(
     if swiglu and wants_gradient(x, w_first, w_rest, bias_first, bias_rest):
         return _differentiable_swiglu(x, w_first, w_rest, bias_first, bias_rest, G)
     return _linear(x, w_first, w_rest, bias_first, bias_rest, residual, G, swiglu)
+
+
+def _check_biases(bias_first: Tensor | None, bias_rest: Tensor | None, N: int, dtype: torch.dtype) -> None:
+    for name, bias in (("bias_first", bias_first), ("bias_rest", bias_rest)):
+        if bias is None:
+            raise ValueError(f"linear: {name} must be given together with the other bias, got None.")
+        if bias.shape != (N,) or bias.dtype != dtype:
+            raise mismatch("linear", name, bias, (N,), dtype)
 
 
 def _differentiable_swiglu(

@@ -238,17 +238,9 @@ def qk_norm_rope(
     heads = width // D - Hkv
     if heads <= Hkv or width % D:
         raise ValueError(f"qk_norm_rope: qkv must have (Hq + 2*{Hkv}) * {D} columns with Hq >= 1, got {width}.")
-    layer_norm = norm_first is not None and norm_first.dim() == 3
-    norm_shape = (2, heads, D) if layer_norm else (heads, D)
-    for name, tensor, shape in (
-        ("norm_first", norm_first, norm_shape),
-        ("norm_rest", norm_rest, norm_shape),
-        ("v_cache", v_cache, k_cache.shape),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
-            raise mismatch("qk_norm_rope", name, tensor, shape, dtype)
-    if norm_first is None and norm_rest is not None:
-        raise ValueError("qk_norm_rope: norm_first must be given with norm_rest, got None.")
+    _check_norms(norm_first, norm_rest, heads, D, dtype)
+    if v_cache.shape != k_cache.shape or v_cache.dtype != dtype:
+        raise mismatch("qk_norm_rope", "v_cache", v_cache, k_cache.shape, dtype)
     if k_cache.dtype != dtype:
         raise mismatch("qk_norm_rope", "k_cache", k_cache, k_cache.shape, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -260,3 +252,13 @@ def qk_norm_rope(
     if wants_gradient(qkv, norm_first, norm_rest, k_cache, v_cache):
         return _Differentiable.apply(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)[0]
     return _qk_norm_rope(qkv, norm_first, norm_rest, cos, sin, slots, k_cache, v_cache, G, eps)
+
+
+def _check_norms(norm_first: Tensor | None, norm_rest: Tensor | None, heads: int, D: int, dtype: torch.dtype) -> None:
+    layer_norm = norm_first is not None and norm_first.dim() == 3
+    shape = (2, heads, D) if layer_norm else (heads, D)
+    for name, norm in (("norm_first", norm_first), ("norm_rest", norm_rest)):
+        if norm is not None and (norm.shape != shape or norm.dtype != dtype):
+            raise mismatch("qk_norm_rope", name, norm, shape, dtype)
+    if norm_first is None and norm_rest is not None:
+        raise ValueError("qk_norm_rope: norm_first must be given with norm_rest, got None.")

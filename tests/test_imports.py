@@ -82,7 +82,7 @@ def violations(sources: dict[str, str]) -> dict[tuple[str, str], str]:
     graph = {name: {target for target, _ in imports_of(name, sources, runs=True)} - {name} for name in sources}
     found = {}
     for name in sources:
-        for target, relative in imports_of(name, sources):
+        for target, relative in imports_of(name, sources, runs=name == PACKAGE):
             if unit_of(name) == unit_of(target) == "kernels" and not relative:
                 found[name, "absolute"] = f"{name} imports {target}, but imports inside kernels/ must be relative"
             elif problem := problem_of_import(name, target, graph):

@@ -95,8 +95,7 @@ def _write_shard(file: BinaryIO, shard: list[_TensorSpec]) -> None:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # align the tensor data to 8 bytes
     file.write(len(raw).to_bytes(8, "little") + raw)
-    for spec in shard:
-        file.write(_tensor_bytes(spec))
+    file.writelines(_tensor_bytes(spec) for spec in shard)
 
 
 def _tensor_bytes(spec: _TensorSpec) -> memoryview:

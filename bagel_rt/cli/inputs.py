@@ -40,7 +40,7 @@ def read_prompt(prompt: str) -> str:
     """
     if prompt != STDIN:
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # a byte of the argument that is not UTF-8
-            raise ValueError(f"a prompt must be text in UTF-8, got {ascii(prompt):.80}. Check the terminal's encoding.")
+            raise ValueError(f"a prompt must be text in UTF-8, got {prompt!a:.80}. Check the terminal's encoding.")
         return prompt
     content = _read_stdin(4 * MAX_CHARACTERS)  # UTF-8 has at most four bytes per character
     try:

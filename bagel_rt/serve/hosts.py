@@ -30,8 +30,9 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._refusal(dict(scope["headers"])) if scope["type"] == "http" else None
         if error is not None:
-            return await error_response_for(error)(scope, receive, send)
-        await self._app(scope, receive, send)
+            await error_response_for(error)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
     def _refusal(self, headers: dict[bytes, bytes]) -> RequestError | None:
         host = headers.get(b"host", b"").decode("latin-1").lower()

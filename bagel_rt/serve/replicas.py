@@ -316,7 +316,8 @@ class ProxyErrors:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray's own routes
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         started = ended = streams = replaced = False
 
         async def watched(message: Message) -> None:

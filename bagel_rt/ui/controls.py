@@ -17,8 +17,10 @@ CONTROL_TEXTS = {  # name -> (title, help text)
     "seed": ("Seed", "−1 selects a random seed each time. The same seed and settings give the same result."),
     "negative_prompt": (
         "Negative prompt",
-        "Guidance moves the image away from what the model generates without a prompt. A negative prompt replaces "
-        "that empty prompt.",
+        (
+            "Guidance moves the image away from what the model generates without a prompt. A negative prompt replaces "
+            "that empty prompt."
+        ),
     ),
     "max_rounds": ("Images", "Maximum number of images in one answer. The model decides how many it generates."),
     "previews": (

@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import httpx  # noqa: E402
-import numpy as np  # noqa: E402
-from conftest import CHECKPOINT  # noqa: E402
+import httpx
+import numpy as np
+from conftest import CHECKPOINT
 
-from benchmarks import serve_load  # noqa: E402
-from benchmarks.serve_load import CHAT, DRAW, KnownRequest, Report, same  # noqa: E402
+from benchmarks import serve_load
+from benchmarks.serve_load import CHAT, DRAW, KnownRequest, Report, same
 
 
 @pytest.mark.slow

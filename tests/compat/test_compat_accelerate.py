@@ -121,7 +121,7 @@ def test_batched_text_equals_single_text(batch, official):
 
 
 def test_batch_of_texts_ends_with_the_first_one(batch, official):
-    contexts, batch, lengths, indexes = batch
+    _, batch, lengths, indexes = batch
     starts = torch.tensor([official.new_token_ids["bos_token_id"]] * 2)
     ids = official.model.generate_text(deepcopy(batch), indexes, lengths, starts, lengths, 8)
     for end in ids[3, 0], ids[3, 1]:  # drawn by the first sample; drawn by the second, which continues

@@ -37,7 +37,7 @@ def check(device, segments, Hq=4, Hkv=2, D=16, dtype=torch.float32, block_q=128,
     limits, blocks = torch.from_numpy(plan.limits).to(device), torch.from_numpy(plan.blocks).to(device)
     inputs[1][~mask.any(0)] = inputs[2][~mask.any(0)] = torch.nan
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    (out, _), found = gradients(
+    _, found = gradients(
         lambda q, k, v: attention(q, k, v, limits, blocks, return_lse=True),
         [x.to(device) for x in inputs], upstream[0].to(device), upstream[1].to(device, wide),
     )  # fmt: skip

@@ -309,7 +309,7 @@ def test_guided_batch_takes_two_launches_and_unguided_one(renorm, device, monkey
 
 
 def test_first_launch_skips_images_without_global_norm(kernels):
-    _, v, image_table, cfg_table, max_rows = batch(64, torch.float32, kernels)
+    _, v, image_table, cfg_table, _ = batch(64, torch.float32, kernels)
     rows, parts = 16, 8
     squares = torch.full((len(BATCH), 2, parts), torch.nan, device=kernels)
     tiles = dict(C=64, ROWS=rows, COLUMNS=64, PARTS=parts)

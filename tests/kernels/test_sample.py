@@ -239,7 +239,7 @@ def check_few(device):
     number = torch.arange(2, device=device)
     for V in (1, 2):
         drawn = sample(torch.zeros(2, V, device=device), each(2, 1.0, 1, 0.5, device), number, number)
-        assert drawn.tolist() == [0, 0] or V == 2 and ((drawn == 0) | (drawn == 1)).all()
+        assert drawn.tolist() == [0, 0] or (V == 2 and ((drawn == 0) | (drawn == 1)).all())
     none = torch.zeros(0, 5, device=device)
     for settings in (None, each(0, 1.0, device=device)):
         assert sample(none, settings, number[:0], number[:0]).shape == (0,)

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import httpx  # noqa: E402
-import openai  # noqa: E402
-from conftest import CHECKPOINT  # noqa: E402
-from serving import (  # noqa: E402
+import httpx
+import openai
+from conftest import CHECKPOINT
+from serving import (
     CHAT,
     DRAW,
     EDIT,
@@ -35,7 +35,7 @@ from serving import (  # noqa: E402
     wait_until,
 )
 
-from bagel_rt.serve import responses, run  # noqa: E402
+from bagel_rt.serve import responses, run
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_silent_stream_sends_keep_alive_comments(threads, monkeypatch):
 
 def test_concurrent_requests_equal_single_ones_with_batch_1(threads):
     seeds = range(8)
-    with running_server(replace(LIMITS, queue=16, batch=1)) as (address, app):
+    with running_server(replace(LIMITS, queue=16, batch=1)) as (address, _):
         server = SimpleNamespace(address=address)
         together = [threads.submit(draw, server, seed=seed) for seed in seeds]
         images = [decode_image(one.result().json()["data"][0]["b64_json"]).tobytes() for one in together]

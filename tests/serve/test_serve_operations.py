@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-import httpx  # noqa: E402
-import openai  # noqa: E402
-from serving import CHAT, DRAW, IMAGE, LIMITS, chat_body, metric, running_server, wait_until  # noqa: E402
+import httpx
+import openai
+from serving import CHAT, DRAW, IMAGE, LIMITS, chat_body, metric, running_server, wait_until
 
-from bagel_rt.serve.middleware import read_keys  # noqa: E402
-from bagel_rt.serve.request_log import JsonFormatter, TextFormatter  # noqa: E402
+from bagel_rt.serve.middleware import read_keys
+from bagel_rt.serve.request_log import JsonFormatter, TextFormatter
 
 
 @pytest.fixture(scope="module")
