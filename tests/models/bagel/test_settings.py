@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from bagel_rt.cli import app
+from bagel_rt.cli.parsing import name_options
 from bagel_rt.models.bagel.settings import HYPERPARAMETERS, TASKS, resolve_settings, settings_per_prompt
 
 
@@ -29,7 +30,9 @@ def test_command_line_shows_the_help_and_defaults_of_the_table(task):
         name: tuple(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in defaults.items()
     }
     assert {name: default if isinstance(default, tuple) else str(default) for name, default in shown.items()} == texts
-    assert all(options[name].help == HYPERPARAMETERS[name].metadata["help"] for name in defaults)
+    flags = {name: "--" + name.replace("_", "-") for name in HYPERPARAMETERS}
+    for name in defaults:  # the command line names options where the table names fields
+        assert options[name].help == name_options(HYPERPARAMETERS[name].metadata["help"], flags)
 
 
 def test_server_accepts_every_image_hyperparameter():
