@@ -321,7 +321,7 @@ class Load:
 
 @contextmanager
 def server(model: Path, queue: int, log: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Start a server on the CPU; yields (process, address) once it listens."""
+    """Start a server on the CPU; yields (process, address) once it is ready."""
     command = [sys.executable, "-m", "bagel_rt.cli", "serve", "--model", str(model), "--device", "cpu", "--port", "0"]
     command += ["--queue", str(queue), "--grace", str(TIMEOUT)]
     environment = {name: value for name, value in os.environ.items() if name != "BAGEL_RT_API_KEY"}
@@ -329,7 +329,10 @@ def server(model: Path, queue: int, log: Path) -> Iterator[tuple[subprocess.Pope
         process = subprocess.Popen(command, stderr=file, stdout=file, env=environment)
     try:
         end = time.monotonic() + TIMEOUT
-        while not (match := re.search(r"running on (http://\S+)", log.read_text(encoding="utf-8"))):
+        while not (
+            (match := re.search(r"running on (http://\S+)", log.read_text(encoding="utf-8")))
+            and httpx.get(f"{match[1]}/health/ready").status_code == 200
+        ):
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
             time.sleep(0.05)

@@ -106,6 +106,14 @@ class ModelOptions(OptionGroup):
         if self.folder.resolve() == DEFAULT_MODEL.resolve() and (hint := prompt_hint(prompts)):
             typer.echo(f"bagel-rt: hint: {hint} For other prompts, use --model with a downloaded checkpoint.", err=True)
 
+    def check(self) -> None:
+        """Raise ValueError for what is found without loading the weights."""
+        from bagel_rt.models.bagel.config import BagelConfig
+
+        read_device(self.device)
+        read_dtype(self.dtype)
+        BagelConfig.from_folder(self.folder)
+
     def load(self, progress: bool = False) -> "Bagel":
         """Load the model and return a :class:`bagel_rt.Bagel`."""
         from bagel_rt.pipeline import Bagel

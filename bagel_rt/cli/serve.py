@@ -93,7 +93,8 @@ def serve(
         return
     if replicas is not None:
         raise ValueError(f"--replicas {replicas} needs --ray: a process has one model.")
-    app = create_app(options.load(), name or options.folder.resolve().name, checked, keys, hosts,
+    options.check()
+    app = create_app(options.load, name or options.folder.resolve().name, checked, keys, hosts,
                      allowed_hosts, origins)  # fmt: skip
     warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
     make_server(app, host, port, json_logs=log_json, tls_cert=tls_cert, tls_key=tls_key).run()

@@ -46,42 +46,72 @@ class Server:
     """One model behind the routes.
 
     Attributes:
-        worker: the model thread; started with the application.
+        bagel: the model, once it is loaded.
+        worker: the model thread; None while the model is being loaded.
+        load_error: the exception of loading the model, if it failed.
+        on_load_error: called in the event loop after that.
         metrics: counters of ``/metrics``.
     """
 
-    worker: ModelThread
+    bagel: Bagel
     _decoders: DecoderPool
     _build: InThread
     _read: InThread
     _write: InThread
 
-    def __init__(self, bagel: Bagel, name: str, limits: Limits, hosts: frozenset[str] = frozenset()):
+    def __init__(
+        self, bagel: Bagel | Callable[[], Bagel], name: str, limits: Limits, hosts: frozenset[str] = frozenset()
+    ):
         """
         Args:
-            bagel: the model.
+            bagel: the model, or a function that loads it.
             name: of the model in responses.
             limits: of requests.
             hosts: hosts that images may be fetched from.
         """
-        self.bagel, self.name, self.limits, self.hosts = bagel, name, limits, hosts
+        self._source, self.name, self.limits, self.hosts = bagel, name, limits, hosts
         self.metrics, self.created = Metrics(), int(time.time())
+        self.worker: ModelThread | None = None
+        self.load_error: BaseException | None = None
+        self.on_load_error: Callable[[], None] = lambda: None
         self._ending: threading.Thread | None = None  # stops the worker
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Run the model thread while the application runs."""
+        """Run the model thread while the application runs. A model that is not loaded yet is loaded meanwhile."""
         self._build, self._read, self._write = (
             partial(_run_limited, anyio.CapacityLimiter(threads)) for threads in (_BUILDERS, _READERS, _WRITERS)
         )
         self._decoders = DecoderPool(_DECODERS, self.limits.body, self.limits.pixels)
         self._ending = None
-        self.worker = start_worker(self.bagel, self.limits.queue, self.limits.batch, self.metrics.observe)
-        self.metrics.watch(self.worker)
+        if isinstance(self._source, Bagel):
+            self._start(self._source)
+        else:
+            # A daemon: a process that is stopped does not wait for a model that it no longer needs.
+            arguments = (self._source, asyncio.get_running_loop())
+            threading.Thread(target=self._load, args=arguments, daemon=True).start()
         try:
             yield
         finally:
             await asyncio.to_thread(self.end().join)
+
+    def _load(self, load: Callable[[], Bagel], loop: asyncio.AbstractEventLoop) -> None:
+        """Load the model. Runs in a thread, so that /health responds meanwhile."""
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            try:
+                bagel = load()
+            except BaseException as error:
+                self.load_error = error
+                loop.call_soon_threadsafe(self.on_load_error)
+            else:
+                loop.call_soon_threadsafe(self._start, bagel)
+
+    def _start(self, bagel: Bagel) -> None:
+        """Accept requests for a model."""
+        if self._ending is None:
+            self.bagel = bagel
+            self.worker = start_worker(bagel, self.limits.queue, self.limits.batch, self.metrics.observe)
+            self.metrics.watch(self.worker)
 
     def end(self) -> threading.Thread:
         """Refuse new requests; running ones finish or, after ``limits.grace`` seconds, fail. Returns at once.
@@ -90,10 +120,13 @@ class Server:
             a thread that ends when all of them have.
         """
         if self._ending is None:
-            self.worker.refuse()
+            stop = None
+            if self.worker is not None:
+                self.worker.refuse()
+                stop = partial(self.worker.stop, self.limits.grace)
             self._decoders.close()  # of requests that the worker would refuse
             # A daemon, so that a second signal ends the process without waiting for it.
-            self._ending = threading.Thread(target=self.worker.stop, args=(self.limits.grace,), daemon=True)
+            self._ending = threading.Thread(target=stop, daemon=True)
             self._ending.start()
         return self._ending
 
@@ -102,14 +135,31 @@ class Server:
         return self._health("ok")
 
     async def live(self) -> Response:
-        """200 until the model thread has failed, then 503: only a new process helps."""
-        return self._health("ok", "stopping")
+        """200 until loading or the model thread has failed, then 503: only a new process helps."""
+        return self._health("ok", "loading", "stopping")
 
     def _health(self, *healthy: str) -> Response:
-        worker = self.worker
-        status = "failed" if worker.failure is not None else "stopping" if worker.stopping else "ok"
-        state = {"status": status, "model": self.name, "queue": worker.waiting}
+        status, worker = self._status(), self.worker
+        state = {"status": status, "model": self.name, "queue": 0 if worker is None else worker.waiting}
         return JSONResponse(state, 200 if status in healthy else 503)
+
+    def _status(self) -> str:
+        """ "ok" while requests are accepted, or "loading", "stopping" or "failed"."""
+        if self.load_error is not None or (self.worker is not None and self.worker.failure is not None):
+            return "failed"
+        if self._ending is not None:
+            return "stopping"
+        return "loading" if self.worker is None else "ok"
+
+    def submit(self, jobs: Sequence[AsyncJob]) -> None:
+        """Queue jobs. Raises as :meth:`~bagel_rt.model_thread.ModelThread.submit`."""
+        assert self.worker is not None  # check_loaded comes first
+        self.worker.submit(jobs)
+
+    def check_loaded(self) -> None:
+        """Raise RequestError while the model is being loaded."""
+        if self.worker is None:
+            raise RequestError("the model is being loaded. Try again later.", "", "loading", 503)
 
     async def scrape(self) -> Response:
         """Metrics in Prometheus' text format."""
@@ -160,7 +210,7 @@ class Server:
         first = requests[0]
         batch_key = (first.size, first.image.num_timesteps, first.system is None)
         jobs = [AsyncJob[ImageResult](one, deadline, batch_key) for one in requests]
-        self.worker.submit(jobs)
+        self.submit(jobs)
         async with _cancel_on_disconnect(request, jobs):
             results = [await job.finish() for job in jobs]
         self.metrics.images.inc(len(results))
@@ -181,7 +231,7 @@ class Server:
         release_body(request)
         requests = await self._build(chat_requests, self.bagel, self.limits, body, parts)
         jobs = [AsyncJob[Completion](one, deadline, stops=body.stop) for one in requests]
-        self.worker.submit(jobs)
+        self.submit(jobs)
         response = ChatResponse(jobs, self.name, sum(prompt_tokens(self.bagel, requests[0])), self._write)
         if body.stream:
             events = response.events(body.stream_options.include_usage)
@@ -238,7 +288,7 @@ async def _cancel_on_disconnect(request: Request, jobs: Sequence[AsyncJob]) -> A
 
 
 def create_app(
-    bagel: Bagel,
+    bagel: Bagel | Callable[[], Bagel],
     name: str,
     limits: Limits | None = None,
     keys: str | Sequence[str] = (),
@@ -246,10 +296,11 @@ def create_app(
     allowed_hosts: Sequence[str] | None = None,
     origins: Sequence[str] = (),
 ) -> FastAPI:
-    """Create the application over a loaded model; run it with :func:`bagel_rt.serve.run.make_server`.
+    """Create the application over a model; run it with :func:`bagel_rt.serve.run.make_server`.
 
     Args:
-        bagel: the model; used by the application alone once it has started.
+        bagel: the model, which the application alone uses once it has started; or a function that loads it. With a
+            function, the server listens while it loads: /health/ready and requests get 503.
         name: of the model in responses.
         limits: of requests.
         keys: an API key or several, of which clients must send one; by default none is needed.
@@ -265,6 +316,7 @@ def create_app(
     def with_deadline(handle: Callable[[Request, float], Awaitable[Response]]) -> Callable[..., Any]:
         async def handler(request: Request) -> Response:
             try:
+                server.check_loaded()
                 return await handle(request, time.monotonic() + limits.seconds)
             except Exception as error:
                 return error_response_for(error)

@@ -143,7 +143,8 @@ def error_response_for(error: Exception) -> JSONResponse:
     if isinstance(error, ValidationError):
         error = describe(error)
     if isinstance(error, RequestError):
-        return error_response(error.status, str(error), wrong, error.code, error.param or None)
+        kind, headers = (wrong, {}) if error.status < 500 else (ours, {"Retry_After": "5"})
+        return error_response(error.status, str(error), kind, error.code, error.param or None, **headers)
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail), wrong, **(error.headers or {}))
     if isinstance(error, Busy):

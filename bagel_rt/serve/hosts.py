@@ -1,4 +1,4 @@
-"""Refuse requests that a web page of somebody else sends from a user's browser."""
+"""Refuse requests that web pages of other origins send from a user's browser."""
 
 from collections.abc import Collection
 from urllib.parse import urlsplit

@@ -19,6 +19,15 @@ _KEEP_ALIVE = 30  # seconds; above the 5 of common clients, which would otherwis
 
 
 class _Uvicorn(uvicorn.Server):
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Run until it is stopped, or until loading the model fails, then raise that error."""
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        app.state.server.on_load_error = lambda: setattr(self, "should_exit", True)
+        super().run(sockets)
+        if app.state.server.load_error is not None:
+            raise app.state.server.load_error
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop at the first signal, and at once at the second."""
         self.force_exit = self.should_exit

@@ -25,9 +25,10 @@ TIMEOUT = 120
 
 
 @contextmanager
-def running_server(limits=LIMITS, keys=(), tls_cert=None, tls_key=None, **options):
+def running_server(limits=LIMITS, keys=(), bagel=None, tls_cert=None, tls_key=None, **options):
     """Run a server in a thread; yields its address and application."""
-    app = create_app(Bagel.from_pretrained(CHECKPOINT, device="cpu"), "small", limits, keys, **options)
+    bagel = bagel or Bagel.from_pretrained(CHECKPOINT, device="cpu")
+    app = create_app(bagel, "small", limits, keys, **options)
     server = make_server(app, log_level="error", tls_cert=tls_cert, tls_key=tls_key)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))

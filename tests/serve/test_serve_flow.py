@@ -245,7 +245,9 @@ def listening(command):
         while "running on" not in lines[-1]:
             lines.append(server.stderr.readline())
             assert lines[-1], "".join(lines)
-        yield server, next(word for word in lines[-1].split() if word.startswith("http"))
+        address = next(word for word in lines[-1].split() if word.startswith("http"))
+        wait_until(lambda: httpx.get(f"{address}/health/ready").status_code == 200)
+        yield server, address
     finally:
         server.kill()
         server.wait()

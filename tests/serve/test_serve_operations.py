@@ -3,6 +3,7 @@
 import json
 import logging
 import ssl
+import threading
 
 import pytest
 
@@ -10,10 +11,14 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 import httpx
 import openai
+from conftest import CHECKPOINT
 from serving import CHAT, DRAW, IMAGE, LIMITS, chat_body, metric, running_server, wait_until
 
+from bagel_rt import Bagel
+from bagel_rt.serve.app import create_app
 from bagel_rt.serve.middleware import read_keys
 from bagel_rt.serve.request_log import JsonFormatter, TextFormatter
+from bagel_rt.serve.run import make_server
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,39 @@ def test_https_with_a_certificate(tmp_path):
         assert address.startswith("https") and httpx.get(f"{address}/health", verify=trusting).status_code == 200
     with pytest.raises(ValueError, match="cannot load the TLS certificate"), running_server(tls_cert=key, tls_key=key):
         pass
+
+
+def test_server_listens_while_the_model_is_loaded():
+    go, bagel = threading.Event(), Bagel.from_pretrained(CHECKPOINT, device="cpu")
+
+    def load():
+        go.wait(60)
+        return bagel
+
+    with running_server(bagel=load) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
+        try:
+            assert http.get("/health/live").json() == {"status": "loading", "model": "small", "queue": 0}
+            assert http.get("/health/ready").status_code == http.get("/health").status_code == 503
+            response = http.post(DRAW, json=IMAGE)
+            assert response.status_code == 503 and response.json()["error"]["code"] == "loading"
+            assert response.headers["retry-after"] and http.get("/v1/models").status_code == 200
+        finally:
+            go.set()
+        wait_until(lambda: http.get("/health/ready").status_code == 200)
+        assert http.post(DRAW, json=IMAGE).status_code == 200
+
+
+def test_server_that_is_stopped_does_not_wait_for_the_model():
+    go = threading.Event()
+    with running_server(bagel=lambda: go.wait(60)):
+        pass
+    go.set()
+
+
+def test_server_ends_with_the_error_of_loading():
+    def load():
+        raise ValueError("the weights are damaged")
+
+    server = make_server(create_app(load, "small"), port=0, log_level="error")
+    with pytest.raises(ValueError, match="the weights are damaged"):
+        server.run()
