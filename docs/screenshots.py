@@ -38,7 +38,7 @@ def draw(browser: Browser) -> None:
 
 def edit(browser: Browser) -> None:
     browser.click("#draw-to-edit")
-    browser.until(lambda: browser.all("#edit-given img"))
+    browser.until(lambda: browser.all("#edit-input img"))
     browser.type("#edit-prompt textarea", "turn the triangles into stars")
     set_seed(browser, "edit")
     browser.run("edit", "edit-result")
@@ -46,7 +46,7 @@ def edit(browser: Browser) -> None:
 
 def ask(browser: Browser) -> None:
     browser.click("#edit-to-ask")
-    browser.until(lambda: browser.all("#ask-given img"))
+    browser.until(lambda: browser.all("#ask-input img"))
     browser.type("#ask-prompt textarea", "what shape are the orange things")
     browser.run("ask", "ask-answer")
 

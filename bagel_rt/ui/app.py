@@ -11,15 +11,18 @@ import gradio as gr
 
 from bagel_rt import __version__
 from bagel_rt.pipeline import Bagel
+from bagel_rt.ui.abilities import abilities_of
 from bagel_rt.ui.chat_tab import ChatTab
+from bagel_rt.ui.controls import EVENT
 from bagel_rt.ui.examples import Examples
 from bagel_rt.ui.gallery import Gallery
-from bagel_rt.ui.image_tab import EVENT, ImageTab
+from bagel_rt.ui.image_tab import ImageTab
 from bagel_rt.ui.jobs import MAX_JOBS, Jobs
+from bagel_rt.ui.script import SCRIPT
 from bagel_rt.ui.theme import CSS, masthead, theme
+from bagel_rt.ui.uploads import MAX_UPLOAD
 from bagel_rt.ui.vqa_tab import VqaTab
 
-_UPLOAD = "32mb"
 _DAY = 24 * 3600
 
 
@@ -42,7 +45,8 @@ class Page:
         dtype = str(bagel.model.dtype).removeprefix("torch.")
         source = {"model": name, "version": __version__, "dtype": dtype}
         self._jobs, self._gallery = Jobs(bagel), Gallery(Path(self._folder.name), source)
-        self._blocks = self._build(masthead(name, str(bagel.model.device), dtype), small)
+        self._abilities = abilities_of(bagel.model.config, small)
+        self._blocks = self._build(masthead(name, str(bagel.model.device), dtype, self._abilities.summary), small)
         self.url = ""
 
     def open(self, host: str, port: int) -> None:
@@ -60,12 +64,13 @@ class Page:
                 quiet=True,
                 share=False,
                 ssr_mode=False,
-                max_file_size=_UPLOAD,
+                max_file_size=MAX_UPLOAD,
                 max_threads=2 * MAX_JOBS,
                 footer_links=[],
                 enable_monitoring=False,
                 theme=theme(),
                 css=CSS,
+                head=f"<script>{SCRIPT}</script>",
             )
         except OSError as error:
             raise ValueError(f"cannot bind {host}, port {port}. Use another port, or 0 for a free one.") from error
@@ -85,7 +90,7 @@ class Page:
         self._folder.cleanup()
 
     def _build(self, head: str, small: bool) -> gr.Blocks:
-        examples = Examples(Path(self._folder.name), small)
+        abilities, examples = self._abilities, Examples(Path(self._folder.name), small)
         shown = gr.Gallery(
             label="Images of this session",
             columns=6,
@@ -97,19 +102,19 @@ class Page:
             visible=False,
             render=False,
             elem_id="gallery",
+            elem_classes="sharp",
         )
         with gr.Blocks(title="bagel_rt", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=True) as blocks:
             gr.HTML(head, elem_classes="bare")
             with gr.Tabs(elem_id="tasks") as tabs:
                 with gr.Tab("Text to image", id="draw"):
-                    draw = ImageTab(self._jobs, self._gallery, shown, examples.draw)
+                    draw = ImageTab(self._jobs, self._gallery, shown, abilities, examples.draw)
                 with gr.Tab("Image editing", id="edit"):
-                    edit = ImageTab(self._jobs, self._gallery, shown, examples.edit, edits=True)
+                    edit = ImageTab(self._jobs, self._gallery, shown, abilities, examples.edit, edits=True)
                 with gr.Tab("Image understanding", id="ask"):
-                    ask = VqaTab(self._jobs, examples.ask)
+                    ask = VqaTab(self._jobs, abilities, examples.ask)
                 with gr.Tab("Interleaved chat", id="chat"):
-                    # The embedded model was not trained to think.
-                    ChatTab(self._jobs, self._gallery, shown, examples.chat, think=not small)
+                    ChatTab(self._jobs, self._gallery, shown, abilities, examples.chat)
             shown.render()
             for tab in (draw, edit):
                 for button, image, to in ((tab.edit, edit.input, "edit"), (tab.ask, ask.input, "ask")):
@@ -129,6 +134,6 @@ def _free_port() -> int:
         return port
 
 
-def _carry(tab: str) -> Callable[[str], tuple[str, gr.Tabs]]:
+def _carry(tab: str) -> Callable[[str], tuple[list[str], gr.Tabs]]:
     """A handler that sends an image to another tab."""
-    return lambda path: (path, gr.Tabs(selected=tab))
+    return lambda path: ([path], gr.Tabs(selected=tab))

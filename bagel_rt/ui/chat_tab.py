@@ -2,44 +2,55 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from bagel_rt.models.bagel.settings import MAX_INPUTS, MAX_ROUNDS, TASKS
-from bagel_rt.request import ImageResult
-from bagel_rt.ui.controls import Controls, labeled, resolve_seed
+from bagel_rt.models.bagel.settings import MAX_CHARACTERS, MAX_INPUTS, MAX_ROUNDS, TASKS
+from bagel_rt.request import ImageResult, ImageSource, ProgressCallback
+from bagel_rt.ui.abilities import Abilities
+from bagel_rt.ui.controls import EVENT, Controls, Updates, Values, labeled, resolve_seed, seed_control, think_control
 from bagel_rt.ui.gallery import Gallery
-from bagel_rt.ui.image_tab import EVENT, open_upload, seed_input
 from bagel_rt.ui.jobs import Jobs, View
-from bagel_rt.ui.theme import idle, status
+from bagel_rt.ui.theme import hint, idle, status
 from bagel_rt.ui.thoughts import split_thought
+from bagel_rt.ui.uploads import open_upload
 
-_HELP = "Texts and images in any order. Models trained for it generate images in between."
+_TEXTS_AND_IMAGES = "Texts and images in any order. This model also generates images where it decides to."
+_TEXTS_ONLY = "Texts and images in any order. This model answers with text: it was not trained to generate images here."
 _IDLE = idle("No messages yet.")
-Turn = tuple[str, list[str | Path]]  # "user" or "assistant", and its texts and image files
+Part = str | Path  # a text or an image file
+Turn = tuple[str, list[Part]]  # "user" or "assistant", and its parts
+Answer = list[str | ImageResult]
 
 
 class ChatTab:
     """Interleaved chat, added to the current Gradio layout. Each turn sends the whole conversation to the model."""
 
-    def __init__(self, jobs: Jobs, gallery: Gallery, shown: gr.Gallery, examples: list[list], think: bool):
+    def __init__(
+        self, jobs: Jobs, gallery: Gallery, shown: gr.Gallery, abilities: Abilities, examples: list[list[Any]]
+    ):
         """
         Args:
+            jobs: runs the requests.
+            gallery: receives the images.
             shown: control that shows the gallery.
+            abilities: of the model.
             examples: [message] each.
-            think: default of the checkbox "think".
         """
-        self.jobs, self.gallery, self._shown = jobs, gallery, shown
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=7, min_width=340):
+        self.jobs, self.gallery, self._shown, self._abilities = jobs, gallery, shown, abilities
+        self._controls = Controls(TASKS["interleave"], prefix="chat")
+        with gr.Row(equal_height=False, elem_classes="chat", elem_id="chat-tab"):
+            with gr.Column(scale=7, min_width=300):
                 self._build_conversation()
-                gr.Examples(examples, [self.message])
+                gr.Examples(examples, [self.message], elem_id="chat-examples")
             with gr.Column(scale=4, min_width=300):
-                self._build_settings(think)
-        self._turns = gr.State([])
+                self._build_settings()
+        self._turns: gr.State = gr.State([])
         inputs = {self.message, self._turns, self._think, self._seed, self._rounds, self._previews}
         inputs |= set(self._controls.components.values())
-        outputs = [self._chat, self.message, self._status, self._turns, self._shown, self._new]
+        outputs = [self._chat, self.message, self._status, self._hint, self._turns, self._shown, self._new]
         self.message.submit(self._talk, inputs, outputs, **EVENT)
         self.message.stop(self._stop, queue=False, **EVENT)
         fresh = [self._chat, self._turns, self._status]
@@ -50,53 +61,62 @@ class ChatTab:
             label="Conversation",
             height=480,
             elem_id="chat-messages",
-            placeholder=_HELP,
+            elem_classes="sharp",
+            placeholder=_TEXTS_AND_IMAGES if self._abilities.draws_in_chat else _TEXTS_ONLY,
             buttons=[],
             feedback_options=None,
         )
         self.message = gr.MultimodalTextbox(
+            label="Message",
             show_label=False,
-            placeholder="A message, with images if you like",
+            placeholder=self._abilities.placeholders["chat"],
+            max_plain_text_length=MAX_CHARACTERS,
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
             elem_id="chat-message",
         )
         self._status = gr.HTML(_IDLE, elem_id="chat-status", elem_classes="bare")
+        self._hint = gr.HTML(elem_id="chat-hint", elem_classes="bare", visible=False)
 
-    def _build_settings(self, think: bool) -> None:
+    def _build_settings(self) -> None:
         self._new = gr.Button("New conversation", elem_id="chat-new")
-        self._think = labeled("think", gr.Checkbox, value=think, elem_id="chat-think")
         with gr.Accordion("Settings", open=False, elem_id="chat-settings"):
-            self._seed = seed_input("chat")
+            self._think = think_control("chat", self._abilities.thinks, value=self._abilities.thinks)
+            self._controls.build("max_think_token_n", "num_timesteps")
+        with gr.Accordion("Advanced", open=False, elem_id="chat-advanced"):
+            self._seed = seed_control("chat")
             rounds = {"minimum": 1, "maximum": MAX_ROUNDS, "step": 1, "precision": 0, "value": 3}
             self._rounds = labeled("max_rounds", gr.Slider, **rounds)
-            self._controls = Controls(*TASKS["interleave"], prefix="chat")
+            self._controls.build_rest()
             self._previews = labeled("previews", gr.Checkbox, value=True)
 
     def _stop(self, request: gr.Request) -> None:
         self.jobs.cancel((request.session_hash, "chat"))
 
-    def _talk(self, values: dict, request: gr.Request) -> Iterator[dict]:
+    def _talk(self, values: Values, request: gr.Request) -> Iterator[Updates]:
         """Run one turn; yield updates of the page."""
         page, seed, message = request.session_hash, resolve_seed(values[self._seed]), values[self.message]
         options = self._controls.read(values)
         options |= {"seed": seed, "think": values[self._think], "max_rounds": values[self._rounds]}
-        parts = [*map(Path, message["files"]), *([message["text"]] if message["text"].strip() else [])]
+        files: list[Part] = [Path(file) for file in message["files"]]
+        parts = [*files, *([message["text"]] if message["text"].strip() else [])]
         turns: list[Turn] = [*values[self._turns], ("user", parts)]
         if problem := _problem(turns):
-            yield {self._status: status(View("failed", error=ValueError(problem))), self.message: message}
+            yield {self._status: status(View("failed", error=problem)), self.message: message}
             return
         self.gallery.enter(page)
 
-        def call(progress) -> list[str | ImageResult]:
-            inputs = [part for _, parts in turns for part in parts]
-            inputs = [open_upload(part) if isinstance(part, Path) else part for part in inputs]
+        def call(progress: ProgressCallback) -> Answer:
+            inputs: list[str | ImageSource] = [
+                open_upload(part) if isinstance(part, Path) else part for _, parts in turns for part in parts
+            ]
             return self.jobs.bagel.interleave(inputs, progress=progress, **options)
 
         yield {
             self._chat: _messages(turns),
             self._status: status(View("waiting")),
+            self._hint: hint(self._abilities.hint([message["text"]]) if message["text"].strip() else None),
             self.message: gr.update(value=None, submit_btn=False, stop_btn=True),
             self._new: gr.update(interactive=False),
         }
@@ -121,10 +141,11 @@ class ChatTab:
                 }
             yield changes
 
-    def _answer(self, view: View, page: str, prompt: str) -> list[str | Path]:
+    def _answer(self, view: View[Answer], page: str, prompt: str) -> list[Part]:
         """The answer so far, images as files; a page that has left gets no files."""
-        parts: list[str | Path] = []
-        for number, part in enumerate(view.result if view.ended else view.parts):
+        parts: list[Part] = []
+        answer: Sequence[str | Image.Image | ImageResult] = view.parts if view.result is None else view.result
+        for number, part in enumerate(answer):
             if isinstance(part, str):
                 parts.append(part)
                 continue
@@ -145,9 +166,9 @@ def _problem(turns: Sequence[Turn]) -> str | None:
     return None
 
 
-def _messages(turns: Sequence[Turn], view: View | None = None) -> list[dict]:
+def _messages(turns: Sequence[Turn], view: View[Answer] | None = None) -> list[dict[str, Any]]:
     """Turns as messages of the chat control; finished thoughts are collapsed."""
-    messages = []
+    messages: list[dict[str, Any]] = []
     for role, parts in turns:
         for part in parts:
             if isinstance(part, Path):

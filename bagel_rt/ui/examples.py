@@ -6,6 +6,7 @@ The images are made by the embedded model, with prompts and seeds selected for g
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import bagel_rt
 
@@ -43,8 +44,8 @@ class Examples:
 
     Attributes:
         draw: [prompt], or [prompt, seed, result].
-        edit: [image, prompt], or [image, prompt, seed, result].
-        ask: [image, question].
+        edit: [images, prompt], or [images, prompt, seed, result].
+        ask: [images, question].
         chat: [message].
     """
 
@@ -54,28 +55,33 @@ class Examples:
             folder: receives copies of the images, which the page can serve from there.
             small: whether the model is the embedded one, which made the results that are shown.
         """
-        path = {name: shutil.copy(FOLDER / f"{name}.png", folder) for name in (*GENERATED, *EDITED)}
-        self.draw = [[text, seed, path[name]] for name, (text, seed) in GENERATED.items()]
-        self.edit = [[path[given], text, seed, path[name]] for name, (given, text, seed) in EDITED.items()]
+        path = {name: str(shutil.copy(FOLDER / f"{name}.png", folder)) for name in (*GENERATED, *EDITED)}
+        self.draw: list[list[Any]] = [[text, seed, path[name]] for name, (text, seed) in GENERATED.items()]
+        self.edit: list[list[Any]] = [
+            [[path[source]], text, seed, path[name]] for name, (source, text, seed) in EDITED.items()
+        ]
         if not small:
             self.draw = [[text] for text in GENERAL]
             self.edit = [row[:2] for row in self.edit]
-        self.ask = [[path[name], text] for name, text in ASKED]
-        self.chat = [[{"text": text, "files": [path[name]]}] for name, text in CHATS]
+        self.ask: list[list[Any]] = [[[path[name]], text] for name, text in ASKED]
+        self.chat: list[list[Any]] = [[{"text": text, "files": [path[name]]}] for name, text in CHATS]
 
 
 def main() -> None:
     from bagel_rt.files import write_image
     from bagel_rt.pipeline import Bagel
 
-    bagel, made = Bagel.from_pretrained(device="cpu"), {}
-    for name, (text, seed) in GENERATED.items():
-        made[name] = bagel.generate(text, seed=seed)
-    for name, (given, text, seed) in EDITED.items():
-        made[name] = bagel.edit(made[given].image, text, seed=seed)
+    bagel = Bagel.from_pretrained(device="cpu")
     FOLDER.mkdir(exist_ok=True)
-    for name, (*_, text, seed) in (GENERATED | EDITED).items():
-        write_image(made[name].image, FOLDER / f"{name}.png", {"prompt": text, "seed": seed} | made[name].parameters)
+    results = {}
+    for name, (prompt, seed) in GENERATED.items():
+        results[name] = bagel.generate(prompt, seed=seed)
+    for name, (source, prompt, seed) in EDITED.items():
+        results[name] = bagel.edit(results[source].image, prompt, seed=seed)
+    prompts = {name: example[-2] for name, example in (GENERATED | EDITED).items()}
+    for name, result in results.items():
+        parameters = {"prompt": prompts[name], "seed": result.seed} | result.parameters
+        write_image(result.image, FOLDER / f"{name}.png", parameters)
 
 
 if __name__ == "__main__":

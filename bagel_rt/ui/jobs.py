@@ -6,11 +6,13 @@ A viewer that looks rarely sees the newest state, never a backlog.
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from PIL import Image
 
 from bagel_rt.errors import Cancelled
@@ -24,6 +26,11 @@ _PREVIEW_PAUSE = 0.2  # minimum seconds between two previews
 _PREVIEW_SHARE = 5  # previews take at most 1 / this of the time
 _CLOSE_SECONDS = 60.0  # for the step that the model is at
 _LOG = logging.getLogger("bagel_rt.ui")
+_LESS_MEMORY = "Choose a smaller image, or fewer images at once."
+_EXPLANATIONS: dict[type[BaseException], str] = {
+    Busy: f"{MAX_JOBS} requests are running or waiting. Try again later.",
+    Stopping: "The model takes no more requests. Restart bagel-rt ui.",
+}
 T = TypeVar("T")
 Key = tuple[Hashable, str]  # page and task
 Call = Callable[[ProgressCallback], T]  # a call of the model, with its progress callback
@@ -40,7 +47,7 @@ class View(Generic[T]):
         seconds: since the model started on it.
         parts: texts so far and previews of images, in order.
         result: of a request that is done.
-        error: what a failed request raised.
+        error: for the user, why the request failed.
     """
 
     stage: str
@@ -50,7 +57,7 @@ class View(Generic[T]):
     seconds: float = 0.0
     parts: tuple[str | Image.Image, ...] = ()
     result: T | None = None
-    error: Exception | None = None
+    error: str = ""
 
     @property
     def ended(self) -> bool:
@@ -95,7 +102,7 @@ class WatchedJob(Job, Generic[T]):
         if isinstance(outcome, Cancelled):
             self._update(stage="cancelled")
         elif isinstance(outcome, Exception):
-            self._update(stage="failed", error=outcome)
+            self._update(stage="failed", error=_EXPLANATIONS.get(type(outcome), str(outcome)))
         else:
             self._update(stage="done", result=outcome)
 
@@ -156,7 +163,7 @@ class Jobs:
 
     def __init__(self, bagel: Bagel):
         self.bagel = bagel
-        self._thread = ModelThread(bagel, lambda jobs, check: [jobs[0].run(check)], _log_failure, MAX_JOBS - 1, batch=1)
+        self._thread = ModelThread(bagel, lambda jobs, check: [jobs[0].run(check)], _explain, MAX_JOBS - 1, batch=1)
         self._lock = threading.Lock()
         self._jobs: dict[Key, WatchedJob[Any]] = {}
 
@@ -174,7 +181,7 @@ class Jobs:
             try:
                 self._thread.submit([job])
             except (Busy, Stopping) as error:
-                return iter([View("failed", error=error)])
+                return iter([View("failed", error=_EXPLANATIONS[type(error)])])
             self._jobs = {key: job for key, job in self._jobs.items() if not job.ended} | {key: job}
         return job.views(lambda: self._thread.ahead(job))
 
@@ -196,7 +203,16 @@ class Jobs:
         self._thread.stop(_CLOSE_SECONDS)
 
 
-def _log_failure(error: Exception, _: object) -> Exception:
-    if not isinstance(error, ValueError):  # those explain what is wrong with the request
-        _LOG.error("a request failed", exc_info=error)
-    return error.with_traceback(None)  # whose frames would keep the model's tensors
+def _explain(error: Exception, _: object) -> Exception:
+    """Return an exception with a message for the user; log an error that is not the user's.
+
+    The original exception is not passed on: the frames of its traceback would keep the model's tensors.
+    """
+    if isinstance(error, (ValueError, FloatingPointError)):  # their messages are written for users
+        return ValueError(str(error))
+    name = uuid.uuid4().hex[:8]
+    _LOG.error("request %s failed", name, exc_info=error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        advice = str(error).removeprefix(str(error.__cause__)).strip() if error.__cause__ else _LESS_MEMORY
+        return MemoryError(f"There is not enough memory for this request. {advice}")
+    return RuntimeError(f"The request failed by an internal error. The log of bagel-rt ui has it as request {name}.")

@@ -1,10 +1,10 @@
 """Theme of the page: colors, fonts, CSS, and the status line of a request."""
 
 import html
+from typing import Any
 
 import gradio as gr
 
-from bagel_rt.model_thread import Busy, Stopping
 from bagel_rt.ui.jobs import View
 
 _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif")
@@ -85,16 +85,31 @@ CSS = """
 .masthead { display: flex; align-items: baseline; gap: 12px; flex-wrap: wrap; }
 .masthead h1 { font-size: 22px; font-weight: 700; letter-spacing: -0.01em; margin: 0; }
 .masthead span { color: var(--body-text-color-subdued); font-size: 14px; }
+.masthead p { flex-basis: 100%; margin: 0; font-size: 14px; }
 .bare, .bare > div { padding: 0 !important; }
+.note, .hint { font-size: 14px; color: var(--body-text-color-subdued); margin: 0; }
+.hint { border-left: 3px solid var(--slider-color); padding-left: 10px; color: var(--body-text-color); }
+.task { display: grid !important; gap: 16px; align-items: start; grid-template-rows: auto 1fr;
+  grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); grid-template-areas: "request result" "settings result"; }
+.task > .request { grid-area: request; }
+.task > .result { grid-area: result; }
+.task > .settings { grid-area: settings; }
+@media (max-width: 768px) {
+  .task { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
+    grid-template-areas: "request" "result" "settings"; }
+  .result .fitted { height: 90vw !important; }
+}
 #tasks button[role=tab] { font-weight: 500; }
 #tasks button[role=tab][aria-selected=true] { color: var(--body-text-color); font-weight: 600; }
 #tasks button[role=tab]::after { background: var(--slider-color) !important; }
 .heading h3 { font-size: 13px; font-weight: 600; margin: 10px 2px 0; color: var(--body-text-color-subdued); }
-#gallery .grid-wrap { min-height: 0; padding-top: 36px; overflow-y: auto; }
+#gallery .grid-wrap, .batch .grid-wrap { min-height: 0; padding-top: 36px; overflow-y: auto; }
+.dark { color-scheme: dark; } /* scroll bars */
 #gallery:has(.preview) .gallery-container { min-height: 480px; }
 #ask-answer::before { content: "Answer"; display: block; font-weight: 600; font-size: 14px; margin-bottom: 8px; }
 #chat-messages .top-panel { display: none; } /* it clears the shown messages, not the conversation */
 #chat-messages button[aria-label=Share] { display: none; } /* it uploads the image to Hugging Face */
+.sharp img { box-sizing: border-box; }
 .fitted img { object-fit: contain !important; width: 100%; height: 100%; }
 .status { min-height: 40px; display: flex; flex-direction: column; justify-content: center; gap: 8px; }
 .status .track { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; }
@@ -109,27 +124,34 @@ CSS = """
 _STAGES = {"text": "Writing, token", "image": "Denoising, step"}
 
 
-def status(view: View, done: str = "") -> str:
+def status(view: View[Any], done: str = "", prefix: str = "") -> str:
     """A view as one line of HTML, with a progress bar until the request ends.
+
+    Only the end of a request is announced to screen readers: the line changes many times a second until then.
 
     Args:
         done: the words of a request that is done.
+        prefix: before the words of a running request.
     """
     fraction, words = (view.step / view.total if view.total else 0.0), "Reading the prompt"
     if view.stage == "waiting":
         words = f"Waiting for {view.ahead} other request{'s' * (view.ahead != 1)}" if view.ahead else "Waiting"
     elif view.stage in _STAGES:
-        words = f"{_STAGES[view.stage]} {view.step} of {'at most ' * (view.stage == 'text')}{view.total}"
+        words = f"{prefix}{_STAGES[view.stage]} {view.step} of {'at most ' * (view.stage == 'text')}{view.total}"
     elif view.stage == "cancelled":
         words = f"Cancelled after step {view.step} of {view.total}" if view.total else "Cancelled"
     elif view.stage == "done":
         words = done
     elif view.stage == "failed":
-        words = _error_message(view.error)
-    bar = "" if view.ended else f'<div class="track"><div class="fill" style="width: {fraction:.1%}"></div></div>'
+        words = view.error
+    bar = (
+        f'<div class="track" role="progressbar" aria-label="Progress" aria-valuenow="{100 * fraction:.0f}">'
+        f'<div class="fill" style="width: {fraction:.1%}"></div></div>'
+    )
+    role = {"failed": ' role="alert"', "done": ' role="status"', "cancelled": ' role="status"'}.get(view.stage, "")
     seconds = f"{view.seconds:.1f} s" if view.seconds else ""
     return (
-        f'<div class="status" role="status" data-stage="{view.stage}">{bar}<div class="words">'
+        f'<div class="status"{role} data-stage="{view.stage}">{"" if view.ended else bar}<div class="words">'
         f'<span class="message">{html.escape(words)}</span><span class="faint">{seconds}</span></div></div>'
     )
 
@@ -142,14 +164,16 @@ def idle(words: str) -> str:
     )
 
 
-def masthead(name: str, device: str, dtype: str) -> str:
-    """The header of the page."""
+def hint(words: str | None) -> Any:
+    """The update of the control that shows a hint below the prompt, or nothing."""
+    return gr.update(value=f'<p class="hint" role="note">{html.escape(words or "")}</p>', visible=bool(words))
+
+
+def masthead(name: str, device: str, dtype: str, summary: str) -> str:
+    """The header of the page.
+
+    Args:
+        summary: one sentence on what the model can do.
+    """
     model = html.escape(f"{name} · {dtype} · {device}")
-    return f'<div class="masthead"><h1>bagel_rt</h1><span>{model}</span></div>'
-
-
-def _error_message(error: Exception | None) -> str:
-    """All of a message written for users; of other exceptions the type and first line."""
-    if isinstance(error, (ValueError, MemoryError, Busy, Stopping)) or type(error).__name__ == "OutOfMemoryError":
-        return str(error)
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"
+    return f'<div class="masthead"><h1>bagel_rt</h1><span>{model}</span><p>{html.escape(summary)}</p></div>'

@@ -3,9 +3,12 @@
 Needs selenium, and Debian's packages chromium and chromium-driver or others of their kind.
 """
 
+import io
 import shutil
 import time
+from urllib.request import urlopen
 
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -14,6 +17,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 LONG = 120  # seconds for anything, on a busy machine
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1360,1400")
+TABS = {
+    "draw": "Text to image",
+    "edit": "Image editing",
+    "ask": "Image understanding",
+    "chat": "Interleaved chat",
+}
 
 WATCH = """
 const [shown, line] = arguments;
@@ -106,9 +115,19 @@ class Browser:
             0
         ]
 
+    def value(self, selector: str) -> str:
+        """The content of an input field."""
+        return self.shown(selector).get_attribute("value")
+
     def says(self, selector: str) -> str:
         return self.all(selector)[0].text
 
     def source(self, selector: str) -> str:
         """The URL of the image in a control."""
         return self.until(lambda: self.all(f"{selector} img"))[0].get_attribute("src")
+
+
+def fetch(url: str):
+    """The image at a URL of the page."""
+    with urlopen(url) as answer:
+        return Image.open(io.BytesIO(answer.read()))

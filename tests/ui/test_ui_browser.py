@@ -4,7 +4,6 @@ Skipped where there is no browser (see ``browsing``), unless BAGEL_RT_NEEDS_BROW
 """
 
 import importlib
-import io
 import json
 import os
 import socket
@@ -12,7 +11,6 @@ import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -21,7 +19,7 @@ NEEDED = bool(os.environ.get("BAGEL_RT_NEEDS_BROWSER"))
 for module in ("gradio", "selenium"):
     importlib.import_module(module) if NEEDED else pytest.importorskip(module, reason=f"{module} is not installed")
 
-from browsing import CHROMIUM, DRIVER, Browser, start_chromium  # noqa: E402
+from browsing import CHROMIUM, DRIVER, TABS, Browser, fetch, start_chromium  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 from bagel_rt.engine import Engine  # noqa: E402
@@ -30,7 +28,6 @@ from bagel_rt.models.bagel.settings import TASKS  # noqa: E402
 from bagel_rt.runtime.denoise import Denoiser  # noqa: E402
 from bagel_rt.ui.app import Page  # noqa: E402
 from bagel_rt.ui.controls import CONTROL_TEXTS  # noqa: E402
-from bagel_rt.ui.examples import EDITED  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,12 +36,6 @@ pytestmark = [
         reason="no Chromium with its driver here: apt-get install chromium chromium-driver",
     ),
 ]
-TABS = {
-    "draw": "Text to image",
-    "edit": "Image editing",
-    "ask": "Image understanding",
-    "chat": "Interleaved chat",
-}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +55,8 @@ def looked_up():
 
 @pytest.fixture(scope="module")
 def page(bagel, looked_up):
-    with Page(bagel, "recorded", small=True) as page:
+    """The page of a model that thinks and generates images in a chat."""
+    with Page(bagel, "recorded", small=False) as page:
         page.open("127.0.0.1", 0)
         yield page
 
@@ -124,7 +116,7 @@ def test_previews_are_shown(browser, slow):
 def test_seed_repeats_an_image(browser, page):
     draw(browser)
     assert [stage for stage in browser.seen("stages") if stage in ("image", "done")] == ["image", "done"]
-    assert "Seed " in browser.says("#draw-status") and "128 × 128" in browser.says("#draw-status")
+    assert "Seed " in browser.says("#draw-status") and "128x128" in browser.says("#draw-status")
     first, words = browser.source("#draw-result"), browser.says("#draw-status .message")
     browser.until(lambda: len(browser.all("#gallery img")) == 1)
     browser.click("#draw-settings button")
@@ -141,44 +133,26 @@ def test_seed_repeats_an_image(browser, page):
 def test_result_is_sent_to_other_tabs(browser, slow):
     draw(browser)
     browser.click("#draw-to-edit")
-    browser.until(lambda: browser.all("#edit-given img"))
+    browser.until(lambda: browser.all("#edit-input img"))
     browser.type("#edit-prompt textarea", "make it blue")
     browser.run("edit", "edit-result")
     assert browser.ended() == "done"
     assert len(browser.seen("images")) > 1
     browser.click("#edit-to-ask")
-    browser.until(lambda: browser.all("#ask-given img"))
+    browser.until(lambda: browser.all("#ask-input img"))
     browser.type("#ask-prompt textarea", "what is it?")
+    browser.click("#ask-settings button")
+    browser.type("#ask-max_think_token_n input[type=number]", "30" + Keys.TAB)
     browser.run("ask", "ask-answer")
     assert browser.ended() == "done"
     assert len(browser.seen("texts")) > 2, "the answer did not grow"
 
 
-def test_example_fills_in_the_request_and_its_result(browser, page):
-    browser.tab("Image editing")
-    name, (_, text, seed) = next(iter(EDITED.items()))
-    browser.until(lambda: [row for row in browser.all("tr") if text in row.text])[0].click()
-    browser.until(lambda: browser.all("#edit-given img"))
-    assert browser.all("#edit-prompt textarea")[0].get_attribute("value") == text
-    assert fetch(browser.source("#edit-result")).text.keys() == {"Software", "parameters"}
-    assert f"/{name}.png" in browser.source("#edit-result")
-    browser.click("#edit-settings button")
-    assert browser.shown("#edit-seed input").get_attribute("value") == str(seed)
-    browser.click("#edit-to-ask")
-    assert f"/{name}.png" in browser.source("#ask-given")
-
-
-def test_example_fills_in_a_message(browser):
-    browser.tab("Interleaved chat")
-    browser.until(lambda: [row for row in browser.all("button, tr") if row.text == "what is in the picture"])[0].click()
-    browser.until(lambda: browser.all("#chat-message img"))
-    assert browser.all("#chat-message textarea")[0].get_attribute("value") == "what is in the picture"
-
-
 def test_thoughts_are_shown_as_generated(browser, slow):
-    browser.click("#draw-think input")
     browser.type("#draw-prompt textarea", "a cat")
     browser.click("#draw-settings button")
+    browser.click("#draw-think input")
+    browser.click("#draw-advanced button")
     browser.type("#draw-max_think_token_n input[type=number]", "40" + Keys.TAB)
     browser.run("draw", "draw-thought")
     assert browser.ended() == "done"
@@ -288,8 +262,8 @@ def test_missing_image_is_explained(browser):
 def test_invalid_upload_is_named(browser, tmp_path, task, words):
     (tmp_path / "holiday.png").write_text("not an image")
     browser.tab(TABS[task])
-    browser.upload(f"{task}-given", tmp_path / "holiday.png")
-    browser.until(lambda: browser.all(f"#{task}-given img"))
+    browser.upload(f"{task}-input", tmp_path / "holiday.png")
+    browser.until(lambda: browser.all(f"#{task}-input img"))
     browser.type(f"#{task}-prompt textarea", words)
     browser.run(task, f"{task}-status")
     assert browser.ended() == "failed"
@@ -319,16 +293,18 @@ def test_closed_page_cancels_its_request_and_deletes_its_files(browser, page, sl
 def test_every_explanation_is_on_the_page(browser):
     everywhere, found = {"think", "seed"}, set()
     own = {
-        "draw": (TASKS["generate"], {"negative_prompt", "previews"}),
-        "edit": (TASKS["edit"], {"negative_prompt", "previews"}),
+        "draw": (TASKS["generate"], {"count", "negative_prompt", "previews"}),
+        "edit": (TASKS["edit"], {"count", "negative_prompt", "previews"}),
         "ask": (TASKS["chat"], set()),
         "chat": (TASKS["interleave"], {"max_rounds", "previews"}),
     }
     for task, (defaults, more) in own.items():
         names = everywhere | more | {field.name for part in defaults if part for field in fields(part)}
         browser.tab(TABS[task])
-        browser.click(f"#{task}-settings button")
+        for part in ("settings", "advanced"):
+            browser.click(f"#{task}-{part} button")
         browser.shown(f"#{task}-seed")
+        browser.shown(f"#{task}-advanced h3")
         words = browser.says("body")
         for name in names:
             title, info = CONTROL_TEXTS[name]
@@ -344,9 +320,3 @@ def test_page_contacts_no_other_host(browser, driver, page, looked_up):
     assert urls and not others and not looked_up
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [error for error in errors if "AbortError" not in error]  # which tell that a page was left
-
-
-def fetch(url: str):
-    """The image at a URL of the page."""
-    with urlopen(url) as answer:
-        return Image.open(io.BytesIO(answer.read()))

@@ -1,6 +1,7 @@
 """Requests of the page in the model thread: views, cancellation, previews, failures."""
 
 import logging
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ WAIT = 60  # seconds, on a busy machine
 
 @pytest.fixture
 def jobs():
-    made = Jobs(SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))))
+    model = SimpleNamespace(device=torch.device("cpu"))
+    made = Jobs(SimpleNamespace(model=model, release_memory=lambda: None))
     yield made
     made.close()
 
@@ -146,16 +148,40 @@ def test_previews_take_at_most_their_share_of_time(jobs):
     assert sum(decoding[:-1]) <= last.seconds / 4 + decoding[0]
 
 
-@pytest.mark.parametrize("error, logged", [(ValueError("shorten it"), False), (RuntimeError("broken"), True)])
-def test_failure_is_shown_and_the_next_request_runs(jobs, caplog, error, logged):
+def failed_view(jobs, error):
+    """The last view of a request that raises an error."""
+
     def fail(progress):
         raise error
 
+    last = list(jobs.watch(("page", "draw"), fail))[-1]
+    assert last.stage == "failed"
+    return last
+
+
+@pytest.mark.parametrize("error", [ValueError("size must be 8x8. Use 8x8."), FloatingPointError("a logit is NaN")])
+def test_errors_written_for_users_are_shown_and_not_logged(jobs, caplog, error):
     with caplog.at_level(logging.ERROR, "bagel_rt.ui"):
-        last = list(jobs.watch(("page", "draw"), fail))[-1]
-    assert last.stage == "failed" and last.error is error
-    assert bool(caplog.records) == logged
+        assert failed_view(jobs, error).error == str(error)
+    assert not caplog.records
     assert list(jobs.watch(("page", "draw"), lambda progress: "next"))[-1].result == "next"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("/srv/x.py: mat1 and mat2"), KeyError("cfg"), OSError(28, "/srv")])
+def test_unexpected_errors_are_logged_under_the_name_that_is_shown(jobs, caplog, error):
+    with caplog.at_level(logging.ERROR, "bagel_rt.ui"):
+        shown = failed_view(jobs, error).error
+    [record] = caplog.records
+    name = re.search(r"as request (\w{8})\.$", shown).group(1)
+    assert "internal error" in shown and str(error) not in shown
+    assert name in record.getMessage() and record.exc_info[1] is error
+    assert list(jobs.watch(("page", "draw"), lambda progress: "next"))[-1].result == "next"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
+def test_out_of_memory_names_a_remedy(jobs, error):
+    shown = failed_view(jobs, error).error
+    assert shown == "There is not enough memory for this request. Choose a smaller image, or fewer images at once."
 
 
 def test_page_of_a_lost_device_refuses_requests(jobs, caplog, monkeypatch):
@@ -181,5 +207,5 @@ def test_too_many_requests_are_refused(jobs):
     for number in range(1, MAX_JOBS):
         jobs.watch((number, "draw"), held)
     [refused] = jobs.watch(("more", "draw"), held)
-    assert refused.stage == "failed" and "try again later" in str(refused.error)
+    assert refused.stage == "failed" and "Try again later" in refused.error
     held.go_on.set()
