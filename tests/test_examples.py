@@ -26,7 +26,7 @@ def run(name: str, *arguments: str) -> None:
 
 
 def check(folder: Path, names: list[str]) -> None:
-    """The files are there; images have the size of the embedded model and more than one colour."""
+    """The files are there; images have the size of the embedded model and more than one color."""
     assert sorted(path.name for path in folder.iterdir() if path.name in names) == sorted(names)
     for path in (folder / name for name in names):
         if path.suffix == ".png":

@@ -1,4 +1,4 @@
-"""End-to-end behaviour of ``Bagel``: packing, contexts, determinism, cancellation and cleanup."""
+"""End-to-end behavior of ``Bagel``: packing, contexts, determinism, cancellation and cleanup."""
 
 import gc
 from dataclasses import replace

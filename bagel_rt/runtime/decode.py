@@ -114,21 +114,21 @@ class DecodeLoop:
         greedy = noise is None and all(group.temperature == 0 for group in sampling)
         capacity = token_capacity(max_length)
         shape = None if noise is None else tuple(noise.shape[1:])
-        self._held = graphs.acquire(
+        self._static = graphs.acquire(
             ("decode", mode.key, len(contexts), greedy, capacity, shape, self._rope.shape[1]),
             lambda: self._allocate(first, capacity, greedy, noise),
             self,
         )
-        self.buffers = self._held.buffers
+        self.buffers = self._static.buffers
         self._fill(first, list(zip(writes, lengths, positions, strict=True)), sampling, noise)
 
     def step(self) -> None:
         """Feed the last tokens and draw the next ones."""
-        self.graphs.run(self._held, "token", self._step)
+        self.graphs.run(self._static, "token", self._step)
 
     def close(self) -> None:
         """Release the buffers."""
-        self._held.release()
+        self._static.release()
 
     def keep(self, row: int, fed: Sequence[int], max_length: int) -> None:
         """Keep the tokens that were fed to a row in its context and shorten the context by the unused slots."""

@@ -186,8 +186,8 @@ class Denoiser:
         first = branches[: len(tasks)]
         apart = len(branches) > len(first) and not all(guidance.guided)  # some steps run fewer branches
         key = ("denoise", guidance.key, tuple(map(tuple, self._branch_of)), apart)
-        self._held = self._graphs.acquire(key, lambda: self._allocate(branches, first if apart else None), self)
-        self._buffers = self._held.buffers
+        self._static = self._graphs.acquire(key, lambda: self._allocate(branches, first if apart else None), self)
+        self._buffers = self._static.buffers
         self.closed = False
         self._fill(branches, first)
 
@@ -204,12 +204,12 @@ class Denoiser:
         self._go_to(index)
         self._next = index + 1
         guided = self.guidance.guided[index]
-        self._graphs.run(self._held, "guided" if guided else "plain", lambda: self._step(guided))
+        self._graphs.run(self._static, "guided" if guided else "plain", lambda: self._step(guided))
 
     def close(self) -> None:
         """Release the buffers. Do not read the state afterwards: another denoising may overwrite it."""
         self.closed = True
-        self._held.release()
+        self._static.release()
 
     def images(self) -> tuple[torch.Tensor, ...]:
         """The state of each image, as views."""

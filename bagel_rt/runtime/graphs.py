@@ -83,11 +83,11 @@ class GraphCache:
     @contextmanager
     def borrow(self, key: tuple[Hashable, ...], make: Callable[[], B]) -> Iterator[StaticBuffers[B]]:
         """:meth:`acquire` for the duration of a block."""
-        held = self.acquire(key, make, None)
+        static = self.acquire(key, make, None)
         try:
-            yield held
+            yield static
         finally:
-            held.release()
+            static.release()
 
     def acquire(self, key: tuple[Hashable, ...], make: Callable[[], B], owner: object | None) -> StaticBuffers[B]:
         """The buffers of a structure, in use until they are released or ``owner`` is collected.

@@ -71,7 +71,7 @@ USAGE_ERRORS = {
     "a scale that is not finite": ((*DRAW, "--cfg-img-scale", "nan"), "must be a number from 0 to 100, got nan"),
     "half an interval": ((*DRAW, "--cfg-interval", "0.4"), "--cfg-interval"),
     "a reversed interval": ((*DRAW, "--cfg-interval", "1", "0"), "low <= high"),
-    "an unknown renormalisation": ((*DRAW, "--cfg-renorm-type", "local"), "'local'"),
+    "an unknown renormalization": ((*DRAW, "--cfg-renorm-type", "local"), "'local'"),
     "a schedule without steps": ((*DRAW, "--num-timesteps", "1"), "must be an integer from 2 to 1000, got 1"),
     "a temperature of zero": (
         ("chat", "x", "--text-temperature", "0"),

@@ -39,7 +39,7 @@ def decode(bagel, contexts, sampling=None, stop=-1, length=12, **options):
 
 
 @pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["most likely", "sampled"])
-def test_texts_decoded_together_are_those_decoded_alone(bagel, sampling):
+def test_batched_texts_match_separate_texts(bagel, sampling):
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS)
     together = decode(bagel, contexts, sampling)
@@ -48,7 +48,7 @@ def test_texts_decoded_together_are_those_decoded_alone(bagel, sampling):
     assert [len(text) for text in together] == [11] * 4 and len(set(map(tuple, together))) == 4
 
 
-def test_a_text_ends_at_its_stop_and_the_others_go_on(bagel):
+def test_text_ends_at_its_stop_token_and_others_continue(bagel):
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS)
     whole = decode(bagel, contexts, SAMPLED)
@@ -57,17 +57,17 @@ def test_a_text_ends_at_its_stop_and_the_others_go_on(bagel):
     assert decode(bagel, contexts, SAMPLED, stop) == cut and max(map(len, cut)) > len(cut[1])
 
 
-def test_contexts_are_left_as_they_are(bagel):
+def test_decoding_does_not_change_contexts(bagel):
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS)
     before = [(context.length, context.position, context.history) for context in contexts]
-    taken = bagel.cache.free_slots
+    free = bagel.cache.free_slots
     decode(bagel, contexts)
     assert [(context.length, context.position, context.history) for context in contexts] == before
-    assert bagel.cache.free_slots == taken
+    assert bagel.cache.free_slots == free
 
 
-def test_rejects_arguments_that_contradict_each_other(bagel):
+def test_rejects_mismatched_arguments(bagel):
     model, contexts = bagel.model, [Context(bagel.cache)] * 3
     pairs = replace(model.text, key="pairs", group=2)
     for mode, arguments, message in [
@@ -81,7 +81,7 @@ def test_rejects_arguments_that_contradict_each_other(bagel):
             next(generate_tokens(model, mode, *arguments))
 
 
-def test_more_rows_than_the_one_token_kernels_take_decode_the_same_texts(bagel):
+def test_more_than_eight_rows_decode_the_same_texts(bagel):
     texts = [(number + 1, number + 2) for number in range(20)]
     with torch.inference_mode():
         contexts = contexts_of(bagel, texts)
@@ -89,13 +89,13 @@ def test_more_rows_than_the_one_token_kernels_take_decode_the_same_texts(bagel):
     assert together == [decode(bagel, [context], length=5)[0] for context in contexts]
 
 
-def test_a_text_of_fixed_length_has_every_token_that_was_drawn(bagel):
+def test_text_of_fixed_length_has_every_drawn_token(bagel):
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS[:2])
     assert decode(bagel, contexts, stop=None, length=5) == decode(bagel, contexts, length=6)
 
 
-def test_each_row_begins_with_its_own_start_token(bagel):
+def test_each_row_starts_with_its_own_token(bagel):
     with torch.inference_mode():
         contexts = contexts_of(bagel, [TEXTS[0], TEXTS[0]])
         run = generate_tokens(bagel.model, bagel.model.text, contexts, [5, bagel.tokenizer.bos], -1, 6)
@@ -104,7 +104,7 @@ def test_each_row_begins_with_its_own_start_token(bagel):
     assert [token for number, token in tokens if number == 0] != [token for number, token in tokens if number == 1]
 
 
-def test_kept_texts_continue_as_if_they_had_been_prefilled(bagel):
+def test_kept_texts_equal_prefilled_texts(bagel):
     with torch.inference_mode():
         kept, other = contexts_of(bagel, [TEXTS[0], TEXTS[1]])
         fresh = kept.clone()
@@ -121,7 +121,7 @@ def test_kept_texts_continue_as_if_they_had_been_prefilled(bagel):
     assert decode(bagel, [kept], length=5) == decode(bagel, [fresh], length=5)
 
 
-def test_kept_texts_that_are_closed_early_hold_only_what_was_fed(bagel):
+def test_kept_texts_that_are_closed_early_contain_only_fed_tokens(bagel):
     with torch.inference_mode():
         kept, other = contexts_of(bagel, [TEXTS[0], TEXTS[1]])
         length = kept.length
@@ -135,7 +135,7 @@ def test_kept_texts_that_are_closed_early_hold_only_what_was_fed(bagel):
     assert decode(bagel, [kept], length=3)  # it can be continued
 
 
-def test_ids_that_the_mode_masks_are_never_drawn(bagel):
+def test_masked_ids_are_never_drawn(bagel):
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS[:1])
     [text] = decode(bagel, contexts)
@@ -147,7 +147,7 @@ def test_ids_that_the_mode_masks_are_never_drawn(bagel):
     assert not set(tokens) & set(text)
 
 
-def test_injected_noise_draws_the_token_of_the_largest_quotient(bagel):
+def test_injected_noise_selects_the_token_of_the_largest_quotient(bagel):
     with torch.inference_mode():
         contexts = contexts_of(bagel, TEXTS[:2])
         vocab = bagel.model.config.llm.vocab_size
@@ -159,15 +159,15 @@ def test_injected_noise_draws_the_token_of_the_largest_quotient(bagel):
         sampling = [Sampling(0.7), Sampling(1.3)]
         drawn = list(generate_tokens(bagel.model, mode, contexts, bagel.tokenizer.bos, None, 3, sampling, noise=noise))
     temperatures = torch.tensor([[0.7], [1.3]])
-    wanted = [
+    expected = [
         (row, int(token))
         for x, q in zip(logits, noise, strict=True)
         for row, token in enumerate(((x / temperatures).softmax(-1) / q).argmax(-1))
     ]
-    assert drawn == wanted
+    assert drawn == expected
 
 
-def test_a_text_beyond_the_positions_of_the_model_is_refused(bagel):
+def test_rejects_text_beyond_the_positions_of_the_model(bagel):
     length = bagel.model.config.llm.max_position_embeddings + 1
     with pytest.raises(ValueError, match=f"must end by position {length - 1}, got {length}"):
         next(generate_tokens(bagel.model, bagel.model.text, [Context(bagel.cache)], 0, 1, length))
@@ -196,7 +196,7 @@ def counted(emulated_extension, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["most likely", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_cuda_kernels_write_the_same_texts(counted, dtype, sampling):
+def test_cuda_kernels_decode_the_same_texts(counted, dtype, sampling):
     choose_backend("reference")
     bagel = Bagel.from_pretrained(PACK / "checkpoint", device="cpu", dtype=dtype)
     with torch.inference_mode():
@@ -217,7 +217,7 @@ def test_the_cuda_kernels_write_the_same_texts(counted, dtype, sampling):
 
 
 @pytest.mark.slow
-def test_a_recorded_answer_of_the_official_code_through_the_cuda_kernels(counted):
+def test_cuda_kernels_match_a_recorded_official_answer(counted):
     bagel = Bagel.from_pretrained(PACK / "checkpoint", device="cpu", dtype=torch.float32, backend="triton")
     report = run_case(bagel, PACK, PACK / "cases" / "32_und_text_only")
     failed = [f"{c.name}: {c.error:.1e} > {c.tolerance:.0e} {c.note}" for c in report.comparisons if not c.passed]

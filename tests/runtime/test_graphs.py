@@ -80,7 +80,7 @@ def same(result, expected):
 
 
 @pytest.mark.parametrize("requests", SAME_STRUCTURE.values(), ids=SAME_STRUCTURE)
-def test_what_one_request_captured_serves_the_next(captured, eager, photo, requests):
+def test_captured_steps_are_shared_by_requests(captured, eager, photo, requests):
     captures = []
     for request in requests:
         assert same(request(captured, photo), request(eager, photo))
@@ -92,7 +92,7 @@ def test_what_one_request_captured_serves_the_next(captured, eager, photo, reque
     assert grown <= 1, "only the decoding of an image is captured at the second request of its size"
 
 
-def test_a_repeated_request_captures_nothing(captured, photo):
+def test_repeated_request_captures_nothing(captured, photo):
     requests = [draw("a"), edit("b"), chat("c", 1)]
     for request in requests * 2:
         request(captured, photo)
@@ -102,21 +102,21 @@ def test_a_repeated_request_captures_nothing(captured, photo):
     assert (captured.engine.graphs.captures, captured.engine.graphs.capture_seconds) == (count, seconds)
 
 
-def test_a_growing_cache_invalidates_what_was_captured(captured, eager, photo):
+def test_growing_cache_invalidates_captured_steps(captured, eager, photo):
     request = draw("a red circle")
     request(captured, photo)
     old = captured.cache.k
-    taken = captured.cache.allocate(captured.cache.slots + 1)
+    start = captured.cache.allocate(captured.cache.slots + 1)
     assert captured.cache.k is not old
     with torch.inference_mode():
         old.fill_(torch.nan)
     before = captured.engine.graphs.captures
     assert same(request(captured, photo), request(eager, photo))
     assert captured.engine.graphs.captures > before
-    captured.cache.release(taken, captured.cache.slots)
+    captured.cache.release(start, captured.cache.slots)
 
 
-def test_released_memory_is_taken_again(captured, eager, photo):
+def test_released_memory_is_allocated_again(captured, eager, photo):
     for _ in range(2):
         for request in (draw("a"), chat("b")):
             assert same(request(captured, photo), request(eager, photo))
@@ -125,7 +125,7 @@ def test_released_memory_is_taken_again(captured, eager, photo):
         assert captured.cache.slots == 0 and captured.engine.graphs.kept == 0
 
 
-def test_another_request_in_the_middle_of_a_stream(captured, eager, photo):
+def test_request_runs_during_an_open_stream(captured, eager, photo):
     options = {"max_think_token_n": 20}
     pieces = captured.stream("what?", **options)
     text = next(pieces) + next(pieces)
@@ -134,7 +134,7 @@ def test_another_request_in_the_middle_of_a_stream(captured, eager, photo):
     assert text + "".join(pieces) == eager.chat("what?", **options)
 
 
-def test_a_cancelled_request_leaves_nothing_to_the_next(captured, eager, photo):
+def test_cancelled_request_does_not_affect_the_next(captured, eager, photo):
     def stop(progress):
         if progress.step == 4:
             raise Cancelled
@@ -152,7 +152,7 @@ class Owner:
     pass
 
 
-def test_buffers_are_bounded_and_the_least_recently_used_of_a_kind_goes_first():
+def test_cache_evicts_the_least_recently_used_buffers_of_a_kind():
     graphs, made = GraphCache(None, limit=2), []
 
     def take(*key):
@@ -170,7 +170,7 @@ def test_buffers_are_bounded_and_the_least_recently_used_of_a_kind_goes_first():
     assert graphs.kept == 3
 
 
-def test_released_buffers_are_free_though_their_run_still_exists():
+def test_released_buffers_are_free_while_their_run_exists():
     graphs, owner = GraphCache(None), Owner()
     first = graphs.acquire(("a",), list, owner)
     first.release()
@@ -199,55 +199,55 @@ def test_work_runs_eagerly_once_then_is_captured_and_replayed():
             done.append("replayed")
 
     graphs = GraphCache(Captured)
-    held = graphs.acquire(("a",), lambda: None, owner)
+    static = graphs.acquire(("a",), lambda: None, owner)
     for _ in range(3):
-        graphs.run(held, "step", lambda: done.append("ran"))
+        graphs.run(static, "step", lambda: done.append("ran"))
     assert done == ["ran", "captured", "replayed", "replayed"] and graphs.captures == 1
     graphs.invalidate()
-    graphs.run(held, "step", lambda: done.append("ran"))
+    graphs.run(static, "step", lambda: done.append("ran"))
     assert done[4:] == ["captured", "replayed"]
 
 
-def test_work_that_fails_the_first_time_is_not_taken_for_done():
+def test_work_that_fails_the_first_time_runs_eagerly_again():
     graphs, owner = GraphCache(Recording), Owner()
-    held = graphs.acquire(("a",), lambda: None, owner)
+    static = graphs.acquire(("a",), lambda: None, owner)
 
     def fail():
         raise torch.OutOfMemoryError("no memory")
 
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
-            graphs.run(held, "step", fail)
+            graphs.run(static, "step", fail)
     assert graphs.captures == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_work_is_reported_when_it_is_finished(count):
+def test_pipelined_work_is_counted_when_it_is_finished(count):
     done = []
     assert list(run_pipelined(DEVICE, [lambda: done.append(1)] * count)) == list(range(1, count + 1))
     assert len(done) == count
 
 
 @cuda
-def test_on_a_gpu_graphs_are_the_default_and_can_be_switched_off(eager):
+def test_graphs_are_the_default_on_a_gpu_and_can_be_disabled(eager):
     assert eager.engine.graphs.capture is None
     assert Bagel(eager.model, eager.tokenizer).engine.graphs.capture is not None
 
 
-def test_what_ran_with_references_is_run_once_more_before_it_is_captured():
+def test_work_of_reference_ops_runs_eagerly_before_its_capture():
     graphs, owner, done = GraphCache(Recording), Owner(), []
-    held = graphs.acquire(("a",), lambda: None, owner)
+    static = graphs.acquire(("a",), lambda: None, owner)
     choose_backend("reference")
     try:
         for _ in range(3):
-            graphs.run(held, "step", lambda: done.append("reference"))
+            graphs.run(static, "step", lambda: done.append("reference"))
     finally:
         choose_backend(None)
-    graphs.run(held, "step", lambda: done.append("compiles the kernels"))
+    graphs.run(static, "step", lambda: done.append("compiles the kernels"))
     assert done == ["reference"] * 3 + ["compiles the kernels"] and graphs.captures == 0
 
 
-def test_held_exceptions_hold_no_buffers(captured):
+def test_stored_exceptions_do_not_keep_buffers_in_use(captured):
     """A server's log may keep the exceptions of cancelled requests; the next ones find their buffers all the same."""
 
     def stop(progress):
@@ -256,17 +256,17 @@ def test_held_exceptions_hold_no_buffers(captured):
 
     requests = [draw("a red circle", progress=stop), chat("why?", progress=stop)]
     requests.append(draw(["a", "b"], think=True, max_think_token_n=9, progress=stop))
-    held, captures, alive = [], [], []
+    static, captures, alive = [], [], []
     for _ in range(4):
         for request in requests:
             with pytest.raises(Cancelled) as caught:
                 request(captured, None)
-            held.append(caught)
+            static.append(caught)
         pieces = captured.stream("why?", max_think_token_n=12)
         next(pieces)
         with pytest.raises(Cancelled) as caught:
             pieces.throw(Cancelled())
-        held.append(caught)
+        static.append(caught)
         captures.append(captured.engine.graphs.captures)
         alive.append(len(captured.engine.graphs._alive))
     assert captures[1:] == captures[1:2] * 3 and alive[1:] == alive[1:2] * 3
@@ -316,9 +316,7 @@ class FakeCUDA:
     ],
     ids=["what cannot be captured", "memory runs out", "memory runs out at the end"],
 )
-def test_a_capture_that_fails_leaves_the_stream_and_the_garbage_collector_as_they_were(
-    monkeypatch, raised, problem, error, message
-):
+def test_failed_capture_restores_the_stream_and_the_garbage_collector(monkeypatch, raised, problem, error, message):
     cuda = FakeCUDA(problem)
     monkeypatch.setattr("torch.cuda", cuda)
 

@@ -79,7 +79,7 @@ block_sizes = st.integers(1, 128)
 
 @settings(max_examples=250)
 @given(segment_lists(), block_sizes)
-def test_every_row_sees_exactly_what_its_segment_says(segments, block_q):
+def test_visibility_matches_the_segments(segments, block_q):
     plan = plan_reference(segments, block_q)
     rows = expected_rows(segments)
     packed = [i for i, row in enumerate(rows) if row[0]] + [i for i, row in enumerate(rows) if not row[0]]
@@ -92,7 +92,7 @@ def test_every_row_sees_exactly_what_its_segment_says(segments, block_q):
 
 @settings(max_examples=250)
 @given(segment_lists(), block_sizes)
-def test_blocks_tile_the_rows_and_state_their_limits_exactly(segments, block_q):
+def test_blocks_cover_the_rows_with_exact_limits(segments, block_q):
     plan = plan_reference(segments, block_q)
     rows = expected_rows(segments)
     next_row, previous = 0, None
@@ -122,31 +122,31 @@ def test_blocks_tile_the_rows_and_state_their_limits_exactly(segments, block_q):
 @needs_extension
 @settings(max_examples=400)
 @given(segment_lists(), block_sizes)
-def test_the_extension_gives_the_reference_plan_bit_for_bit(segments, block_q):
+def test_extension_matches_the_reference_bit_for_bit(segments, block_q):
     assert_identical(Plan(*plan_module.EXTENSION.build_plan(segments, block_q)), plan_reference(segments, block_q))
 
 
 @needs_extension
 @pytest.mark.parametrize("block_q", [1, 50, 128])
-def test_the_extension_plans_three_full_size_branches_and_a_prompt_like_the_reference(block_q):
+def test_extension_matches_the_reference_at_full_size(block_q):
     noise = [Segment("full", image(4096), start, 60 - start // 100, start + 60 - start // 100) for start in (0, 5000)]
     segments = [*noise, Segment("full", image(4096), 0, 60, 10_000), Segment("causal", und(700), 20_000, 3, 20_003)]
     assert_identical(build_plan(segments, block_q), plan_reference(segments, block_q))
 
 
 @needs_extension
-def test_build_plan_takes_the_extension_where_there_is_one(monkeypatch):
+def test_build_plan_uses_the_extension(monkeypatch):
     monkeypatch.delattr(plan_module, "plan_reference")
     assert build_plan([TEXT]).G == 0
 
 
-def test_build_plan_does_without_the_extension(monkeypatch):
+def test_build_plan_falls_back_to_the_reference(monkeypatch):
     monkeypatch.setattr(plan_module, "EXTENSION", None)
     assert_identical(build_plan([TEXT], 2), plan_reference([TEXT], 2))
 
 
 @needs_extension
-def test_the_extension_reads_strided_rows_and_numpy_integers():
+def test_extension_accepts_strided_rows_and_numpy_integers():
     gen = np.array([True, False, False, True, True, False])[::2]
     segments = [Segment("full", gen, np.int32(4), np.int64(2), np.uint8(200))]
     assert_identical(build_plan(segments, np.int64(2)), plan_reference(segments, 2))
@@ -162,14 +162,14 @@ def assert_identical(plan: Plan, other: Plan) -> None:
     assert plan == other
 
 
-def test_a_forward_of_no_rows_has_an_empty_plan():
+def test_plan_of_no_rows_is_empty():
     plan = build_plan([])
     assert (plan.G, plan.order.shape, plan.blocks.shape) == (0, (0,), (0, 7))
     assert visibility(plan).shape == (0, 0)
     assert visibility(plan, 8).shape == (0, 8)
 
 
-def test_text_then_an_image_of_one_context_share_a_run_of_understanding_rows():
+def test_text_and_image_of_one_context_share_a_run():
     plan = build_plan([Segment("causal", und(3), 10, 0, 10), Segment("full", image(2), 10, 3, 13)], block_q=4)
     assert plan.G == 2
     assert plan.order.tolist() == [4, 5, 0, 1, 2, 3, 6]
@@ -178,13 +178,13 @@ def test_text_then_an_image_of_one_context_share_a_run_of_understanding_rows():
     assert plan.blocks.tolist() == [[0, 2, 10, 7, 7, 0, 0], [2, 6, 10, 1, 7, 0, 0], [6, 7, 10, 7, 7, 0, 0]]
 
 
-def test_causal_rows_apart_from_their_context_see_it_whole_and_each_other_causally():
+def test_causal_rows_stored_apart_see_their_whole_context():
     plan = build_plan([Segment("causal", und(3), 2, 5, 20)])
     assert plan.limits.tolist() == [1, 2, 3]
     assert plan.blocks.tolist() == [[0, 3, 20, 1, 3, 2, 7]]
 
 
-def test_noise_right_behind_its_context_needs_one_span_and_noise_elsewhere_two():
+def test_latents_stored_apart_need_a_second_span():
     behind = build_plan([Segment("full", image(2), 0, 5, 5)])
     elsewhere = build_plan([Segment("full", image(2), 0, 5, 6)])
     assert behind.blocks.tolist() == [[0, 2, 0, 9, 9, 0, 0], [2, 4, 0, 9, 9, 0, 0]]
@@ -240,13 +240,13 @@ def test_rejects_a_mask_narrower_than_the_plan():
 
 
 @pytest.mark.parametrize("planner", [build_plan, plan_reference], ids=["build_plan", "plan_reference"])
-def test_the_last_slot_an_int32_can_count_is_usable(planner):
+def test_last_slot_of_int32_is_usable(planner):
     plan = planner([Segment("full", und(3), MAX_SLOTS - 7, 4, MAX_SLOTS - 3)])
     assert plan.blocks.tolist() == [[0, 3, MAX_SLOTS - 7, 7, 7, 0, 0]]
     assert plan.slots.tolist() == [MAX_SLOTS - 3, MAX_SLOTS - 2, MAX_SLOTS - 1]
 
 
-def test_the_environment_can_turn_the_extension_off():
+def test_environment_disables_the_extension():
     script = "import bagel_rt.runtime.plan as p; p.build_plan([]); print(p.EXTENSION, p.EXTENSION_ERROR)"
     environment = os.environ | {"BAGEL_RT_EXTENSION": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

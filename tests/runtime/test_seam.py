@@ -41,17 +41,17 @@ def test_draws_ids_from_two_guided_rows_and_keeps_them(graphs):
     model = CausalModel()
     cache = open_cache(model, graphs)
     noise = torch.empty(7, 1, 40).exponential_(generator=torch.Generator().manual_seed(1))
-    want, rows = [], [model.embed_tokens(torch.tensor([*ids, 7 + row])) for row, ids in enumerate(PROMPTS)]
+    expected, rows = [], [model.embed_tokens(torch.tensor([*ids, 7 + row])) for row, ids in enumerate(PROMPTS)]
     for q in noise:
         logits = torch.stack([model.logits(model.dense(x)[-1:])[0] for x in rows])
-        want.append(int((model.guide(logits[None]).softmax(-1) / q).argmax()))
-        rows = [torch.cat([x, model.ids[want[-1] :][:1]]) for x in rows]
+        expected.append(int((model.guide(logits[None]).softmax(-1) / q).argmax()))
+        rows = [torch.cat([x, model.ids[expected[-1] :][:1]]) for x in rows]
     for _ in range(2):  # the second run is replayed where steps are captured
         contexts = contexts_of(model, cache, 32)
         drawn = generate_tokens(
             model, model.image, contexts, [7, 8], None, 7, [Sampling(1.0)], graphs, noise, keep=True
         )
-        assert [token for _, token in drawn] == want
+        assert [token for _, token in drawn] == expected
         assert [context.length for context in contexts] == [12, 9]
 
 
@@ -61,16 +61,16 @@ def test_denoises_a_causal_block_with_a_time_token(graphs, capacity):
     model = CausalModel()
     cache, flow = open_cache(model, graphs), Flow(model)
     noise = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
-    want, prompts = noise.clone(), [model.embed_tokens(torch.tensor(ids)) for ids in PROMPTS]
+    expected, prompts = noise.clone(), [model.embed_tokens(torch.tensor(ids)) for ids in PROMPTS]
     for step in range(4):
-        rows, skip = flow.encode(want, torch.tensor([step]))
+        rows, skip = flow.encode(expected, torch.tensor([step]))
         hidden = torch.cat([model.dense(torch.cat([prompt, rows]))[-6:] for prompt in prompts])
         outputs = model.norm(hidden).unflatten(0, (2, -1))[:, 1:] @ model.patch_out.T + skip
-        flow.update(want, outputs, None, None, True)
+        flow.update(expected, outputs, None, None, True)
     for _ in range(2):
         task = DenoisingTask(CausalImage(5), noise, tuple(contexts_of(model, cache, capacity)))
         denoiser = Denoiser(model, cache, [task], flow, graphs)
         for step in range(len(denoiser)):
             denoiser.step(step)
-        torch.testing.assert_close(denoiser.state, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(denoiser.state, expected, rtol=1e-4, atol=1e-5)
         denoiser.close()

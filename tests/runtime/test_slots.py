@@ -22,22 +22,22 @@ def fill(cache, start, length, value):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=40), st.integers(0, 20))
-def test_ranges_never_overlap_and_nothing_is_lost(actions, slots):
-    cache, held = make_cache(slots), []
+def test_ranges_are_disjoint_and_all_slots_are_accounted_for(actions, slots):
+    cache, allocated = make_cache(slots), []
     for allocates, number in actions:
-        if allocates or not held:
-            held.append((cache.allocate(number), number))
+        if allocates or not allocated:
+            allocated.append((cache.allocate(number), number))
         else:
-            cache.release(*held.pop(number % len(held)))
-        taken = sorted(slot for start, length in held for slot in range(start, start + length))
-        assert len(taken) == len(set(taken)) and (not taken or taken[-1] < cache.slots)
-        assert cache.free_slots == cache.slots - len(taken)
-    for start, length in held:
+            cache.release(*allocated.pop(number % len(allocated)))
+        slots_in_use = sorted(slot for start, length in allocated for slot in range(start, start + length))
+        assert len(slots_in_use) == len(set(slots_in_use)) and (not slots_in_use or slots_in_use[-1] < cache.slots)
+        assert cache.free_slots == cache.slots - len(slots_in_use)
+    for start, length in allocated:
         cache.release(start, length)
     assert not cache.slots or cache.allocate(cache.slots) == 0, "released ranges did not join again"
 
 
-def test_growing_keeps_what_was_stored():
+def test_growing_keeps_keys_and_values():
     cache = make_cache(3)
     fill(cache, cache.allocate(3), 3, 7.0)
     cache.allocate(5)
@@ -46,7 +46,7 @@ def test_growing_keeps_what_was_stored():
     assert cache.layer(1)[0].data_ptr() == cache.k[1].data_ptr(), "layer views are those of the grown buffer"
 
 
-def test_a_clone_shares_slots_and_the_longest_holder_grows_in_place():
+def test_clones_share_slots_and_the_longest_grows_in_place():
     cache = make_cache(20)
     context = Context(cache, capacity=10)
     start = context.extend(4)
@@ -56,7 +56,7 @@ def test_a_clone_shares_slots_and_the_longest_holder_grows_in_place():
     assert cache.free_slots == 10
 
 
-def test_a_shorter_clone_that_grows_moves_and_leaves_the_source_alone():
+def test_shorter_clone_is_copied_when_it_grows():
     cache = make_cache(20)
     context = Context(cache, capacity=10)
     fill(cache, context.extend(4), 4, 1.0)
@@ -69,7 +69,7 @@ def test_a_shorter_clone_that_grows_moves_and_leaves_the_source_alone():
     assert keys[snapshot.key_start :][:6].tolist() == [1, 1, 1, 1, 3, 3]
 
 
-def test_the_tail_is_free_again_when_the_longer_clone_is_gone():
+def test_tail_is_free_after_the_longer_clone_is_dropped():
     cache = make_cache(20)
     context = Context(cache, capacity=10)
     context.extend(4)
@@ -80,7 +80,7 @@ def test_the_tail_is_free_again_when_the_longer_clone_is_gone():
     assert context.fits(6) and not context.fits(7)
 
 
-def test_borrowed_slots_of_two_clones_do_not_collide():
+def test_borrowed_slots_of_two_clones_are_disjoint():
     cache = make_cache()
     context = Context(cache, capacity=20)
     context.extend(4)
@@ -104,7 +104,7 @@ def test_dropping_every_context_frees_every_slot(capacity):
     assert cache.free_slots == cache.slots
 
 
-def test_a_failed_growth_changes_nothing(monkeypatch):
+def test_failed_growth_changes_nothing(monkeypatch):
     cache = make_cache(4)
     fill(cache, cache.allocate(4), 4, 5.0)
     real, made = torch.Tensor.new_empty, []
@@ -124,7 +124,7 @@ def test_a_failed_growth_changes_nothing(monkeypatch):
     assert (cache.k[:, :4] == 5).all() and (cache.v[:, :4] == -5).all()
 
 
-def test_a_release_in_the_middle_of_an_allocation_is_not_lost():
+def test_release_during_an_allocation_is_not_lost():
     cache = make_cache(10)
     first = cache.allocate(4)
 

@@ -273,15 +273,15 @@ def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
 
     Raises:
         ValueError: wrong shape.
-        NonFiniteError: the tensor contains NaN.
+        NonFiniteError: the tensor contains NaN or infinity.
     """
     import torch
 
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"tensor must be [3, H, W], got {list(tensor.shape)}.")
-    levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
-    if levels.isnan().any():
+    if not tensor.isfinite().all():
         raise NonFiniteError("an image")
+    levels = (tensor.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
     return Image.fromarray(levels.to(torch.uint8).contiguous().cpu().numpy())
 
 

@@ -215,7 +215,9 @@ def _peak(phases: dict[str, int], graphs: bool) -> tuple[int, str]:
         (pool(steps), steps | {"decoding images"}),  # the first request: its image is decoded eagerly
         (pool(steps | {"decoding images"}), {"prefill", "encoding images"}),  # a second request like it
     ]
-    candidates = [(held, name) for held, names in moments for name in sorted(names & phases.keys())]
+    candidates = [
+        (bytes_of_graphs, name) for bytes_of_graphs, names in moments for name in sorted(names & phases.keys())
+    ]
     return max(candidates, key=lambda moment: moment[0] + phases[moment[1]])
 
 

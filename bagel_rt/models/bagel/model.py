@@ -315,8 +315,8 @@ class BagelModel:
             return _DecoderBuffers(torch.empty_like(latent), latent.new_empty(1, config.vae.out_channels, *sides))
 
         key = ("image", grid_h, grid_w, torch.backends.cudnn.allow_tf32)
-        with graphs.borrow(key, allocate) as held:
-            buffers = held.buffers
+        with graphs.borrow(key, allocate) as static:
+            buffers = static.buffers
             buffers.latent.copy_(latent)
-            graphs.run(held, "decode", lambda: buffers.pixels.copy_(self.vae.decode(buffers.latent)))
+            graphs.run(static, "decode", lambda: buffers.pixels.copy_(self.vae.decode(buffers.latent)))
             return tensor_to_image(buffers.pixels[0])

@@ -60,10 +60,10 @@ class ImageSettings:
         (0.4, 1.0), _INTERVAL, "Guided interval", (0, 1, 0.05),
         "A step at time t is guided if low < t <= high; t runs from 1, noise, to 0, the image. Other steps are faster.")
     cfg_renorm_min: float = _hyperparameter(
-        0.0, number(0, 1, "1 turns renormalisation off"), "Minimum renormalisation factor", (0, 1, 0.05),
+        0.0, number(0, 1, "1 turns renormalization off"), "Minimum renormalization factor", (0, 1, 0.05),
         "Guided steps are scaled back by a factor of at least this. 0 scales as far as needed, 1 turns it off.")
     cfg_renorm_type: RenormType = _hyperparameter(
-        "global", _RENORM_TYPE, "Renormalisation", None,
+        "global", _RENORM_TYPE, "Renormalization", None,
         "What is scaled back: the whole image (global), each token (channel), or each token before image guidance "
         "(text_channel).")
     timestep_shift: float = _hyperparameter(

@@ -131,7 +131,7 @@ def test_round_trip_through_a_tensor_loses_at_most_one_level():
 
 
 def test_levels_are_clamped_and_truncated():
-    values = torch.tensor([-9.0, -1.0, 0.0, 0.999, 1.0, float("inf")]).expand(3, 1, 6)
+    values = torch.tensor([-9.0, -1.0, 0.0, 0.999, 1.0, 1e9]).expand(3, 1, 6)
     assert pixels(tensor_to_image(values))[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
 
 
@@ -237,6 +237,7 @@ def test_rejects_invalid_arguments(call, message):
         call()
 
 
-def test_rejects_nan_pixels():
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rejects_pixels_that_are_not_finite(value):
     with pytest.raises(NonFiniteError, match="an image of the model must be finite, got NaN"):
-        tensor_to_image(torch.full((3, 2, 2), float("nan")))
+        tensor_to_image(torch.full((3, 2, 2), value))
