@@ -11,7 +11,7 @@ from bagel_rt.check.case import Case, Outputs, Values
 from bagel_rt.check.cases import CASES
 from bagel_rt.check.info import versions
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import check_backend, choose_backend
+from bagel_rt.kernels.backend import INTERPRETED, check_backend, choose_backend
 from bagel_rt.kernels.registry import OPS, implementation
 
 
@@ -57,6 +57,11 @@ def run(device: torch.device, cases: Sequence[Case] | None = None) -> Iterator[R
     Raises:
         ValueError: no kernel runs on this device: an old GPU, or a CPU without the interpreter.
     """
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"device must be an NVIDIA GPU to check kernels, got {device}. Install a CUDA build of PyTorch and a "
+            "driver, or check small cases in Triton's interpreter: TRITON_INTERPRET=1 bagel-rt check --device cpu"
+        )
     check_backend(device, "triton")
     configs.architecture(device)
     return _run(device, CASES if cases is None else cases)

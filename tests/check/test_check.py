@@ -142,7 +142,8 @@ def test_cpu_without_interpreter_suggests_triton_interpret():
     command = [sys.executable, "-m", "bagel_rt.cli", "check"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"bagel-rt: error: .*TRITON_INTERPRET=1.*\n", done.stderr)
+    assert re.fullmatch(r"bagel-rt: error: --device must be an NVIDIA GPU .*TRITON_INTERPRET=1.*\n", done.stderr)
+    assert "backend" not in done.stderr
 
 
 def test_old_gpu_suggests_the_reference_backend(monkeypatch):
