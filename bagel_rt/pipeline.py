@@ -96,7 +96,7 @@ class Bagel:
         folder = Path(folder) if folder is not None else DEFAULT_MODEL
         if not folder.is_dir():
             raise FileNotFoundError(describe_missing_folder(folder))
-        device = _resolve_device(device)
+        device = resolve_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtype = resolve_dtype(dtype)
@@ -359,7 +359,8 @@ class Bagel:
         return sides
 
 
-def _resolve_device(device: torch.device | str | None) -> torch.device:
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device, by default a GPU if there is one; ValueError if this machine does not have it."""
     try:
         resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:

@@ -11,8 +11,9 @@ from bagel_rt.check.case import Case, Outputs, Values
 from bagel_rt.check.cases import CASES
 from bagel_rt.check.info import versions
 from bagel_rt.kernels import configs
-from bagel_rt.kernels.backend import INTERPRETED, check_backend, choose_backend
+from bagel_rt.kernels.backend import check_backend, choose_backend
 from bagel_rt.kernels.registry import OPS, implementation
+from bagel_rt.kernels.triton_language import INTERPRETED
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,11 @@ def check(
     Run this first on a new GPU model. With TRITON_INTERPRET=1 in the environment, a CPU runs the kernels in Triton's
     interpreter, at small sizes.
     """
-    import torch
-
     from bagel_rt.check import run as checks
+    from bagel_rt.pipeline import resolve_device
 
     cases = checks.choose_cases(op)
-    chosen = cli_options.read_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = resolve_device(device)
     results = checks.run(chosen, cases)
     report = checks.describe_machine(chosen)
     if not as_json:
@@ -86,7 +85,7 @@ def conformance(
     for name, matches in chosen.items():
         if not matches:
             raise ValueError(f"--case must match one of {', '.join(folders)}, got {name}.")
-    bagel = Bagel.from_pretrained(pack / "checkpoint", cli_options.read_device(device), cli_options.read_dtype(dtype))
+    bagel = Bagel.from_pretrained(pack / "checkpoint", device, dtype)
     if not as_json:
         typer.echo(CASE_LINE.format("result", "case", "compared", "worst", "allowed", "of"))
     reports = []

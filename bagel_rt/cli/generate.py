@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bagel_rt.cli import options as cli_options
-from bagel_rt.cli.inputs import check_stdin, read_image, read_part, read_prompt
+from bagel_rt.cli.inputs import check_stdin, read_image, read_parts, read_prompt
 from bagel_rt.cli.options import RequestOptions, SizeOptions, Think
 from bagel_rt.cli.outputs import OutputOptions
 from bagel_rt.cli.parsing import OptionGroup, hyperparameters, with_options
@@ -71,7 +71,7 @@ def edit(
     (path,) = target.paths(1, False, options.as_json)
     sources = [image, *(more or ())]
     check_stdin([prompt, *map(str, sources)])
-    images, prompt = [read_image(source) for source in sources], read_prompt(prompt)
+    images, prompt = [read_image(source) for source in sources], read_prompt(prompt, "Describe the change")
     with Run("edit", options, target) as run:
         options.show_hint([prompt])
         result = run.bagel.edit(images, prompt, progress=run.bars, **request)
@@ -91,7 +91,7 @@ def chat(
     request = options.request("chat", settings)
     sources = images or []
     check_stdin([prompt, *map(str, sources)])
-    opened, prompt = [read_image(source) for source in sources], read_prompt(prompt)
+    opened, prompt = [read_image(source) for source in sources], read_prompt(prompt, "Ask a question")
     with Run("chat", options) as run:
         options.show_hint([prompt])
         bars = run.bars if options.as_json or not sys.stdout.isatty() else None  # on a terminal the answer is progress
@@ -142,7 +142,7 @@ def interleave(
     paths = target.paths(max_rounds, True, options.as_json)
     size = dimensions.resolve(options.folder)
     check_stdin(parts)
-    inputs = [read_part(part) for part in parts]
+    inputs = read_parts(parts)
     names = [entry if isinstance(entry, str) else Path(part).name for part, entry in zip(parts, inputs, strict=True)]
     with Run("interleave", options, target) as run:
         options.show_hint(entry for entry in inputs if isinstance(entry, str))

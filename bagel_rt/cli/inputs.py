@@ -32,16 +32,22 @@ def _read_stdin(limit: int) -> bytes:
     return content
 
 
-def read_prompt(prompt: str) -> str:
+def read_prompt(prompt: str, remedy: str = "Describe the image") -> str:
     """Return the prompt; for ``-`` the text on stdin, without line ends behind it.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is not UTF-8, or has no visible character. The error ends with ``remedy``.
     """
-    if prompt != STDIN:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # a byte of the argument that is not UTF-8
-            raise ValueError(f"a prompt must be text in UTF-8, got {prompt!a:.80}. Check the terminal's encoding.")
-        return prompt
+    from bagel_rt.request import check_prompt
+
+    return check_prompt("PROMPT", _read_text(prompt), remedy)
+
+
+def _read_text(text: str) -> str:
+    if text != STDIN:
+        if any("\ud800" <= character <= "\udfff" for character in text):  # a byte of the argument that is not UTF-8
+            raise ValueError(f"a prompt must be text in UTF-8, got {text!a:.80}. Check the terminal's encoding.")
+        return text
     content = _read_stdin(4 * MAX_CHARACTERS)  # UTF-8 has at most four bytes per character
     try:
         return content.decode("utf-8-sig").rstrip("\r\n")
@@ -64,15 +70,26 @@ def read_image(path: Path | str) -> "Image.Image":
     return open_image(content)
 
 
-def read_part(part: str) -> "str | Image.Image":
-    """Read a part of ``interleave``'s input: a text, or the image in a file."""
+def read_parts(parts: Sequence[str]) -> "list[str | Image.Image]":
+    """Read the texts and images of ``interleave``'s input; ValueError if they are blank texts only."""
+    from bagel_rt.request import check_prompt
+
+    contents = [_read_part(part) for part in parts]
+    texts = [content for content in contents if isinstance(content, str)]
+    if len(texts) == len(contents):
+        check_prompt("PART", "".join(texts), "Add a text or an image")
+    return contents
+
+
+def _read_part(part: str) -> "str | Image.Image":
+    """Read a text, or the image in a file."""
     kind, colon, rest = part.partition(":")
     if colon and kind == "text":
-        return read_prompt(rest)
+        return _read_text(rest)
     if colon and kind == "image":
         return read_image(rest)
     if os.path.isfile(part):
         return read_image(part)
     if part.lower().endswith(_IMAGE_SUFFIXES) and not any(map(str.isspace, part)):
         raise ValueError(f"{part}: no such file. For a text, write text:{part}")
-    return read_prompt(part)
+    return _read_text(part)

@@ -83,7 +83,7 @@ def memory(
         raise ValueError(f"--image must be left out for --task generate, got {images[0]}. Use --task edit.")
     estimate = expected_memory(
         BAGEL_7B_MOT if model is None else BagelConfig.from_folder(model),
-        dtype=cli_options.read_dtype(dtype),
+        dtype=dtype,
         task=task,
         size=cli_options.read_size("--size", size) if size else None,
         images=[cli_options.read_size("--image", image) for image in images] if images else None,

@@ -21,8 +21,6 @@ from bagel_rt.tiny.world import prompt_hint
 from bagel_rt.validation import integer, parse_size
 
 if TYPE_CHECKING:  # imported inside the functions, to keep ``bagel-rt --help`` fast
-    import torch
-
     from bagel_rt.pipeline import Bagel
 
 MoreImages = Annotated[
@@ -120,8 +118,8 @@ class ModelOptions(OptionGroup):
 
         return Bagel.from_pretrained(
             self.folder,
-            read_device(self.device),
-            read_dtype(self.dtype),
+            self.device,
+            self.dtype,
             graphs=self.graphs,
             progress=progress,
             weights=self.weights,
@@ -209,24 +207,3 @@ def check_address(host: str, port: int) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise ValueError(f"cannot bind {host}, port {port}: {reason}. Choose another --host or --port.") from None
-
-
-def read_device(name: str | None) -> "torch.device | None":
-    """Return the torch device, or None for the default. Raise ValueError if the device does not exist."""
-    import torch
-
-    if name is None:
-        return None
-    kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}.")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} is not available: PyTorch finds {torch.cuda.device_count()} CUDA devices.")
-    return torch.device(name)
-
-
-def read_dtype(name: str | None) -> "torch.dtype | None":
-    """The torch dtype; None for the default."""
-    from bagel_rt.models.bagel.workload import resolve_dtype
-
-    return resolve_dtype(name) if name else None

@@ -88,7 +88,7 @@ class Options(BaseModel):
     name: str | None = None
     replicas: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None = None
     weights: str | None = None
     graphs: bool = True
     limits: dict[str, Any] = {}
@@ -122,7 +122,6 @@ def application(options: Options) -> "Application":
     Raises:
         ValueError: a limit is out of range, the folder does not exist, or the key is empty.
     """
-    import torch
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
@@ -136,7 +135,6 @@ def application(options: Options) -> "Application":
     device = _device(options)
     name, keys = options.name or folder.name, read_keys()
     hosts = frozenset(host.lower() for host in options.image_hosts)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
 
     def build() -> FastAPI:
         from bagel_rt.pipeline import Bagel
@@ -144,7 +142,7 @@ def application(options: Options) -> "Application":
 
         _listen_on_loopback()
         warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
-        bagel = Bagel.from_pretrained(folder, device, dtype, weights=options.weights, graphs=options.graphs)
+        bagel = Bagel.from_pretrained(folder, device, options.dtype, weights=options.weights, graphs=options.graphs)
         app = create_app(bagel, name, limits, keys, hosts, options.allowed_hosts, options.origins)
         app.add_middleware(ReplicaHeader)
         return app

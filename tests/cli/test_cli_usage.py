@@ -29,6 +29,14 @@ USAGE_ERRORS = {
     "an unknown command": (("draw", "x"), "No such command 'draw'. See bagel-rt --help."),
     "an unknown option": ((*DRAW, "--cfg-scale", "4"), "No such option: --cfg-scale (Possible options: --cfg-img"),
     "no prompt": (("generate", *OUT), "Missing argument 'PROMPT'. See bagel-rt generate --help."),
+    "an empty prompt": (
+        ("generate", "a", "", *OUT),
+        "PROMPT must be a text with at least one visible character, got ''.",
+    ),
+    "a blank question": (("chat", " \t"), "visible character, got ' \\t'. Ask a question."),
+    "a blank instruction": (("edit", "{photo}", "\u200b", *OUT), "Describe the change."),
+    "a blank text": (("interleave", " ", *OUT), "visible character"),
+    "a prompt that is not UTF-8": (("generate", "caf\udce9", *OUT), "must be text in UTF-8, got 'caf\\udce9'."),
     "no output": (("generate", "x"), "Missing option '--output'"),
     "an unquoted prompt": (
         ("edit", "{photo}", "make", "it", "blue", *OUT),
@@ -85,7 +93,7 @@ USAGE_ERRORS = {
     "a height of zero": ((*DRAW, "--height", "0"), "multiples of 16 from 16 to 256, got"),
     "a width past the position table": ((*DRAW, "--width", "272"), "from 16 to 256, got 272x"),
     "an unknown device": (("chat", "x", "--device", "tpu"), "must be cpu, cuda or cuda:N, got 'tpu'."),
-    "an unavailable device": (("chat", "x", "--device", "cuda:99"), "cuda:99 is not available: PyTorch finds"),
+    "an unavailable device": (("chat", "x", "--device", "cuda:99"), "--device must be cpu or one of the"),
     "an unknown dtype": (
         ("chat", "x", "--dtype", "int8"),
         "--dtype must be float32, bfloat16, float16, fp32, bf16 or fp16, got 'int8'.",
