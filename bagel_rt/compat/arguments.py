@@ -4,7 +4,6 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import position_ids
@@ -63,20 +62,6 @@ def reject_taylorseer(enabled: bool) -> None:
     """Raise ValueError if ``enable_taylorseer`` is set."""
     if enabled:
         raise ValueError("enable_taylorseer must be False, got True. Step caching changes images and is not supported.")
-
-
-def official_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as the official ``pil_img2rgb``, which differs from this package for some modes.
-
-    An image with a transparent color or in mode RGBA is composited on white. Other modes are converted by Pillow, which
-    drops the alpha channel of LA and clips 16-bit levels. EXIF orientation is not applied.
-    """
-    if image.mode == "RGBA" or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(image, mask=image)
-        return canvas
-    return image.convert("RGB")
 
 
 def floor_size(config: BagelConfig, size: Sequence[int]) -> tuple[int, int]:

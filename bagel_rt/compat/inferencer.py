@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bagel_rt.compat.arguments import floor_size, official_rgb, reject_taylorseer
+from bagel_rt.compat.arguments import floor_size, reject_taylorseer
 from bagel_rt.compat.caches import ContextCache, OfficialCache, read_contexts, write_contexts
 from bagel_rt.compat.convert import convert_config, convert_tokenizer, has_visual_gen
 from bagel_rt.compat.entry_points import EntryPoints
@@ -18,6 +18,7 @@ from bagel_rt.compat.noise import draw_posterior_noise, draw_sampling_seed, nois
 from bagel_rt.compat.weight_sharing import build_shared_model
 from bagel_rt.models.bagel.contents import Content, NoisedImage
 from bagel_rt.models.bagel.contexts import Noise, frame_text, noise_shapes
+from bagel_rt.models.bagel.images import official_rgb
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from bagel_rt.models.bagel.settings import ImageSettings, RenormType, TextSettings
 from bagel_rt.pipeline import Bagel

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CHECKPOINT, PACK
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bagel_rt import Bagel
@@ -139,6 +140,20 @@ def testevery_nth_row_finds_the_stride_that_lengths_leave_open():
     rows = torch.arange(100.0)[:, None]  # strides 10 and 11 both leave 10 rows
     for stride in (1, 7, 10, 11, 60, 100):
         assert torch.equal(every_nth_row(rows, rows[::stride]), rows[::stride])
+
+
+def test_images_are_converted_as_by_the_official_code(bagel, copy_case):
+    pack, case = copy_case("30_und_basic")
+    Image.open(pack / "images/a.png").convert("RGB").save(pack / "images/rgb.png")
+    image = Image.open(pack / "images/rgb.png")
+    levels = image.convert("L")
+    Image.merge("LA", (levels, levels)).save(pack / "images/a.png")  # the official code drops the alpha channel
+    with_alpha = run_case(bagel, pack, case)
+    levels.save(pack / "images/a.png")
+    without = run_case(bagel, pack, case)
+    assert [(item.name, item.error) for item in with_alpha.comparisons] == [
+        (item.name, item.error) for item in without.comparisons
+    ]
 
 
 # Damaged cases

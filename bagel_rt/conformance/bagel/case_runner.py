@@ -14,7 +14,7 @@ from bagel_rt.models.bagel.contents import Content, NoisedImage, VAEImage, ViTIm
 from bagel_rt.models.bagel.contexts import Noise, frame_text
 from bagel_rt.models.bagel.embed import position_ids, unpatchify
 from bagel_rt.models.bagel.guidance import BRANCHES, FlowGuidance
-from bagel_rt.models.bagel.images import image_to_tensor, to_rgb
+from bagel_rt.models.bagel.images import image_to_tensor, official_rgb
 from bagel_rt.models.bagel.settings import ImageSettings
 from bagel_rt.models.bagel.transformer import Transformer
 from bagel_rt.models.bagel.vision import vision_tower
@@ -154,7 +154,7 @@ class CaseRunner:
         # An image enters as latents, patches or both in this order: patches after latents are of the same image.
         previous = self.meta["updates"][update["index"] - 1]["kind"] if update["index"] else None
         if update["kind"] == "vae" or previous != "vae":
-            self._resized = config.vae_transform.resize(to_rgb(Image.open(next(self._image_files))))
+            self._resized = config.vae_transform.resize(official_rgb(Image.open(next(self._image_files))))
         if update["kind"] == "vae":
             latents = self._encode_latents(name)
             self._compare_value(f"{name}.grid", [[latents.grid_h, latents.grid_w]], update["latent_grid_hw"])

@@ -9,7 +9,7 @@ from PIL import Image
 from bagel_rt.conformance.compare import Comparison, Meta, Tensors, compare_tensors, compare_values
 from bagel_rt.models.bagel.embed import position_ids, sincos_table, time_embedding, time_sinusoid
 from bagel_rt.models.bagel.guidance import schedule
-from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
+from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, official_rgb
 from bagel_rt.models.bagel.vision import connect, embed_patches, encoder_layer, image_attention_plan, vision_tower
 from bagel_rt.pipeline import Bagel
 
@@ -46,7 +46,7 @@ def run_image_transforms_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tens
     config = bagel.model.config
     for row in meta["pixel_cases"]:
         letter = Path(row["image"]).stem
-        rgb = to_rgb(Image.open(pack / row["image"]))
+        rgb = official_rgb(Image.open(pack / row["image"]))
         for_vae = config.vae_transform.resize(rgb)
         for_vit = config.vit_transform.resize(for_vae)
         sizes = [list(for_vae.size), list(for_vit.size), list(image_to_tensor(for_vae).shape)]
@@ -93,7 +93,7 @@ def run_vit_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[
     model = bagel.model
     config, weights = model.config, model.weights
     resize = config.vit_transform.resize
-    images = [model.encode_patches(resize(to_rgb(Image.open(pack / path)))) for path in meta["images"]]
+    images = [model.encode_patches(resize(official_rgb(Image.open(pack / path)))) for path in meta["images"]]
     lengths = [image.grid_h * image.grid_w for image in images]
     max_side = config.vit.max_patches_per_side
     ids = torch.cat([position_ids(image.grid_h, image.grid_w, max_side, config.interpolate_pos) for image in images])
@@ -122,7 +122,7 @@ def run_vae_case(bagel: Bagel, pack: Path, meta: Meta, golden: Tensors) -> list[
     model, vae, inputs = bagel.model, bagel.model.vae, meta["inputs"]
 
     def load_pixels(path: str) -> torch.Tensor:
-        return image_to_tensor(model.config.vae_transform.resize(to_rgb(Image.open(pack / path))))
+        return image_to_tensor(model.config.vae_transform.resize(official_rgb(Image.open(pack / path))))
 
     def on_device(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(model.device)

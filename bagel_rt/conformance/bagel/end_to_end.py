@@ -12,6 +12,7 @@ from PIL import Image
 
 from bagel_rt.conformance.compare import Comparison, Meta, Tensors, compare_tensors, compare_values
 from bagel_rt.engine import Engine
+from bagel_rt.models.bagel.images import official_rgb
 from bagel_rt.models.bagel.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE, THINK_INTERLEAVED
 from bagel_rt.models.bagel.settings import ImageSettings, TextSettings
 from bagel_rt.pipeline import Bagel
@@ -86,7 +87,7 @@ def _compare_image(name: str, actual: Image.Image, recorded: Image.Image) -> Com
 def load_inputs(pack: Path, meta: Meta) -> list[str | Image.Image]:
     """The recorded texts and images of a request; an image is recorded as its path in the pack."""
     inputs = meta["inputs"]["interleave_inputs"]
-    return [Image.open(pack / part) if os.path.isfile(pack / part) else part for part in inputs]
+    return [official_rgb(Image.open(pack / part)) if os.path.isfile(pack / part) else part for part in inputs]
 
 
 def recorded_noise(meta: Meta, golden: Tensors) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from bagel_rt.conformance.compare import TOLERANCE, Comparison, Meta, Tensors, compare_tensors, compare_values
 from bagel_rt.models.bagel.config import BagelConfig
 from bagel_rt.models.bagel.embed import patchify, position_ids
-from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, to_rgb
+from bagel_rt.models.bagel.images import ResizeRule, image_to_tensor, official_rgb
 from bagel_rt.pipeline import Bagel
 from bagel_rt.runtime.plan import Plan, visibility
 from bagel_rt.train.batch import TrainingBatch
@@ -125,7 +125,7 @@ def _load_pixels(config: BagelConfig, pack: Path, samples: list[Meta]) -> tuple[
     """Pixels [3, H, W] for the autoencoder and for the ViT, in packing order, each resized from the original."""
 
     def resized(rule: ResizeRule, letter: str) -> Image.Image:
-        return rule.resize(to_rgb(Image.open(pack / "images" / f"{letter}.png")))
+        return rule.resize(official_rgb(Image.open(pack / "images" / f"{letter}.png")))
 
     letters = [_SAMPLE_IMAGES[sample["name"]] for sample in samples]
     for_vae = [image_to_tensor(resized(config.vae_transform, letter)) for vae, _ in letters for letter in vae]

@@ -207,6 +207,20 @@ def _with_8_bit_transparency(image: Image.Image) -> Image.Image:
     return image
 
 
+def official_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB as the official ``pil_img2rgb``, which differs from :func:`to_rgb` for some modes.
+
+    An image with a transparent color or in mode RGBA is composited on white. Other modes are converted by Pillow, which
+    drops the alpha channel of LA and clips 16-bit levels. EXIF orientation is not applied.
+    """
+    if image.mode == "RGBA" or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image)
+        return canvas
+    return image.convert("RGB")
+
+
 @dataclass(frozen=True)
 class ResizeRule:
     """The rule by which an image is resized for the model. ValueError if the values contradict each other.
