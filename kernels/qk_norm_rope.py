@@ -86,7 +86,7 @@ def _qk_norm_rope_kernel(
     row = tl.program_id(0).to(tl.int64)
     qkv_ptr += row * qkv_stride
     slot = tl.load(slots_ptr + row)
-    stored = (slot >= 0) & (slot < S)  # an invalid slot must not write outside the cache
+    stored_heads = tl.where((slot >= 0) & (slot < S), HKV, 0)  # an invalid slot must not write outside the cache
 
     head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < HQ + HKV) & (i < D // 2)
@@ -124,10 +124,11 @@ def _qk_norm_rope_kernel(
     tl.store(q_ptr, rotated_a, mask=inside & (head < HQ))
     tl.store(q_ptr + D // 2, rotated_b, mask=inside & (head < HQ))
     k_ptr += slot * k_slot_stride + (head - HQ) * k_head_stride + i * k_column_stride
-    tl.store(k_ptr, rotated_a, mask=inside & (head >= HQ) & stored)
-    tl.store(k_ptr + D // 2 * k_column_stride, rotated_b, mask=inside & (head >= HQ) & stored)
+    cached = inside & (head >= HQ) & (head < HQ + stored_heads)
+    tl.store(k_ptr, rotated_a, mask=cached)
+    tl.store(k_ptr + D // 2 * k_column_stride, rotated_b, mask=cached)
     v_ptr += slot * v_slot_stride + kv_head * v_head_stride + channel * v_column_stride
-    tl.store(v_ptr, v, mask=kept & stored)
+    tl.store(v_ptr, v, mask=kept & (kv_head < stored_heads))
 
 
 def _run_kernel(
