@@ -13,9 +13,12 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import httpx
 import numpy as np
 import openai
+import torch
+from conftest import CHECKPOINT
 from PIL import Image
 from serving import CHAT, DRAW, EDIT, chat_body, data_url, decode_image, image_part, png, running_server
 
+from bagel_rt import Bagel
 from bagel_rt.serve.stops import StoppedText
 
 QUICK = {"num_timesteps": 2}
@@ -325,3 +328,17 @@ def test_unknown_routes_name_the_known_ones(client, http):
 def test_bracketed_fields_of_a_form_have_the_reason_of_their_field(client):
     with pytest.raises(openai.BadRequestError, match="svg must be left out"):
         client.images.edit(image=png(), prompt="x", extra_body={"svg": {"model": "x"}})
+
+
+def test_weights_that_are_not_finite_fail_texts_like_images():
+    bagel = Bagel.from_pretrained(CHECKPOINT, device="cpu")
+    with torch.inference_mode():
+        bagel.model.weights.embed_tokens.fill_(torch.nan)
+    with running_server(bagel=bagel) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
+        drawn, written = http.post(DRAW, json=SMALL), http.post(CHAT, json=chat_body("x", max_tokens=4))
+        interleaved = http.post(CHAT, json=chat_body("x", max_tokens=4, modalities=["text", "image"], **QUICK))
+        streamed = http.post(CHAT, json=chat_body("x", max_tokens=4, stream=True))
+    assert [one.status_code for one in (drawn, written, interleaved, streamed)] == [500, 500, 500, 200]
+    last = json.loads(streamed.text.strip().splitlines()[-1].removeprefix("data: "))
+    for body in (drawn.json(), written.json(), interleaved.json(), last):
+        assert body["error"]["code"] == "not_finite" and "[DONE]" not in streamed.text
