@@ -45,7 +45,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 def _parse(param: str, text: bytes | str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse)
     except RequestError:
         raise
     except (ValueError, RecursionError) as error:
@@ -60,6 +60,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise _repeated(repeated)
     return value
+
+
+def _number(text: str) -> int | float:
+    """A number with a point or exponent; 2.0 is an integer, as some languages write all numbers."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _refuse(constant: str) -> NoReturn:

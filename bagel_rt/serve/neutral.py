@@ -96,7 +96,7 @@ CHAT: Mapping[str, Neutral] = _EVERYWHERE | {
     "reasoning": _only({}, {"enabled": False}, {"effort": "none"}, remedy=_NO_THINKING),
     "reasoning_effort": _only("none", remedy=_NO_THINKING),
     "repetition_penalty": _only(1),
-    "response_format": _only({"type": "text"}, remedy="The model writes free text"),
+    "response_format": _only({"type": "text"}, {}, remedy="The model writes free text"),
     "skip_special_tokens": _only(True),
     "spaces_between_special_tokens": _only(True, False),
     "stop_token_ids": _only([], remedy="Set stop to texts"),

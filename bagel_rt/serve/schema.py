@@ -29,6 +29,7 @@ _DRAWING = tuple(field.name for field in fields(ImageSettings))
 _THINKING = ("max_think_token_n", "do_sample", "text_temperature")
 _LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-3, 1e-6  # of the model; smaller values are the same as greedy decoding
 _MAX_STOPS = 16
+_UNLIMITED = ("top_k", "max_tokens", "max_completion_tokens")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -45,7 +46,8 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, data: object) -> object:
-        """Drop values that ask for nothing. Clients write null where they leave a field out."""
+        """Drop values that ask for nothing. Clients write null where they leave a field out, or an empty value in a
+        field of another server."""
         if not isinstance(data, dict):
             return data
         kept = {}
@@ -56,7 +58,7 @@ class _Strict(BaseModel):
                 cls.neutral_values[name].check(name, value)
             elif name in cls.model_fields:
                 kept[name] = value
-            else:
+            elif value not in ("", [], {}):
                 supported = ", ".join(cls.model_fields)
                 raise FieldError(
                     shown(name), f"is not a supported field. Supported are {supported}.", "unknown_parameter"
@@ -210,9 +212,9 @@ class ChatFields(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _read_sampling(cls, data: object) -> object:
-        """top_k of -1 means all tokens, on other servers; top_p of 0 means the most likely one."""
+        """-1 means no limit, on other servers; top_p of 0 means the most likely token."""
         if isinstance(data, dict):
-            data = {name: value for name, value in data.items() if (name, value) != ("top_k", -1)}
+            data = {name: value for name, value in data.items() if name not in _UNLIMITED or value != -1}
             top_p = data.get("top_p")
             if isinstance(top_p, (int, float)) and 0 <= top_p < _LEAST_TOP_P:
                 data["top_p"] = _LEAST_TOP_P
