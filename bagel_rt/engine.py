@@ -6,7 +6,7 @@ Requests are already checked. The model is used only through its interface (``ba
 import functools
 import weakref
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -318,7 +318,7 @@ class Engine:
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
-        """Hold the model's lock, so that its buffers are used by one thread at a time.
+        """Hold the model's lock, so that one thread at a time uses its buffers, and make its GPU the current one.
 
         It is held while the model computes. A stream that waits for its next piece does not hold it, and the thread
         that holds it may start another request, as in a progress callback.
@@ -331,8 +331,11 @@ class Engine:
                 "a model must be used by one thread at a time, got a call while it runs in another thread. Load one "
                 "Bagel per thread, hold a lock around every call, or send requests to the server (bagel-rt serve)."
             )
+        device = self.model.device
         try:
-            yield
+            # Kernels launch on the current device, which every thread has of its own.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                yield
         finally:
             self.model.lock.release()
 

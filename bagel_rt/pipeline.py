@@ -355,7 +355,10 @@ class Bagel:
         sides = as_size(size)
         if sides is None:
             raise invalid("size", size, "a pair of integers (height, width) in pixels")
-        config.check_size(*sides)
+        try:
+            config.check_size(*sides)
+        except ValueError as error:
+            raise ValueError(f"{error} As an argument it is (height, width).") from None
         return sides
 
 

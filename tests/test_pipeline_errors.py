@@ -31,7 +31,10 @@ INVALID_OPTIONS = {
     "top_p above one": (dict(top_p=1.5), "top_p must be .* got 1.5"),
     "list for a single prompt": (dict(cfg_text_scale=[3.0, 4.0]), r"cfg_text_scale must be .* got \[3.0, 4.0\]"),
     "temperature of zero": (dict(text_temperature=0), "text_temperature must be .* got 0.*do_sample off"),
-    "size off the stride": (dict(size=(100, 96)), "multiples of 16 from 16 to 256, got 96x100"),
+    "size off the stride": (
+        dict(size=(100, 96)),
+        r"multiples of 16 from 16 to 256, got 96x100. As an argument it is \(height, width\)",
+    ),
     "size beyond the position table": (dict(size=(64, 1024)), "got 1024x64"),
     "size of zero": (dict(size=(0, 64)), "got 64x0"),
     "size of three numbers": (dict(size=(64, 64, 3)), "size must be"),
