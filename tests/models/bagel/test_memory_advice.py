@@ -160,6 +160,11 @@ def test_command_names_the_request():
     assert output.startswith("BAGEL-7B-MoT: chat, batch of 2, up to 100 generated tokens, bfloat16\n")
 
 
+@pytest.mark.parametrize("short, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_command_accepts_short_names_of_dtypes(short, dtype):
+    assert good("memory", "--dtype", short).startswith(f"BAGEL-7B-MoT: generate, 1024x1024, {dtype}\n")
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_command_fails_if_the_request_does_not_fit(as_json):
     result = run("memory", "--available", 24, "--dtype", "float32", *["--json"] * as_json)
