@@ -107,9 +107,12 @@ class ModelOptions(OptionGroup):
     def check(self) -> None:
         """Raise ValueError for what is found without loading the weights."""
         from bagel_rt.models.bagel.config import BagelConfig
+        from bagel_rt.models.bagel.workload import resolve_dtype
+        from bagel_rt.pipeline import resolve_device
 
-        read_device(self.device)
-        read_dtype(self.dtype)
+        resolve_device(self.device)
+        if self.dtype is not None:
+            resolve_dtype(self.dtype)
         BagelConfig.from_folder(self.folder)
 
     def load(self, progress: bool = False) -> "Bagel":

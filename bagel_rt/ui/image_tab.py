@@ -229,8 +229,8 @@ class ImageTab:
 
         def edit(progress: ProgressCallback) -> list[ImageResult]:
             images = open_uploads(values[self.input])
-            for seed in seeds:
-                finished.append(bagel.edit(images, prompt, seed=seed, progress=progress, **options))
+            # One by one: the page counts them meanwhile.
+            finished.extend(bagel.edit(images, prompt, seed=seed, progress=progress, **options) for seed in seeds)
             return finished
 
         return generate if self.input is None else edit

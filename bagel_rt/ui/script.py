@@ -4,7 +4,7 @@ from bagel_rt.ui.uploads import MAX_UPLOAD
 
 SCRIPT = (
     f"const MAX_UPLOAD = {MAX_UPLOAD};"
-    + """
+    """
 // Ctrl+Enter runs the request of the tab that has the focus; Cmd+Enter on a Mac.
 document.addEventListener("keydown", event => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.repeat) return;
