@@ -28,10 +28,6 @@ from bagel_rt.runtime.denoise import DenoisingTask
 
 VLM_THINK_SYSTEM_PROMPT, GEN_THINK_SYSTEM_PROMPT = THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 
-_STEPS = (
-    "init_gen_context", "update_context_text", "update_context_image", "gen_text", "gen_image", "decode_image",
-)  # fmt: skip
-
 
 class GenContext(TypedDict):
     """The official state of one sample: its length, its next RoPE position and its cache."""
@@ -157,7 +153,7 @@ class InterleaveInferencer:
             "cfg_renorm_type": cfg_renorm_type,
         }
         with self._official_autocast():
-            if any(_is_overridden(self, name) for name in _STEPS):
+            if _has_overridden_steps(self):
                 gen_image["enable_taylorseer"] = enable_taylorseer
                 settings = None if understanding_output else gen_image
                 return self._run_steps(parts, system, settings, gen_text, image_shapes)
@@ -381,6 +377,15 @@ class InterleaveInferencer:
         return gen_context
 
 
-def _is_overridden(inferencer: InterleaveInferencer, name: str) -> bool:
-    """Whether a subclass, or an attribute of the instance, replaces a method."""
-    return getattr(getattr(inferencer, name), "__func__", None) is not vars(InterleaveInferencer)[name]
+_STEPS = {
+    name: vars(InterleaveInferencer)[name]
+    for name in (
+        "init_gen_context", "update_context_text", "update_context_image", "gen_text", "gen_image", "decode_image",
+    )
+}  # fmt: skip
+
+
+def _has_overridden_steps(inferencer: InterleaveInferencer) -> bool:
+    """Whether a subclass, an attribute of the instance, or a patch of the class replaces a step of a request."""
+    steps = {name: getattr(getattr(inferencer, name), "__func__", None) for name in _STEPS}
+    return steps != _STEPS

@@ -314,6 +314,11 @@ def test_a_step_replaced_on_the_instance_is_used(step, official):
     assert calls
 
 
+def test_a_step_patched_on_the_class_is_used(official, monkeypatch):
+    monkeypatch.setattr(InterleaveInferencer, "gen_image", lambda *_, **__: Image.new("RGB", (16, 16)))
+    assert make_inferencer(official)(text="a cat")["image"].size == (16, 16)
+
+
 def test_overridden_decode_image_gets_latents_on_the_cpu_and_the_requested_shape(official):
     class Latents(InterleaveInferencer):
         def decode_image(self, latent, image_shape):
