@@ -134,13 +134,14 @@ class ImageTab:
             buttons=[],
             visible=False,
             elem_id=f"{name}-batch",
-            elem_classes=["sharp", "batch"],
+            elem_classes=["sharp", "images"],
         )
         with gr.Row():
             words = "Edit this" if self.input is None else "Edit further"
-            self.edit = gr.Button(words, size="sm", interactive=False, elem_id=f"{name}-to-edit")
-            self.ask = gr.Button("Ask about this", size="sm", interactive=False, elem_id=f"{name}-to-ask")
-            self._again = gr.Button("Keep its seed", size="sm", interactive=False, elem_id=f"{name}-again")
+            options = {"size": "sm", "interactive": False, "min_width": 90}  # side by side on a phone
+            self.edit = gr.Button(words, elem_id=f"{name}-to-edit", **options)
+            self.ask = gr.Button("Ask about this", elem_id=f"{name}-to-ask", **options)
+            self._again = gr.Button("Keep its seed", elem_id=f"{name}-again", **options)
         with gr.Accordion("Thoughts", visible=False) as self._thoughts:
             self._thought = gr.Markdown(elem_id=f"{name}-thought", latex_delimiters=[])
 
@@ -229,8 +230,9 @@ class ImageTab:
 
         def edit(progress: ProgressCallback) -> list[ImageResult]:
             images = open_uploads(values[self.input])
-            # One by one: the page counts them meanwhile.
-            finished.extend(bagel.edit(images, prompt, seed=seed, progress=progress, **options) for seed in seeds)
+            for seed in seeds:
+                result = bagel.edit(images, prompt, seed=seed, progress=progress, **options)
+                finished.append(result)  # one by one: the status line shows its length
             return finished
 
         return generate if self.input is None else edit

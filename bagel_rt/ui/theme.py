@@ -103,7 +103,7 @@ CSS = """
 #tasks button[role=tab][aria-selected=true] { color: var(--body-text-color); font-weight: 600; }
 #tasks button[role=tab]::after { background: var(--slider-color) !important; }
 .heading h3 { font-size: 13px; font-weight: 600; margin: 10px 2px 0; color: var(--body-text-color-subdued); }
-#gallery .grid-wrap, .batch .grid-wrap { min-height: 0; padding-top: 36px; overflow-y: auto; }
+#gallery .grid-wrap, .images .grid-wrap { min-height: 0; padding-top: 36px; overflow-y: auto; }
 .dark { color-scheme: dark; } /* scroll bars */
 #gallery:has(.preview) .gallery-container { min-height: 480px; }
 #ask-answer::before { content: "Answer"; display: block; font-weight: 600; font-size: 14px; margin-bottom: 8px; }
@@ -117,6 +117,7 @@ CSS = """
 .status .words { display: flex; justify-content: space-between; gap: 16px; font-size: 14px;
   font-variant-numeric: tabular-nums; }
 .status .faint { color: var(--body-text-color-subdued); white-space: nowrap; }
+.status[data-stage=idle] .faint { white-space: normal; }
 .status .message { white-space: pre-line; overflow-wrap: anywhere; }
 .status[data-stage=failed] .message { color: #c8373f; }
 """

@@ -28,7 +28,7 @@ def images_input(elem_id: str, label: str, render: bool = True) -> gr.Gallery:
         fit_columns=False,
         buttons=[],
         elem_id=elem_id,
-        elem_classes="sharp",
+        elem_classes=["sharp", "images"],
         render=render,
     )
 
