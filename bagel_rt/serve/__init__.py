@@ -8,6 +8,7 @@ bodies.py      read JSON bodies and forms
 model_requests.py  the model's requests, made from request bodies
 errors.py      errors with OpenAI's code and param, and the responses to them
 request_log.py  ids, log lines and counts of requests
+openapi.py     the OpenAPI document
 stops.py       texts that end before a stop string
 images.py      fetch and encode images
 decoder.py     the process that decodes images; decoder_pool.py starts and stops such processes

@@ -28,6 +28,7 @@ from bagel_rt.serve.limits import Limits
 from bagel_rt.serve.metrics import CONTENT_TYPE, Metrics
 from bagel_rt.serve.middleware import Gate, release_body
 from bagel_rt.serve.model_requests import chat_requests, image_requests, prompt_tokens
+from bagel_rt.serve.openapi import document
 from bagel_rt.serve.request_log import RequestLog
 from bagel_rt.serve.responses import ChatResponse, EventStream, InThread, images_response
 from bagel_rt.serve.worker import AsyncJob, Completion, start_worker
@@ -164,6 +165,10 @@ class Server:
     async def scrape(self) -> Response:
         """Metrics in Prometheus' text format."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        return document()
 
     async def models(self) -> dict[str, Any]:
         """The only model, as a list."""
@@ -333,6 +338,7 @@ def create_app(
         "/health/ready": ("GET", server.ready),
         "/health/live": ("GET", server.live),
         "/metrics": ("GET", server.scrape),
+        "/openapi.json": ("GET", server.openapi),
     }
     for route, (method, handle) in routes.items():
         app.add_api_route(route, with_deadline(handle) if method == "POST" else handle, methods=[method])

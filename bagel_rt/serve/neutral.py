@@ -7,6 +7,7 @@ accepted; any other is refused, with the reason.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bagel_rt.serve.errors import invalid_field
 
@@ -21,6 +22,10 @@ class Neutral:
 
     values: tuple[object, ...] | None
     remedy: str = ""
+
+    def json_schema(self) -> dict[str, Any]:
+        """The accepted values as a JSON schema."""
+        return {} if self.values is None else {"enum": [*self.values, None]}
 
     def check(self, param: str, value: object) -> None:
         """Raise RequestError unless the value asks for nothing."""

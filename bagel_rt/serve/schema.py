@@ -14,10 +14,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    WithJsonSchema,
     create_model,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from bagel_rt.models.bagel.settings import HYPERPARAMETERS, MAX_CHARACTERS, ImageSettings
 from bagel_rt.serve import neutral
@@ -65,12 +69,19 @@ class _Strict(BaseModel):
                 )
         return kept
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Add the fields that are only accepted with neutral values."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        schema["properties"] |= {name: values.json_schema() for name, values in cls.neutral_values.items()}
+        return schema
+
     def set_fields(self, *names: str) -> dict[str, Any]:
         """Those of these fields that the request sets."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def _with_hyperparameters(base: type[M], *names: str) -> type[M]:
+def _with_hyperparameters(name: str, base: type[M], *names: str) -> type[M]:
     """A subclass with hyper-parameters as further fields; one without a value has the task's default."""
 
     def field(name: str) -> Any:
@@ -78,9 +89,12 @@ def _with_hyperparameters(base: type[M], *names: str) -> type[M]:
             check_field("", value, HYPERPARAMETERS[name].metadata["spec"])
             return value
 
-        return (Annotated[Any, AfterValidator(check)], None)
+        row = HYPERPARAMETERS[name]
+        kind: Any = row.type
+        schema = TypeAdapter(kind).json_schema() | {"description": row.metadata["help"]}
+        return (Annotated[Any, AfterValidator(check), WithJsonSchema(schema)], None)
 
-    return create_model(base.__name__.lstrip("_"), __base__=base, **{name: field(name) for name in names})
+    return create_model(name, __base__=base, **{name: field(name) for name in names})
 
 
 class ImageFields(_Strict):
@@ -116,12 +130,8 @@ class ImageFields(_Strict):
         return self.set_fields(*_DRAWING, *_THINKING)
 
 
-class _Edit(ImageFields):
-    """Fields of ``POST /v1/images/edits``; the images come as files. The result has the last image's size."""
-
-
-Generation = _with_hyperparameters(ImageFields, *_DRAWING, *_THINKING)
-Edit = _with_hyperparameters(_Edit, *_DRAWING, *_THINKING)
+Generation = _with_hyperparameters("Generation", ImageFields, *_DRAWING, *_THINKING)
+Edit = _with_hyperparameters("Edit", ImageFields, *_DRAWING, *_THINKING)  # the images come as files
 
 
 class TextPart(_Strict):
@@ -133,7 +143,7 @@ class TextPart(_Strict):
     text: Text
 
 
-class _URL(_Strict):
+class ImageURL(_Strict):
     neutral_values = neutral.URL
 
     url: str
@@ -150,7 +160,7 @@ class ImagePart(_Strict):
     neutral_values = neutral.PART
 
     type: Literal["image_url"]
-    image_url: Annotated[_URL, BeforeValidator(_read_url)]
+    image_url: Annotated[ImageURL, BeforeValidator(_read_url, json_schema_input_type=str | ImageURL)]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -170,11 +180,15 @@ class Message(_Strict):
     neutral_values = neutral.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], Field(fail_fast=True), BeforeValidator(_read_content)] = []
+    content: Annotated[
+        list[Part],
+        Field(fail_fast=True),
+        BeforeValidator(_read_content, json_schema_input_type=str | list[str | Part]),
+    ] = []
     images: Annotated[list[ImagePart], Field(fail_fast=True)] = []
 
 
-class _StreamOptions(_Strict):
+class StreamOptions(_Strict):
     neutral_values = neutral.STREAM_OPTIONS
 
     include_usage: bool = False
@@ -197,11 +211,15 @@ class ChatFields(_Strict):
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=1024)
     model: str | None = None
     stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
+    stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: Annotated[list[Stop], Field(max_length=_MAX_STOPS, fail_fast=True), BeforeValidator(_read_stops)] = []
+    stop: Annotated[
+        list[Stop],
+        Field(max_length=_MAX_STOPS, fail_fast=True),
+        BeforeValidator(_read_stops, json_schema_input_type=str | list[str]),
+    ] = []
     temperature: float | None = Field(None, ge=0, le=100)
     seed: int | None = None
     modalities: Annotated[list[Literal["text", "image"]], Field(fail_fast=True)] = ["text"]
@@ -273,4 +291,4 @@ class ChatFields(_Strict):
         return settings
 
 
-Chat = _with_hyperparameters(ChatFields, *_DRAWING, "top_p", "top_k")
+Chat = _with_hyperparameters("Chat", ChatFields, *_DRAWING, "top_p", "top_k")

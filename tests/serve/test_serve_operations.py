@@ -211,3 +211,26 @@ def test_server_ends_with_the_error_of_loading():
     server = make_server(create_app(load, "small"), port=0, log_level="error")
     with pytest.raises(ValueError, match="the weights are damaged"):
         server.run()
+
+
+def test_openapi_document_describes_the_bodies(http):
+    document = http.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+
+    def resolve(value):
+        if isinstance(value, dict):
+            if "$ref" in value:
+                assert value["$ref"].removeprefix("#/components/schemas/") in schemas
+            for inner in value.values():
+                resolve(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                resolve(inner)
+
+    resolve(document)
+    assert set(document["paths"]) >= {DRAW, CHAT, "/v1/images/edits", "/health/live", "/metrics"}
+    generation, chat = schemas["Generation"]["properties"], schemas["Chat"]["properties"]
+    assert generation["num_timesteps"]["type"] == "integer" and "description" in generation["cfg_text_scale"]
+    assert generation["quality"]["enum"] == ["auto", "standard", None] and "image" in schemas["Edit"]["properties"]
+    assert chat["tools"]["enum"] == [[], None] and {"type": "string"} in chat["stop"]["anyOf"]
+    assert {"type": "string"} in schemas["Message"]["properties"]["content"]["anyOf"]
