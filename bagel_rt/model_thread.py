@@ -9,7 +9,8 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
@@ -32,7 +33,7 @@ class DeadlineExceeded(Exception):
 
 
 class Job(ABC):
-    """One request. It ends exactly once: with a result, or with an exception.
+    """One request. It ends exactly once, with a result or an exception.
 
     Attributes:
         deadline: when it expires, on the clock of ``time.monotonic``.
@@ -40,14 +41,14 @@ class Job(ABC):
         ended: whether it has its result or exception.
     """
 
-    def __init__(self, deadline: float = math.inf, batch_key: Hashable = None):
+    def __init__(self, deadline: float = math.inf, batch_key: Hashable = None) -> None:
         self.deadline, self.ended, self._queued_at = deadline, False, 0.0
         self.batch_key = object() if batch_key is None else batch_key
         self._lock = threading.Lock()
 
     @abstractmethod
     def deliver(self, outcome: object) -> None:
-        """Take the result, or an exception made for this job alone. Called once, from any thread; must not block."""
+        """Receive the result or an exception. Called once, from any thread; must not block."""
 
     def end(self, outcome: object) -> None:
         """End the job unless it has ended, from any thread. A running model stops at its next step."""
@@ -67,7 +68,10 @@ class Job(ABC):
         return self.ended
 
 
-class ModelThread:
+J = TypeVar("J", bound=Job)
+
+
+class ModelThread(Generic[J]):
     """Runs jobs in order of arrival, in batches.
 
     Attributes:
@@ -76,11 +80,17 @@ class ModelThread:
     """
 
     def __init__(
-        self, bagel: Bagel, run: Callable, on_error: Callable, queue: int, batch: int, observe: Callable | None = None
-    ):
+        self,
+        bagel: Bagel,
+        run: Callable[[list[J], Callable[[], None]], Iterable[object]],
+        on_error: Callable[[Exception, Sequence[J]], Exception],
+        queue: int,
+        batch: int,
+        observe: Callable[[str, float], None] | None = None,
+    ) -> None:
         """
         Args:
-            bagel: from now on only this thread may use it, except for its checks.
+            bagel: used by this thread only, except for its checks.
             run: ``run(jobs, check)`` runs a batch and returns its results. It calls ``check()`` between steps, which
                 raises Cancelled once all jobs of the batch have ended.
             on_error: ``on_error(exception, jobs)`` returns the exception to deliver to the jobs of a batch.
@@ -90,8 +100,8 @@ class ModelThread:
         """
         self._bagel, self._run_batch, self._on_error = bagel, run, on_error
         self._limit, self._batch, self._observe = queue, batch, observe
-        self._waiting: list[Job] = []
-        self._running: list[Job] = []
+        self._waiting: list[J] = []
+        self._running: list[J] = []
         self._changed = threading.Condition()
         self.stopping = False
         self.failure: BaseException | None = None
@@ -105,25 +115,25 @@ class ModelThread:
 
     @property
     def running(self) -> int:
-        """Number of jobs that the model works on."""
+        """Number of jobs that are running."""
         return len(self._running)
 
-    def ahead(self, job: Job) -> int:
+    def ahead(self, job: J) -> int:
         """Number of unfinished jobs ahead of ``job``, running ones included; 0 if it is not here."""
         with self._changed:
             jobs = [other for other in self._running + self._waiting if other is job or not other.ended]
             return jobs.index(job) if job in jobs else 0
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all jobs or none. An empty queue accepts any number, since waiting would not give it more room.
+    def submit(self, jobs: Sequence[J]) -> None:
+        """Queue all jobs or none. An empty queue accepts any number, since it will never have more room.
 
         Raises:
             Busy: the queue has no room.
-            Stopping: no more jobs are taken.
+            Stopping: the thread accepts no more jobs.
         """
         with self._changed:
             if self.stopping or self.failure is not None:
-                raise Stopping("the model takes no more requests")
+                raise Stopping("the model accepts no more requests")
             self._drop_ended()
             if self._waiting and len(self._waiting) + len(jobs) > self._limit:
                 raise Busy(f"{len(self._waiting)} requests already wait for the model: try again later")
@@ -133,7 +143,7 @@ class ModelThread:
             self._changed.notify()
 
     def refuse(self) -> None:
-        """Refuse new jobs; waiting and running ones go on."""
+        """Refuse new jobs; waiting and running ones continue."""
         with self._changed:
             self.stopping = True
             self._changed.notify()
@@ -166,14 +176,14 @@ class ModelThread:
 
     def _end_all(self) -> None:
         for job in self._running + self._waiting:
-            job.end(Stopping("the model takes no more requests"))
+            job.end(Stopping("the model accepts no more requests"))
 
     def _check_device(self) -> None:
         """Raise a pending CUDA error. After some errors every later CUDA call fails too, so the thread must end."""
         if self._bagel.model.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _next(self) -> list[Job]:
+    def _next(self) -> list[J]:
         """Wait for the next batch; empty when the thread is to end."""
         with self._changed:
             self._drop_ended()
@@ -192,11 +202,11 @@ class ModelThread:
         return jobs
 
     def _drop_ended(self) -> None:
-        """Remove ended jobs from the queue, so that they hold neither images nor places in it."""
+        """Remove ended jobs from the queue, so that they occupy neither memory nor the queue."""
         self._waiting = [job for job in self._waiting if not job.expire()]
 
-    def _work(self, jobs: list[Job]) -> None:
-        """Run a batch. If it fails, run its jobs one by one: one of them may be at fault, or all exceed the memory."""
+    def _work(self, jobs: list[J]) -> None:
+        """Run a batch. If it fails, run its jobs one by one: one may be at fault, or the batch too large."""
 
         def check() -> None:
             if all([job.expire() for job in jobs]):  # noqa: C419 - a list: every job is to expire
