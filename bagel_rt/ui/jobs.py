@@ -163,7 +163,9 @@ class Jobs:
 
     def __init__(self, bagel: Bagel):
         self.bagel = bagel
-        self._thread = ModelThread(bagel, lambda jobs, check: [jobs[0].run(check)], _explain, MAX_JOBS - 1, batch=1)
+        self._thread: ModelThread[WatchedJob[Any]] = ModelThread(
+            bagel, lambda jobs, check: [jobs[0].run(check)], _explain, MAX_JOBS - 1, batch=1
+        )
         self._lock = threading.Lock()
         self._jobs: dict[Key, WatchedJob[Any]] = {}
 
