@@ -30,6 +30,8 @@ MARKERS = {  # phrase: what to write instead
     r"anew": "again",
     r"seldom": "rarely",
     r"\d+ x \d+ (pixels|images?)": "WIDTHxHEIGHT",
+    r"[a-z]*(normal|initial|quant|token|serial|special|minim|maxim|synchron|optim|material|organ|recogn|util|random)"
+    r"is(e[ds]?|ing|ation)\b|(colour|behaviour|neighbour|favour)\w*|centre\b|labelled": "American spelling",
 }
 EXCEPT = {"tests/conformance/bagel/README.md"}  # part of a recorded pack, with a checksum
 

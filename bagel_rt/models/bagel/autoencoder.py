@@ -6,6 +6,7 @@ convolution. Submodules have the names of the checkpoint and are registered in e
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -168,7 +169,8 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(config)
         # cuDNN's tensor-core convolutions need channels-last. It also helps on a CPU: on one core, decoding 256x256
         # takes 6.3 s with it and 6.8 s without it.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
+        module: Any = self  # stubs of torch 2.13 and older lack memory_format
+        module.to(memory_format=torch.channels_last)
 
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the posterior of images.
