@@ -23,6 +23,8 @@ TABS = {
     "ask": "Image understanding",
     "chat": "Interleaved chat",
 }
+SHOWN = {"draw": "draw-result", "edit": "edit-result", "ask": "ask-answer", "chat": "chat-messages"}
+PROMPTS = {"draw": "prompt", "edit": "prompt", "ask": "prompt", "chat": "message"}
 
 WATCH = """
 const [shown, line] = arguments;
@@ -104,10 +106,19 @@ class Browser:
     def seen(self, what: str) -> list[str]:
         return self.driver.execute_script("return seen[arguments[0]]", what)
 
-    def run(self, task: str, shown: str) -> None:
+    def run(self, task: str, shown: str | None = None) -> None:
         """Click a tab's button, and note from then on what a control and the status line show; see :meth:`seen`."""
-        self.watch(shown, task)
-        self.click(f"#{task}-run")
+        self.watch(shown or SHOWN[task], task)
+        self.click("#chat-message .submit-button" if task == "chat" else f"#{task}-run")
+
+    def pick_example(self, task: str, text: str) -> None:
+        """Open a task's tab and click the example with a text."""
+        self.tab(TABS[task])
+        rows = f"#{task}-examples tr, #{task}-examples button"
+        self.until(lambda: [row for row in self.all(rows) if text[:30] in row.text])[0].click()  # long ones are cut
+        self.until(lambda: text in self.value(f"#{task}-{PROMPTS[task]} textarea"))
+        if task == "chat":
+            self.until(lambda: self.all("#chat-message img"))
 
     def ended(self) -> str:
         """How the request that is watched ended: "done", "failed" or "cancelled"."""

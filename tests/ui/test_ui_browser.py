@@ -28,6 +28,7 @@ from bagel_rt.models.bagel.settings import TASKS  # noqa: E402
 from bagel_rt.runtime.denoise import Denoiser  # noqa: E402
 from bagel_rt.ui.app import Page  # noqa: E402
 from bagel_rt.ui.controls import CONTROL_TEXTS  # noqa: E402
+from bagel_rt.ui.examples import ASKED, CHATS, EDITED, GENERAL  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -146,6 +147,26 @@ def test_result_is_sent_to_other_tabs(browser, slow):
     browser.run("ask", "ask-answer")
     assert browser.ended() == "done"
     assert len(browser.seen("texts")) > 2, "the answer did not grow"
+
+
+EXAMPLES = {
+    "draw": GENERAL,
+    "edit": [text for _, text, _ in EDITED.values()],
+    "ask": [text for _, text in ASKED],
+    "chat": [text for _, text in CHATS],
+}
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_every_example_of_other_models_runs(browser, task):
+    browser.tab(TABS[task])
+    browser.click(f"#{task}-settings button")
+    field, number = ("num_timesteps", 4) if task in ("draw", "edit") else ("max_think_token_n", 20)
+    browser.type(f"#{task}-{field} input[type=number]", f"{number}{Keys.TAB}")
+    for text in EXAMPLES[task]:
+        browser.pick_example(task, text)
+        browser.run(task)
+        assert browser.ended() == "done", browser.says(f"#{task}-status")
 
 
 def test_thoughts_are_shown_as_generated(browser, slow):

@@ -14,7 +14,7 @@ NEEDED = bool(os.environ.get("BAGEL_RT_NEEDS_BROWSER"))
 for module in ("gradio", "selenium"):
     importlib.import_module(module) if NEEDED else pytest.importorskip(module, reason=f"{module} is not installed")
 
-from browsing import CHROMIUM, DRIVER, TABS, Browser, fetch, start_chromium  # noqa: E402
+from browsing import CHROMIUM, DRIVER, PROMPTS, SHOWN, TABS, Browser, fetch, start_chromium  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 from bagel_rt import Bagel  # noqa: E402
@@ -30,7 +30,6 @@ pytestmark = [
         reason="no Chromium with its driver here: apt-get install chromium chromium-driver",
     ),
 ]
-SHOWN = {"draw": "draw-result", "edit": "edit-result", "ask": "ask-answer", "chat": "chat-messages"}
 ANSWERS = {
     "what is left of the triangle": "blue square",
     "how many triangles are there": "three",
@@ -59,14 +58,6 @@ def browser(driver):
     assert not [error for error in errors if "AbortError" not in error]  # which tell that a page was left
 
 
-def pick_example(browser, task, text):
-    """Open a task's tab and click the example with a text."""
-    browser.tab(TABS[task])
-    rows = f"#{task}-examples tr, #{task}-examples button"
-    browser.until(lambda: [row for row in browser.all(rows) if text in row.text])[0].click()
-    browser.until(lambda: text in browser.value(f"#{task}-{'message' if task == 'chat' else 'prompt'} textarea"))
-
-
 def choose(browser, task, **numbers):
     """Open the settings of a task's tab, and enter numbers there."""
     if not [part for part in browser.all(f"#{task}-count") if part.is_displayed()]:
@@ -91,7 +82,7 @@ def result(browser, task):
 @pytest.mark.parametrize("name", GENERATED)
 def test_example_of_text_to_image_runs(browser, name):
     prompt, seed = GENERATED[name]
-    pick_example(browser, "draw", prompt)
+    browser.pick_example("draw", prompt)
     assert f"/{name}.png" in browser.source("#draw-result")
     run_fast(browser, "draw")
     image = result(browser, "draw")
@@ -101,7 +92,7 @@ def test_example_of_text_to_image_runs(browser, name):
 @pytest.mark.parametrize("name", EDITED)
 def test_example_of_editing_runs(browser, name):
     _, prompt, seed = EDITED[name]
-    pick_example(browser, "edit", prompt)
+    browser.pick_example("edit", prompt)
     assert f"/{name}.png" in browser.source("#edit-result")
     run_fast(browser, "edit")
     assert result(browser, "edit").size == (128, 128) and f"Seed {seed} " in browser.says("#edit-status")
@@ -109,7 +100,7 @@ def test_example_of_editing_runs(browser, name):
 
 @pytest.mark.parametrize("name, question", ASKED)
 def test_example_of_understanding_runs(browser, name, question):
-    pick_example(browser, "ask", question)
+    browser.pick_example("ask", question)
     assert f"/{name}.png" in browser.source("#ask-input")
     browser.run("ask", "ask-answer")
     assert browser.ended() == "done" and ANSWERS[question] in browser.says("#ask-answer")
@@ -117,10 +108,8 @@ def test_example_of_understanding_runs(browser, name, question):
 
 @pytest.mark.parametrize("name, message", CHATS)
 def test_example_of_chat_runs(browser, name, message):
-    pick_example(browser, "chat", message)
-    browser.until(lambda: browser.all("#chat-message img"))
-    browser.watch("chat-messages", "chat")
-    browser.click("#chat-message .submit-button")
+    browser.pick_example("chat", message)
+    browser.run("chat")
     assert browser.ended() == "done"
     assert f"/{name}.png" in browser.source("#chat-messages")
     assert ANSWERS[message] in browser.says("#chat-messages .message.bot")
@@ -128,7 +117,7 @@ def test_example_of_chat_runs(browser, name, message):
 
 def test_example_fills_in_the_request_and_its_result(browser):
     name, (_, text, seed) = next(iter(EDITED.items()))
-    pick_example(browser, "edit", text)
+    browser.pick_example("edit", text)
     browser.until(lambda: browser.all("#edit-input img"))
     assert fetch(browser.source("#edit-result")).text.keys() == {"Software", "parameters"}
     assert f"/{name}.png" in browser.source("#edit-result")
@@ -163,10 +152,20 @@ def test_ctrl_enter_in_any_field_runs_the_request(browser, keys):
     assert browser.value("#draw-prompt textarea") == "a red star"
 
 
+@pytest.mark.parametrize("task, text", [("edit", "make the star red"), ("ask", ASKED[0][1]), ("chat", CHATS[0][1])])
+def test_ctrl_enter_runs_the_request_of_every_tab(browser, task, text):
+    browser.pick_example(task, text)
+    if task == "edit":
+        choose(browser, task, num_timesteps=4)
+    browser.watch(SHOWN[task], task)
+    browser.shown(f"#{task}-{PROMPTS[task]} textarea").send_keys(Keys.CONTROL, Keys.ENTER)
+    assert browser.ended() == "done"
+
+
 @pytest.mark.parametrize("task", ["draw", "edit"])
 def test_batch_has_consecutive_seeds_and_one_image_is_selected(browser, task):
     prompt = {"draw": GENERATED["star"][0], "edit": EDITED["red-star"][1]}[task]
-    pick_example(browser, task, prompt)
+    browser.pick_example(task, prompt)
     run_fast(browser, task, seed=7, count=3)
     assert "3 images, seeds 7 to 9" in browser.says(f"#{task}-status")
     images = browser.until(lambda: [i for i in [browser.all(f"#{task}-batch img")] if len(i) == 3])[0]
@@ -192,7 +191,7 @@ def test_aspect_ratio_determines_the_size(browser):
 
 
 def test_small_result_is_shown_at_an_integer_scale(browser):
-    pick_example(browser, "draw", GENERATED["star"][0])
+    browser.pick_example("draw", GENERATED["star"][0])
     image = browser.shown("#draw-result img")
     browser.until(lambda: image.value_of_css_property("image-rendering") == "pixelated")
     width, height = browser.driver.execute_script(
@@ -206,7 +205,7 @@ def test_small_result_is_shown_at_an_integer_scale(browser):
 
 @pytest.mark.parametrize("task", ["draw", "edit", "ask"])
 def test_result_precedes_settings_on_a_phone(browser, driver, task):
-    pick_example(browser, task, {"draw": "a large blue star", "edit": "make the star red", "ask": ASKED[0][1]}[task])
+    browser.pick_example(task, {"draw": "a large blue star", "edit": "make the star red", "ask": ASKED[0][1]}[task])
     size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
@@ -224,7 +223,7 @@ def test_page_says_what_the_model_can_do(browser):
     assert "draws, edits and describes colored shapes" in browser.says(".masthead")
     for task, title in TABS.items():
         browser.tab(title)
-        field = browser.shown(f"#{task}-{'message' if task == 'chat' else 'prompt'} textarea")
+        field = browser.shown(f"#{task}-{PROMPTS[task]} textarea")
         assert len(field.get_attribute("placeholder")) > 10
 
 
