@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from PIL import Image
 
-from bagel_rt.errors import Cancelled
+from bagel_rt.errors import Cancelled, NonFiniteError
 from bagel_rt.model_thread import Busy, Job, ModelThread, Stopping
 from bagel_rt.pipeline import Bagel
 from bagel_rt.request import Progress, ProgressCallback
@@ -210,7 +210,7 @@ def _explain(error: Exception, _: object) -> Exception:
 
     The original exception is not passed on: the frames of its traceback would keep the model's tensors.
     """
-    if isinstance(error, (ValueError, FloatingPointError)):  # their messages are written for users
+    if isinstance(error, (ValueError, NonFiniteError)):  # their messages are written for users
         return ValueError(str(error))
     name = uuid.uuid4().hex[:8]
     _LOG.error("request %s failed", name, exc_info=error)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bagel_rt.errors import NonFiniteError
 from bagel_rt.model_thread import ModelThread
 from bagel_rt.request import Progress
 from bagel_rt.ui.jobs import MAX_JOBS, Jobs
@@ -159,7 +160,7 @@ def failed_view(jobs, error):
     return last
 
 
-@pytest.mark.parametrize("error", [ValueError("size must be 8x8. Use 8x8."), FloatingPointError("a logit is NaN")])
+@pytest.mark.parametrize("error", [ValueError("size must be 8x8. Use 8x8."), NonFiniteError("an image")])
 def test_errors_written_for_users_are_shown_and_not_logged(jobs, caplog, error):
     with caplog.at_level(logging.ERROR, "bagel_rt.ui"):
         assert failed_view(jobs, error).error == str(error)
