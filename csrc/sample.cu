@@ -15,7 +15,7 @@ constexpr int WARPS = THREADS / WARP;
 constexpr int MAX_BLOCKS = 32;  // per row
 static_assert(MAX_BLOCKS * WARPS == THREADS, "the last block of a row needs one thread per warp of the row");
 constexpr std::int64_t NOT_FINITE = -1;  // as in kernels/sample.py
-constexpr int MAX_CANDIDATES = 4096;  // of kth_logit, in shared memory
+constexpr int MAX_CANDIDATES = 4096;     // of kth_logit, in shared memory
 
 // Unnormalized probabilities as 42-bit fixed-point numbers: an integer sum does not depend on its order.
 using Probability = unsigned long long;
