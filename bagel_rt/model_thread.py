@@ -1,7 +1,7 @@
 """The one thread that runs the model, and the bounded queue in front of it.
 
-A model's cache, buffers and CUDA graphs belong to one thread. The HTTP server and the web page both queue their
-requests here as jobs; jobs of equal ``batch_key`` run together. Each overrides ``Job.deliver`` to receive the results.
+A model's cache, buffers and CUDA graphs belong to one thread. The HTTP server and the browser UI queue their
+requests here as jobs; jobs with equal ``batch_key`` run together. Both override ``Job.deliver`` to receive the results.
 """
 
 import logging
@@ -25,7 +25,7 @@ class Busy(Exception):
 
 
 class Stopping(Exception):
-    """The thread is stopping or its device is lost; the request was not done."""
+    """The thread is stopping or its device is lost; the request was not completed."""
 
 
 class DeadlineExceeded(Exception):
@@ -36,9 +36,9 @@ class Job(ABC):
     """One request. It ends exactly once, with a result or an exception.
 
     Attributes:
-        deadline: when it expires, on the clock of ``time.monotonic``.
-        batch_key: jobs of equal keys may run together; by default it runs alone.
-        ended: whether it has its result or exception.
+        deadline: when it expires, in seconds of ``time.monotonic``.
+        batch_key: jobs with equal keys may run in one batch; by default a job runs alone.
+        ended: whether it has a result or an exception.
     """
 
     def __init__(self, deadline: float = math.inf, batch_key: Hashable = None) -> None:
@@ -62,7 +62,7 @@ class Job(ABC):
         self.end(Cancelled())
 
     def expire(self) -> bool:
-        """End the job if its deadline has passed. Returns whether it has ended, for whatever reason."""
+        """End the job if its deadline has passed. Returns whether it has ended, for any reason."""
         if time.monotonic() > self.deadline:
             self.end(DeadlineExceeded())
         return self.ended
@@ -75,7 +75,7 @@ class ModelThread(Generic[J]):
     """Runs jobs in order of arrival, in batches.
 
     Attributes:
-        failure: the exception that ended the thread, if one did.
+        failure: the exception that ended the thread, or None.
         stopping: whether new jobs are refused.
     """
 
@@ -90,13 +90,13 @@ class ModelThread(Generic[J]):
     ) -> None:
         """
         Args:
-            bagel: used by this thread only, except for its checks.
+            bagel: used by this thread only, except to check requests.
             run: ``run(jobs, check)`` runs a batch and returns its results. It calls ``check()`` between steps, which
                 raises Cancelled once all jobs of the batch have ended.
             on_error: ``on_error(exception, jobs)`` returns the exception to deliver to the jobs of a batch.
             queue: maximum number of waiting jobs.
             batch: maximum number of jobs that run together.
-            observe: called with ("batch", jobs) and ("waited", seconds).
+            observe: called with ("batch", number of jobs) and ("waited", seconds).
         """
         self._bagel, self._run_batch, self._on_error = bagel, run, on_error
         self._limit, self._batch, self._observe = queue, batch, observe
@@ -119,7 +119,7 @@ class ModelThread(Generic[J]):
         return len(self._running)
 
     def ahead(self, job: J) -> int:
-        """Number of unfinished jobs ahead of ``job``, running ones included; 0 if it is not here."""
+        """Number of unfinished jobs ahead of ``job``, running ones included; 0 if it is not queued or running."""
         with self._changed:
             jobs = [other for other in self._running + self._waiting if other is job or not other.ended]
             return jobs.index(job) if job in jobs else 0
@@ -136,7 +136,7 @@ class ModelThread(Generic[J]):
                 raise Stopping("the model accepts no more requests")
             self._drop_ended()
             if self._waiting and len(self._waiting) + len(jobs) > self._limit:
-                raise Busy(f"{len(self._waiting)} requests already wait for the model: try again later")
+                raise Busy(f"{len(self._waiting)} requests are waiting for the model. Try again later.")
             for job in jobs:
                 job._queued_at = time.monotonic()
             self._waiting += jobs
@@ -184,7 +184,7 @@ class ModelThread(Generic[J]):
             torch.cuda.synchronize()
 
     def _next(self) -> list[J]:
-        """Wait for the next batch; empty when the thread is to end."""
+        """Wait for the next batch; empty when the thread should end."""
         with self._changed:
             self._drop_ended()
             while not self._waiting:
@@ -209,7 +209,7 @@ class ModelThread(Generic[J]):
         """Run a batch. If it fails, run its jobs one by one: one may be at fault, or the batch too large."""
 
         def check() -> None:
-            if all([job.expire() for job in jobs]):  # noqa: C419 - a list: every job is to expire
+            if all([job.expire() for job in jobs]):  # noqa: C419 - a list, so that every job is checked
                 raise Cancelled
 
         try:

@@ -1,7 +1,7 @@
-"""Triton imports, with stand-ins for platforms without it (macOS, Windows): kernels can be defined there, not run.
+"""Triton imports, with stand-ins for platforms without it (macOS, Windows): kernels can be defined, not run.
 
-Op files import ``jit``, ``tl``, ``triton``, ``TensorDescriptor`` and :func:`dot` from here. Triton has no annotations:
-type checkers see ``Any`` in its place, and the declaration of :func:`jit` below.
+Op files import ``jit``, ``tl``, ``triton``, ``TensorDescriptor`` and :func:`dot` from here. Triton has no type
+annotations: type checkers treat it as ``Any``, except for :func:`jit`, which is declared below.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     class Kernel(Generic[P, R]):
         """A function in Triton's language: called by other kernels, or launched over a grid by the host.
 
-        Launches fuse multiplications and additions, as the kernels were tested. That is Triton's default only up to
-        version 3.9.
+        Launches enable FMA fusion, with which the kernels were tested. It is Triton's default only up to version 3.9.
         """
 
         def __call__(self, *arguments: P.args, **keywords: P.kwargs) -> R: ...

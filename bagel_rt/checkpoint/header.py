@@ -25,9 +25,9 @@ from bagel_rt.checkpoint.files import (
 )
 from bagel_rt.errors import CheckpointError
 
-_HEADER_LIMIT = 16 << 20  # bytes; the 7B model's header has 200 kilobytes
+_HEADER_LIMIT = 16 << 20  # bytes; the header of the 7B model takes 200 kB
 _MAX_DIMENSIONS = 8
-_MAX_LISTED = 8  # lines below the first one of an error
+_MAX_LISTED = 8  # detail lines of an error
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -49,7 +49,7 @@ def locate_tensors(path: Path) -> dict[str, StoredTensor]:
 
     Args:
         path: a ``.safetensors`` file, an index ``.json`` of shards in the same folder, or a shard whose name ends in
-            ``-0000k-of-0000N.safetensors`` and stands for all of them.
+            ``-0000k-of-0000N.safetensors``, which selects all N shards.
 
     Raises:
         CheckpointError: a file is missing, truncated or malformed, or index and shards list different tensors.
@@ -96,17 +96,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _truncated(path: Path, size: int, expected: int | None) -> CheckpointError:
-    """The error for a file of ``size`` bytes that should have ``expected``, or that contains zeros only."""
+    """The error for a file with ``size`` of ``expected`` bytes; ``expected`` is None if it starts with zeros."""
     cause = (
         "contains only zeros at its start" if expected is None else f"is truncated: it has {size} of {expected} bytes"
     )
     return CheckpointError(
-        f"{path} {cause}. The download did not finish; download it again, such as with `{DOWNLOAD} {path.parent}`."
+        f"{path} {cause}. The download did not finish; download it again, for example with `{DOWNLOAD} {path.parent}`."
     )
 
 
 def error_report(sentence: str, details: Sequence[str], note: str = "") -> CheckpointError:
-    """An error of one sentence, a few lines of details and, if there is one, a last line."""
+    """An error of one sentence, a few detail lines and an optional closing note."""
     lines = list(details[:_MAX_LISTED])
     if len(details) > _MAX_LISTED:
         lines[-1:] = [f"and {len(details) - _MAX_LISTED + 1} more"]
@@ -115,8 +115,8 @@ def error_report(sentence: str, details: Sequence[str], note: str = "") -> Check
 
 def _reject_other_formats(path: Path, start: bytes, length: int) -> None:
     """Raise CheckpointError for a pickle, GGUF or text; ``length`` is the first 8 bytes as a header length."""
-    # The magic bytes of a pickle or zip file give a huge length. Without that test, a valid file whose header length
-    # starts with the byte 0x80 would be reported as a pickle.
+    # The magic bytes of a pickle or zip file give a huge length. Without the length test, a valid file whose header
+    # length starts with the byte 0x80 would be reported as a pickle.
     if path.suffix in PICKLES or (length > _HEADER_LIMIT and start.startswith((b"PK", b"\x80"))):
         raise CheckpointError(f"{path} is a pickle: {PICKLES_UNSUPPORTED}. Convert it to safetensors.")
     if start.startswith(b"GGUF"):
@@ -126,8 +126,8 @@ def _reject_other_formats(path: Path, start: bytes, length: int) -> None:
         )
     if start.isascii() and start.decode().rstrip().replace("\n", " ").isprintable():
         raise CheckpointError(
-            f"{path} is a text, not a safetensors file. It starts with {reprlib.repr(start.decode())}. Download it "
-            "again."
+            f"{path} is a text file, not a safetensors file. It starts with {reprlib.repr(start.decode())}. Download "
+            "it again."
         )
 
 
@@ -192,7 +192,7 @@ def _read_shards(path: Path, stem: str, count: int) -> dict[str, StoredTensor]:
 
 
 def _read_all(path: Path, names: Sequence[str], alternative: str) -> dict[str, dict[str, StoredTensor]]:
-    """The tensors of every shard, by file name; ``alternative`` continues the remedy for missing shards."""
+    """Locate the tensors of every shard, by file name; ``alternative`` extends the remedy for missing shards."""
     missing = [f"shard {printable(name)} is missing" for name in names if not os.path.lexists(path.parent / name)]
     if missing:
         remedy = ", ".join(filter(None, ["Download the missing shards", alternative]))

@@ -58,7 +58,7 @@ def check(
         counts = {name: sum(result.result == name for result in done) for name in ("pass", "FAIL", "not run")}
         typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
         if skipped:
-            typer.echo(f"{skipped} cases skipped: the model's own sizes need a GPU, CUDA kernels the extension")
+            typer.echo(f"{skipped} cases skipped: the model's own sizes need a GPU, CUDA kernels need the extension")
         typer.echo(f"{report['device']}, tile sizes of {report['table']}")
         typer.echo(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     if failed:

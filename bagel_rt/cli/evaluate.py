@@ -39,7 +39,7 @@ _Tasks = Annotated[
         "--task", metavar="NAME", show_default="all", help="Evaluate only this task: generate, edit or ask. Repeatable."
     ),
 ]
-_Prompts = Annotated[int, typer.Option(help="Examples of each category."), integer(1, 100_000)]
+_Prompts = Annotated[int, typer.Option(help="Number of examples per category."), integer(1, 100_000)]
 _Seed = Annotated[int, typer.Option(help="Seed of the examples and of the model's noise.")]
 _Batch = Annotated[int, typer.Option(help="Images generated in one batch."), integer(1, MAX_BATCH)]
 _Sheet = Annotated[
@@ -69,8 +69,8 @@ def evaluate(
 ) -> None:
     """Measure how often a model generates, edits and answers correctly, on examples of a world of colored shapes.
 
-    The examples are combinations of shapes, colors and places that training on this world leaves out. A program
-    judges them: an image is right if it shows what its prompt says and nothing else; an edit must also keep the rest.
+    The examples are combinations of shapes, colors and places that were held out from training. A program judges them:
+    an image is right if it shows what its prompt says and nothing else; an edit must also leave the rest unchanged.
     Shares have 95% intervals. The same seed gives the same examples; --prompts 20 gives the first 20 of --prompts 100.
     Ctrl-C stops the evaluation and reports the results so far.
     """
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def _collect(trials: "Iterator[Trial]", total: int, shown: bool) -> "tuple[list[Trial], BaseException | None]":
-    """Run the trials behind a progress bar; return them, and the error that ended them early, if any."""
+    """Run the trials behind a progress bar; return them, and the error that ended the run early or None."""
     done: list[Trial] = []
     right = 0
     with tqdm(total=total, desc="eval", unit="example", disable=not shown) as bar:
@@ -126,7 +126,7 @@ def _collect(trials: "Iterator[Trial]", total: int, shown: bool) -> "tuple[list[
                 bar.set_description(trial.problem.example.task, refresh=False)
                 bar.set_postfix_str(f"{right} right", refresh=False)
                 bar.update()
-        except BaseException as error:  # also Ctrl-C: the trials so far are reported before it is raised
+        except BaseException as error:  # including Ctrl-C: the caller reports these trials, then raises it
             return done, error
     return done, None
 

@@ -35,7 +35,7 @@ def serve(
         typer.Option(
             metavar="NAME",
             show_default="localhost if --host is local, else all",
-            help="A name of this server in the header Host. Repeatable.",
+            help="Allowed value of the Host header, without the port. Repeatable.",
         ),
     ] = None,
     allow_origin: Annotated[
@@ -46,7 +46,7 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="Certificate chain in PEM format, for HTTPS.")
     ] = None,
     tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Key of --tls-cert, unless that file contains it.")
+        Path | None, typer.Option(metavar="FILE", help="Private key of --tls-cert, unless that file contains it.")
     ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Write each log record as a JSON object.")] = False,
     ray: Annotated[
@@ -62,8 +62,8 @@ def serve(
     """Serve a model over HTTP, with OpenAI's API: images, edits, chat.
 
     With BAGEL_RT_API_KEY in the environment, clients must send it as a bearer token; BAGEL_RT_API_KEY_FILE names a
-    file with one key per line. SIGTERM and Ctrl-C let running
-    requests finish, for at most --grace seconds; a second signal ends the server at once.
+    file with one key per line. On SIGTERM or Ctrl-C, running requests have --grace seconds to finish; a second signal
+    ends the server at once.
     """
     try:
         from bagel_rt.serve.app import create_app
@@ -96,7 +96,8 @@ def serve(
     options.check()
     app = create_app(options.load, name or options.folder.resolve().name, checked, keys, hosts,
                      allowed_hosts, origins)  # fmt: skip
-    warnings.filterwarnings("ignore", module="PIL")  # about damaged images: clients could fill the log with them
+    # Pillow warns about damaged images, with which clients could fill the log.
+    warnings.filterwarnings("ignore", module="PIL")
     make_server(app, host, port, json_logs=log_json, tls_cert=tls_cert, tls_key=tls_key).run()
 
 

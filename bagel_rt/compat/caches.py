@@ -1,6 +1,6 @@
-"""The KV caches of official callers: what a ``NaiveCache`` holds, as contexts of this runtime.
+"""The KV caches of official callers: the contents of a ``NaiveCache`` as contexts of this runtime.
 
-Official code passes a cache from call to call and knows it by four attributes: ``key_cache`` and ``value_cache``, which
+Official code passes a cache from call to call and uses four of its attributes: ``key_cache`` and ``value_cache``, which
 map each layer to a tensor or None, ``num_layers`` and ``seq_lens``. The entry points fill a cache by replacing both
 mappings with :class:`LayerTensors`, which read the tensors from the runtime's KV cache. A cache that official code
 filled is copied into contexts when an entry point first reads it.
@@ -18,7 +18,7 @@ from bagel_rt.validation import invalid
 
 
 class OfficialCache(Protocol):
-    """What an official ``NaiveCache`` has."""
+    """The attributes of an official ``NaiveCache``."""
 
     key_cache: Mapping[int, torch.Tensor | None]
     value_cache: Mapping[int, torch.Tensor | None]
@@ -115,7 +115,7 @@ def token_count(cache: OfficialCache) -> int:
 
 
 def read_contexts(official: OfficialCache | None, lengths: Sequence[int], cache: KVCache) -> list[Context]:
-    """The contexts of a caller's cache, one per sample; new ones if the cache is None or empty, whatever its lengths.
+    """The contexts of a caller's cache, one per sample; new ones if the cache is None or empty, regardless of lengths.
 
     Args:
         official: a ``NaiveCache`` or :class:`ContextCache`. If official code filled it, it is copied into new contexts,
@@ -168,7 +168,7 @@ def _import_contexts(official: OfficialCache, lengths: Sequence[int], cache: KVC
     for context, length in zip(contexts, lengths, strict=True):
         if length:
             context.extend(length)
-            # No two imported contexts are known to be equal: each gets a history of its own.
+            # Whether imported contexts are equal is unknown, so each gets a unique history.
             context.history = (_Imported(()),)
     for buffer, layers in (("k", official.key_cache), ("v", official.value_cache)):
         for layer in range(len(cache.k)):

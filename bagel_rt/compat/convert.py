@@ -25,12 +25,12 @@ def has_visual_gen(official: nn.Module) -> bool:
 
 
 def convert_config(official: nn.Module, vae_transform: object = None, vit_transform: object = None) -> BagelConfig:
-    """The configuration of an official ``Bagel`` module.
+    """Convert the configuration of an official ``Bagel`` module.
 
     Args:
         official: has ``config.llm_config``, ``config.vit_config`` and, with ``visual_gen``, ``config.vae_config``.
-        vae_transform, vit_transform: official ``ImageTransform``; None for the published resize rules, with strides
-            and sizes rounded down to the module's patch sizes.
+        vae_transform, vit_transform: official ``ImageTransform``; None for the published resize rules, with the
+            module's patch sizes as strides and sizes rounded down to multiples of them.
 
     Raises:
         TypeError: not an official ``Bagel`` module or ``ImageTransform``.
@@ -54,7 +54,7 @@ def convert_config(official: nn.Module, vae_transform: object = None, vit_transf
     vae_rule = _convert_transform("vae_transform", vae_transform, latent_stride)
     max_latent_size = config.max_latent_size
     if not visual_gen:
-        # The module has no latent position table that would limit the size of an image: the resize rule alone does.
+        # Without a latent position table, only the resize rule limits the image size.
         max_latent_size = max(max_latent_size, vae_rule.max_size // latent_stride)
     return BagelConfig(
         llm=_convert(TransformerConfig, llm, head_dim=llm.hidden_size // llm.num_attention_heads),
@@ -113,7 +113,7 @@ def _convert_transform(name: str, transform: object, unit: int) -> ResizeRule:
 
 
 def convert_tokenizer(official: Any, new_token_ids: Mapping[str, int]) -> Tokenizer:
-    """The tokenizer of the official scripts.
+    """Convert the tokenizer of the official scripts.
 
     Args:
         official: a Hugging Face Qwen2 tokenizer, fast or slow, with the official special tokens added.
@@ -121,10 +121,10 @@ def convert_tokenizer(official: Any, new_token_ids: Mapping[str, int]) -> Tokeni
 
     Raises:
         TypeError: not a Qwen2 tokenizer.
-        ValueError: the tokenizer has other ids for the markers.
+        ValueError: the ids are not those of the tokenizer.
     """
     if hasattr(official, "backend_tokenizer"):
-        # A copy, because Tokenizer switches off truncation and padding.
+        # A copy, because Tokenizer disables truncation and padding.
         backend = tokenizers.Tokenizer.from_str(official.backend_tokenizer.to_str())
     elif hasattr(official, "bpe_ranks"):
         merges = sorted(official.bpe_ranks, key=official.bpe_ranks.get)

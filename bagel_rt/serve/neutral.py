@@ -1,7 +1,7 @@
 """Fields of OpenAI's API, and of other servers' APIs, that this server does not support.
 
-Clients and frameworks write many fields with their defaults into every request. A value that asks for nothing is
-accepted; any other is refused, with the reason.
+Clients and frameworks send many fields with their defaults in every request. No-op values are accepted; other values
+are rejected with the reason.
 """
 
 import json
@@ -18,7 +18,7 @@ _NO_STREAM = "Images are sent when they are finished"
 
 @dataclass(frozen=True)
 class Neutral:
-    """The values of a field that ask for nothing; None for all, as of hints and labels."""
+    """The no-op values of a field; None if all values are, as for hints and labels."""
 
     values: tuple[object, ...] | None
     remedy: str = ""
@@ -28,7 +28,7 @@ class Neutral:
         return {} if self.values is None else {"enum": [*self.values, None]}
 
     def check(self, param: str, value: object) -> None:
-        """Raise RequestError unless the value asks for nothing."""
+        """Raise RequestError unless the value is a no-op."""
         if self.values is None or value in self.values:
             return
         *others, last = [*map(json.dumps, self.values), "left out"]

@@ -252,8 +252,8 @@ OTHER_CONTENTS = {
     "web-page": (b"<!DOCTYPE html>\n<html><head><title>Sign in", "is a web page, such as an error or login page"),
     "web-page-in-lower-case": (b"\n <html lang=en>", "is a web page"),
     "lfs-pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9", "is a Git LFS pointer"),
-    "text": (b"Entry not found", "is a text, not a safetensors file. It starts with 'Entry not found'."),
-    "json-error": (b'{"error":"Invalid credentials"}', "is a text, not a safetensors file"),
+    "text": (b"Entry not found", "is a text file, not a safetensors file. It starts with 'Entry not found'."),
+    "json-error": (b'{"error":"Invalid credentials"}', "is a text file, not a safetensors file"),
     "zeros": (bytes(100), "contains only zeros at its start. The download did not finish; download it again"),
     "gguf": (b"GGUF\3\0\0\0" + bytes(60), "is a GGUF file, a format that is not supported"),
 }

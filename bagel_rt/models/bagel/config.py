@@ -20,7 +20,7 @@ from bagel_rt.validation import BOOLEAN, Spec, check_fields, checked, integer, i
 
 _GROUP_NORM_GROUPS = 32
 _ACTIVATION = "gelu_pytorch_tanh"
-# Settings that mean plain RoPE, in rope_scaling and rope_parameters; any other key must be null.
+# Values equivalent to plain RoPE, in rope_scaling and rope_parameters; any other key must be null.
 _PLAIN_ROPE = {
     "rope_type": "default",
     "type": "default",
@@ -208,8 +208,8 @@ def _file_error(source: Path | str, error: ValueError) -> CheckpointError:
 def _read_required(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         inner = next((file for depth in ("*", "*/*") for file in path.parent.glob(f"{depth}/{path.name}")), None)
-        if inner is not None:  # such as the snapshot in a download cache
-            raise CheckpointError(f"{path} is missing. The model is in {inner.parent}. Give that folder.")
+        if inner is not None:  # for example the snapshot in a download cache
+            raise CheckpointError(f"{path} is missing. The model is in {inner.parent}. Use that folder.")
         raise CheckpointError(
             f"{path} is missing. Download it from the published model folder; a copy inside config.json is not enough."
         )
@@ -225,7 +225,7 @@ def _section(values: dict[str, Any], key: str, source: Path | str) -> dict[str, 
 
 
 def _require_value(values: dict[str, Any], key: str, allowed: Any, source: Path | str) -> None:
-    """Raise CheckpointError if the key is present with another value than the only supported one."""
+    """Raise CheckpointError if the key is present with an unsupported value; only ``allowed`` is supported."""
     if values.get(key, allowed) != allowed:
         raise _file_error(source, invalid(key, values[key], json.dumps(allowed)))
 
@@ -262,7 +262,7 @@ def _read_llm(values: dict[str, Any], source: Path) -> TransformerConfig:
 def _read_rope_theta(values: dict[str, Any], source: Path) -> dict[str, Any]:
     """{"rope_theta": theta}, or {} if there is none, from a file of transformers 4 or 5.
 
-    Version 4 writes ``rope_theta`` and, for other kinds than plain RoPE, ``rope_scaling``; version 5 writes both into
+    Version 4 writes ``rope_theta`` and, for kinds other than plain RoPE, ``rope_scaling``; version 5 writes both into
     ``rope_parameters``. Only plain RoPE is supported.
     """
     _require_value(values, "partial_rotary_factor", _PLAIN_ROPE["partial_rotary_factor"], source)

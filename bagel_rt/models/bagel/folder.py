@@ -15,7 +15,7 @@ STORED_AS = {"ema": torch.bfloat16, "ae": torch.float32}
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 _GENERATION_FILE = "generation_config.json"
-_VAE_RESOLUTION = 256  # required and unused by the official autoencoder
+_VAE_RESOLUTION = 256  # required but not used by the official autoencoder
 
 
 def missing_tokenizer_files(folder: Path) -> list[str]:
@@ -64,5 +64,5 @@ def official_json(config: BagelConfig) -> dict[str, dict[str, Any]]:
 
 
 def _by_official_keys(config: BagelConfig | TransformerConfig | ViTConfig | VAEConfig) -> dict[str, Any]:
-    """The fields that are stored in the JSON file of a configuration, by the keys of that file."""
+    """The fields of a configuration that its JSON file stores, by JSON key."""
     return {item.metadata.get("key", item.name): getattr(config, item.name) for item in fields(config) if item.metadata}

@@ -94,7 +94,7 @@ class MemoryEstimate:
         return _estimate(work)
 
     def _refusal(self, available: int) -> str:
-        """Say that even this request, the smallest one, does not fit."""
+        """State that even this request, the smallest one, does not fit."""
         reason = f"a smaller request would still need {self.total / 1e9:.1f} GB"
         if self.weights + RUNTIME > available:
             reason = f"no request fits: the weights alone need {self.weights / 1e9:.1f} GB"
@@ -136,7 +136,7 @@ class MemoryEstimate:
         return total if available is None else f"{total}, {'fits' if self.fits(available) else 'still too much'}"
 
     def _changes(self) -> list[tuple[str, Callable[[Workload], dict[str, Any]]]]:
-        """(label, workload -> fields to replace) of every change that may help; they combine in this order."""
+        """(label, workload -> fields to replace) of every change that may help; they are applied in this order."""
         work = self.workload
         changes: list[tuple[str, Callable[[Workload], dict[str, Any]]]] = []
         if work.dtype == torch.float32:
@@ -145,7 +145,7 @@ class MemoryEstimate:
             changes.append(("one request at a time", lambda _: {"batch": 1}))
         if len(work.images) > 1:
             changes.append(("only the last input image", lambda _: {"images": work.images[-1:]}))
-        for quarters in (3, 2):  # the smaller size last: applied after the other, it replaces it
+        for quarters in (3, 2):  # the smaller size last, because it replaces the larger one
             smaller = partial(self._smaller, quarters)
             height, width = replace(work, **smaller(work)).drawn
             if work.draws and (height, width) != work.drawn:
@@ -200,7 +200,7 @@ def _estimate(work: Workload) -> MemoryEstimate:
 
 
 def _peak(phases: dict[str, int], graphs: bool) -> tuple[int, str]:
-    """(bytes of the graphs' memory pool, phase) at the moment when the two need the most together.
+    """(bytes of the graphs' memory pool, phase) at peak memory.
 
     All graphs share one pool, which is as large as the largest captured phase, because they run one after another. A
     phase is captured at its second run, so the pool grows in the order of the list below.
@@ -236,7 +236,7 @@ def explain(config: BagelConfig, dtype: torch.dtype, *, available: int | None = 
     capacity = f"; the device has {available / 1e9:.1f} GB" if available is not None else ""
     lines = [f"the request needs about {estimate.total / 1e9:.1f} GB in total{capacity}:", str(estimate)]
     if available is not None and estimate.fits(available):
-        lines.append("that should fit: free memory of other programs, or of other tensors of this one")
+        lines.append("that should fit: free memory used by other programs, or by other tensors of this one")
     if advice := estimate.advice_text(available):
         lines.append(advice)
     return "\n".join(lines)

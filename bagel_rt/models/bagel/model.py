@@ -59,7 +59,7 @@ class BagelModel:
         transformer: the decoder stack over packed rows.
         rope: the rotary tables.
         markers: token ids of the start and end of an image; None until they are known.
-        lock: held by the thread in which the model computes; models that share weights may share it.
+        lock: held by the thread that runs the model; models that share weights may share it.
     """
 
     image_request = IMAGE_REQUEST
@@ -104,11 +104,11 @@ class BagelModel:
         ``weights`` names another file than ``ema.safetensors``; see :func:`~bagel_rt.checkpoint.find.find_weights`.
 
         Raises:
-            CheckpointError: a file or tensor is missing, left over, corrupt or of the wrong shape.
+            CheckpointError: a file or tensor is missing, unexpected, corrupt or of the wrong shape.
         """
         files, problems = {}, []
         for stem, slots in cls.allocate(config, markers, "meta", dtype).weight_slots().items():
-            try:  # before anything of the configuration's size is allocated
+            try:  # check all files before allocating the model
                 files[stem] = find_weights(folder, stem, weights if stem == "ema" else None)
                 check_weights(files[stem], slots, IGNORED_TENSORS)
             except CheckpointError as error:
@@ -141,11 +141,11 @@ class BagelModel:
         llm = self.config.llm
         return KVCache(llm.num_layers, llm.num_kv_heads, llm.head_dim, self.dtype, self.device, slots)
 
-    # Contents in
+    # Inputs
 
     def embed(self, contents: Sequence[Content]) -> torch.Tensor:
-        """Hidden states of contents in order, [T, H]. All ViT images are embedded in one pack; latents being denoised
-        are left at zero."""
+        """Hidden states of contents in order, [T, H]. All ViT images are encoded in one packed batch; the rows of
+        latents being denoised are zero."""
         texts = [content for content in contents if isinstance(content, Text)]
         if len(texts) == len(contents):
             return self.embed_tokens(torch.tensor([id for text in texts for id in text.ids], device=self.device))
@@ -193,7 +193,7 @@ class BagelModel:
     def encode_latents(self, image: Image.Image, noise: Noise) -> VAEImage:
         """An RGB image resized for the autoencoder, as clean latent tokens.
 
-        The official model samples the posterior and never takes its mode.
+        As in the official model, the latents are sampled from the posterior.
         """
         config = self.config
         pixels = image_to_tensor(image)[None].to(self.device)
@@ -224,7 +224,7 @@ class BagelModel:
             noise: draws to use instead of the seed's (see :class:`~bagel_rt.models.bagel.contexts.Noise`).
             size: (height, width) of the image to generate, if no input is an image.
             draws: whether images will be generated.
-            written: number of generated tokens that the contexts reserve slots for.
+            written: number of generated tokens to reserve slots for.
         """
         config = self.config
         parts = [*inputs, *([system] if system is not None else [])]
@@ -256,7 +256,7 @@ class BagelModel:
     # Denoising
 
     def denoising_task(self, contexts: GuidanceContexts, size: tuple[int, int]) -> DenoisingTask[NoisedImage]:
-        """The next image of a request, of (height, width) pixels, from the next draw of its noise."""
+        """The task of denoising a request's next image of (height, width) pixels; draws its noise."""
         grid_h, grid_w = self.config.latent_grid(size)
         noise = contexts.noise.draw(grid_h * grid_w, self.config.latent_features)
         return DenoisingTask(NoisedImage(grid_h, grid_w), noise, contexts.branches)
@@ -282,11 +282,11 @@ class BagelModel:
         """Last hidden states of generation rows [n, H] (before the final norm) -> velocity [n, features]."""
         return F.linear(self.transformer.final_norm(hidden, hidden.shape[0]), *self.weights.llm2vae)
 
-    # Results out
+    # Outputs
 
     @property
     def text(self) -> TokenMode:
-        """The token mode of text."""
+        """Embedding and output head for decoding text."""
         return TokenMode("text", self.embed_tokens, self.logits)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

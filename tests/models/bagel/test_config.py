@@ -296,9 +296,7 @@ def test_configs_embedded_in_config_json_do_not_replace_their_files(tmp_path, fi
 def test_error_for_a_folder_around_the_model_names_the_inner_folder(tmp_path, subfolder):
     (tmp_path / subfolder).mkdir(parents=True)
     folder(tmp_path / subfolder)
-    assert_rejected(
-        tmp_path, "llm_config.json is missing", f"The model is in {tmp_path / subfolder}. Give that folder."
-    )
+    assert_rejected(tmp_path, "llm_config.json is missing", f"The model is in {tmp_path / subfolder}. Use that folder.")
 
 
 BAD_JSON = [

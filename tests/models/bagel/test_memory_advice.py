@@ -90,8 +90,8 @@ def test_explanation_lists_parts_and_remedies():
     estimate = expected_memory(BAGEL_7B_MOT, task="edit")
     assert f"about {estimate.total / 1e9:.1f} GB in total; the device has 32.0 GB" in text
     assert re.search(r"\nweights +29\.55 GB\n", text) and "\n- images of 512x512" in text
-    assert "free memory of other programs" not in text
-    assert "free memory of other programs" in explain(BAGEL_7B_MOT, torch.bfloat16, available=int(80e9))
+    assert "free memory used by other programs" not in text
+    assert "free memory used by other programs" in explain(BAGEL_7B_MOT, torch.bfloat16, available=int(80e9))
 
 
 def test_parts_sum_to_the_total():
