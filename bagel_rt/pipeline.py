@@ -89,8 +89,8 @@ class Bagel:
                 "model_bf16.safetensors". Default: ``ema``, else ``model``.
 
         Raises:
-            FileNotFoundError: the folder or a file does not exist.
-            CheckpointError: a file is malformed or does not match the others.
+            FileNotFoundError: the folder or its tokenizer does not exist.
+            CheckpointError: another file is missing, or a file is malformed or does not match the others.
             ValueError: the device, dtype or backend is not supported.
         """
         folder = Path(folder) if folder is not None else DEFAULT_MODEL

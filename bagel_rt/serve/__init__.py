@@ -3,7 +3,7 @@
 run.py         uvicorn around the application
 app.py         the routes
 schema.py      request bodies
-neutral.py     fields that are accepted only with values that ask for nothing
+neutral.py     fields that are accepted only with no-op values
 bodies.py      read JSON bodies and forms
 model_requests.py  the model's requests, made from request bodies
 errors.py      errors with OpenAI's code and param, and the responses to them

@@ -9,8 +9,8 @@ from bagel_rt.serve.limits import Limits
 class Admission:
     """The counts. A request is first receiving its body, then it is held; each phase has the same limit.
 
-    A client with slow or unfinished bodies can therefore not keep requests out that have arrived. In each phase, and of
-    the bytes, one client address may take half, so that it cannot keep other clients out.
+    Slow or unfinished bodies therefore cannot block requests that have arrived. One client
+    address may use half of each limit, so that it cannot block other clients.
     """
 
     def __init__(self, limits: Limits):
@@ -35,7 +35,7 @@ class Admission:
 
 
 class Admitted:
-    """One request of a client: moves from receiving to held, and gives everything back at its end.
+    """One request of a client: moves from receiving to held, and is uncounted at its end.
 
     Attributes:
         complete: whether its body has arrived.

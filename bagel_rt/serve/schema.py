@@ -41,7 +41,7 @@ class _Strict(BaseModel):
     """A body, or an object in one.
 
     Attributes:
-        neutral_values: fields that are accepted only with values that ask for nothing.
+        neutral_values: fields that are accepted only with no-op values.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -50,7 +50,7 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, data: object) -> object:
-        """Drop values that ask for nothing. Clients write null where they leave a field out, or an empty value in a
+        """Drop no-op values. Clients write null where they leave a field out, or an empty value in a
         field of another server."""
         if not isinstance(data, dict):
             return data

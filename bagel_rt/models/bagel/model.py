@@ -85,7 +85,7 @@ class BagelModel:
         """A model with uninitialized weights."""
         with torch.device("meta"):
             vae = AutoEncoder(config.vae)
-        vae = vae.to_empty(device=device).requires_grad_(False)  # float32 whatever the model's dtype, as officially
+        vae = vae.to_empty(device=device).requires_grad_(False)  # always float32, as in the official code
         return cls(config, BagelWeights.allocate(config, device, dtype), vae, markers)
 
     @classmethod
