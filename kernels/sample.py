@@ -49,7 +49,7 @@ def sample_reference(
     largest, token = logits.max(-1)
     if settings is not None and seed is not None and step is not None:
         token = scores_reference(logits, settings, seed, step, noise).argmax(-1)
-    return token.masked_fill_(largest.isfinite().logical_not_(), NOT_FINITE)
+    return token.where(largest.isfinite(), NOT_FINITE)
 
 
 def scores_reference(
