@@ -20,6 +20,9 @@ CHECKPOINT = PACK / "checkpoint"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything defines a kernel
+    # Autograd counts devices when it is first used. torch.compile makes CUDA builds of torch count a GPU that is not
+    # there, for which autograd would start threads, and processes forked later, the workers of training, would fail.
+    torch.ones(1, requires_grad=True).backward()
 
 # What a shell starts in the background ignores interrupts, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
