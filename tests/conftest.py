@@ -24,10 +24,6 @@ if DEVICE.type == "cpu":
     # there, for which autograd would start threads, and processes forked later, the workers of training, would fail.
     torch.ones(1, requires_grad=True).backward()
 
-# Start autograd before the first fake tensor. With a CUDA build of torch and no GPU, fake tensors register a CUDA
-# device; autograd would start a thread for it, and workers that are forked afterward could not compute gradients.
-torch.ones((), requires_grad=True).backward()
-
 # What a shell starts in the background ignores interrupts, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
