@@ -355,6 +355,8 @@ def create_app(
         return response
 
     app.add_exception_handler(HTTPException, unknown)
+    # Errors of clients in GET routes. The handler of Exception would log them as faults of the server.
+    app.add_exception_handler(RequestError, lambda _, error: error_response_for(error))
     app.add_exception_handler(Exception, lambda _, error: error_response_for(error))
     app.add_middleware(Gate, keys=keys, limits=limits)
     if origins:

@@ -391,3 +391,8 @@ def test_invalid_limits_are_refused(fields):
 def test_every_error_body_is_json(http):
     for response in (http.get("/v1/nothing"), http.get(DRAW), http.post("/v1/models"), http.post(f"{DRAW}/")):
         assert response.status_code in (404, 405) and json.loads(response.text)["error"]["message"]
+
+
+def test_unknown_model_name_is_not_logged_as_a_fault(http, caplog):
+    assert http.get("/v1/models/nope").status_code == 404
+    assert not [record for record in caplog.records if record.exc_info]
